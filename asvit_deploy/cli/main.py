@@ -1,0 +1,72 @@
+"""The `asvit-deploy` command. Each subcommand is a module, imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from asvit_deploy import __version__
+from asvit_deploy.errors import CheckFailed, UserError
+
+# name -> one line of help; the module is the name with dashes as underscores and holds `command`.
+COMMANDS = {
+    "finetune": "Train: budget-aware fine-tuning, or a dense teacher.",
+    "calibrate": "Find thresholds that meet a MACs budget, without training.",
+    "export": "Checkpoint to one ONNX file, checked against PyTorch.",
+    "build-engine": "ONNX to a TensorRT engine.",
+    "check": "Parity with PyTorch: logits, top-1 and kept tokens.",
+    "bench": "Latency, MACs and kept tokens beside the dense model.",
+    "predict": "Top-5 and kept tokens of pictures.",
+    "build-plugins": "Compile the C++ libraries into the user cache.",
+    "doctor": "What is installed, what clashes, what to do about it.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and help without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"asvit_deploy.cli.{name.replace('-', '_')}")
+        return module.command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="asvit-deploy")
+def group() -> None:
+    """Adaptive ViTs from checkpoint to checked ONNX and TensorRT.
+
+    \b
+    asvit-deploy export --ckpt as_deit_s.pt
+    asvit-deploy build-engine --fp16
+    asvit-deploy bench
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command; exit 0 when good, 1 when a check failed, 2 on bad input."""
+    try:
+        code = group.main(args, prog_name="asvit-deploy", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except UserError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except CheckFailed as error:
+        click.echo(f"Failed: {error}", err=True)
+        sys.exit(1)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; nothing was changed.", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,108 @@
+"""The table of architectures: every size the package knows, one row each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from asvit_deploy.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the network's input: resize the shorter side, centre crop, normalise.
+
+    The shorter side becomes `int(image_size / crop_pct)` pixels before the centre crop.
+    """
+
+    crop_pct: float = 224 / 256
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class ArchConfig:
+    """One architecture. `stages` are 0-based block indices whose *input* is compacted."""
+
+    name: str
+    family: Literal["deit", "lvvit"]
+    dim: int
+    heads: int
+    depth: int
+    mlp_ratio: int
+    stages: tuple[int, ...]
+    image_size: int = 224
+    patch_size: int = 16
+    num_classes: int = 1000
+    preprocessing: Preprocessing = Preprocessing()
+
+    @property
+    def grid(self) -> int:
+        """Image tokens along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        """N: image tokens without the class token."""
+        return self.grid**2
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.dim * self.mlp_ratio
+
+    def at(self, image_size: int | None = None, num_classes: int | None = None) -> ArchConfig:
+        """The same architecture for another image size or head.
+
+        Raises:
+            UserError: the patch size does not divide `image_size`.
+        """
+        size = self.image_size if image_size is None else image_size
+        if size <= 0 or size % self.patch_size:
+            below = max(size // self.patch_size, 1) * self.patch_size
+            raise UserError(
+                f"image size {size} is not a multiple of the {self.patch_size}-pixel patch of "
+                f"{self.name}; try {below} or {below + self.patch_size}"
+            )
+        return replace(
+            self,
+            image_size=size,
+            num_classes=self.num_classes if num_classes is None else num_classes,
+        )
+
+
+_DIGITS = Preprocessing(
+    crop_pct=1.0, interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+
+ARCHS: dict[str, ArchConfig] = {
+    arch.name: arch
+    for arch in (
+        ArchConfig("as_deit_tiny", "deit", 192, 3, 12, 4, (4, 7, 10)),
+        ArchConfig("as_deit_small", "deit", 384, 6, 12, 4, (4, 7, 10)),
+        ArchConfig("as_deit_base", "deit", 768, 12, 12, 4, (4, 7, 10)),
+        ArchConfig("as_lvvit_s", "lvvit", 384, 6, 16, 3, (5, 9, 13)),
+        ArchConfig("as_lvvit_m", "lvvit", 512, 8, 20, 3, (6, 11, 16)),
+        # Small enough to train on two cores: demos, CI and the default checkpoint.
+        ArchConfig(
+            "as_deit_mini", "deit", 128, 4, 8, 3, (2, 4, 6),
+            image_size=56, patch_size=4, num_classes=10, preprocessing=_DIGITS,
+        ),
+    )
+}  # fmt: skip
+
+
+def arch(name: str) -> ArchConfig:
+    """Look an architecture up by name.
+
+    Raises:
+        UserError: there is no such architecture.
+    """
+    try:
+        return ARCHS[name]
+    except KeyError:
+        raise UserError(f"unknown arch {name!r}; known: {', '.join(ARCHS)}") from None

@@ -1,0 +1,271 @@
+"""Adaptive ViT in plain PyTorch: DeiT blocks, three places where tokens leave.
+
+    images -> patch tokens -> [block]* -> (score > theta: keep) -> [block]* -> ... -> logits
+
+One class serves the DeiT family; LV-ViT (`lvvit.py`) changes the stem and the output.
+Parameters carry timm's names, so dense checkpoints load as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.ops.torch_op import threshold_compact
+from asvit_deploy.reduction.scoring import class_attention_row, token_scores
+from asvit_deploy.reduction.threshold import (
+    TEMPERATURE,
+    compact_masked,
+    mean_k_keep_mask,
+    soft_keep_mask,
+)
+
+# Where the paper's fine-tuning starts; a fresh adaptive model carries these.
+INITIAL_THRESHOLDS = (0.001, 0.002, 0.003)
+
+# (stage, scores float32 [B, N], alive float32 [B, N]) -> keep mask float32 [B, N]
+Selector = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Trace:
+    """What happened at each stage, in stage order.
+
+    `index` and `length` follow the op's contract (rows of that stage's input, class token
+    included); `scores` are float32 [B, rows-1], -inf where a row only pads the batch.
+    """
+
+    scores: list[Tensor] = field(default_factory=list)
+    index: list[Tensor] = field(default_factory=list)
+    length: list[Tensor] = field(default_factory=list)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that can also score its tokens."""
+
+    def __init__(self, config: ArchConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.family == "deit")
+        self.proj = nn.Linear(config.dim, config.dim)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v  # each (B, H, M, Dh)
+
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None, score: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Inference form. x T [B, M, D], key_mask bool [B, M] -> T [B, M, D], scores [B, M-1]."""
+        q, k, v = self._heads(x)
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = self.proj(context.transpose(1, 2).flatten(2))
+        if not score:
+            return out, None
+        scores = token_scores(class_attention_row(q, k, key_mask), context)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, 1:], -torch.inf)
+        return out, scores
+
+    def forward_masked(
+        self, x: Tensor, keep: Tensor | None, score: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Training form: keys weighted by `keep` float32 [B, M] inside the softmax.
+
+        A dropped token still attends to itself, so that no row of the softmax is empty.
+        """
+        q, k, v = self._heads(x)
+        if keep is None and not score:
+            context = F.scaled_dot_product_attention(q, k, v)
+            return self.proj(context.transpose(1, 2).flatten(2)), None
+        logits = (q * k.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, M, M)
+        if keep is None:
+            weights = logits.float().softmax(3)
+        else:
+            weights = masked_softmax(logits.float(), keep)
+        context = weights.to(v.dtype) @ v
+        out = self.proj(context.transpose(1, 2).flatten(2))
+        return out, token_scores(weights[:, :, 0], context) if score else None
+
+
+def masked_softmax(logits: Tensor, keep: Tensor) -> Tensor:
+    """softmax over the kept keys and oneself; the mask is a factor, so its gradient lives.
+
+    Args:
+        logits: float32 [B, H, M, M].
+        keep: float32 [B, M].
+    """
+    weight = keep[:, None, None, :]
+    own = torch.eye(logits.shape[3], dtype=logits.dtype, device=logits.device)
+    weight = weight + (1 - weight) * own  # (B, 1, M, M)
+    top = logits.detach().masked_fill(weight.detach() <= 0, -torch.inf).amax(3, keepdim=True)
+    # Keys that are masked may exceed `top`; the clamp keeps their exp finite before it is zeroed.
+    numerator = (logits - top).clamp(max=0).exp() * weight
+    return numerator / numerator.sum(3, keepdim=True)
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, config: ArchConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.dim, config.hidden)
+        self.fc2 = nn.Linear(config.hidden, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; LV-ViT halves both residual branches."""
+
+    def __init__(self, config: ArchConfig) -> None:
+        super().__init__()
+        eps = 1e-6 if config.family == "deit" else 1e-5
+        self.norm1 = nn.LayerNorm(config.dim, eps=eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=eps)
+        self.mlp = Mlp(config)
+        self.halve = config.family == "lvvit"
+
+    def _branch(self, x: Tensor) -> Tensor:
+        return x * 0.5 if self.halve else x
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, score: bool, masked: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """`mask` is the key mask (inference) or the keep mask (`masked`, training)."""
+        attend = self.attn.forward_masked if masked else self.attn
+        out, scores = attend(self.norm1(x), mask, score)
+        x = x + self._branch(out)
+        return x + self._branch(self.mlp(self.norm2(x))), scores
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, one linear map."""
+
+    def __init__(self, config: ArchConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.dim, config.patch_size, config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float [B, 3, H, W] -> [B, N, D]."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class AdaptiveViT(nn.Module):
+    """A ViT whose image tokens leave at `config.stages`; dense when `adaptive` is False."""
+
+    def __init__(self, config: ArchConfig, adaptive: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = self._stem()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.image_tokens, config.dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=self.blocks[0].norm1.eps)  # type: ignore
+        self.head = nn.Linear(config.dim, config.num_classes)
+        self.thresholds = nn.ParameterList(
+            nn.Parameter(torch.tensor(value)) for value in INITIAL_THRESHOLDS if adaptive
+        )
+        self._initialise()
+
+    def _stem(self) -> nn.Module:
+        return PatchEmbed(self.config)
+
+    def _initialise(self) -> None:
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether tokens leave at all."""
+        return len(self.thresholds) > 0
+
+    def embed(self, images: Tensor) -> Tensor:
+        """float [B, 3, H, W] -> tokens [B, M, D], class token first."""
+        tokens = self.patch_embed(images)
+        cls_token = self.cls_token.expand(images.shape[0], -1, -1)
+        return torch.cat([cls_token, tokens], 1) + self.pos_embed
+
+    def classify(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        """tokens [B, M, D] -> logits [B, C]; `valid` bool [B, M] names the rows in use."""
+        return self.head(self.norm(tokens)[:, 0])
+
+    def _scored_by(self, block: int) -> bool:
+        return self.adaptive and block + 1 in self.config.stages
+
+    def forward(
+        self, images: Tensor, batch_rule: str = "exact", padded: bool | None = None
+    ) -> tuple[Tensor, Trace]:
+        """Inference form: tokens are really removed.
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+            batch_rule: "exact" keeps for each image what it would keep alone (rows are padded to
+                the batch's maximum and masked); "mean-k" is the paper's rule.
+            padded: whether rows can pad the batch; by default, where B > 1.
+
+        Returns:
+            logits [B, C] and the trace of the stages.
+        """
+        padded = images.shape[0] > 1 if padded is None else padded
+        mean_k = batch_rule == "mean-k"
+        x, key_mask, scores, trace = self.embed(images), None, None, Trace()
+        for i, block in enumerate(self.blocks):
+            if self.adaptive and i in self.config.stages:
+                threshold = self.thresholds[len(trace.length)]
+                assert scores is not None
+                if mean_k:
+                    x, index, length = compact_masked(x, mean_k_keep_mask(scores, threshold))
+                else:
+                    x, index, length, _ = threshold_compact(x, scores, threshold)
+                trace.scores.append(scores)
+                trace.index.append(index)
+                trace.length.append(length)
+                if padded and not mean_k:
+                    key_mask = index >= 0
+            x, scores = block(x, key_mask, self._scored_by(i))
+        return self.classify(x, key_mask), trace
+
+    def forward_masked(
+        self, images: Tensor, temperature: float = TEMPERATURE, selector: Selector | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Training form: every token stays in place, dropped ones are hidden from attention.
+
+        Args:
+            images: float [B, 3, H, W], normalised.
+            temperature: T of Eq. 9.
+            selector: another rule in place of the thresholds (random, top-k), for ablations.
+
+        Returns:
+            logits [B, C], final tokens [B, M, D] after the last norm, and per stage the keep mask
+            float32 [B, N] (1 or 0; gradients reach thresholds and scores).
+        """
+        x, scores, keep = self.embed(images), None, None
+        masks: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if self.adaptive and i in self.config.stages:
+                stage = len(masks)
+                assert scores is not None
+                alive = masks[-1] if masks else torch.ones_like(scores)
+                if selector is None:
+                    mask = soft_keep_mask(scores, self.thresholds[stage], alive, temperature)
+                else:
+                    mask = selector(stage, scores, alive)
+                masks.append(mask)
+                keep = F.pad(mask, (1, 0), value=1.0)
+            x, scores = block(x, keep, self._scored_by(i), masked=True)
+        valid = None if keep is None else keep.detach() > 0.5
+        return self.classify(x, valid), self.norm(x), masks

@@ -1,0 +1,68 @@
+"""`asvit::threshold_compact`: the op in PyTorch, eager and traceable by torch.export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAME = "asvit::threshold_compact"
+
+
+def keep_mask(scores: Tensor, threshold: Tensor | float) -> Tensor:
+    """bool [B, N]: `score > threshold`, and always the best score (see `reference.keep_mask`)."""
+    # argmax would return a NaN's place, and a masked NaN must lose even against -inf: so look
+    # for the first place that equals the highest number. With no number at all that is place 0.
+    number = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    top = number.amax(1, keepdim=True)
+    best = (scores == top).to(torch.uint8).argmax(1, keepdim=True)
+    return (scores > threshold).scatter(1, best, True)
+
+
+@torch.library.custom_op(NAME, mutates_args=())
+def threshold_compact(
+    tokens: Tensor, scores: Tensor, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep the class token and every image token whose score exceeds the threshold.
+
+    Args:
+        tokens: T [B, M, D], class token in row 0.
+        scores: float32 [B, M-1].
+        threshold: float32 scalar.
+
+    Returns:
+        compact T [B, 1+K, D] (zero rows at the tail), index int64 [B, 1+K] (-1 at the tail),
+        length int64 [B] and size int64 [], its maximum.
+
+    Raises:
+        ValueError: an empty batch, no image token, or shapes that do not fit.
+    """
+    if tokens.ndim != 3 or scores.shape != (tokens.shape[0], tokens.shape[1] - 1):
+        raise ValueError(f"tokens {tuple(tokens.shape)} and scores {tuple(scores.shape)} do not fit")
+    if scores.numel() == 0:
+        raise ValueError(f"nothing to compact in tokens {tuple(tokens.shape)}")
+    keep = torch.nn.functional.pad(keep_mask(scores, threshold), (1, 0), value=True)  # (B, M)
+    length = keep.sum(1)
+    if tokens.shape[0] == 1:
+        index = keep.nonzero()[:, 1].unsqueeze(0)
+        return tokens[:, index[0]], index, length, length.amax()
+    size = length.amax()
+    # A stable sort of "dropped" brings the kept rows to the front in their own order.
+    index = (~keep).to(torch.uint8).sort(dim=1, stable=True).indices[:, :size]
+    valid = torch.arange(index.shape[1], device=index.device) < length[:, None]
+    rows = index.unsqueeze(2).expand(-1, -1, tokens.shape[2])
+    compact = tokens.gather(1, rows).masked_fill(~valid.unsqueeze(2), 0)
+    return compact, index.masked_fill(~valid, -1), length, size
+
+
+@threshold_compact.register_fake
+def _(tokens: Tensor, scores: Tensor, threshold: Tensor) -> tuple[Tensor, ...]:
+    batch, rows, dim = tokens.shape
+    size = torch.library.get_ctx().new_dynamic_size(min=2)  # class token and one image token
+    torch._check(size <= rows)
+    int64 = torch.int64
+    return (
+        tokens.new_empty(batch, size, dim),
+        tokens.new_empty(batch, size, dtype=int64),
+        tokens.new_empty(batch, dtype=int64),
+        tokens.new_empty((), dtype=int64),
+    )

@@ -1,0 +1,43 @@
+"""Head-weighted class attention: how much an image token matters (Eq. 5-7 of AS-ViT)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The released code adds this to the denominator of Eq. 6.
+_EPS = 1e-8
+
+
+def token_scores(class_attention: Tensor, context: Tensor) -> Tensor:
+    """S = sum_h R * A_cls with R the share of head h in a token's context norm.
+
+        (5) Hd = |ctx|_2    (6) R = Hd / sum_h Hd    (7) S = sum_h R * A[:, :, 0, 1:]
+
+    Args:
+        class_attention: float32 [B, H, M], softmax row of the class token over all tokens.
+        context: T [B, H, M, Dh], attention output of each head before the projection.
+
+    Returns:
+        float32 [B, M-1]; sums to at most 1 per image, about 1/M each.
+    """
+    norm = torch.linalg.vector_norm(context[:, :, 1:].float(), dim=3)  # (B, H, N)
+    share = norm / (norm.sum(1, keepdim=True) + _EPS)
+    return (share * class_attention[:, :, 1:]).sum(1)
+
+
+def class_attention_row(query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """float32 [B, H, M]: softmax(q_cls K^T / sqrt(Dh)), the one row that scoring needs.
+
+    Computed beside a fused attention, which never shows its weights. Always in float32: scores
+    near 0.002 have a spacing of 1e-3 relative in half precision.
+
+    Args:
+        query, key: T [B, H, M, Dh].
+        key_mask: bool [B, M], False where the row only pads the batch, or None.
+    """
+    scale = key.shape[3] ** -0.5
+    logits = (query[:, :, 0:1].float() * scale) @ key.float().transpose(2, 3)  # (B, H, 1, M)
+    if key_mask is not None:
+        logits = logits.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+    return logits.softmax(3).squeeze(2)
