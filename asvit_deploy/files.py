@@ -21,10 +21,20 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise UserError where `path` exists and `force` is off."""
+def check_writable(path: Path, force: bool) -> None:
+    """Find out before the work whether its result could be put at `path`.
+
+    Raises:
+        UserError: `path` exists and `force` is off, is a folder, or cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
     if path.exists() and not force:
         raise UserError(f"{path} exists already; pass --force to replace it")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission to write in {path.parent.resolve()}")
 
 
 def _alive(pid: int) -> bool:

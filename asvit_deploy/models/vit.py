@@ -193,6 +193,10 @@ class AdaptiveViT(nn.Module):
         """Whether tokens leave at all."""
         return len(self.thresholds) > 0
 
+    def threshold_values(self) -> list[float]:
+        """The thresholds as plain numbers, in stage order; empty when dense."""
+        return [threshold.item() for threshold in self.thresholds]
+
     def embed(self, images: Tensor) -> Tensor:
         """float [B, 3, H, W] -> tokens [B, M, D], class token first."""
         tokens = self.patch_embed(images)

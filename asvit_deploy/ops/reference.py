@@ -15,7 +15,7 @@ class Compacted(NamedTuple):
     """Outputs of the op; T is the type of `tokens`, 1+K the most rows any image keeps."""
 
     compact: NDArray  # T [B, 1+K, D]: class token, kept tokens in order, zero rows
-    index: NDArray[np.int64]  # [B, 1+K]: source row in `tokens`, -1 where the row is zero
+    index: NDArray[np.int64]  # type: ignore[assignment]  # [B, 1+K]: source row in `tokens`, -1 where the row is zero
     length: NDArray[np.int64]  # [B]: rows in use, class token included
     size: NDArray[np.int64]  # scalar: max(length)
 
@@ -43,9 +43,7 @@ def keep_mask(scores: NDArray[np.float32], threshold: float) -> NDArray[np.bool_
     return keep
 
 
-def threshold_compact(
-    tokens: NDArray, scores: NDArray[np.float32], threshold: float
-) -> Compacted:
+def threshold_compact(tokens: NDArray, scores: NDArray[np.float32], threshold: float) -> Compacted:
     """Keep the class token and every image token above the threshold (Eq. 8 of AS-ViT).
 
     Args:

@@ -37,7 +37,9 @@ def threshold_compact(
         ValueError: an empty batch, no image token, or shapes that do not fit.
     """
     if tokens.ndim != 3 or scores.shape != (tokens.shape[0], tokens.shape[1] - 1):
-        raise ValueError(f"tokens {tuple(tokens.shape)} and scores {tuple(scores.shape)} do not fit")
+        raise ValueError(
+            f"tokens {tuple(tokens.shape)} and scores {tuple(scores.shape)} do not fit"
+        )
     if scores.numel() == 0:
         raise ValueError(f"nothing to compact in tokens {tuple(tokens.shape)}")
     keep = torch.nn.functional.pad(keep_mask(scores, threshold), (1, 0), value=True)  # (B, M)

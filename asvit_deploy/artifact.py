@@ -1,0 +1,115 @@
+"""Sidecars: `FILE.json` beside `FILE`, which says what the file is and where it came from.
+
+A sidecar carries the sha256 of its artefact and a digest of its own fields, so a file that was
+replaced and a sidecar that was edited are both noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from asvit_deploy import __version__
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import atomic, sha256
+
+SCHEMA = 1
+# Artefacts by the ending of their file name.
+KINDS = {".onnx": "onnx", ".engine": "engine", ".safetensors": "checkpoint"}
+
+
+def sidecar_path(artifact: Path) -> Path:
+    """`as_deit_s.onnx` -> `as_deit_s.onnx.json`."""
+    return artifact.with_name(artifact.name + ".json")
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    rest = {key: value for key, value in fields.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def provenance(libraries: Iterable[str] = ("torch", "onnx", "onnxscript")) -> dict[str, Any]:
+    """What made an artefact: this tool, its libraries, the command."""
+    versions = {}
+    for name in libraries:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "tool": f"asvit-deploy {__version__}",
+        "libraries": versions,
+        "python": platform.python_version(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def source_of(path: Path, **more: Any) -> dict[str, Any]:
+    """The file that an artefact was made from: its absolute path and sha256."""
+    return {"path": str(path.resolve()), "sha256": sha256(path), **more}
+
+
+def write(artifact: Path, data: bytes, fields: dict[str, Any]) -> None:
+    """Put an artefact and its sidecar in place, each whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    fields = {"schema": SCHEMA, **fields, "sha256": hashlib.sha256(data).hexdigest()}
+    fields["digest"] = _digest(fields)
+    text = json.dumps(fields, indent=2) + "\n"
+    # Nested, so that both are complete on disk before either takes its place.
+    with atomic(sidecar_path(artifact)) as sidecar, atomic(artifact) as file:
+        sidecar.write_text(text)
+        file.write_bytes(data)
+
+
+def read(artifact: Path) -> dict[str, Any]:
+    """The fields of an artefact's sidecar, checked against the artefact.
+
+    Raises:
+        UserError: the artefact or its sidecar is missing, unreadable, edited, or of a newer schema,
+            or they do not belong together.
+    """
+    path = sidecar_path(artifact)
+    if not artifact.is_file():
+        raise UserError(f"{artifact} does not exist; name an artefact that `export` made")
+    if not path.is_file():
+        raise UserError(f"{artifact} has no sidecar {path.name} beside it; export it again")
+    try:
+        fields = json.loads(path.read_bytes())
+        schema, digest, expected = fields["schema"], fields["digest"], fields["sha256"]
+    except (ValueError, KeyError, TypeError, OSError):
+        raise UserError(
+            f"{path} is not a sidecar of this tool; export {artifact.name} again"
+        ) from None
+    if schema != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}; update the tool")
+    if digest != _digest(fields):
+        raise UserError(f"{path} was edited after it was written; export {artifact.name} again")
+    if expected != sha256(artifact):
+        raise UserError(f"{path} does not belong to {artifact} (sha256 differs); export it again")
+    return fields
+
+
+def find(folder: Path, *kinds: str) -> list[Path]:
+    """Artefacts of these kinds in a folder, by their sidecars, in name order."""
+    found = []
+    for sidecar in sorted(folder.glob("*.json")):
+        artifact = sidecar.with_suffix("")
+        if KINDS.get(artifact.suffix) in kinds and artifact.is_file():
+            found.append(artifact)
+    return found
+
+
+def cache_dir() -> Path:
+    """The user's cache folder of this tool."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "asvit-deploy"

@@ -1,0 +1,194 @@
+"""`asvit-deploy bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from asvit_deploy import files
+from asvit_deploy.cli import options
+from asvit_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from asvit_deploy.evaluate.bench import Variant
+    from asvit_deploy.evaluate.session import Session
+    from asvit_deploy.images import ImageSet
+
+
+@click.command()
+@options.models
+@options.images
+@click.option("--limit", type=click.IntRange(1), default=64, show_default=True,
+              help="Use at most so many pictures.")  # fmt: skip
+@click.option("--runs", type=click.IntRange(10), default=200, show_default=True,
+              help="Timed rounds; each runs every variant once.")  # fmt: skip
+@click.option("--warmup", type=click.IntRange(0), default=50, show_default=True)
+@click.option("--threads", type=click.Choice(["1", "all", "both"]), default="both",
+              show_default=True, help="One thread, every core, or both in turn.")  # fmt: skip
+@options.library
+@options.as_json
+@click.option("-o", "--output", type=options.PATH, help="Also write the JSON report here.")
+@options.force
+def command(
+    models: tuple[Path, ...],
+    images: Path | None,
+    limit: int,
+    runs: int,
+    warmup: int,
+    threads: str,
+    library: Path | None,
+    as_json: bool,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Latency at batch 1, MACs and kept tokens, beside the dense model.
+
+    One process, all variants interleaved in random order, on real pictures; the ratio of medians
+    is what counts. Without MODELS, the adaptive artefact that the current folder's sidecars name.
+    """
+    from asvit_deploy.evaluate.session import find_op_library
+
+    if output is not None:
+        files.check_writable(output, force)
+    counts = {"1": [1], "all": [0], "both": [1, 0]}[threads]
+    found = find_op_library(library)
+    reports = []
+    for path in _chosen(models):
+        reports += _bench(path, images, limit, runs, warmup, counts, found)
+    text = json.dumps(reports, indent=2)
+    if output is not None:
+        files.write_text(output, text + "\n")
+    if as_json:
+        click.echo(text)
+    else:
+        for report in reports:
+            _print(report)
+
+
+def _chosen(models: tuple[Path, ...]) -> list[Path]:
+    """What to bench: the models named, else the one adaptive artefact of the folder."""
+    from asvit_deploy import artifact
+
+    if models:
+        return list(models)
+    found = options.artefacts((), "onnx", several=True)
+    adaptive = [path for path in found if artifact.read(path)["adaptive"]] or found
+    if len(adaptive) > 1:
+        names = ", ".join(map(str, adaptive))
+        raise UserError(f"several artefacts here, name the ones to bench: {names}")
+    return adaptive
+
+
+def _bench(
+    path: Path, images: Path | None, limit: int, runs: int, warmup: int,
+    counts: list[int], library: Path | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    from asvit_deploy.evaluate.session import Session
+    from asvit_deploy.images import open_images
+
+    session = Session(path, library)
+    pictures = open_images(images, session.config, limit)
+    options.status(f"{path}: {len(pictures)} images ({pictures.source})")
+    return [_measure(session, pictures, runs, warmup, count) for count in counts]
+
+
+def _measure(
+    session: Session, pictures: ImageSet, runs: int, warmup: int, threads: int
+) -> dict[str, Any]:
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from asvit_deploy.evaluate import bench, profile
+    from asvit_deploy.evaluate.machine import machine
+
+    cores = machine()["cores"]
+    torch.set_num_threads(threads or cores)
+    variants, notes = _variants(session, threads)
+    loaded = [pictures[i] for i in range(len(pictures))]
+    label = f"{threads or cores} thread{'s' * ((threads or cores) > 1)}"
+    with tqdm(total=warmup + runs, desc=f"bench, {label}", disable=None, leave=False) as bar:
+        seconds = bench.interleave(
+            variants, loaded, warmup, runs, progress=lambda: bar.update() and None
+        )
+    lengths = np.empty((len(loaded), 0), np.int64)
+    ways = session.libraries()
+    if session.adaptive:
+        lengths = bench.kept_per_image(session.runner(next(iter(ways.values()))), loaded)
+    else:
+        lengths = np.full(
+            (len(loaded), len(session.config.stages)), session.config.image_tokens + 1
+        )
+    macs = bench.macs_summary(session.config, lengths, runs)
+    rows = bench.summarise(variants, seconds, macs)
+    profiles = []
+    if threads == 1 and session.adaptive:
+        profiles = [profile.shares(session.path, loaded, lib) for lib in ways.values()]
+    return {
+        "model": str(session.path), "arch": session.fields["arch"], "threads": threads or cores,
+        "warmup": warmup, "runs": runs, "images": pictures.source, "image_count": len(loaded),
+        "macs": macs, "rows": rows, "profile": profiles, "notes": notes,
+        "verdict": bench.verdict(rows), "machine": machine(),
+    }  # fmt: skip
+
+
+def _variants(session: Session, threads: int) -> tuple[list[Variant], list[str]]:
+    """The rows that can be run here, and why the others cannot."""
+    from asvit_deploy.evaluate.bench import Variant
+    from asvit_deploy.export.to_onnx import to_onnx
+    from asvit_deploy.runners.onnx_runtime import OrtRunner
+    from asvit_deploy.runners.pytorch import TorchRunner
+
+    variants, notes = [], []
+    try:
+        dense = session.dense_reference
+        variants.append(Variant("torch eager, dense", "torch", False, TorchRunner(dense)))
+        if session.adaptive:
+            variants.append(
+                Variant("torch eager, adaptive", "torch", True, TorchRunner(session.reference))
+            )
+            twin = OrtRunner(to_onnx(dense), threads=threads, record=False)
+            variants.append(Variant("onnxruntime, dense", "onnxruntime", False, twin))
+    except UserError as error:
+        notes.append(f"no torch and no dense rows: {error}")
+    for way, lib in session.libraries().items():
+        name = "onnxruntime, dense" if way == "dense" else f"onnxruntime, adaptive ({way})"
+        runner = session.runner(lib, threads, record=False)
+        variants.append(Variant(name, "onnxruntime", session.adaptive, runner))
+    if session.adaptive and session.library is None:
+        notes.append("no row with the op's library: `asvit-deploy build-plugins ort` makes it")
+    return variants, notes
+
+
+def _print(report: dict[str, Any]) -> None:
+    from asvit_deploy.evaluate.report import table
+
+    macs, rows = report["macs"], []
+    for row in report["rows"]:
+        gain = row.get("speedup")
+        rows.append([
+            row["name"], f"{row['p50_ms']:.2f}", f"{row['p90_ms']:.2f}", f"{row['p99_ms']:.2f}",
+            f"{macs['adaptive_gmacs' if row['adaptive'] else 'dense_gmacs']:.3f}",
+            f"{gain['value']:.2f} ({gain['low']:.2f}-{gain['high']:.2f})" if gain else "1",
+            f"{row['of_macs_ratio']:.0%}" if gain else "-",
+        ])  # fmt: skip
+    plural = "s" * (report["threads"] > 1)
+    click.echo(f"\n{report['model']}: batch 1, {report['threads']} thread{plural}, "
+               f"{report['runs']} rounds over {report['image_count']} images")  # fmt: skip
+    headers = ["variant", "p50 ms", "p90 ms", "p99 ms", "GMACs", "speed-up over dense (95 %)",
+               "of MACs ratio"]  # fmt: skip
+    click.echo(table(headers, rows))
+    kept = ", ".join(f"{k:.1f}" for k in macs["mean_kept"])
+    click.echo(f"kept tokens per stage: {kept} of {macs['image_tokens']}; "
+               f"MACs ratio {macs['ratio']:.3f}")  # fmt: skip
+    for share in report["profile"]:
+        click.echo(
+            f"of the run ({share['op']}): scoring {share['scoring']:.2%}, "
+            f"compaction {share['compaction']:.2%}, together {share['both']:.2%}"
+        )
+    for note in report["notes"]:
+        click.echo(f"note: {note}")
+    click.echo(f"verdict: {report['verdict']}")

@@ -1,0 +1,114 @@
+"""`asvit-deploy check`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from asvit_deploy.cli import options
+from asvit_deploy.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from asvit_deploy.evaluate.parity import Parity
+
+_BATCH = 8  # what a dynamic-batch model is also run with
+
+
+@click.command()
+@options.models
+@options.images
+@click.option("--limit", type=click.IntRange(1), default=200, show_default=True,
+              help="Use at most so many pictures.")  # fmt: skip
+@click.option("--reference", type=options.PATH,
+              help="Another ONNX artefact to compare with [default: PyTorch].")  # fmt: skip
+@options.library
+@options.as_json
+def command(
+    models: tuple[Path, ...],
+    images: Path | None,
+    limit: int,
+    reference: Path | None,
+    library: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare logits, top-1 and kept tokens with PyTorch; exit 1 when they do not agree.
+
+    Without MODELS, every ONNX artefact in the current folder. Each is run with its function and,
+    where the op's library is built, with that; a dynamic-batch model also in batches of 8.
+    """
+    from asvit_deploy.evaluate.session import find_op_library
+
+    found = find_op_library(library)
+    results: list[dict[str, Any]] = []
+    for path in options.artefacts(models, "onnx", several=True):
+        results += _check(path, images, limit, reference, found)
+    if as_json:
+        click.echo(json.dumps([{**r, "parity": r["parity"].as_dict()} for r in results], indent=2))
+    else:
+        _print(results)
+    failed = [r for r in results if not r["parity"].passed]
+    if failed:
+        reasons = "; ".join(f"{r['model']} ({r['run']}): {f}" for r in failed
+                            for f in r["parity"].failures)  # fmt: skip
+        raise CheckFailed(reasons)
+
+
+def _check(
+    path: Path, images: Path | None, limit: int, other: Path | None, library: Path | None
+) -> list[dict[str, Any]]:
+    from tqdm import tqdm
+
+    from asvit_deploy.evaluate.parity import compare
+    from asvit_deploy.evaluate.session import Session
+    from asvit_deploy.images import open_images
+    from asvit_deploy.runners.base import Runner
+    from asvit_deploy.runners.pytorch import TorchRunner
+
+    session = Session(path, library)
+    reference: Runner = (
+        Session(other).runner(None) if other is not None else TorchRunner(session.reference)
+    )
+    pictures = open_images(images, session.config, limit)
+    options.status(f"{path}: {len(pictures)} images ({pictures.source})")
+    loaded = [pictures[i] for i in range(len(pictures))]
+    runs = [
+        (f"{way}, batch {batch}", lib, batch)
+        for way, lib in session.libraries().items()
+        for batch in ((1, _BATCH) if session.dynamic_batch else (1,))
+    ]
+    results = []
+    for name, lib, batch in tqdm(runs, desc="check", disable=None, leave=False):
+        parity = compare(
+            reference, session.runner(lib), loaded, pictures.names,
+            session.fields["thresholds"], batch=batch,
+        )  # fmt: skip
+        results.append({"model": str(path), "run": name, "images": pictures.source,
+                        "reference": reference.describe(), "parity": parity})  # fmt: skip
+    return results
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    from asvit_deploy.evaluate.report import table
+
+    def row(model: str, run: str, p: Parity) -> list[str]:
+        borderline = sum(flip.borderline for flip in p.flips)
+        return [
+            model, run, str(p.images), f"{p.equal_sets}/{p.images}",
+            f"{len(p.flips)} ({borderline} borderline)", f"{p.top1_equal}/{p.images}",
+            f"{p.logit_error:.1e}", " ".join(f"{k:.1f}" for k in p.mean_kept) or "-",
+            "ok" if p.passed else "FAILED",
+        ]  # fmt: skip
+
+    headers = ["model", "op, batch", "images", "same tokens", "flips", "same top-1",
+               "logit error", "kept per stage", "verdict"]  # fmt: skip
+    click.echo(table(headers, [row(r["model"], r["run"], r["parity"]) for r in results]))
+    for r in results:
+        for flip in r["parity"].flips[:20]:
+            click.echo(
+                f"flip: {flip.image} stage {flip.stage} token {flip.token}: score {flip.score:.8f},"
+                f" threshold {flip.threshold:.8f}, margin {flip.margin:.1e}"
+                + ("" if flip.borderline else " BEYOND ROUNDING")
+            )

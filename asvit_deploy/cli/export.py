@@ -1,0 +1,74 @@
+"""`asvit-deploy export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from asvit_deploy.cli import options
+
+
+@click.command()
+@options.checkpoint
+@click.option(
+    "-o", "--output", type=options.PATH, help="ONNX file [default: stem of --ckpt, here]."
+)
+@click.option("--image-size", type=int, help="Another image size; position embeddings are resized.")
+@click.option("--arch", help="Settle the architecture where the checkpoint is ambiguous.")
+@click.option(
+    "--batch", type=click.Choice(["1", "dynamic"]), default="1", show_default=True,
+    help="One image, or any batch (rows padded to the batch's maximum, masked).",
+)  # fmt: skip
+@click.option(
+    "--ops", type=click.Choice(["auto", "custom", "standard"]), default="auto", show_default=True,
+    help="Custom node with its function, node alone, or standard ops only.",
+)  # fmt: skip
+@click.option("--stage-outputs", is_flag=True, help="Make index_0, index_1, … graph outputs.")
+@click.option("--dense", is_flag=True, help="Export the dense twin, without the stages.")
+@click.option("--ema", is_flag=True, help="Use the averaged weights of a training checkpoint.")
+@options.images
+@options.force
+def command(
+    ckpt: Path,
+    output: Path | None,
+    image_size: int | None,
+    arch: str | None,
+    batch: str,
+    ops: str,
+    stage_outputs: bool,
+    dense: bool,
+    ema: bool,
+    images: Path | None,
+    force: bool,
+) -> None:
+    """Write one ONNX file and its sidecar, after comparing it with PyTorch.
+
+    \b
+    asvit-deploy export --ckpt as_deit_s.pt
+    asvit-deploy export --ckpt deit_small.pth --dense
+    """
+    from asvit_deploy.export import pipeline
+    from asvit_deploy.files import check_writable
+    from asvit_deploy.images import open_images
+    from asvit_deploy.models.checkpoint import load_checkpoint
+    from asvit_deploy.runners.onnx_runtime import import_onnxruntime
+
+    import_onnxruntime()
+    checkpoint = load_checkpoint(ckpt, image_size, arch, ema=ema)
+    if not dense:
+        pipeline.require_adaptive(checkpoint)
+    target = output or pipeline.default_output(ckpt, dense)
+    check_writable(target, force)
+    pictures = open_images(images, checkpoint.config, limit=16)
+    config = checkpoint.config
+    kind = "dense" if dense else "adaptive"
+    options.status(f"{ckpt}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")
+    parity = pipeline.export(checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema)
+    for name, result in parity.items():
+        kept = ", ".join(f"{k:.1f}" for k in result.mean_kept)
+        options.status(
+            f"agrees with PyTorch at {name} on {result.images} images ({pictures.source})"
+            + (f"; kept tokens per stage: {kept} of {config.image_tokens}" if kept else "")
+        )
+    click.echo(target)

@@ -1,0 +1,67 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from asvit_deploy.errors import UserError
+
+
+class CheckpointPath(click.ParamType):
+    """A checkpoint file; the word `default` names the one that the package carries."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        if value == "default" and not Path(value).exists():
+            from asvit_deploy.checkpoints import default_checkpoint
+
+            return default_checkpoint()
+        return Path(value)
+
+
+PATH = click.Path(path_type=Path)
+
+checkpoint = click.option(
+    "--ckpt", "ckpt", required=True, type=CheckpointPath(),
+    help="AS-ViT, DeiT/timm, LV-ViT or our own checkpoint; `default` is the packaged one.",
+)  # fmt: skip
+images = click.option(
+    "--images", type=PATH, help="Folder of pictures [default: photographs of scikit-image]."
+)
+limit = click.option("--limit", type=click.IntRange(1), help="Use at most so many pictures.")
+force = click.option("--force", is_flag=True, help="Replace an existing output.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+library = click.option(
+    "--library", type=PATH, help="The op's library [default: the one `build-plugins` made]."
+)
+models = click.argument("models", nargs=-1, type=PATH)
+
+
+def artefacts(named: tuple[Path, ...], *kinds: str, several: bool = False) -> list[Path]:
+    """The artefacts a command was given, or the ones that the current folder's sidecars describe.
+
+    Raises:
+        UserError: none there, or more than one where one is meant.
+    """
+    from asvit_deploy import artifact
+
+    if named:
+        return list(named)
+    found = artifact.find(Path(), *kinds)
+    if not found:
+        raise UserError(
+            f"no {' or '.join(kinds)} artefact in {Path().resolve()}; "
+            "run `asvit-deploy export --ckpt FILE` here, or name one"
+        )
+    if len(found) > 1 and not several:
+        raise UserError(f"several artefacts here, name one: {', '.join(map(str, found))}")
+    return found
+
+
+def status(message: str) -> None:
+    """One line to stderr."""
+    click.echo(message, err=True)

@@ -1,0 +1,145 @@
+"""Latency of one image at a time, interleaved, beside the dense model of the same runtime.
+
+All variants run in one process, in a new random order each round, so that drift and neighbours
+hit them alike; what counts is the ratio of medians, with a bootstrap interval over rounds.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asvit_deploy.models.macs import dense_macs, model_macs
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.runners.base import Runner
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        name: shown.
+        runtime: rows of one runtime are compared with its dense row.
+        adaptive: False for the dense row.
+        runner: must not record, so that only the inference itself is timed.
+    """
+
+    name: str
+    runtime: str
+    adaptive: bool
+    runner: Runner
+
+
+def interleave(
+    variants: Sequence[Variant],
+    images: Sequence[NDArray[np.float32]],
+    warmup: int,
+    runs: int,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, NDArray[np.float64]]:
+    """Time every variant on the same image, round after round.
+
+    Args:
+        images: float32 [3, H, W] each; round r takes image r modulo their number.
+        warmup: untimed rounds first.
+        runs: timed rounds.
+
+    Returns:
+        Seconds [runs] by variant name.
+    """
+    order, rng = list(variants), random.Random(seed)
+    seconds = {variant.name: np.zeros(runs) for variant in variants}
+    for r in range(-warmup, runs):
+        image = images[r % len(images)][None]
+        rng.shuffle(order)
+        for variant in order:
+            start = time.perf_counter()
+            variant.runner.infer(image)
+            if r >= 0:
+                seconds[variant.name][r] = time.perf_counter() - start
+        progress()
+    return seconds
+
+
+def ratio_of_medians(
+    slow: NDArray[np.float64], fast: NDArray[np.float64], draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """median(slow) / median(fast) with its 95 % bootstrap interval over rounds (paired)."""
+    rng = np.random.default_rng(seed)
+    pick = rng.integers(0, len(slow), (draws, len(slow)))
+    ratios = np.median(slow[pick], axis=1) / np.median(fast[pick], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(np.median(slow) / np.median(fast)), float(low), float(high)
+
+
+def kept_per_image(runner: Runner, images: Sequence[NDArray[np.float32]]) -> NDArray[np.int64]:
+    """Tokens left after each stage, class token included: int64 [images, stages]."""
+    return np.array([[int(n[0]) for n in runner(image[None]).lengths] for image in images])
+
+
+def macs_summary(config: ArchConfig, lengths: NDArray[np.int64], runs: int) -> dict[str, Any]:
+    """Mean MACs over the rounds as they were run, and the ratio that a perfect runtime would show.
+
+    Args:
+        lengths: int64 [images, stages], class token included.
+        runs: timed rounds; the images cycle.
+    """
+    shown = lengths[np.arange(runs) % len(lengths)].astype(np.float64)
+    adaptive = float(np.mean(model_macs(config, list(shown.T))))
+    return {
+        "dense_gmacs": dense_macs(config) / 1e9,
+        "adaptive_gmacs": adaptive / 1e9,
+        "ratio": dense_macs(config) / adaptive,
+        "mean_kept": (shown.mean(axis=0) - 1).tolist(),
+        "image_tokens": config.image_tokens,
+    }
+
+
+def summarise(
+    variants: Sequence[Variant], seconds: dict[str, NDArray[np.float64]], macs: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One row per variant: percentiles in milliseconds and the ratio to its runtime's dense row."""
+    dense = {v.runtime: seconds[v.name] for v in variants if not v.adaptive}
+    rows = []
+    for variant in variants:
+        times = seconds[variant.name]
+        p50, p90, p99 = np.percentile(times * 1e3, [50, 90, 99])
+        row: dict[str, Any] = {
+            "name": variant.name,
+            "runtime": variant.runtime,
+            "adaptive": variant.adaptive,
+            "runner": variant.runner.describe(),
+            "p50_ms": float(p50),
+            "p90_ms": float(p90),
+            "p99_ms": float(p99),
+            "min_ms": float(times.min() * 1e3),
+        }
+        if variant.adaptive and variant.runtime in dense:
+            ratio, low, high = ratio_of_medians(dense[variant.runtime], times)
+            row["speedup"] = {"value": ratio, "low": low, "high": high}
+            row["of_macs_ratio"] = ratio / macs["ratio"]
+        rows.append(row)
+    return rows
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """One sentence on whether dropping tokens pays, in the fastest runtime that ran both."""
+    compared = [row for row in rows if "speedup" in row]
+    if not compared:
+        return "no runtime ran both the dense and the adaptive model: nothing to compare"
+    best = min(compared, key=lambda row: row["p50_ms"])
+    speedup = best["speedup"]
+    span = f"{speedup['value']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
+    if speedup["low"] > 1:
+        return f"{best['name']} wins over dense in the same runtime: {span}"
+    if speedup["high"] < 1:
+        return f"dense wins in {best['runtime']}: the adaptive model's speed-up is {span}"
+    return f"a draw in {best['runtime']}: the adaptive model's speed-up is {span}"

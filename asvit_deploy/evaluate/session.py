@@ -1,0 +1,99 @@
+"""One artefact under test: its sidecar, its PyTorch reference, and the ways to run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from asvit_deploy import artifact
+from asvit_deploy.errors import UserError
+from asvit_deploy.evaluate.reference import config_of, reference_model
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.ops import onnx_op
+from asvit_deploy.runners.onnx_runtime import OrtRunner, load_model
+
+
+@dataclass
+class Session:
+    """An ONNX artefact of ours, opened.
+
+    Attributes:
+        path: the file.
+        library: the op's ONNX Runtime library, or None to run the function.
+        fields: the sidecar.
+    """
+
+    path: Path
+    library: Path | None = None
+    fields: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fields = artifact.read(self.path)
+        if self.fields.get("kind") != "onnx":
+            raise UserError(f"{self.path} is a {self.fields.get('kind')}; name an .onnx file")
+
+    @cached_property
+    def model(self) -> onnx.ModelProto:
+        return load_model(self.path)
+
+    @cached_property
+    def config(self) -> ArchConfig:
+        return config_of(self.fields)
+
+    @cached_property
+    def reference(self) -> AdaptiveViT:
+        """The PyTorch model it was exported from."""
+        return reference_model(self.path, self.fields, dense=not self.adaptive)
+
+    @cached_property
+    def dense_reference(self) -> AdaptiveViT:
+        """The same checkpoint without its stages."""
+        return reference_model(self.path, self.fields, dense=True)
+
+    @property
+    def adaptive(self) -> bool:
+        return bool(self.fields["adaptive"])
+
+    @property
+    def dynamic_batch(self) -> bool:
+        return self.fields["batch"] == "dynamic"
+
+    def libraries(self) -> dict[str, Path | None]:
+        """Ways to run the op by name: `function` where the file holds it, `library` if given."""
+        if not self.adaptive:
+            return {"dense": None}
+        ways: dict[str, Path | None] = {}
+        if self.model.functions or not onnx_op.nodes_of(self.model.graph):
+            ways["function"] = None
+        if self.library is not None and onnx_op.nodes_of(self.model.graph):
+            ways["library"] = self.library
+        if not ways:
+            raise UserError(
+                f"{self.path} was exported with --ops custom and the op's library is not built; "
+                "run `asvit-deploy build-plugins ort`"
+            )
+        return ways
+
+    def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
+        """The artefact in ONNX Runtime."""
+        return OrtRunner(self.model, library, threads=threads, record=record)
+
+
+def find_op_library(named: Path | None) -> Path | None:
+    """The library given, or the one that `build-plugins` made, or None.
+
+    Raises:
+        UserError: the library given does not exist.
+    """
+    if named is not None:
+        if not named.is_file():
+            raise UserError(f"{named} does not exist; `asvit-deploy build-plugins ort` makes one")
+        return named.resolve()
+    from asvit_deploy.ops.library import find_library
+
+    return find_library()

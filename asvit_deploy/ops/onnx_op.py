@@ -1,0 +1,124 @@
+"""`asvit::ThresholdCompact` in ONNX: its schema, and its body in standard ops.
+
+The body makes one file run everywhere: a runtime that has no kernel for the node inlines it.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+DOMAIN, OP_TYPE, VERSION = "asvit", "ThresholdCompact", 1
+INPUTS = ("tokens", "scores", "threshold")
+OUTPUTS = ("compact", "index", "length", "size")
+# What TensorRT's parser reads to find the plugin creator; every other runtime ignores it.
+PLUGIN_ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": ""}
+
+_PAYLOAD = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+
+
+def schema() -> onnx.defs.OpSchema:
+    """The op's schema: T payload, float32 scores and threshold, int64 bookkeeping."""
+    parameter = onnx.defs.OpSchema.FormalParameter
+    types = dict.fromkeys(INPUTS[1:], "tensor(float)") | dict.fromkeys(OUTPUTS[1:], "tensor(int64)")
+    return onnx.defs.OpSchema(
+        OP_TYPE,
+        DOMAIN,
+        VERSION,
+        doc="Keep the class token and the image tokens whose score exceeds the threshold.",
+        inputs=[parameter(name, types.get(name, "T")) for name in INPUTS],
+        outputs=[parameter(name, types.get(name, "T")) for name in OUTPUTS],
+        type_constraints=[("T", _PAYLOAD, "token payload")],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(
+                name, onnx.defs.OpSchema.AttrType.STRING, "", required=False
+            )
+            for name in PLUGIN_ATTRIBUTES
+        ],
+    )
+
+
+# keep: bool [B, N]. NaN ranks below every number, so the best score is looked up as the first
+# place that equals the highest number; with no number at all that is place 0.
+_KEEP = """
+    minus_one = Constant <value = float {-1.0}> ()
+    zero_float = Constant <value = float {0.0}> ()
+    minus_inf = Div (minus_one, zero_float)
+    is_nan = IsNaN (scores)
+    number = Where (is_nan, minus_inf, scores)
+    axis_1 = Constant <value = int64[1] {1}> ()
+    top = ReduceMax <keepdims = 1> (number, axis_1)
+    is_top = Equal (scores, top)
+    is_top_int = Cast <to = 6> (is_top)
+    best = ArgMax <axis = 1, keepdims = 1, select_last_index = 0> (is_top_int)
+    zero = Constant <value = int64 {0}> ()
+    one = Constant <value = int64 {1}> ()
+    count_1d = Shape <start = 1, end = 2> (scores)
+    count = Squeeze (count_1d)
+    place = Range (zero, count, one)
+    is_best = Equal (place, best)
+    above = Greater (scores, threshold)
+    keep = Or (above, is_best)
+"""
+
+# One image: the rows that stay are simply listed.
+_SINGLE = """
+    found = NonZero (keep)
+    image_row = Gather <axis = 0> (found, one)
+    token_row = Add (image_row, one)
+    zero_1d = Constant <value = int64[1] {0}> ()
+    rows = Concat <axis = 0> (zero_1d, token_row)
+    compact = Gather <axis = 1> (tokens, rows)
+    axis_0 = Constant <value = int64[1] {0}> ()
+    index = Unsqueeze (rows, axis_0)
+    length = Shape (rows)
+    size = Squeeze (length)
+"""
+
+# Any batch: TopK over a key that falls along the row brings the kept rows to the front in order.
+_BATCHED = """
+    keep_int = Cast <to = 7> (keep)
+    image_length = ReduceSum <keepdims = 0> (keep_int, axis_1)
+    length = Add (image_length, one)
+    size = ReduceMax <keepdims = 0> (length)
+    axis_0 = Constant <value = int64[1] {0}> ()
+    size_1d = Unsqueeze (size, axis_0)
+    rows = Add (count, one)
+    all_place = Range (zero, rows, one)
+    falling = Sub (rows, all_place)
+    pads = Constant <value = int64[4] {0, 1, 0, 0}> ()
+    keep_all = Pad <mode = "constant"> (keep_int, pads, one)
+    key = Mul (keep_all, falling)
+    value, order = TopK <axis = 1, largest = 1, sorted = 1> (key, size_1d)
+    valid = Greater (value, zero)
+    absent = Neg (one)
+    index = Where (valid, order, absent)
+    axis_2 = Constant <value = int64[1] {2}> ()
+    order_3d = Unsqueeze (order, axis_2)
+    gathered = GatherND <batch_dims = 1> (tokens, order_3d)
+    valid_3d = Unsqueeze (valid, axis_2)
+    nothing = CastLike (zero_float, tokens)
+    compact = Where (valid_3d, gathered, nothing)
+"""
+
+
+def function_body(batched: bool, opset: int) -> onnx.FunctionProto:
+    """The op as a model-local function in standard ops.
+
+    Args:
+        batched: False gives the shorter body that is right for B = 1 only.
+        opset: version of the standard ops; 18 or later.
+    """
+    names = ", ".join(INPUTS), ", ".join(OUTPUTS)
+    function = onnx.parser.parse_function(
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+        f"{OP_TYPE} <{', '.join(PLUGIN_ATTRIBUTES)}> ({names[0]}) => ({names[1]})\n"
+        f"{{{_KEEP}{_BATCHED if batched else _SINGLE}}}"
+    )
+    for node in function.node:
+        node.name = f"{OP_TYPE}/{node.output[0]}"  # so that profilers can tell these nodes
+    return function
+
+
+def nodes_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The op's nodes, in stage order."""
+    return [node for node in graph.node if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]

@@ -1,0 +1,85 @@
+"""What every backend looks like to parity, bench and predict: images in, a prediction out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Stages = Sequence[NDArray]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One batch's result. Token numbers are those of the input: 0-based, class token not counted.
+
+    Attributes:
+        logits: float32 [B, C].
+        lengths: per stage int64 [B], rows in use, class token included; empty when dense.
+        kept: per stage, per image, the kept image tokens, ascending; None when not recorded.
+        scores: per stage, per image, float32 [N], NaN where the token was gone before the stage;
+            None when not recorded.
+    """
+
+    logits: NDArray[np.float32]
+    lengths: list[NDArray[np.int64]]
+    kept: list[list[NDArray[np.int64]]] | None = None
+    scores: list[list[NDArray[np.float32]]] | None = None
+
+
+class Runner(Protocol):
+    """A model on a backend.
+
+    `infer` is the bare call that bench times: it returns when the logits are there and hands back
+    the backend's own outputs. Calling the runner decodes them.
+    """
+
+    def infer(self, images: NDArray[np.float32]) -> Any: ...
+
+    def __call__(self, images: NDArray[np.float32]) -> Prediction: ...
+
+    def describe(self) -> dict[str, str]:
+        """backend, provider, precision, versions, device."""
+        ...
+
+    def warm_up(self, images: NDArray[np.float32], runs: int = 3) -> None: ...
+
+
+class RunnerBase:
+    """The part that all runners share."""
+
+    def infer(self, images: NDArray[np.float32]) -> Any:
+        raise NotImplementedError
+
+    def warm_up(self, images: NDArray[np.float32], runs: int = 3) -> None:
+        """Run a few times and forget the results."""
+        for _ in range(runs):
+            self.infer(images)
+
+
+def decode(logits: NDArray, lengths: Stages, index: Stages, scores: Stages) -> Prediction:
+    """Follow the stages' row numbers back to the input's tokens.
+
+    Args:
+        logits: [B, C].
+        lengths: per stage int [B].
+        index: per stage int64 [B, rows], the op's `index`.
+        scores: per stage float32 [B, rows before the stage - 1]; those of stage 0 cover the input.
+    """
+    batch = logits.shape[0]
+    lengths = [np.asarray(length, np.int64) for length in lengths]
+    kept: list[list[NDArray[np.int64]]] = []
+    by_token: list[list[NDArray[np.float32]]] = []
+    tokens = scores[0].shape[1] if scores else 0
+    before = [np.arange(tokens) for _ in range(batch)]
+    for s, rows in enumerate(index):
+        spread = np.full((batch, tokens), np.nan, np.float32)
+        for b, alive in enumerate(before):
+            spread[b, alive] = scores[s][b, : len(alive)]
+        by_token.append(list(spread))
+        before = [before[b][rows[b, 1 : lengths[s][b]] - 1] for b in range(batch)]
+        kept.append(before)
+    return Prediction(np.asarray(logits, np.float32), lengths, kept, by_token)

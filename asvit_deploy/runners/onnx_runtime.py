@@ -1,0 +1,185 @@
+"""ONNX Runtime, with or without the op's library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.ops import onnx_op
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode
+
+
+def import_onnxruntime():
+    """The module, or a line that says how to get it."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError(
+            "onnxruntime is not installed; pip install 'asvit-deploy[cpu]' (or [gpu])"
+        ) from None
+    return onnxruntime
+
+
+def load_model(source: Path | onnx.ModelProto) -> onnx.ModelProto:
+    """Read an ONNX file.
+
+    Raises:
+        UserError: it is not one.
+    """
+    if isinstance(source, onnx.ModelProto):
+        return source
+    try:
+        model = onnx.load(source)
+        onnx.checker.check_model(model)
+    except FileNotFoundError:
+        raise UserError(f"{source} does not exist; `asvit-deploy export` makes it") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{source} is not a whole ONNX file ({reason[0][:80]}); export it again"
+        ) from None
+    return model
+
+
+def count_stages(model: onnx.ModelProto) -> int:
+    """Stages of a model of ours, by its `length_s` outputs; 0 when it is dense."""
+    return sum(output.name.startswith("length_") for output in model.graph.output)
+
+
+def with_stage_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose outputs also hold `index_s` int64 and `scores_s` float32 of every stage."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    present = {output.name for output in copy.graph.output}
+    for stage in range(count_stages(model)):
+        for name, kind in (("index", "INT64"), ("scores", "FLOAT")):
+            if f"{name}_{stage}" not in present:
+                info = onnx.helper.make_tensor_value_info(
+                    f"{name}_{stage}", getattr(onnx.TensorProto, kind), [None, None]
+                )
+                copy.graph.output.append(info)
+    return copy
+
+
+class OrtRunner(RunnerBase):
+    """A session over a model of ours.
+
+    Args:
+        source: an ONNX file or a loaded model.
+        library: the op's C++ library; without it the model-local function runs.
+        threads: intra-op threads; 0 leaves the choice to ONNX Runtime.
+        record: also return kept tokens and scores (adds outputs to the model in memory).
+        profile: prefix of the profiler's output file, or None.
+
+    Raises:
+        UserError: onnxruntime is missing, or model or library cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        source: Path | onnx.ModelProto,
+        library: Path | None = None,
+        threads: int = 1,
+        record: bool = True,
+        profile: Path | None = None,
+        provider: str = "CPUExecutionProvider",
+    ) -> None:
+        ort = import_onnxruntime()
+        model = load_model(source)
+        self.stages = count_stages(model)
+        self.library = library
+        shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+        self.batch = shape[0] or None
+        self.image_size = shape[2]
+        self._record = record and self.stages > 0
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # failures come back as exceptions; warnings are not ours
+        # Spinning threads burn the core that a neighbour would use.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+            options.optimized_model_filepath = f"{profile}.optimized.onnx"
+        name = source if isinstance(source, Path) else "the model"
+        try:
+            if library is not None:
+                options.register_custom_ops_library(str(library))
+            data = (with_stage_outputs(model) if self._record else model).SerializeToString()
+            self.session = ort.InferenceSession(data, options, providers=[provider])
+        except Exception as error:
+            raise UserError(_load_failure(str(name), library, str(error))) from None
+        self._names = [output.name for output in self.session.get_outputs()]
+        self._outputs = ["logits", *(f"length_{s}" for s in range(self.stages))]
+        if self._record:
+            self._outputs += [f"index_{s}" for s in range(self.stages)]
+            self._outputs += [f"scores_{s}" for s in range(self.stages)]
+
+    def infer(self, images: NDArray[np.float32]) -> list[NDArray]:
+        return self.session.run(self._outputs, {"images": images})
+
+    def __call__(self, images: NDArray[np.float32]) -> Prediction:
+        """images float32 [B, 3, H, W]; a static model runs them one by one."""
+        if self.batch == 1 and len(images) > 1:
+            return _stack([self(image[None]) for image in images])
+        logits, *rest = self.infer(images)
+        lengths, index, scores = (rest[i * self.stages : (i + 1) * self.stages] for i in range(3))
+        if self._record:
+            return decode(logits, lengths, index, scores)
+        return Prediction(np.asarray(logits, np.float32), lengths)
+
+    def describe(self) -> dict[str, str]:
+        ort = import_onnxruntime()
+        return {
+            "backend": f"onnxruntime {ort.__version__}",
+            "provider": self.session.get_providers()[0],
+            "precision": "float32",
+            "device": ort.get_device(),
+            "op": "library" if self.library else "function",
+        }
+
+    def end_profiling(self) -> list[dict]:
+        """The profiler's events so far, its file removed."""
+        path = Path(self.session.end_profiling())
+        events = json.loads(path.read_text())
+        path.unlink()
+        return events
+
+
+def _stack(parts: list[Prediction]) -> Prediction:
+    """Predictions of single images as one batch."""
+
+    def join(field: str) -> list[list[NDArray]] | None:
+        lists = [getattr(part, field) for part in parts]
+        return (
+            None if lists[0] is None else [[x for s in stage for x in s] for stage in zip(*lists)]
+        )
+
+    return Prediction(
+        np.concatenate([part.logits for part in parts]),
+        [np.concatenate(stage) for stage in zip(*(part.lengths for part in parts))],
+        join("kept"),
+        join("scores"),
+    )
+
+
+def _load_failure(name: str, library: Path | None, error: str) -> str:
+    """One line for what ONNX Runtime said, with the mend where it is known."""
+    line = " ".join(error.split())
+    if f"{onnx_op.OP_TYPE}" in line and "not a registered function/op" in line:
+        return (
+            f"{name} holds {onnx_op.OP_TYPE} without its function (--ops custom); run "
+            "`asvit-deploy build-plugins ort`, or export with --ops auto"
+        )
+    if library is not None and (str(library) in line or "custom op" in line.lower()):
+        return (
+            f"{library} cannot be used by this ONNX Runtime ({line[:160]}); run "
+            "`asvit-deploy build-plugins ort --force`"
+        )
+    return f"{name} cannot be loaded by ONNX Runtime ({line[:200]}); export it again"

@@ -1,0 +1,47 @@
+"""The PyTorch reference, eager."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asvit_deploy.models.vit import AdaptiveViT, Trace
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode
+
+
+class TorchRunner(RunnerBase):
+    """An `AdaptiveViT` in eval mode; tokens are really removed."""
+
+    def __init__(self, model: AdaptiveViT, batch_rule: str = "exact") -> None:
+        self.model = model.eval()
+        self.batch_rule = batch_rule
+
+    @torch.inference_mode()
+    def infer(self, images: NDArray[np.float32]) -> tuple[Tensor, Trace]:
+        device = self.model.pos_embed.device
+        return self.model(torch.from_numpy(images).to(device), batch_rule=self.batch_rule)
+
+    def __call__(self, images: NDArray[np.float32]) -> Prediction:
+        """images float32 [B, 3, H, W] -> everything, scores included."""
+        logits, trace = self.infer(images)
+
+        def arrays(tensors: list[Tensor]) -> list[NDArray]:
+            return [tensor.cpu().numpy() for tensor in tensors]
+
+        return decode(
+            logits.cpu().numpy(),
+            arrays(trace.length),
+            arrays(trace.index),
+            arrays(trace.scores),
+        )
+
+    def describe(self) -> dict[str, str]:
+        parameter = self.model.pos_embed
+        return {
+            "backend": f"torch {torch.__version__}",
+            "provider": "eager",
+            "precision": str(parameter.dtype).removeprefix("torch."),
+            "device": str(parameter.device),
+        }

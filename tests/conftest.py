@@ -1,0 +1,124 @@
+"""Fixtures that every test may use: one thread, fixed seeds, small real artefacts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from asvit_deploy.images import ImageSet, open_images
+from asvit_deploy.models import build
+from asvit_deploy.models.registry import ArchConfig, arch
+from asvit_deploy.models.vit import AdaptiveViT
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def sharpened(config: ArchConfig, images: ImageSet, keep: tuple[float, ...] = (0.7, 0.7, 0.7),
+              seed: int = 0) -> AdaptiveViT:  # fmt: skip
+    """Random weights with peaked attention; thresholds sit mid-gap at quantiles of real scores."""
+    torch.manual_seed(seed)
+    model = build(config).eval()
+    pixels = torch.from_numpy(images.batch(range(len(images))))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight.mul_(4)  # type: ignore[operator, union-attr]
+        for stage, share in enumerate(keep):
+            scores = [model(image[None])[1].scores[stage][0] for image in pixels]
+            ordered = torch.cat(scores).sort().values
+            cut = int(len(ordered) * (1 - share))
+            middle = (ordered[cut - 1].double() + ordered[cut].double()) / 2
+            model.thresholds[stage].fill_(middle.item())
+    return model
+
+
+def released_format(model: AdaptiveViT) -> dict:
+    """A checkpoint as the AS-ViT release writes it."""
+    state = {}
+    for key, value in model.state_dict().items():
+        if key.startswith("thresholds."):
+            key = key.replace("thresholds", "score_predictor") + ".keep_threshold"
+        state[key] = value
+    return {"model": state, "optimizer": {}, "epoch": 29, "scaler": {},
+            "args": argparse.Namespace(lr=2e-5, accu=False)}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def mini_config() -> ArchConfig:
+    return arch("as_deit_mini")
+
+
+@pytest.fixture(scope="session")
+def photos(mini_config: ArchConfig) -> ImageSet:
+    """Twelve real photographs at the small architecture's size."""
+    return open_images(None, mini_config, limit=12)
+
+
+@pytest.fixture(scope="session")
+def mini(mini_config: ArchConfig, photos: ImageSet) -> AdaptiveViT:
+    """The small architecture, random but adaptive weights."""
+    return sharpened(mini_config, photos)
+
+
+@pytest.fixture(scope="session")
+def mini_checkpoint(mini: AdaptiveViT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in the released format."""
+    path = tmp_path_factory.mktemp("checkpoint") / "as_mini.pt"
+    torch.save(released_format(mini), path)
+    return path
+
+
+@dataclass
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """Run a command line in an empty folder, in this process."""
+    from asvit_deploy.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def mini_artifacts(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The small model exported, by (batch, ops)."""
+    from asvit_deploy.export.pipeline import export
+    from asvit_deploy.models.checkpoint import load_checkpoint
+
+    folder = tmp_path_factory.mktemp("artifacts")
+    checkpoint = load_checkpoint(mini_checkpoint)
+    images = open_images(None, checkpoint.config, limit=4)
+    paths = {}
+    for batch, ops in (("1", "auto"), ("dynamic", "auto"), ("1", "standard"), ("1", "custom")):
+        path = folder / f"mini_{batch}_{ops}.onnx"
+        export(checkpoint, path, images, batch, ops)
+        paths[batch, ops] = path
+    return paths
