@@ -104,6 +104,7 @@ def _measure(
 
     from asvit_deploy.evaluate import bench, profile
     from asvit_deploy.evaluate.machine import machine
+    from asvit_deploy.models.macs import dense_macs
 
     cores = machine()["cores"]
     torch.set_num_threads(threads or cores)
@@ -123,7 +124,8 @@ def _measure(
             (len(loaded), len(session.config.stages)), session.config.image_tokens + 1
         )
     macs = bench.macs_summary(session.config, lengths, runs)
-    rows = bench.summarise(variants, seconds, macs)
+    ratios = dense_macs(session.config) / bench.macs_by_round(session.config, lengths, runs)
+    rows = bench.summarise(variants, seconds, ratios)
     profiles = []
     if threads == 1 and session.adaptive:
         profiles = [profile.shares(session.path, loaded, lib) for lib in ways.values()]
@@ -166,20 +168,23 @@ def _variants(session: Session, threads: int) -> tuple[list[Variant], list[str]]
 def _print(report: dict[str, Any]) -> None:
     from asvit_deploy.evaluate.report import table
 
+    def interval(estimate: dict[str, float]) -> str:
+        return f"{estimate['value']:.2f} ({estimate['low']:.2f}-{estimate['high']:.2f})"
+
     macs, rows = report["macs"], []
     for row in report["rows"]:
         gain = row.get("speedup")
         rows.append([
             row["name"], f"{row['p50_ms']:.2f}", f"{row['p90_ms']:.2f}", f"{row['p99_ms']:.2f}",
             f"{macs['adaptive_gmacs' if row['adaptive'] else 'dense_gmacs']:.3f}",
-            f"{gain['value']:.2f} ({gain['low']:.2f}-{gain['high']:.2f})" if gain else "1",
-            f"{row['of_macs_ratio']:.0%}" if gain else "-",
+            interval(gain) if gain else "1",
+            interval(row["share_of_macs_ratio"]) if gain else "-",
         ])  # fmt: skip
     plural = "s" * (report["threads"] > 1)
     click.echo(f"\n{report['model']}: batch 1, {report['threads']} thread{plural}, "
                f"{report['runs']} rounds over {report['image_count']} images")  # fmt: skip
     headers = ["variant", "p50 ms", "p90 ms", "p99 ms", "GMACs", "speed-up over dense (95 %)",
-               "of MACs ratio"]  # fmt: skip
+               "share of MACs ratio"]  # fmt: skip
     click.echo(table(headers, rows))
     kept = ", ".join(f"{k:.1f}" for k in macs["mean_kept"])
     click.echo(f"kept tokens per stage: {kept} of {macs['image_tokens']}; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -168,7 +169,8 @@ def _read_safetensors(path: Path, refuse: Refuse) -> tuple[dict[str, Tensor], di
 
 def _read_torch(path: Path, refuse: Refuse) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them comes as an error
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch answers to bad bytes with nearly any exception
         _refuse_unread(path, str(error), refuse)
@@ -176,15 +178,17 @@ def _read_torch(path: Path, refuse: Refuse) -> Any:
 
 def _refuse_unread(path: Path, message: str, refuse: Refuse) -> NoReturn:
     """Say in one line why torch.load did not read a file."""
-    code = re.search(r"Unsupported (?:global|class).*?([\w.]+) was not an allowed", message, re.S)
-    if code or "Unsupported class" in message or "Trying to call reduce" in message:
+    # torch names what it would have had to import: "Unsupported global: GLOBAL a.B was not an
+    # allowed global" or, for modules it never allows, "unsupported GLOBAL a.B whose module".
+    code = re.search(r"unsupported (?:global: )?GLOBAL ([\w.]+)", message, re.I)
+    if code or re.search(r"unsupported class|trying to call reduce", message, re.I):
         name = f" ({code[1]})" if code else ""
         refuse(f"holds pickled code{name}, which was not run; save only the model's state_dict()")
     if "TorchScript" in message:
         refuse("is a TorchScript archive; save the model's state_dict() instead")
     with open(path, "rb") as file:
         cut_zip = file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
-    damaged = re.search(r"\bEOF\b|truncated|Ran out of input|corrupt|crc", message, re.I)
+    damaged = re.search(r"\bEOF\b|truncated|out of input|corrupt|requires a buffer", message, re.I)
     if cut_zip or (damaged and "Invalid magic number" not in message):
         refuse("is truncated or damaged; copy or download it again")
     refuse("is not a checkpoint (neither safetensors nor torch.save); name a file that holds one")

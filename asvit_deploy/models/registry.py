@@ -89,7 +89,7 @@ ARCHS: dict[str, ArchConfig] = {
         ArchConfig("as_lvvit_m", "lvvit", 512, 8, 20, 3, (6, 11, 16)),
         # Small enough to train on two cores: demos, CI and the default checkpoint.
         ArchConfig(
-            "as_deit_mini", "deit", 128, 4, 8, 3, (2, 4, 6),
+            "as_deit_mini", "deit", 128, 2, 6, 2, (2, 3, 4),
             image_size=56, patch_size=4, num_classes=10, preprocessing=_DIGITS,
         ),
     )

@@ -55,17 +55,30 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        if x.dim() == 2:  # (M, 3, H, Dh)
+            q, k, v = qkv.permute(1, 2, 0, 3).chunk(3)
+        else:  # (B, M, 3, H, Dh)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v  # each (B, H, M, Dh)
 
     def forward(
         self, x: Tensor, key_mask: Tensor | None, score: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Inference form. x T [B, M, D], key_mask bool [B, M] -> T [B, M, D], scores [B, M-1]."""
+        """Inference form.
+
+        Args:
+            x: T [B, M, D], or [M, D] for one image.
+            key_mask: bool [B, M], False where a row only pads the batch.
+
+        Returns:
+            T of the shape of `x`, and float32 scores [B, M-1] on request.
+        """
         q, k, v = self._heads(x)
         mask = None if key_mask is None else key_mask[:, None, None, :]
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        out = self.proj(context.transpose(1, 2).flatten(2))
+        merged = context.transpose(1, 2).flatten(2)
+        out = self.proj(merged[0] if x.dim() == 2 else merged)
         if not score:
             return out, None
         scores = token_scores(class_attention_row(q, k, key_mask), context)
@@ -81,33 +94,64 @@ class Attention(nn.Module):
         A dropped token still attends to itself, so that no row of the softmax is empty.
         """
         q, k, v = self._heads(x)
-        if keep is None and not score:
-            context = F.scaled_dot_product_attention(q, k, v)
-            return self.proj(context.transpose(1, 2).flatten(2)), None
+        # Not the fused attention: on a CPU its backward pass is three times slower than this.
         logits = (q * k.shape[3] ** -0.5) @ k.transpose(2, 3)  # (B, H, M, M)
-        if keep is None:
-            weights = logits.float().softmax(3)
-        else:
-            weights = masked_softmax(logits.float(), keep)
-        context = weights.to(v.dtype) @ v
+        weights = logits.softmax(3) if keep is None else masked_softmax(logits, keep)
+        context = weights @ v
         out = self.proj(context.transpose(1, 2).flatten(2))
-        return out, token_scores(weights[:, :, 0], context) if score else None
+        return out, token_scores(_class_row(q, k, keep), context) if score else None
+
+
+def _class_row(q: Tensor, k: Tensor, keep: Tensor | None) -> Tensor:
+    """The class token's row of the masked softmax, float32 [B, H, M] under autocast too."""
+    with torch.autocast(q.device.type, enabled=False):
+        if keep is None:
+            return class_attention_row(q, k, None)
+        logits = (q[:, :, 0:1].float() * k.shape[3] ** -0.5) @ k.float().transpose(2, 3)
+        return masked_softmax(logits, keep).squeeze(2)
+
+
+class _MaskedSoftmax(torch.autograd.Function):
+    """Softmax of a factor times an exponential, w_j exp(l_ij), differentiable in w at w = 0 too.
+
+    Written out because autograd's version of it costs three times the memory traffic.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
+        dropped = keep[:, None, None, :] < 0.5
+        if logits.shape[2] == logits.shape[3]:
+            own = torch.eye(logits.shape[3], dtype=torch.bool, device=logits.device)
+            dropped = dropped & ~own  # (B, 1, M, M)
+        masked = logits.masked_fill(dropped, -torch.inf)
+        weights = masked.softmax(3)
+        ctx.save_for_backward(logits, masked.logsumexp(3, keepdim=True), weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        logits, log_sum, weights = ctx.saved_tensors
+        inner = grad - (grad * weights).sum(3, keepdim=True)
+        if not ctx.needs_input_grad[1]:
+            return inner * weights, None
+        # d weights_ij / d w_j; a dropped key may outdo all that are kept, so its share is bounded.
+        share = (logits - log_sum).clamp(max=0).exp() * inner
+        if logits.shape[2] == logits.shape[3]:
+            share.diagonal(dim1=2, dim2=3).zero_()  # a token sees itself whatever the mask says
+        return inner * weights, share.sum((1, 2), dtype=torch.float32)
 
 
 def masked_softmax(logits: Tensor, keep: Tensor) -> Tensor:
-    """softmax over the kept keys and oneself; the mask is a factor, so its gradient lives.
+    """Softmax over the kept keys and oneself; the mask is a factor, so its gradient lives.
 
     Args:
-        logits: float32 [B, H, M, M].
-        keep: float32 [B, M].
+        logits: T [B, H, M, M], or [B, H, 1, M] for the class token's row alone.
+        keep: float32 [B, M], 1 or 0; the class token's is 1.
+
+    Returns:
+        T, the shape of `logits`.
     """
-    weight = keep[:, None, None, :]
-    own = torch.eye(logits.shape[3], dtype=logits.dtype, device=logits.device)
-    weight = weight + (1 - weight) * own  # (B, 1, M, M)
-    top = logits.detach().masked_fill(weight.detach() <= 0, -torch.inf).amax(3, keepdim=True)
-    # Keys that are masked may exceed `top`; the clamp keeps their exp finite before it is zeroed.
-    numerator = (logits - top).clamp(max=0).exp() * weight
-    return numerator / numerator.sum(3, keepdim=True)
+    return _MaskedSoftmax.apply(logits, keep)
 
 
 class Mlp(nn.Module):
@@ -226,11 +270,16 @@ class AdaptiveViT(nn.Module):
         """
         padded = images.shape[0] > 1 if padded is None else padded
         mean_k = batch_rule == "mean-k"
+        # One image goes through the blocks without its batch axis: its linear layers are then
+        # plain matrix products with a bias, which runtimes fuse whatever the number of tokens.
+        single = not padded and images.shape[0] == 1
         x, key_mask, scores, trace = self.embed(images), None, None, Trace()
+        x = x[0] if single else x
         for i, block in enumerate(self.blocks):
             if self.adaptive and i in self.config.stages:
                 threshold = self.thresholds[len(trace.length)]
                 assert scores is not None
+                x = x[None] if single else x
                 if mean_k:
                     x, index, length = compact_masked(x, mean_k_keep_mask(scores, threshold))
                 else:
@@ -240,8 +289,9 @@ class AdaptiveViT(nn.Module):
                 trace.length.append(length)
                 if padded and not mean_k:
                     key_mask = index >= 0
+                x = x[0] if single else x
             x, scores = block(x, key_mask, self._scored_by(i))
-        return self.classify(x, key_mask), trace
+        return self.classify(x[None] if single else x, key_mask), trace
 
     def forward_masked(
         self, images: Tensor, temperature: float = TEMPERATURE, selector: Selector | None = None

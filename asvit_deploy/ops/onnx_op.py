@@ -37,12 +37,10 @@ def schema() -> onnx.defs.OpSchema:
     )
 
 
-# keep: bool [B, N]. NaN ranks below every number, so the best score is looked up as the first
-# place that equals the highest number; with no number at all that is place 0.
+# keep: bool [B, M], the class token's column True. NaN ranks below every number, so the best score
+# is looked up as the first place that equals the highest number; with no number that is place 0.
 _KEEP = """
-    minus_one = Constant <value = float {-1.0}> ()
-    zero_float = Constant <value = float {0.0}> ()
-    minus_inf = Div (minus_one, zero_float)
+    minus_inf = Constant <value = float {-inf}> ()
     is_nan = IsNaN (scores)
     number = Where (is_nan, minus_inf, scores)
     axis_1 = Constant <value = int64[1] {1}> ()
@@ -50,52 +48,48 @@ _KEEP = """
     is_top = Equal (scores, top)
     is_top_int = Cast <to = 6> (is_top)
     best = ArgMax <axis = 1, keepdims = 1, select_last_index = 0> (is_top_int)
-    zero = Constant <value = int64 {0}> ()
-    one = Constant <value = int64 {1}> ()
-    count_1d = Shape <start = 1, end = 2> (scores)
-    count = Squeeze (count_1d)
-    place = Range (zero, count, one)
-    is_best = Equal (place, best)
     above = Greater (scores, threshold)
-    keep = Or (above, is_best)
+    yes = Constant <value = bool[1] {1}> ()
+    shape = Shape (best)
+    every = Expand (yes, shape)
+    image_keep = ScatterElements <axis = 1> (above, best, every)
+    keep = Concat <axis = 1> (every, image_keep)
 """
 
 # One image: the rows that stay are simply listed.
 _SINGLE = """
     found = NonZero (keep)
-    image_row = Gather <axis = 0> (found, one)
-    token_row = Add (image_row, one)
     zero_1d = Constant <value = int64[1] {0}> ()
-    rows = Concat <axis = 0> (zero_1d, token_row)
+    index = Gather <axis = 0> (found, axis_1)
+    rows = Squeeze (index, zero_1d)
     compact = Gather <axis = 1> (tokens, rows)
-    axis_0 = Constant <value = int64[1] {0}> ()
-    index = Unsqueeze (rows, axis_0)
     length = Shape (rows)
-    size = Squeeze (length)
+    size = Squeeze (length, zero_1d)
 """
 
 # Any batch: TopK over a key that falls along the row brings the kept rows to the front in order.
 _BATCHED = """
     keep_int = Cast <to = 7> (keep)
-    image_length = ReduceSum <keepdims = 0> (keep_int, axis_1)
-    length = Add (image_length, one)
+    length = ReduceSum <keepdims = 0> (keep_int, axis_1)
     size = ReduceMax <keepdims = 0> (length)
-    axis_0 = Constant <value = int64[1] {0}> ()
-    size_1d = Unsqueeze (size, axis_0)
-    rows = Add (count, one)
-    all_place = Range (zero, rows, one)
-    falling = Sub (rows, all_place)
-    pads = Constant <value = int64[4] {0, 1, 0, 0}> ()
-    keep_all = Pad <mode = "constant"> (keep_int, pads, one)
-    key = Mul (keep_all, falling)
+    zero = Constant <value = int64 {0}> ()
+    one = Constant <value = int64 {1}> ()
+    zero_1d = Constant <value = int64[1] {0}> ()
+    rows_1d = Shape <start = 1, end = 2> (tokens)
+    rows = Squeeze (rows_1d, zero_1d)
+    place = Range (zero, rows, one)
+    falling = Sub (rows, place)
+    key = Mul (keep_int, falling)
+    size_1d = Unsqueeze (size, zero_1d)
     value, order = TopK <axis = 1, largest = 1, sorted = 1> (key, size_1d)
     valid = Greater (value, zero)
-    absent = Neg (one)
+    absent = Constant <value = int64 {-1}> ()
     index = Where (valid, order, absent)
     axis_2 = Constant <value = int64[1] {2}> ()
     order_3d = Unsqueeze (order, axis_2)
     gathered = GatherND <batch_dims = 1> (tokens, order_3d)
     valid_3d = Unsqueeze (valid, axis_2)
+    zero_float = Constant <value = float {0.0}> ()
     nothing = CastLike (zero_float, tokens)
     compact = Where (valid_3d, gathered, nothing)
 """

@@ -58,11 +58,19 @@ def test_ratio_and_interval():
 def test_verdict_says_who_wins(slow, fast, words):
     noise = np.random.default_rng(0).normal(1, 0.01, (2, 200))
     seconds = {"dense": slow * noise[0], "adaptive": fast * noise[1]}
-    rows = bench.summarise(variants(), seconds, {"ratio": 1.5})
+    rows = bench.summarise(variants(), seconds, np.full(200, 1.5))
     if words == "a draw":
         seconds["adaptive"] = seconds["dense"][::-1].copy()
-        rows = bench.summarise(variants(), seconds, {"ratio": 1.5})
+        rows = bench.summarise(variants(), seconds, np.full(200, 1.5))
     assert words in bench.verdict(rows)
+
+
+def test_share_of_the_macs_ratio_is_per_image():
+    # Two kinds of image, MACs ratios 1 and 3; times follow the MACs but for a tenth lost.
+    ratios = np.tile([1.0, 3.0], 50)
+    dense = np.full(100, 6.0)
+    share = bench.share_of_macs_ratio(dense, dense / ratios / 0.9, ratios)
+    assert share == pytest.approx({"value": 0.9, "low": 0.9, "high": 0.9})
 
 
 def test_verdict_without_a_pair():

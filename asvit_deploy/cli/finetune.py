@@ -1,0 +1,132 @@
+"""`asvit-deploy finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from asvit_deploy.cli import options
+
+
+@click.command()
+@click.option(
+    "--data", required=True,
+    help="`digits`, or a folder of class folders (perhaps within train/ and val/).",
+)  # fmt: skip
+@click.option("--arch", "arch_name", help="Architecture [default: the one of --pretrained].")
+@click.option("--pretrained", type=options.CheckpointPath(), help="Weights to start from.")
+@click.option("--dense", is_flag=True, help="Train a dense network, from scratch if need be.")
+@click.option("--budget", type=float, help="MACs as a fraction of the dense [default: 0.65].")
+@click.option("-o", "--output", type=options.PATH, help="`.safetensors` [default: by arch, here].")
+@click.option("--image-size", type=int, help="Another image size than that of the arch.")
+@click.option("--epochs", type=click.IntRange(1), help="Epochs [default: 30].")
+@click.option("--steps", type=click.IntRange(1), help="Steps, in place of --epochs.")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--lr", type=float, help="[default: 2e-5 * batch / 512; dense from scratch: 1e-3]")
+@click.option("--warmup", type=click.IntRange(0), default=0, help="Warm-up steps.")
+@click.option("--weight-decay", type=float, default=1e-6, show_default=True)
+@click.option("--clip", type=float, default=0.0, help="Clip the gradient's norm; 0 does not.")
+@click.option("--smoothing", type=float, default=0.0, help="Label smoothing.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--bf16", is_flag=True, help="bfloat16 products; scores and thresholds stay float32.")
+@click.option("--save-every", type=click.IntRange(1), default=200, help="Steps between states.")
+@click.option("--log-every", type=click.IntRange(1), default=20, help="Steps between log lines.")
+@click.option("--validation-limit", type=click.IntRange(1), help="Validate on so many pictures.")
+@click.option("--resume", is_flag=True, help="Go on with the unfinished run of this output.")
+@options.force
+def command(
+    data: str,
+    arch_name: str | None,
+    pretrained: Path | None,
+    dense: bool,
+    budget: float | None,
+    output: Path | None,
+    image_size: int | None,
+    epochs: int | None,
+    steps: int | None,
+    batch_size: int,
+    lr: float | None,
+    warmup: int,
+    weight_decay: float,
+    clip: float,
+    smoothing: float,
+    seed: int,
+    bf16: bool,
+    save_every: int,
+    log_every: int,
+    validation_limit: int | None,
+    resume: bool,
+    force: bool,
+) -> None:
+    """Train to a MACs budget (Eq. 10-13 of AS-ViT), or train a dense network.
+
+    \b
+    asvit-deploy finetune --data DIR --pretrained deit_small.pth --budget 0.65
+    asvit-deploy finetune --data digits --arch as_deit_mini --dense --steps 8000
+
+    A run that was stopped goes on with the same command and --resume.
+    """
+    from asvit_deploy.errors import UserError
+    from asvit_deploy.files import check_writable, sha256
+    from asvit_deploy.models.checkpoint import load_checkpoint
+    from asvit_deploy.models.registry import arch
+    from asvit_deploy.training.data import open_source
+    from asvit_deploy.training.finetune import Interrupted, Intervals, Recipe, finetune
+    from asvit_deploy.training.state import state_path
+
+    if dense and budget is not None:
+        raise UserError("--dense has no budget; drop one of --dense and --budget")
+    if steps is not None and epochs is not None:
+        raise UserError("--steps and --epochs say the same thing; drop one")
+    if not dense and pretrained is None:
+        raise UserError(
+            "adaptive training starts from dense weights: pass --pretrained FILE, "
+            "or train them first with --dense"
+        )
+    if arch_name is None and pretrained is None:
+        raise UserError("nothing says which network to train; pass --arch or --pretrained")
+    checkpoint = load_checkpoint(pretrained, image_size, arch_name) if pretrained else None
+    config = checkpoint.config if checkpoint else arch(arch_name or "").at(image_size)
+    target = output or Path(f"{config.name}{'_dense' if dense else ''}.safetensors")
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target} cannot be written: give the checkpoint a name in .safetensors")
+    check_writable(target, force or resume)
+    state = state_path(target)
+    if state.exists() and not (resume or force):
+        raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")
+    source = open_source(data, config, seed)
+    config = config.at(num_classes=len(source.classes))
+    recipe = Recipe(
+        steps=steps or max(1, (epochs or 30) * source.epoch // batch_size),
+        batch_size=batch_size,
+        budget=None if dense else 0.65 if budget is None else budget,
+        lr=lr if lr is not None else 1e-3 if checkpoint is None else 2e-5 * batch_size / 512,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        smoothing=smoothing,
+        seed=seed,
+        bf16=bf16,
+    )
+    identity = {
+        "data": source.name,
+        "arch": config.name,
+        "image_size": config.image_size,
+        "pretrained": sha256(pretrained) if pretrained else None,
+    }
+    options.status(
+        f"{config.name}, {config.image_size} px, {len(source.classes)} classes of {source.name}: "
+        f"{recipe.steps} steps of {batch_size}, learning rate {recipe.lr:g}"
+    )
+    try:
+        figures = finetune(
+            config, source, checkpoint, recipe, target, identity, resume,
+            Intervals(save_every, log_every), validation_limit,
+        )  # fmt: skip
+    except Interrupted as stopped:
+        options.status(str(stopped))
+        click.get_current_context().exit(130)
+    if figures:
+        options.status(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    click.echo(target)

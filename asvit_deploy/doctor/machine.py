@@ -1,0 +1,149 @@
+"""The machine: compilers, the op's library, processor, GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from asvit_deploy.doctor.finding import Finding
+from asvit_deploy.doctor.installation import Installation, output_of
+from asvit_deploy.errors import UserError
+
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def compiler(site: Installation) -> list[Finding]:
+    """The C++ compiler that `build-plugins` would take, tried on one standard header."""
+    from asvit_deploy.ops.library import find_compiler
+
+    try:
+        command = find_compiler()
+    except UserError:
+        named = os.environ.get("CXX")
+        mend = "install g++ or clang++, or name one in CXX (only for build-plugins)"
+        detail = f"CXX={named} is no program here" if named else "neither g++ nor clang++"
+        return [Finding("C++ compiler", "broken" if named else "missing", detail, mend)]
+    version = (output_of([*command, "--version"]) or "version unknown").splitlines()[0]
+    said = f"{' '.join(command)}: {version}"
+    test = [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    if output_of(test, "#include <vector>\n") is None:
+        mend = "install the C++ standard library's headers (libstdc++-dev or build-essential)"
+        return [Finding("C++ compiler", "broken", f"{said}, compiles no C++17", mend)]
+    return [Finding("C++ compiler", "ok", said)]
+
+
+def nvcc(site: Installation) -> list[Finding]:
+    """The CUDA compiler."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or str(Path(home) / "bin" / "nvcc")
+    if version := output_of([nvcc, "--version"]):
+        release = re.search(r"release (\S+?),", version)
+        return [Finding("nvcc", "ok", f"{nvcc}: {release[1] if release else 'version unknown'}")]
+    mend = "install the CUDA toolkit (only to compile CUDA kernels)"
+    return [Finding("nvcc", "missing", "not found", mend)]
+
+
+# Looks only: `find_headers` would download where nothing is found.
+_ASK_LIBRARY = """
+import json, os, pathlib
+from asvit_deploy.ops import headers, library
+runtime, named = headers.runtime_api(), os.environ.get("ORT_INCLUDE_DIR")
+given = named and headers.read_headers(pathlib.Path(named), "given")
+found = [given] if named else headers.present()
+fit = [str(h) for h in found if h and not headers.unfit(h, runtime)]
+path = library.find_library()
+print(json.dumps({"headers": fit, "named": named, "library": path and str(path),
+                  "trouble": path and library.check_library(path)}))
+"""
+
+
+def op_library(site: Installation) -> list[Finding]:
+    """ONNX Runtime's C++ headers on this machine, and the built library of the op."""
+    names = ("ORT headers", "op library")
+    answer = site.ask(_ASK_LIBRARY)
+    if "error" in answer:
+        mend = "mend onnxruntime first; models run without the library"
+        return [Finding(name, "broken", answer["error"], mend) for name in names]
+    return [_headers(answer["headers"], answer["named"]),
+            _library(answer["library"], answer["trouble"])]  # fmt: skip
+
+
+def _headers(fit: list[str], named: str | None) -> Finding:
+    if fit:
+        return Finding("ORT headers", "ok", fit[0])
+    if named:
+        detail = f"ORT_INCLUDE_DIR={named} holds none that fit"
+        mend = "name the headers of the installed onnxruntime's version or an older one"
+        return Finding("ORT headers", "broken", detail, mend)
+    mend = "`asvit-deploy build-plugins ort` obtains them on Debian; else set ORT_INCLUDE_DIR"
+    return Finding("ORT headers", "missing", "none on this machine", mend)
+
+
+def _library(path: str | None, trouble: str | None) -> Finding:
+    if path is None:
+        mend = "`asvit-deploy build-plugins ort` (models also run without, on their function)"
+        return Finding("op library", "missing", "not built", mend)
+    if trouble:
+        mend = "`asvit-deploy build-plugins ort --force`"
+        return Finding("op library", "broken", f"{path}: {trouble}", mend)
+    return Finding("op library", "ok", path)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    usable = getattr(os, "sched_getaffinity", None)
+    return len(usable(0)) if usable else os.cpu_count() or 1
+
+
+def cpu(site: Installation) -> list[Finding]:
+    """The processor, and how much of it is ours."""
+    from asvit_deploy.evaluate.machine import machine
+
+    return [Finding("CPU", "ok", cpu_line(machine()["cpu"], usable_cores(), _read("/proc/cpuinfo"),
+                                          _read("/sys/fs/cgroup/cpu.max")))]  # fmt: skip
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def cpu_line(name: str, cores: int, cpuinfo: str, quota: str) -> str:
+    """Name, usable cores, a container's quota, and the instructions that speed low precision up.
+
+    `cpuinfo` and `quota` are the texts of /proc/cpuinfo and of cgroup's cpu.max.
+    """
+    line = f"{name}, {cores} usable core{'s' * (cores != 1)}"
+    share = re.match(r"(\d+) (\d+)", quota)
+    if share and int(share[1]) < cores * int(share[2]):
+        line += f", limited to the time of {int(share[1]) / int(share[2]):g}"
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    if match:
+        flags = set(match[1].split())
+        line += f"; {' '.join(flag for flag in _CPU_FLAGS if flag in flags) or 'no AVX2'}"
+    return line
+
+
+def gpu(site: Installation) -> list[Finding]:
+    """NVIDIA GPUs, as the driver sees them."""
+    query = "name,compute_cap,memory.total,driver_version"
+    answer = output_of(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
+    if answer:
+        return [Finding("GPU", "ok", gpu_line(line)) for line in answer.splitlines()]
+    if answer is None and shutil.which("nvidia-smi"):
+        mend = "see what nvidia-smi says; the driver may need a restart or an update"
+        return [Finding("GPU", "broken", "nvidia-smi fails", mend)]
+    return [Finding("GPU", "missing", "no NVIDIA GPU (only engines and CUDA need one)")]
+
+
+def gpu_line(csv: str) -> str:
+    """A row of nvidia-smi (name, compute capability, memory, driver) in words."""
+    name, capability, memory, driver = (part.strip() for part in csv.split(","))
+    return f"{name}, SM {capability}, {memory}, driver {driver}"
+
+
+CHECKS = (compiler, nvcc, op_library, cpu, gpu)

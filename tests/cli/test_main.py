@@ -1,0 +1,177 @@
+"""The command itself: quick, lazy, and with exit codes that mean something."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+
+from asvit_deploy import __version__
+from asvit_deploy.cli.main import COMMANDS, main
+from asvit_deploy.errors import CheckFailed, UserError
+
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "skimage", "scipy", "numpy", "PIL")
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "asvit_deploy", *args], capture_output=True, text=True, check=False
+    )
+
+
+def module_of(name: str) -> str:
+    return f"asvit_deploy.cli.{name.replace('-', '_')}"
+
+
+def written(name: str) -> bool:
+    return importlib.util.find_spec(module_of(name)) is not None
+
+
+def imported_by(statement: str) -> set[str]:
+    """Names of HEAVY that a fresh interpreter holds after `statement`."""
+    code = f"import sys; {statement}; print(*(m for m in {HEAVY} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_help_is_instant() -> None:
+    """The minimum over a few runs is the command's own cost, whatever else the machine does."""
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        done = run("--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+    assert min(seconds) < 0.3
+
+
+def test_help_lists_every_command() -> None:
+    output = run("--help").stdout
+    assert output.startswith("Usage: asvit-deploy ")
+    for name, line in COMMANDS.items():
+        assert name in output
+        assert line in " ".join(output.split())
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    assert not imported_by("import asvit_deploy")
+    assert not imported_by("import asvit_deploy.cli.main")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_is_lazy_and_explains_itself(name: str) -> None:
+    if not written(name):
+        pytest.skip(f"{module_of(name)} is not written yet")
+    command = importlib.import_module(module_of(name)).command
+    assert isinstance(command, click.Command)
+    assert command.help
+    assert command.get_short_help_str(200)
+    assert not imported_by(f"import {module_of(name)}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_help_works(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if not written(name):
+        pytest.skip(f"{module_of(name)} is not written yet")
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert f"asvit-deploy {name}" in capsys.readouterr().out
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert done.returncode == 0
+    assert __version__ in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args", [("no-such-command",), ("--no-such-option",), ("doctor", "--no-such-option")]
+)
+def test_wrong_usage_is_exit_2(args: tuple[str, ...]) -> None:
+    done = run(*args)
+    assert done.returncode == 2
+    assert not done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("x.pt is empty; pass another"), 2, "Error: x.pt is empty; pass another\n"),
+        (CheckFailed("3 of 9 differ"), 1, "Failed: 3 of 9 differ\n"),
+        (KeyboardInterrupt(), 130, None),
+        (click.Abort(), 130, None),
+        (click.ClickException("no"), 2, "Error: no\n"),
+    ],
+)
+def test_exit_code_and_line_of_each_ending(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    line: str | None,
+) -> None:
+    @click.command()
+    def ending() -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "ending", "Ends.")
+    monkeypatch.setitem(sys.modules, "asvit_deploy.cli.ending", _module_with(ending))
+    with pytest.raises(SystemExit) as end:
+        main(["ending"])
+    captured = capsys.readouterr()
+    assert end.value.code == code
+    assert not captured.out
+    # Click ends the "^C" that the terminal shows with an empty line of its own.
+    said = captured.err.lstrip("\n")
+    assert said.count("\n") == 1
+    assert said == line if line else said.startswith("Interrupted")
+
+
+def _module_with(command: click.Command) -> object:
+    module = type(sys)("asvit_deploy.cli.ending")
+    module.command = command  # type: ignore[attr-defined]
+    return module
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def ending() -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setitem(COMMANDS, "ending", "Ends.")
+    monkeypatch.setitem(sys.modules, "asvit_deploy.cli.ending", _module_with(ending))
+    with pytest.raises(RuntimeError, match="ours"):
+        main(["ending"])
+
+
+def test_ctrl_c_in_a_real_process_is_exit_130() -> None:
+    code = """
+import sys, time, types, click
+from asvit_deploy.cli import main as cli
+@click.command()
+def command():
+    print("ready", flush=True)
+    time.sleep(60)
+cli.COMMANDS["ending"] = "Ends."
+sys.modules["asvit_deploy.cli.ending"] = types.SimpleNamespace(command=command)
+cli.main(["ending"])
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "Interrupted" in err

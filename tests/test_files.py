@@ -1,0 +1,236 @@
+"""A file is the old one or the new one, whole, whatever happens in between."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import atomic, check_writable, sha256, write_bytes, write_text
+
+NOBODY = 65534
+
+
+@contextlib.contextmanager
+def without_root() -> Iterator[None]:
+    """Root may write everywhere, so that a test of permissions must not be root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setresuid(NOBODY, NOBODY, 0)  # access() asks the real user, open() the effective one
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def child(code: str, *args: object) -> subprocess.Popen[str]:
+    """Another process that runs `code`, with the arguments in sys.argv[1:]."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 10_000  # more than one chunk
+    (tmp_path / "x").write_bytes(data)
+    assert sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+
+
+def test_writes_and_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_bytes(path, b"one")
+    write_text(path, "zwei ü")
+    assert path.read_text(encoding="utf-8") == "zwei ü"
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, UserError])
+def test_failing_block_changes_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def fail_half_way() -> None:
+        with atomic(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail_half_way()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["x"]
+
+
+def test_reader_sees_the_old_file_until_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+    with atomic(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+HALF_WRITER = """
+    import sys, time
+    from pathlib import Path
+    from asvit_deploy.files import atomic
+    with atomic(Path(sys.argv[1])) as temporary, open(temporary, "wb") as file:
+        file.write(b"half" * 100_000)
+        file.flush()
+        print("half", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_kill_9_in_mid_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+    process = child(HALF_WRITER, path)
+    assert process.stdout
+    assert process.stdout.readline() == "half\n"
+    left = [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]
+    assert len(left) == 1
+    assert left[0].stat().st_size == 400_000
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert path.read_text() == "old"
+    write_text(path, "new")  # and the next run clears up
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["x"]
+
+
+def test_interrupt_in_mid_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+    process = child(HALF_WRITER, path)
+    assert process.stdout
+    assert process.stdout.readline() == "half\n"
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["x"]
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    writer = """
+        import itertools, sys
+        from pathlib import Path
+        from asvit_deploy.files import write_bytes
+        for round in itertools.count():
+            write_bytes(Path(sys.argv[1]), bytes([round % 256]) * 300_000)
+            if round == 0:
+                print("once", flush=True)
+    """
+    for milliseconds in (0, 3, 7, 13):
+        process = child(writer, path)
+        assert process.stdout
+        assert process.stdout.readline() == "once\n"
+        time.sleep(milliseconds / 1000)
+        process.kill()
+        process.wait()
+        content = path.read_bytes()
+        assert len(content) == 300_000
+        assert len(set(content)) == 1
+
+
+def test_another_living_run_keeps_its_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    process = child(HALF_WRITER, path)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "half\n"
+        write_text(path, "mine")
+        assert names(tmp_path) == [f".x.{process.pid}.tmp", "x"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def refused(path: Path, words: str) -> None:
+    """Writing `path` ends in one line that names it."""
+    with pytest.raises(UserError) as error:
+        write_bytes(path, b"new")
+    message = str(error.value)
+    assert str(path) in message
+    assert words in message
+    assert "\n" not in message
+
+
+def test_folder_in_the_way_and_missing_folder(tmp_path: Path) -> None:
+    refused(tmp_path, "is a folder")
+    refused(tmp_path / "no" / "x", f"{tmp_path / 'no'} does not exist")
+
+
+def test_name_too_long_for_the_file_system(tmp_path: Path) -> None:
+    refused(tmp_path / ("x" * 255), "File name too long")
+
+
+@pytest.fixture
+def locked() -> Iterator[Path]:
+    """A folder that everybody may read and nobody may write; it holds the file `x`."""
+    with tempfile.TemporaryDirectory() as top:  # tmp_path is closed to other users
+        folder = Path(top) / "locked"
+        folder.mkdir()
+        (folder / "x").write_text("old")
+        Path(top).chmod(0o755)
+        folder.chmod(0o555)
+        yield folder
+        assert names(folder) == ["x"]
+        assert (folder / "x").read_text() == "old"
+        folder.chmod(0o755)
+
+
+def test_unwritable_folder(locked: Path) -> None:
+    with without_root():
+        refused(locked / "x", "Permission denied")
+
+
+def test_check_writable_notices_a_locked_folder(locked: Path) -> None:
+    with without_root(), pytest.raises(UserError, match="no permission") as error:
+        check_writable(locked / "x", force=True)
+    assert str(locked / "x") in str(error.value)
+
+
+def test_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
+    """A limit on the file size fails in mid-write, as a full disk does."""
+    path = tmp_path / "x"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(UserError, match="File too large") as error:
+            write_bytes(path, b"x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(path) in str(error.value)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["x"]
+
+
+def test_check_writable_says_it_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    check_writable(path, force=False)
+    assert names(tmp_path) == []  # it only looks
+    path.write_text("old")
+    check_writable(path, force=True)
+    for target, words in ((path, "--force"), (tmp_path, "is a folder"),
+                          (tmp_path / "no" / "x", "does not exist")):  # fmt: skip
+        with pytest.raises(UserError, match=words) as error:
+            check_writable(target, force=False)
+        assert str(target) in str(error.value)
