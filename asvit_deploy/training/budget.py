@@ -1,0 +1,100 @@
+"""Thresholds brought onto the budget after training, on training pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs, unavoidable_macs
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.vit import AdaptiveViT, Trace
+
+_BATCH = 64
+_STEPS = 12  # halvings of the interval of the factor
+_RANGE = (0.05, 20.0)  # of the factor
+
+
+def check_budget(config: ArchConfig, budget: float) -> None:
+    """Refuse a budget that no thresholds can meet.
+
+    Raises:
+        UserError: it names the range of the arch.
+    """
+    teacher = teacher_macs(config)
+    least, most = unavoidable_macs(config) / teacher, dense_macs(config) / teacher
+    if not least < budget < most:
+        raise UserError(
+            f"budget {budget:g} is out of reach for {config.name} at {config.image_size} px; "
+            f"choose one between {least:.3f} and {most:.3f}"
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The factor that all thresholds took, and MACs / teacher before and after."""
+
+    factor: float
+    before: float
+    after: float
+
+
+def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
+    """MACs / teacher of each image of a batch, float64 [B]."""
+    return model_macs(config, [n.double() for n in trace.length]) / teacher_macs(config)
+
+
+@torch.inference_mode()
+def _run(model: AdaptiveViT, images: Sequence[Tensor]) -> tuple[float, list[Trace]]:
+    traces = [model(batch)[1] for batch in images]
+    macs = torch.cat([trace_macs(model.config, trace) for trace in traces])
+    return macs.mean().item(), traces
+
+
+def _neighbours(traces: Sequence[Trace], stage: int, threshold: float) -> tuple[float, float]:
+    """The largest score at or under a threshold and the smallest one over it."""
+    scores = torch.cat([trace.scores[stage].flatten() for trace in traces])
+    scores = scores[scores.isfinite()]
+    under, over = scores[scores <= threshold], scores[scores > threshold]
+    low = under.max().item() if under.numel() else 0.0
+    high = over.min().item() if over.numel() else 2 * threshold - low
+    return low, high
+
+
+def fit_thresholds(model: AdaptiveViT, images: Tensor, budget: float) -> Fit:
+    """Scale all thresholds by one factor, so that the mean MACs of these images meet the budget.
+
+    Training only pulls towards the budget; this lands on it. The shape that training gave the
+    stages stays. Each threshold ends in the middle between the two scores around it, far from
+    any rounding.
+
+    Args:
+        images: float32 [P, 3, H, W], pictures of the training split.
+    """
+    was_training = model.training
+    model.eval()
+    batches = images.split(_BATCH)
+    start = [threshold.item() for threshold in model.thresholds]
+
+    def scaled(factor: float) -> tuple[float, list[Trace]]:
+        for threshold, value in zip(model.thresholds, start):
+            threshold.data.fill_(value * factor)
+        return _run(model, batches)
+
+    before, _ = scaled(1.0)
+    low, high = _RANGE
+    for _ in range(_STEPS + 8):
+        factor = (low * high) ** 0.5
+        after, traces = scaled(factor)
+        if abs(after - budget) < 2e-4 * budget:
+            break
+        low, high = (factor, high) if after > budget else (low, factor)
+    for stage, threshold in enumerate(model.thresholds):
+        under, over = _neighbours(traces, stage, threshold.item())
+        threshold.data.fill_((under + over) / 2)
+    after, _ = _run(model, batches)
+    model.train(was_training)
+    return Fit(factor, before, after)

@@ -1,0 +1,401 @@
+"""Training: a dense network from scratch, or an adaptive one from a dense one, to a budget.
+
+One process. Whatever a step does follows from the options and its number, so a run that was
+stopped, at any moment and in any way, continues from its last state as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from asvit_deploy.artifact import provenance
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import write_text
+from asvit_deploy.models import build
+from asvit_deploy.models.checkpoint import Checkpoint, build_model, save_checkpoint
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.training.budget import check_budget, fit_thresholds, trace_macs
+from asvit_deploy.training.data import Batch, Source
+from asvit_deploy.training.losses import Outputs, Weights, flops_weight, relative_macs, total_loss
+from asvit_deploy.training.state import load_state, save_state, state_path
+
+# A threshold never reaches zero: masked tokens have scores near it, and a checkpoint with a
+# threshold of zero or less is refused.
+MIN_THRESHOLD = 1e-6
+# The paper's learning rate, 2e-5, is a step of 0.4 % of the mean score of 196 tokens. Thresholds
+# keep that pace whatever the weights' rate: at 1e-3 one step would cross the whole range.
+_THRESHOLD_PACE = 2e-5 * 196
+_INITIAL_TOKENS = 196  # at which the paper's initial thresholds are meant
+_FIT_PICTURES = 2048
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's result beside data and starting weights.
+
+    `budget` is None for a dense run; `clip` 0 means no clipping; `lr` and `min_lr` are per step at
+    this batch size; `warmup` is in steps.
+    """
+
+    steps: int
+    batch_size: int = 64
+    budget: float | None = None
+    lr: float = 1e-4
+    min_lr: float = 1e-6
+    warmup: int = 0
+    weight_decay: float = 1e-6
+    clip: float = 0.0
+    smoothing: float = 0.0
+    distill: float = 0.5
+    flops: float | None = None
+    seed: int = 0
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How often, in steps, the state is saved and a log line written."""
+
+    save: int = 200
+    log: int = 20
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        super().__init__(f"stopped after step {step}; {path} holds it, go on with --resume")
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine from `lr` to `min_lr`."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * done))
+
+
+# --- the two networks ---------------------------------------------------------------------------
+
+
+def dense_start(config: ArchConfig, pretrained: Checkpoint | None, seed: int) -> AdaptiveViT:
+    """A dense network to train: random, or given weights (with a new head for other classes)."""
+    torch.manual_seed(seed)
+    model = build(config, adaptive=False)
+    if pretrained is not None:
+        given = build_model(pretrained, dense=True).state_dict()
+        if pretrained.config.num_classes != config.num_classes:
+            given = {k: v for k, v in given.items() if not k.startswith(("head.", "aux_head."))}
+        model.load_state_dict(given, strict=False)
+    return model
+
+
+def adaptive_start(config: ArchConfig, pretrained: Checkpoint) -> tuple[AdaptiveViT, AdaptiveViT]:
+    """Student and frozen teacher, both with the weights of a dense (or adaptive) checkpoint.
+
+    Raises:
+        UserError: the checkpoint has another number of classes than the data.
+    """
+    if pretrained.config.num_classes != config.num_classes:
+        raise UserError(
+            f"{pretrained.path} has {pretrained.config.num_classes} classes and the data "
+            f"{config.num_classes}; first fit a head with finetune --dense --pretrained"
+        )
+    teacher = build_model(pretrained, dense=True).requires_grad_(False)
+    student = build(config, adaptive=True)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    for stage, threshold in enumerate(student.thresholds):
+        if pretrained.adaptive:
+            threshold.data.copy_(pretrained.state[f"thresholds.{stage}"])
+        else:
+            threshold.data.mul_(_INITIAL_TOKENS / config.image_tokens)
+    return student, teacher
+
+
+def _optimizer(model: AdaptiveViT, recipe: Recipe) -> torch.optim.Optimizer:
+    decayed, plain, thresholds = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.startswith("thresholds."):
+            thresholds.append(parameter)
+        elif parameter.ndim < 2 or name in ("cls_token", "pos_embed"):
+            plain.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": recipe.weight_decay, "pace": 1.0},
+        {"params": plain, "weight_decay": 0.0, "pace": 1.0},
+    ]
+    if thresholds:
+        pace = _THRESHOLD_PACE / model.config.image_tokens / recipe.lr
+        groups.append({"params": thresholds, "weight_decay": 0.0, "pace": pace})
+    return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+# --- one step -----------------------------------------------------------------------------------
+
+
+def run_masked(model: AdaptiveViT, images: Tensor, bf16: bool) -> Outputs:
+    """Training form of a network on a batch; weights' products in bfloat16 where asked."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        logits, tokens, masks = model.forward_masked(images)
+        aux_head = getattr(model, "aux_head", None)
+        votes = None if aux_head is None else aux_head(tokens[:, 1:])
+    return Outputs(logits, votes, masks)
+
+
+class Trainer:
+    """A network in training, its teacher where there is one, and the optimiser."""
+
+    def __init__(self, model: AdaptiveViT, teacher: AdaptiveViT | None, recipe: Recipe) -> None:
+        self.model, self.teacher, self.recipe = model, teacher, recipe
+        # The network has no dropout, so eval mode does one thing only: it freezes the statistics
+        # of LV-ViT's stem, in the teacher and in the student that starts from it.
+        model.train(teacher is None)
+        self.optimizer = _optimizer(model, recipe)
+        flops = flops_weight(model.config) if recipe.flops is None else recipe.flops
+        self.weights = Weights(flops, recipe.distill, recipe.distill, recipe.smoothing)
+
+    def step(self, number: int, batch: Batch) -> dict[str, Any]:
+        """One update; the figures that the log keeps.
+
+        Raises:
+            UserError: the loss or its gradient is not finite.
+        """
+        images, labels = batch
+        recipe, config = self.recipe, self.model.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(recipe, number) * group["pace"]
+        teacher = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = run_masked(self.teacher, images, recipe.bf16)
+        student = run_masked(self.model, images, recipe.bf16)
+        loss, parts = total_loss(config, student, teacher, labels, recipe.budget, self.weights)
+        self.optimizer.zero_grad()
+        loss.backward()
+        limit = recipe.clip if recipe.clip > 0 else math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if not math.isfinite(loss.item() + norm.item()):
+            raise UserError(
+                f"training diverged at step {number}: the loss is {loss.item():g}, its gradient "
+                f"{norm.item():g}; start over with --force and a lower --lr (it was {recipe.lr:g})"
+            )
+        self.optimizer.step()
+        with torch.no_grad():
+            for threshold in self.model.thresholds:
+                threshold.clamp_(min=MIN_THRESHOLD)
+        return self._figures(loss, parts, student, labels)
+
+    def _figures(
+        self, loss: Tensor, parts: dict[str, Tensor], student: Outputs, labels: Tensor
+    ) -> dict[str, Any]:
+        right = (student.logits.argmax(1) == labels).float().mean().item()
+        figures: dict[str, Any] = {"loss": loss.item()}
+        figures |= {name: part.item() for name, part in parts.items()}
+        figures |= {"top1": right, "lr": self.optimizer.param_groups[0]["lr"]}
+        if student.masks:
+            figures["macs"] = relative_macs(self.model.config, student.masks).mean().item()
+            figures["kept"] = [mask.detach().sum(1).mean().item() for mask in student.masks]
+            figures["thresholds"] = [threshold.item() for threshold in self.model.thresholds]
+        return figures
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM put themselves into the list; a second one acts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        for number in before:
+            signal.signal(number, note)
+    except ValueError:  # not the main thread: whoever runs us sees to signals
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _batches(source: Source, first: int, recipe: Recipe) -> Iterator[tuple[int, Batch]]:
+    """Numbered batches, each made while the one before is trained on."""
+    with ThreadPoolExecutor(1) as worker:
+        ahead = worker.submit(source.train_batch, first, recipe.batch_size)
+        for step in range(first, recipe.steps):
+            batch = ahead.result()
+            if step + 1 < recipe.steps:
+                ahead = worker.submit(source.train_batch, step + 1, recipe.batch_size)
+            yield step, batch
+
+
+class _Log:
+    """JSON lines beside the output, one object each; a resumed run drops what it will repeat."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if step and path.is_file():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a killed run may leave half a line
+                    if json.loads(line).get("step", math.inf) <= step:
+                        kept.append(line + "\n")
+        write_text(path, "".join(kept))
+        self._path = path
+
+    def write(self, figures: dict[str, Any]) -> None:
+        rounded = json.loads(json.dumps(figures), parse_float=lambda x: float(f"{float(x):.6g}"))
+        with open(self._path, "a") as file:
+            file.write(json.dumps(rounded) + "\n")
+
+
+def log_path(output: Path) -> Path:
+    """The JSON-lines log of the run that makes `output`."""
+    return output.with_suffix(".log.jsonl")
+
+
+def train(
+    trainer: Trainer,
+    source: Source,
+    output: Path,
+    identity: dict[str, Any],
+    resume: bool = False,
+    intervals: Intervals = Intervals(),
+) -> _Log:
+    """Run all the steps, from the start or from the saved state.
+
+    Args:
+        identity: what else decides the result (data, starting weights); a state that was saved
+            under another identity is refused.
+
+    Raises:
+        Interrupted: by Ctrl-C or SIGTERM, after saving.
+        UserError: the loss diverged, a picture cannot be read, there is nothing to resume.
+    """
+    recipe, state = trainer.recipe, state_path(output)
+    known = {**asdict(recipe), **identity}
+    first = load_state(state, trainer.model, trainer.optimizer, known) if resume else 0
+    if not resume:
+        state.unlink(missing_ok=True)
+    log, started = _Log(log_path(output), first), time.monotonic()
+
+    def save(step: int) -> None:
+        save_state(state, step, trainer.model, trainer.optimizer, known)
+
+    with (
+        _stop_signals() as stop,
+        tqdm(total=recipe.steps * recipe.batch_size, initial=first * recipe.batch_size,
+             unit="img", file=sys.stderr, mininterval=1.0) as bar,
+    ):  # fmt: skip
+        for step, batch in _batches(source, first, recipe):
+            figures = trainer.step(step, batch)
+            done = step + 1
+            bar.update(recipe.batch_size)
+            if done % intervals.log == 0 or done == recipe.steps:
+                speed = (done - first) * recipe.batch_size / (time.monotonic() - started)
+                log.write({"step": done, **figures, "images_per_s": speed})
+                shown = {k: figures[k] for k in ("loss", "top1", "macs") if k in figures}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
+            if stop or done % intervals.save == 0 or done == recipe.steps:
+                save(done)
+            if stop and done < recipe.steps:
+                raise Interrupted(done, state)
+    return log
+
+
+@torch.inference_mode()
+def validate(model: AdaptiveViT, source: Source, limit: int | None = None) -> dict[str, Any]:
+    """Top-1 and, for an adaptive network, MACs / teacher, in the inference form; {} if no data."""
+    model = copy.deepcopy(model).eval()
+    right, macs = [], []
+    for images, labels in source.validation(64, limit):
+        logits, trace = model(images)
+        right.append((logits.argmax(1) == labels).float())
+        if model.adaptive:
+            macs.append(trace_macs(model.config, trace))
+    if not right:
+        return {}
+    figures = {"images": sum(map(len, right)), "top1": torch.cat(right).mean().item()}
+    return figures | ({"macs": torch.cat(macs).mean().item()} if macs else {})
+
+
+def _land_on_budget(trainer: Trainer, source: Source, log: _Log) -> None:
+    """Thresholds onto the budget, over pictures that come after those trained on."""
+    recipe = trainer.recipe
+    if recipe.budget is None:
+        return
+    seen = recipe.steps * recipe.batch_size
+    size = min(_FIT_PICTURES, seen)
+    images, _ = source.train_batch(math.ceil(seen / size), size)
+    fit = fit_thresholds(trainer.model, images, recipe.budget)
+    log.write({"event": "thresholds scaled to the budget", "pictures": size, **asdict(fit)})
+
+
+def finetune(
+    config: ArchConfig,
+    source: Source,
+    pretrained: Checkpoint | None,
+    recipe: Recipe,
+    output: Path,
+    identity: dict[str, Any],
+    resume: bool = False,
+    intervals: Intervals = Intervals(),
+    validation_limit: int | None = None,
+) -> dict[str, Any]:
+    """Train and write `output`, whole, and only at the end.
+
+    Args:
+        config: with the data's number of classes.
+        pretrained: starting weights; needed where the recipe has a budget.
+
+    Returns:
+        Validation figures (empty without validation pictures).
+
+    Raises:
+        Interrupted, UserError: see `train`; a budget out of reach.
+    """
+    teacher: AdaptiveViT | None = None
+    if recipe.budget is None:
+        model = dense_start(config, pretrained, recipe.seed)
+    else:
+        if pretrained is None:
+            raise UserError("adaptive training starts from dense weights; pass --pretrained")
+        check_budget(config, recipe.budget)
+        model, teacher = adaptive_start(config, pretrained)
+    trainer = Trainer(model, teacher, recipe)
+    log = train(trainer, source, output, identity, resume, intervals)
+    _land_on_budget(trainer, source, log)
+    figures = validate(model, source, validation_limit)
+    log.write({"event": "validation", **figures})
+    metadata = {"classes": json.dumps(source.classes), "provenance": json.dumps(
+        {**provenance(("torch", "mlxtend")), "recipe": asdict(recipe), **identity, **figures}
+    )}  # fmt: skip
+    if recipe.budget is not None:
+        metadata["budget"] = str(recipe.budget)
+    save_checkpoint(output, model, metadata)
+    state_path(output).unlink(missing_ok=True)
+    return figures

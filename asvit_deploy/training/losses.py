@@ -1,0 +1,110 @@
+"""What training minimises: Eq. 10-13 of AS-ViT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from asvit_deploy.models.macs import model_macs, teacher_macs
+from asvit_deploy.models.registry import ArchConfig, arch
+
+# Eq. 13 weighs GMACs by 2. For a network far smaller than the paper's that is no pull at all (the
+# default arch has 0.2 GMACs), so networks below DeiT-S get the pull that DeiT-S has.
+_PAPER_WEIGHT = 2.0
+
+
+def flops_weight(config: ArchConfig) -> float:
+    """Weight of `flops_loss`, which is relative to the teacher: 2 per GMAC, DeiT-S's or more."""
+    reference = teacher_macs(arch("as_deit_small"))
+    return _PAPER_WEIGHT * max(teacher_macs(config), reference) / 1e9
+
+
+def relative_macs(config: ArchConfig, masks: Sequence[Tensor]) -> Tensor:
+    """MACs of each image as a fraction of the teacher's, float32 [B]; differentiable.
+
+    Args:
+        masks: keep masks of the stages, float32 [B, N].
+    """
+    lengths = [1 + mask.sum(1) for mask in masks]
+    return model_macs(config, lengths) / teacher_macs(config)
+
+
+def flops_loss(config: ArchConfig, masks: Sequence[Tensor], budget: float) -> Tensor:
+    """(10) | mean_b FLOPs(x_b) - t | / teacher, with t = budget * teacher."""
+    return (relative_macs(config, masks).mean() - budget).abs()
+
+
+def distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """(12) KL(student, teacher) of class distributions, mean over the rows.
+
+    As in the released code it is the teacher's distribution that is expected over:
+    sum_c p_t (log p_t - log p_s).
+
+    Args:
+        student, teacher: logits [R, C].
+    """
+    log_student = F.log_softmax(student.float(), 1)
+    log_teacher = F.log_softmax(teacher.float(), 1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def token_distillation(student: Tensor, teacher: Tensor, alive: Tensor) -> Tensor:
+    """(12), LV-ViT's second part: the same KL over the tokens that the last stage kept.
+
+    Args:
+        student, teacher: token logits [B, N, C].
+        alive: keep mask of the last stage, float32 [B, N].
+    """
+    rows = alive.detach() > 0.5
+    return distillation(student[rows], teacher[rows])
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Factors of Eq. 13; `flops` applies to MACs relative to the teacher."""
+
+    flops: float
+    distill: float = 0.5
+    token: float = 0.5
+    smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass gave: logits [B, C], token logits [B, N, C] or None, keep masks."""
+
+    logits: Tensor
+    tokens: Tensor | None
+    masks: list[Tensor]
+
+
+def total_loss(
+    config: ArchConfig,
+    student: Outputs,
+    teacher: Outputs | None,
+    labels: Tensor,
+    budget: float | None,
+    weights: Weights,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(13) L = L_ce + w_flops L_flops + w_distill L_distill (+ w_token L_token), and its parts.
+
+    Without a teacher or a budget the parts that need them are left out.
+    """
+    logits = student.logits.float()
+    parts = {"ce": F.cross_entropy(logits, labels, label_smoothing=weights.smoothing)}  # (11)
+    loss = parts["ce"]
+    if budget is not None:
+        parts["flops"] = flops_loss(config, student.masks, budget)
+        loss = loss + weights.flops * parts["flops"]
+    if teacher is not None:
+        parts["distill"] = distillation(logits, teacher.logits)
+        loss = loss + weights.distill * parts["distill"]
+        if student.tokens is not None and teacher.tokens is not None:
+            alive = student.masks[-1] if student.masks else torch.ones_like(student.tokens[:, :, 0])
+            parts["token"] = token_distillation(student.tokens, teacher.tokens, alive)
+            loss = loss + weights.token * parts["token"]
+    return loss, {name: part.detach() for name, part in parts.items()}

@@ -1,0 +1,69 @@
+"""The state of an unfinished run: one file, whole at every moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import atomic
+
+
+def state_path(output: Path) -> Path:
+    """Where the unfinished run of `output` keeps its state."""
+    return output.with_name(output.name + ".unfinished.pt")
+
+
+def save_state(
+    path: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: dict[str, Any],
+) -> None:
+    """Replace the state by that after `step` steps.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    content = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "recipe": recipe,
+    }
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_state(
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: dict[str, Any],
+) -> int:
+    """Put a state back and return its step.
+
+    Raises:
+        UserError: there is none, it is damaged, or it belongs to a run with another recipe.
+    """
+    if not path.is_file():
+        raise UserError(f"nothing to resume: {path} does not exist; run without --resume")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        step, saved = int(content["step"]), content["recipe"]
+    except Exception as error:  # torch answers to bad bytes with nearly any exception
+        raise UserError(f"{path} is damaged; delete it and start over") from error
+    for key in recipe:
+        if saved.get(key) != recipe[key]:
+            raise UserError(
+                f"{path} belongs to a run with {key} {saved.get(key)}, not {recipe[key]}; "
+                "use the same options, or --force without --resume to start over"
+            )
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["rng"])
+    return step
