@@ -80,22 +80,22 @@ def read(artifact: Path) -> dict[str, Any]:
     """
     path = sidecar_path(artifact)
     if not artifact.is_file():
-        raise UserError(f"{artifact} does not exist; name an artefact that `export` made")
+        raise UserError(f"{artifact} does not exist; name an artefact that this tool made")
     if not path.is_file():
-        raise UserError(f"{artifact} has no sidecar {path.name} beside it; export it again")
+        raise UserError(f"{artifact} has no sidecar {path.name} beside it; make it again")
     try:
         fields = json.loads(path.read_bytes())
         schema, digest, expected = fields["schema"], fields["digest"], fields["sha256"]
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(
-            f"{path} is not a sidecar of this tool; export {artifact.name} again"
+            f"{path} is not a sidecar of this tool; make {artifact.name} again"
         ) from None
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}; update the tool")
     if digest != _digest(fields):
-        raise UserError(f"{path} was edited after it was written; export {artifact.name} again")
+        raise UserError(f"{path} was edited after it was written; make {artifact.name} again")
     if expected != sha256(artifact):
-        raise UserError(f"{path} does not belong to {artifact} (sha256 differs); export it again")
+        raise UserError(f"{path} does not belong to {artifact} (sha256 differs); make it again")
     return fields
 
 

@@ -24,6 +24,7 @@ from asvit_deploy.cli import options
 @click.option("--steps", type=click.IntRange(1), help="Steps, in place of --epochs.")
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--lr", type=float, help="[default: 2e-5 * batch / 512; dense from scratch: 1e-3]")
+@click.option("--min-lr", type=float, help="[default: lr / 10; dense from scratch: lr / 1000]")
 @click.option("--warmup", type=click.IntRange(0), default=0, help="Warm-up steps.")
 @click.option("--weight-decay", type=float, default=1e-6, show_default=True)
 @click.option("--clip", type=float, default=0.0, help="Clip the gradient's norm; 0 does not.")
@@ -47,6 +48,7 @@ def command(
     steps: int | None,
     batch_size: int,
     lr: float | None,
+    min_lr: float | None,
     warmup: int,
     weight_decay: float,
     clip: float,
@@ -63,7 +65,7 @@ def command(
 
     \b
     asvit-deploy finetune --data DIR --pretrained deit_small.pth --budget 0.65
-    asvit-deploy finetune --data digits --arch as_deit_mini --dense --steps 8000
+    asvit-deploy finetune --data digits --arch as_deit_mini --dense --steps 4000
 
     A run that was stopped goes on with the same command and --resume.
     """
@@ -97,11 +99,15 @@ def command(
         raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")
     source = open_source(data, config, seed)
     config = config.at(num_classes=len(source.classes))
+    scratch = checkpoint is None
+    if lr is None:
+        lr = 1e-3 if scratch else 2e-5 * batch_size / 512
     recipe = Recipe(
         steps=steps or max(1, (epochs or 30) * source.epoch // batch_size),
         batch_size=batch_size,
         budget=None if dense else 0.65 if budget is None else budget,
-        lr=lr if lr is not None else 1e-3 if checkpoint is None else 2e-5 * batch_size / 512,
+        lr=lr,
+        min_lr=min_lr if min_lr is not None else lr / (1000 if scratch else 10),
         warmup=warmup,
         weight_decay=weight_decay,
         clip=clip,

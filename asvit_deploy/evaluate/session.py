@@ -88,12 +88,15 @@ def find_op_library(named: Path | None) -> Path | None:
     """The library given, or the one that `build-plugins` made, or None.
 
     Raises:
-        UserError: the library given does not exist.
+        UserError: the library given cannot be used.
     """
-    if named is not None:
-        if not named.is_file():
-            raise UserError(f"{named} does not exist; `asvit-deploy build-plugins ort` makes one")
-        return named.resolve()
-    from asvit_deploy.ops.library import find_library
+    from asvit_deploy.ops.library import check_library, find_library
 
-    return find_library()
+    if named is None:
+        return find_library()
+    # A library without the op would load, and the function would silently run in its place.
+    if reason := check_library(named):
+        raise UserError(
+            f"{named} cannot be used: {reason}; `asvit-deploy build-plugins ort` makes one"
+        )
+    return named.resolve()

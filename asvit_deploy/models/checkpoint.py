@@ -7,6 +7,7 @@ of the right shapes, or as one `UserError` that names the file, what is wrong an
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import warnings
 import zipfile
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from asvit_deploy import artifact
+from asvit_deploy.artifact import provenance
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import write_bytes
 from asvit_deploy.models import build
 from asvit_deploy.models.registry import ARCHS, ArchConfig
 from asvit_deploy.models.registry import arch as arch_by_name
@@ -34,6 +36,9 @@ SCHEMA = 1
 _WEIGHTS, _EMA = ("model", "state_dict"), ("model_ema", "state_dict_ema")
 _FOREIGN_THRESHOLD = re.compile(r"^score_predictor\.(\d+)\.keep_threshold$")
 _THRESHOLD = re.compile(r"^thresholds\.(\d+)$")
+_OLD_TORCH = (
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before its zip files
+)
 _LISTED = 3  # keys that a message names before it says how many more there are
 
 Refuse = Callable[[str], NoReturn]
@@ -68,7 +73,8 @@ def load_checkpoint(
         ema: take the moving average of the weights where the file has one beside them.
 
     Raises:
-        UserError: the file cannot be read, or does not hold exactly one known network.
+        UserError: the file cannot be read, does not hold exactly one known network, or is ours and
+            has a sidecar that was edited or belongs to another file.
     """
     path = Path(path)
 
@@ -79,6 +85,8 @@ def load_checkpoint(
     ours = metadata.get("format") == FORMAT
     if ours:
         _check_schema(metadata, refuse)
+        if artifact.sidecar_path(path).is_file():
+            artifact.read(path)  # refuses a sidecar that does not belong to it
     raw = _strip_prefix(_select(content, ema, refuse))
     _refuse_relatives(raw, refuse)
     state = {_FOREIGN_THRESHOLD.sub(r"thresholds.\1", key): value for key, value in raw.items()}
@@ -114,11 +122,11 @@ def build_model(checkpoint: Checkpoint, dense: bool = False) -> AdaptiveViT:
 
 
 def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) -> None:
-    """Write a model as `.safetensors`, whole or not at all.
+    """Write a model as `.safetensors` and its sidecar, whole or not at all.
 
     Args:
-        metadata: told beside the weights; format, schema, arch, image_size and num_classes are
-            added and cannot be overridden.
+        metadata: text or JSON, told beside the weights; format, schema, arch, image_size and
+            num_classes are added and cannot be overridden.
 
     Raises:
         UserError: another suffix than `.safetensors`, or the folder cannot be written.
@@ -134,7 +142,18 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
         "num_classes": str(config.num_classes),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_bytes(path, safetensors.torch.save(tensors, {**metadata, **own}))
+    told = {**metadata, **own}
+    fields = {"kind": "checkpoint", **provenance(["torch", "safetensors"])}
+    fields |= {key: _parsed(value) for key, value in told.items() if key != "schema"}
+    fields["thresholds"] = model.threshold_values()
+    artifact.write(path, safetensors.torch.save(tensors, told), fields)
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 # --- bytes -> objects ---------------------------------------------------------------------------
@@ -187,11 +206,23 @@ def _refuse_unread(path: Path, message: str, refuse: Refuse) -> NoReturn:
     if "TorchScript" in message:
         refuse("is a TorchScript archive; save the model's state_dict() instead")
     with open(path, "rb") as file:
-        cut_zip = file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
-    damaged = re.search(r"\bEOF\b|truncated|out of input|corrupt|requires a buffer", message, re.I)
-    if cut_zip or (damaged and "Invalid magic number" not in message):
+        head = file.read(len(_OLD_TORCH))
+    if head == _OLD_TORCH or (head[:4] == b"PK\x03\x04" and _cut_or_torch_zip(path)):
         refuse("is truncated or damaged; copy or download it again")
+    if head[:1] == b"\x80" and "Unsupported operand" in message:
+        refuse("is a pickle that torch.save did not write; it was not run; name a checkpoint file")
     refuse("is not a checkpoint (neither safetensors nor torch.save); name a file that holds one")
+
+
+def _cut_or_torch_zip(path: Path) -> bool:
+    """Whether a zip file has lost its end, or holds what torch.save puts into one."""
+    if not zipfile.is_zipfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return True
 
 
 # --- objects -> state dict ----------------------------------------------------------------------
@@ -288,7 +319,7 @@ def _infer_config(
 
 
 def _fitting_archs(state: Mapping[str, Tensor], refuse: Refuse) -> list[str]:
-    """Names of the rows with the state's family, width, depth, hidden width and patch."""
+    """Names of the rows with the state's stem, width, depth, hidden width and patch."""
     needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "head.weight": 2}
     needed["blocks.0.mlp.fc1.weight"] = 2
     missing = [key for key in needed if key not in state]
@@ -299,19 +330,19 @@ def _fitting_archs(state: Mapping[str, Tensor], refuse: Refuse) -> list[str]:
     for key, dims in needed.items():
         if state[key].ndim != dims or 0 in state[key].shape:
             refuse(f"has {key} of shape {list(state[key].shape)}; pass an unmodified checkpoint")
-    family = "lvvit" if "patch_embed.conv1.weight" in state else "deit"
-    patch = state["patch_embed.proj.weight"].shape[3] * (2 if family == "lvvit" else 1)
+    stem = "conv" if "patch_embed.conv1.weight" in state else "patch"
+    patch = state["patch_embed.proj.weight"].shape[3] * (2 if stem == "conv" else 1)
     dim = state["cls_token"].shape[2]
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     blocks = (re.match(r"blocks\.(\d+)\.", key) for key in state)
     depth = len({match[1] for match in blocks if match})
-    found = (family, dim, depth, hidden, patch)
+    found = (stem, dim, depth, hidden, patch)
     rows = ARCHS.values()
-    fits = [r.name for r in rows if (r.family, r.dim, r.depth, r.hidden, r.patch_size) == found]
+    fits = [r.name for r in rows if (r.stem, r.dim, r.depth, r.hidden, r.patch_size) == found]
     if not fits:
         refuse(
-            f"has width {dim}, depth {depth}, hidden width {hidden} and {patch}-pixel patches, "
-            f"which fits no known architecture; known: {', '.join(ARCHS)}"
+            f"has width {dim}, depth {depth}, hidden width {hidden}, {patch}-pixel patches and a "
+            f"{stem} stem, which fits no known architecture; known: {', '.join(ARCHS)}"
         )
     return fits
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.registry import STEM_WIDTH, ArchConfig
 
 # An int, a float, a numpy array or a torch tensor: whatever has + and *.
 Number = Any
@@ -20,11 +20,11 @@ _LAYER_NORM, _ACTIVATION, _SOFTMAX = 5, 8, 5
 
 
 def stem_macs(config: ArchConfig) -> int:
-    """Patch embedding: one convolution (DeiT), or three and a projection (LV-ViT)."""
-    if config.family == "deit":
+    """Patch embedding: one convolution, or three at half resolution and a projection."""
+    if config.stem == "patch":
         return config.image_tokens * config.dim * 3 * config.patch_size**2
     half = (config.image_size // 2) ** 2
-    return half * 64 * (3 * 49 + 2 * 64 * 9) + half * 64 * config.dim
+    return half * STEM_WIDTH * (3 * 49 + 2 * STEM_WIDTH * 9 + config.dim)
 
 
 def block_macs(config: ArchConfig, n: Number) -> Number:

@@ -2,7 +2,7 @@
 
     images -> patch tokens -> [block]* -> (score > theta: keep) -> [block]* -> ... -> logits
 
-One class serves the DeiT family; LV-ViT (`lvvit.py`) changes the stem and the output.
+One class serves the DeiT family; LV-ViT (`lvvit.py`) changes the output.
 Parameters carry timm's names, so dense checkpoints load as they are.
 """
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.stem import build_stem
 from asvit_deploy.ops.torch_op import threshold_compact
 from asvit_deploy.reduction.scoring import class_attention_row, token_scores
 from asvit_deploy.reduction.threshold import (
@@ -77,8 +78,7 @@ class Attention(nn.Module):
         q, k, v = self._heads(x)
         mask = None if key_mask is None else key_mask[:, None, None, :]
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        merged = context.transpose(1, 2).flatten(2)
-        out = self.proj(merged[0] if x.dim() == 2 else merged)
+        out = self.proj(context.transpose(1, 2).reshape(x.shape))
         if not score:
             return out, None
         scores = token_scores(class_attention_row(q, k, key_mask), context)
@@ -191,25 +191,13 @@ class Block(nn.Module):
         return x + self._branch(self.mlp(self.norm2(x))), scores
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, one linear map."""
-
-    def __init__(self, config: ArchConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, config.dim, config.patch_size, config.patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] -> [B, N, D]."""
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class AdaptiveViT(nn.Module):
     """A ViT whose image tokens leave at `config.stages`; dense when `adaptive` is False."""
 
     def __init__(self, config: ArchConfig, adaptive: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = self._stem()
+        self.patch_embed = build_stem(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.image_tokens, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -219,9 +207,6 @@ class AdaptiveViT(nn.Module):
             nn.Parameter(torch.tensor(value)) for value in INITIAL_THRESHOLDS if adaptive
         )
         self._initialise()
-
-    def _stem(self) -> nn.Module:
-        return PatchEmbed(self.config)
 
     def _initialise(self) -> None:
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -274,12 +259,12 @@ class AdaptiveViT(nn.Module):
         # plain matrix products with a bias, which runtimes fuse whatever the number of tokens.
         single = not padded and images.shape[0] == 1
         x, key_mask, scores, trace = self.embed(images), None, None, Trace()
-        x = x[0] if single else x
+        x = x.squeeze(0) if single else x
         for i, block in enumerate(self.blocks):
             if self.adaptive and i in self.config.stages:
                 threshold = self.thresholds[len(trace.length)]
                 assert scores is not None
-                x = x[None] if single else x
+                x = x.unsqueeze(0) if single else x
                 if mean_k:
                     x, index, length = compact_masked(x, mean_k_keep_mask(scores, threshold))
                 else:
@@ -289,9 +274,9 @@ class AdaptiveViT(nn.Module):
                 trace.length.append(length)
                 if padded and not mean_k:
                     key_mask = index >= 0
-                x = x[0] if single else x
+                x = x.squeeze(0) if single else x
             x, scores = block(x, key_mask, self._scored_by(i))
-        return self.classify(x[None] if single else x, key_mask), trace
+        return self.classify(x.unsqueeze(0) if single else x, key_mask), trace
 
     def forward_masked(
         self, images: Tensor, temperature: float = TEMPERATURE, selector: Selector | None = None

@@ -45,7 +45,7 @@ def threshold_compact(
     keep = torch.nn.functional.pad(keep_mask(scores, threshold), (1, 0), value=True)  # (B, M)
     length = keep.sum(1)
     if tokens.shape[0] == 1:
-        index = keep.nonzero()[:, 1].unsqueeze(0)
+        index = keep[0].nonzero().t()
         return tokens[:, index[0]], index, length, length.amax()
     size = length.amax()
     # A stable sort of "dropped" brings the kept rows to the front in their own order.

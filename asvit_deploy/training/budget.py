@@ -14,8 +14,8 @@ from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Trace
 
 _BATCH = 64
-_STEPS = 12  # halvings of the interval of the factor
-_RANGE = (0.05, 20.0)  # of the factor
+_HALVINGS = 24  # of the factor's interval, in logarithms
+_RANGE = (1e-4, 1e3)
 
 
 def check_budget(config: ArchConfig, budget: float) -> None:
@@ -86,7 +86,7 @@ def fit_thresholds(model: AdaptiveViT, images: Tensor, budget: float) -> Fit:
 
     before, _ = scaled(1.0)
     low, high = _RANGE
-    for _ in range(_STEPS + 8):
+    for _ in range(_HALVINGS):
         factor = (low * high) ** 0.5
         after, traces = scaled(factor)
         if abs(after - budget) < 2e-4 * budget:

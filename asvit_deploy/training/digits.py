@@ -28,7 +28,7 @@ from asvit_deploy.files import atomic
 
 CLASSES = tuple("0123456789")
 CANVAS = 56
-SCALES = (14, 46)  # pixels: the side of the digit's 28x28 frame, smallest and largest
+SCALES = (18, 48)  # pixels: the side of the digit's 28x28 frame, smallest and largest
 MAX_FRAGMENTS, MAX_LINES = 14, 3
 TEST_PER_CLASS = 100  # of 500
 

@@ -35,12 +35,12 @@ from asvit_deploy.training.data import Batch, Source
 from asvit_deploy.training.losses import Outputs, Weights, flops_weight, relative_macs, total_loss
 from asvit_deploy.training.state import load_state, save_state, state_path
 
-# A threshold never reaches zero: masked tokens have scores near it, and a checkpoint with a
-# threshold of zero or less is refused.
-MIN_THRESHOLD = 1e-6
-# The paper's learning rate, 2e-5, is a step of 0.4 % of the mean score of 196 tokens. Thresholds
-# keep that pace whatever the weights' rate: at 1e-3 one step would cross the whole range.
-_THRESHOLD_PACE = 2e-5 * 196
+# The paper's rate, 2e-5, moves a threshold of 0.002 by one per cent a step. Thresholds keep that
+# pace relative to themselves, whatever the weights' rate: trained attention can be so sharp that
+# they belong at 1e-4 or below, where steps of 2e-5 would jump, and cross zero.
+_THRESHOLD_PACE = 0.01
+# Far below any that matters; a checkpoint with a threshold of zero would be refused.
+MIN_THRESHOLD = 1e-9
 _INITIAL_TOKENS = 196  # at which the paper's initial thresholds are meant
 _FIT_PICTURES = 2048
 
@@ -128,22 +128,21 @@ def adaptive_start(config: ArchConfig, pretrained: Checkpoint) -> tuple[Adaptive
     return student, teacher
 
 
-def _optimizer(model: AdaptiveViT, recipe: Recipe) -> torch.optim.Optimizer:
-    decayed, plain, thresholds = [], [], []
-    for name, parameter in model.named_parameters():
-        if name.startswith("thresholds."):
-            thresholds.append(parameter)
-        elif parameter.ndim < 2 or name in ("cls_token", "pos_embed"):
-            plain.append(parameter)
-        else:
-            decayed.append(parameter)
+def _optimizer(
+    model: AdaptiveViT, logarithms: list[torch.nn.Parameter], recipe: Recipe
+) -> torch.optim.Optimizer:
+    """AdamW; matrices are decayed, everything else is not, thresholds have a pace of their own."""
+    weights = dict(model.named_parameters())
+    weights = {k: v for k, v in weights.items() if not k.startswith("thresholds.")}
+    plain = [k for k, v in weights.items() if v.ndim < 2 or k in ("cls_token", "pos_embed")]
+    decayed = [v for k, v in weights.items() if k not in plain]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": recipe.weight_decay, "pace": 1.0},
-        {"params": plain, "weight_decay": 0.0, "pace": 1.0},
+        {"params": [weights[k] for k in plain], "weight_decay": 0.0, "pace": 1.0},
     ]
-    if thresholds:
-        pace = _THRESHOLD_PACE / model.config.image_tokens / recipe.lr
-        groups.append({"params": thresholds, "weight_decay": 0.0, "pace": pace})
+    if logarithms:
+        pace = _THRESHOLD_PACE / recipe.lr
+        groups.append({"params": logarithms, "weight_decay": 0.0, "pace": pace})
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
@@ -165,9 +164,10 @@ class Trainer:
     def __init__(self, model: AdaptiveViT, teacher: AdaptiveViT | None, recipe: Recipe) -> None:
         self.model, self.teacher, self.recipe = model, teacher, recipe
         # The network has no dropout, so eval mode does one thing only: it freezes the statistics
-        # of LV-ViT's stem, in the teacher and in the student that starts from it.
+        # of a convolutional stem, in the student as in the teacher that it starts from.
         model.train(teacher is None)
-        self.optimizer = _optimizer(model, recipe)
+        self._logarithms = [torch.nn.Parameter(t.detach().log()) for t in model.thresholds]
+        self.optimizer = _optimizer(model, self._logarithms, recipe)
         flops = flops_weight(model.config) if recipe.flops is None else recipe.flops
         self.weights = Weights(flops, recipe.distill, recipe.distill, recipe.smoothing)
 
@@ -187,20 +187,35 @@ class Trainer:
                 teacher = run_masked(self.teacher, images, recipe.bf16)
         student = run_masked(self.model, images, recipe.bf16)
         loss, parts = total_loss(config, student, teacher, labels, recipe.budget, self.weights)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
-        limit = recipe.clip if recipe.clip > 0 else math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        if not math.isfinite(loss.item() + norm.item()):
+        self._check(number, loss)
+        self._update()
+        return self._figures(loss, parts, student, labels)
+
+    def _check(self, number: int, loss: Tensor) -> None:
+        """Clip the weights' gradient; refuse a loss or a gradient that is not finite."""
+        # Apart from the weights: in their own unit, thresholds have gradients 1e4 times as large.
+        weights = [p for k, p in self.model.named_parameters() if not k.startswith("thresholds.")]
+        norm = torch.nn.utils.clip_grad_norm_(weights, self.recipe.clip or math.inf)
+        slopes = [t.grad.abs() for t in self.model.thresholds if t.grad is not None]
+        if not math.isfinite(loss.item() + norm.item() + sum(slope.item() for slope in slopes)):
             raise UserError(
                 f"training diverged at step {number}: the loss is {loss.item():g}, its gradient "
-                f"{norm.item():g}; start over with --force and a lower --lr (it was {recipe.lr:g})"
+                f"{norm.item():g}; start over with --force and a lower --lr "
+                f"(it was {self.recipe.lr:g})"
             )
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """AdamW on the weights and on the logarithms of the thresholds, which stay positive."""
+        for logarithm, threshold in zip(self._logarithms, self.model.thresholds):
+            # Derived anew each time, so that the thresholds alone are the state of a run.
+            logarithm.copy_(threshold.log())
+            logarithm.grad = threshold.grad * threshold
         self.optimizer.step()
-        with torch.no_grad():
-            for threshold in self.model.thresholds:
-                threshold.clamp_(min=MIN_THRESHOLD)
-        return self._figures(loss, parts, student, labels)
+        for logarithm, threshold in zip(self._logarithms, self.model.thresholds):
+            threshold.copy_(logarithm.exp().clamp(min=MIN_THRESHOLD))
 
     def _figures(
         self, loss: Tensor, parts: dict[str, Tensor], student: Outputs, labels: Tensor

@@ -1,0 +1,91 @@
+"""One list of cases for every form of the op, so that all of them meet the same edges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of the op; `tokens` float32, to be cast to the type under test."""
+
+    name: str
+    tokens: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    threshold: float
+
+
+def _case(name, batch, rows, dim, threshold, change=None, seed=0) -> Case:
+    rng = np.random.default_rng([seed, batch, rows, dim])
+    tokens = rng.standard_normal((batch, rows, dim)).astype(np.float32)
+    scores = rng.random((batch, rows - 1)).astype(np.float32)
+    if change is not None:
+        change(scores)
+    return Case(name, tokens, scores, threshold)
+
+
+def _set(*places, value):
+    def change(scores):
+        for place in places:
+            scores[place] = value
+
+    return change
+
+
+def _mixed(scores):
+    """Every special value beside ordinary ones, other ones in each image."""
+    special = np.array([np.nan, np.inf, -np.inf, 0.5, -0.0, 1e-40], np.float32)
+    for b, row in enumerate(scores):
+        for i, value in enumerate(np.roll(special, b)):
+            row[(3 * i + b) % len(row)] = value
+
+
+def _quantised(scores):
+    """Many equal scores, some of them equal to the threshold."""
+    np.round(scores * 4, out=scores)
+    scores /= 4
+
+
+_ALL = np.s_[:]
+_NAN, _INF = float("nan"), float("inf")
+
+EDGES = [
+    _case("plain", 1, 50, 64, 0.5),
+    _case("keep_one_of_all", 1, 50, 64, 2.0),
+    _case("keep_all", 1, 50, 64, -1.0),
+    _case("one_token_kept_by_the_floor", 1, 2, 64, 2.0),
+    _case("one_token_above", 1, 2, 64, -1.0),
+    _case("all_scores_equal_the_threshold", 2, 20, 64, 0.5, _set(_ALL, value=0.5)),
+    _case("ties_on_top_below_the_threshold", 2, 20, 64, 9.0, _set(np.s_[:, 7::3], value=2.0)),
+    _case("quantised", 4, 50, 64, 0.5, _quantised),
+    _case("nan_first", 1, 20, 64, 9.0, _set(np.s_[:, 0], value=np.nan)),
+    _case("all_nan", 2, 20, 64, 0.5, _set(_ALL, value=np.nan)),
+    _case("nan_and_minus_inf", 2, 9, 64, 0.5, _set(np.s_[:, ::2], value=np.nan)),
+    _case("all_minus_inf", 2, 20, 64, 0.5, _set(_ALL, value=-np.inf)),
+    _case("all_plus_inf", 2, 20, 64, 0.5, _set(_ALL, value=np.inf)),
+    _case("plus_inf_against_plus_inf", 2, 20, 64, _INF, _set(np.s_[:, 5:8], value=np.inf)),
+    _case("minus_inf_against_minus_inf", 2, 20, 64, -_INF, _set(np.s_[:, 5:8], value=-np.inf)),
+    _case("threshold_nan", 3, 20, 64, _NAN),
+    _case("threshold_nan_scores_nan", 2, 20, 64, _NAN, _set(_ALL, value=np.nan)),
+    _case("threshold_plus_inf", 3, 20, 64, _INF),
+    _case("threshold_minus_inf", 3, 20, 64, -_INF),
+    _case("mixed_specials", 8, 33, 64, 0.3, _mixed),
+    _case("nan_beside_only_minus_inf", 1, 4, 64, 0.5,
+          lambda s: s.__setitem__(slice(None), [[np.nan, -np.inf, -np.inf]])),
+    _case("zero_threshold_negative_zero", 1, 9, 64, 0.0, _set(_ALL, value=-0.0)),
+    _case("threshold_rounded_to_float32", 1, 9, 64, 0.1, _set(_ALL, value=np.float32(0.1))),
+]  # fmt: skip
+
+SIZES = [
+    _case(f"b{batch}_m{rows}_d{dim}", batch, rows, dim, threshold, seed=1)
+    for batch, rows, dim, threshold in [
+        (1, 2, 64, 0.5), (1, 3, 192, 0.2), (1, 197, 384, 0.35), (1, 577, 768, 0.5),
+        (2, 197, 192, 0.5), (3, 17, 512, 0.9), (4, 100, 384, 0.65), (5, 2, 128, 0.5),
+        (8, 197, 64, 0.99), (8, 33, 768, 0.01),
+    ]
+]  # fmt: skip
+
+CASES = EDGES + SIZES
