@@ -3,20 +3,197 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from asvit_deploy.cli import options
 from asvit_deploy.errors import UserError
 
+if TYPE_CHECKING:
+    from asvit_deploy.engine.build import Built, Options
 
-@click.command()
+
+class _Several(click.Command):
+    """Lets `--target-sm 86 89 120` stand for three options; this command has no arguments."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        listing = False
+        for arg in args:
+            if arg.startswith("-"):
+                listing = arg == "--target-sm"
+            elif listing and spread[-1] != "--target-sm":
+                spread.append("--target-sm")
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def _capability(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> Any:
+    for sm in value:
+        if not sm.isdigit() or not 2 <= len(sm) <= 3:
+            raise click.BadParameter(f"{sm!r} is not a compute capability such as 86 or 120")
+    return value
+
+
+@click.command(cls=_Several)
 @click.option("--onnx", "model", type=options.PATH, help="ONNX artefact [default: the one here].")
+@click.option(
+    "-o", "--output", type=options.PATH,
+    help="Engine file [default: stem of --onnx, with precision and mode, here].",
+)  # fmt: skip
 @click.option("--fp16", is_flag=True, help="Half-precision weights and activations.")
-def command(model: Path | None, fp16: bool) -> None:
-    """ONNX to a TensorRT engine. Not part of this version: it says so and changes nothing."""
+@click.option("--bf16", is_flag=True, help="The same in bfloat16.")
+@click.option(
+    "--flavour", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto",
+    show_default=True, help="TensorRT, or TensorRT-RTX, which builds without a GPU.",
+)  # fmt: skip
+@click.option(
+    "--mode", type=click.Choice(["dynamic", "padded", "bucketed"]), default="dynamic",
+    show_default=True, help="Tokens really leave, or stay and are masked (a portable reference).",
+)  # fmt: skip
+@click.option(
+    "--batch", type=click.IntRange(1), nargs=3, metavar="MIN OPT MAX",
+    help="Batch range of a dynamic-batch model [default: 1 4 8].",
+)  # fmt: skip
+@click.option(
+    "--target-sm", "target_sms", multiple=True, callback=_capability, metavar="SM...",
+    help="GPU generations, such as 86 89 120; RTX only [default: its own list].",
+)  # fmt: skip
+@click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Builder's memory limit.")
+@click.option("--level", type=click.IntRange(0, 5), help="Builder's optimisation level.")
+@click.option(
+    "--plugin", type=options.PATH,
+    help="The op's TensorRT library [default: the one `build-plugins trt` makes].",
+)  # fmt: skip
+@click.option("--embed-plugin", is_flag=True, help="Put the library into the engine file.")
+@click.option(
+    "--layers", type=options.PATH,
+    help="Write the engine's layers as JSON; enterprise TensorRT only.",
+)  # fmt: skip
+@click.option(
+    "--version-compatible", is_flag=True,
+    help="For later TensorRT versions too; enterprise TensorRT only.",
+)  # fmt: skip
+@click.option(
+    "--hardware-compatible", is_flag=True,
+    help="For every GPU from Ampere on; enterprise TensorRT only.",
+)  # fmt: skip
+@options.images
+@click.option(
+    "--no-check", is_flag=True,
+    help="Do not compare the graph with PyTorch first; the sidecar says so.",
+)  # fmt: skip
+@options.force
+def command(
+    model: Path | None,
+    output: Path | None,
+    fp16: bool,
+    bf16: bool,
+    flavour: str,
+    mode: str,
+    batch: tuple[int, int, int] | None,
+    target_sms: tuple[str, ...],
+    workspace: int | None,
+    level: int | None,
+    plugin: Path | None,
+    embed_plugin: bool,
+    layers: Path | None,
+    version_compatible: bool,
+    hardware_compatible: bool,
+    images: Path | None,
+    no_check: bool,
+    force: bool,
+) -> None:
+    """ONNX to a TensorRT engine, after comparing its graph with PyTorch.
+
+    \b
+    asvit-deploy build-engine --fp16
+    asvit-deploy build-engine --fp16 --flavour tensorrt-rtx --target-sm 86 89 120
+    """
+    from asvit_deploy.files import check_writable
+
     path = options.artefacts((model,) if model else (), "onnx")[0]
-    raise UserError(
-        f"no engine for {path}: the TensorRT plugin is not part of asvit-deploy yet; "
-        "`asvit-deploy bench` runs the ONNX file as it is"
+    if fp16 and bf16:
+        raise UserError("--fp16 and --bf16 exclude each other; pass one of them")
+    if mode == "bucketed":
+        raise UserError(
+            "bucketed engines are not part of this version; use --mode dynamic or --mode padded"
+        )
+    from asvit_deploy.engine.flavour import find_flavour
+
+    found = find_flavour(flavour)
+
+    from asvit_deploy.engine.build import (
+        Options,
+        build_engine,
+        default_output,
+        refuse_misfits,
+    )
+    from asvit_deploy.engine.source import open_source
+
+    wanted = Options(
+        "fp16" if fp16 else "bf16" if bf16 else None,
+        mode, batch, target_sms, workspace, level, plugin, embed_plugin, layers,
+        version_compatible, hardware_compatible, images, not no_check,
+    )  # fmt: skip
+    refuse_misfits(found, wanted)
+    target = output or default_output(path, wanted)
+    check_writable(target, force)
+    if layers is not None:
+        check_writable(layers, force)
+    source = open_source(path)
+    if source.session is None:
+        options.status(f"{path} is not an artefact of ours: built as it is, compared with nothing")
+    if source.adaptive and mode == "dynamic":
+        wanted = _with_plugin(wanted)
+    with _Bar() as bar:
+        built = build_engine(source, target, found, wanted, bar.update, options.status)
+    _report(built, found.title)
+    click.echo(target)
+
+
+def _with_plugin(wanted: Options) -> Options:
+    """The options with the op's library: the one named, the one built before, or built now."""
+    from dataclasses import replace
+
+    if wanted.plugin is not None:
+        if not wanted.plugin.is_file():
+            raise UserError(
+                f"{wanted.plugin} does not exist; `asvit-deploy build-plugins trt` makes the plugin"
+            )
+        return wanted
+    from asvit_deploy.ops.trt_library import build_trt, find_trt_plugin
+
+    return replace(wanted, plugin=find_trt_plugin() or build_trt())
+
+
+class _Bar:
+    """TensorRT's progress on a terminal's stderr."""
+
+    def __enter__(self) -> _Bar:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc="build", disable=None, leave=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, phase: str, done: int, of: int) -> None:
+        self._bar.set_description(phase, refresh=False)
+        self._bar.total, self._bar.n = of, done
+        self._bar.refresh()
+
+
+def _report(built: Built, title: str) -> None:
+    """What was built, and every warning that is not known to be harmless."""
+    fields = built.fields
+    for warning in built.warnings:
+        options.status(f"TensorRT warns: {warning}")
+    sms = ", ".join(f"SM{sm}" for sm in fields["target_sms"])
+    options.status(
+        f"{title} {fields['flavour_version']}: {fields['mode']}, {fields['precision']}"
+        + (f", for {sms}" if sms else "")
+        + f", {fields['plugin_layers']} plugin layers, {fields['build_seconds']} s"
     )

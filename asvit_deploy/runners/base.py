@@ -60,7 +60,9 @@ class RunnerBase:
             self.infer(images)
 
 
-def decode(logits: NDArray, lengths: Stages, index: Stages, scores: Stages) -> Prediction:
+def decode(
+    logits: NDArray, lengths: Stages, index: Stages, scores: Stages, padded: bool = False
+) -> Prediction:
     """Follow the stages' row numbers back to the input's tokens.
 
     Args:
@@ -68,9 +70,13 @@ def decode(logits: NDArray, lengths: Stages, index: Stages, scores: Stages) -> P
         lengths: per stage int [B].
         index: per stage int64 [B, rows], the op's `index`.
         scores: per stage float32 [B, rows before the stage - 1]; those of stage 0 cover the input.
+        padded: nothing was removed: `index` is int64 [B, M] with -1 where the token is gone, and
+            every stage's scores cover the input.
     """
     batch = logits.shape[0]
     lengths = [np.asarray(length, np.int64) for length in lengths]
+    if padded:
+        return _decode_padded(logits, lengths, index, scores)
     kept: list[list[NDArray[np.int64]]] = []
     by_token: list[list[NDArray[np.float32]]] = []
     tokens = scores[0].shape[1] if scores else 0
@@ -82,4 +88,13 @@ def decode(logits: NDArray, lengths: Stages, index: Stages, scores: Stages) -> P
         by_token.append(list(spread))
         before = [before[b][rows[b, 1 : lengths[s][b]] - 1] for b in range(batch)]
         kept.append(before)
+    return Prediction(np.asarray(logits, np.float32), lengths, kept, by_token)
+
+
+def _decode_padded(
+    logits: NDArray, lengths: list[NDArray[np.int64]], index: Stages, scores: Stages
+) -> Prediction:
+    kept = [[row[row > 0] - 1 for row in rows] for rows in index]
+    before = [np.ones_like(scores[0], bool), *(rows[:, 1:] >= 0 for rows in index)]
+    by_token = [list(np.where(alive, s, np.nan)) for alive, s in zip(before, scores)]
     return Prediction(np.asarray(logits, np.float32), lengths, kept, by_token)

@@ -51,6 +51,11 @@ def count_stages(model: onnx.ModelProto) -> int:
     return sum(output.name.startswith("length_") for output in model.graph.output)
 
 
+def is_padded(model: onnx.ModelProto) -> bool:
+    """Whether a model of ours keeps every row and masks what was dropped."""
+    return any(p.key == "asvit_mode" and p.value == '"padded"' for p in model.metadata_props)
+
+
 def with_stage_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy whose outputs also hold `index_s` int64 and `scores_s` float32 of every stage."""
     copy = onnx.ModelProto()
@@ -75,6 +80,7 @@ class OrtRunner(RunnerBase):
         threads: intra-op threads; 0 leaves the choice to ONNX Runtime.
         record: also return kept tokens and scores (adds outputs to the model in memory).
         profile: prefix of the profiler's output file, or None.
+        optimize: False runs the nodes as they stand.
 
     Raises:
         UserError: onnxruntime is missing, or model or library cannot be loaded.
@@ -88,10 +94,12 @@ class OrtRunner(RunnerBase):
         record: bool = True,
         profile: Path | None = None,
         provider: str = "CPUExecutionProvider",
+        optimize: bool = True,
     ) -> None:
         ort = import_onnxruntime()
         model = load_model(source)
         self.stages = count_stages(model)
+        self.padded = is_padded(model)
         self.library = library
         shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         self.batch = shape[0] or None
@@ -103,6 +111,8 @@ class OrtRunner(RunnerBase):
         options.log_severity_level = 3  # failures come back as exceptions; warnings are not ours
         # Spinning threads burn the core that a neighbour would use.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
@@ -131,7 +141,7 @@ class OrtRunner(RunnerBase):
         logits, *rest = self.infer(images)
         lengths, index, scores = (rest[i * self.stages : (i + 1) * self.stages] for i in range(3))
         if self._record:
-            return decode(logits, lengths, index, scores)
+            return decode(logits, lengths, index, scores, self.padded)
         return Prediction(np.asarray(logits, np.float32), lengths)
 
     def describe(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from asvit_deploy import artifact
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
@@ -542,6 +543,7 @@ def rewrite(path, **metadata):
 def test_metadata_that_does_not_fit(metadata, words, tmp_path):
     path = tmp_path / "own.safetensors"
     save_checkpoint(path, network(DEIT), {})
+    artifact.sidecar_path(path).unlink()  # the metadata alone is under test
     rewrite(path, **metadata)
     assert words in refusal(path)
 
