@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,3 +124,35 @@ def mini_artifacts(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
         export(checkpoint, path, images, batch, ops)
         paths[batch, ops] = path
     return paths
+
+
+@pytest.fixture(scope="session")
+def rtx():
+    """The TensorRT-RTX flavour; its builder needs no GPU."""
+    from asvit_deploy.engine.flavour import RTX
+
+    if RTX.module is None or importlib.util.find_spec("polygraphy") is None:
+        pytest.skip('TensorRT-RTX is not installed (pip install "asvit-deploy[rtx]")')
+    return RTX
+
+
+@pytest.fixture(scope="session")
+def trt_plugin(rtx) -> Path:
+    """The op's TensorRT plugin; a build never runs its kernel, so the host twin's will do."""
+    from asvit_deploy.errors import UserError
+
+    try:
+        from asvit_deploy.ops.trt_library import build_trt
+
+        return build_trt(twin=True)
+    except (ImportError, UserError) as error:
+        pytest.skip(f"no TensorRT plugin here: {error}")
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """A C++ compiler."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
               help="Use at most so many pictures.")  # fmt: skip
 @click.option("--runs", type=click.IntRange(10), default=200, show_default=True,
               help="Timed rounds; each runs every variant once.")  # fmt: skip
-@click.option("--warmup", type=click.IntRange(0), default=50, show_default=True)
+@click.option("--warmup", type=click.IntRange(0), default=50, show_default=True,
+              help="Untimed rounds first.")  # fmt: skip
 @click.option("--threads", type=click.Choice(["1", "all", "both"]), default="both",
               show_default=True, help="One thread, every core, or both in turn.")  # fmt: skip
 @options.library

@@ -12,6 +12,7 @@ from asvit_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from asvit_deploy.engine.build import Built, Options
+    from asvit_deploy.engine.flavour import Flavour
 
 
 class _Several(click.Command):
@@ -146,14 +147,14 @@ def command(
     if source.session is None:
         options.status(f"{path} is not an artefact of ours: built as it is, compared with nothing")
     if source.adaptive and mode == "dynamic":
-        wanted = _with_plugin(wanted)
+        wanted = _with_plugin(wanted, found)
     with _Bar() as bar:
         built = build_engine(source, target, found, wanted, bar.update, options.status)
     _report(built, found.title)
     click.echo(target)
 
 
-def _with_plugin(wanted: Options) -> Options:
+def _with_plugin(wanted: Options, flavour: Flavour) -> Options:
     """The options with the op's library: the one named, the one built before, or built now."""
     from dataclasses import replace
 
@@ -163,9 +164,25 @@ def _with_plugin(wanted: Options) -> Options:
                 f"{wanted.plugin} does not exist; `asvit-deploy build-plugins trt` makes the plugin"
             )
         return wanted
-    from asvit_deploy.ops.trt_library import build_trt, find_trt_plugin
-
-    return replace(wanted, plugin=find_trt_plugin() or build_trt())
+    try:
+        from asvit_deploy.ops.trt_library import build_trt, find_trt_plugin
+    except ImportError:
+        raise UserError(
+            "this version cannot build the TensorRT plugin; name its library with --plugin, or "
+            "build with --mode padded"
+        ) from None
+    if found := find_trt_plugin():
+        return replace(wanted, plugin=found)
+    try:
+        return replace(wanted, plugin=build_trt())
+    except UserError:
+        # RTX never runs the kernel while it builds, so the plugin's host twin will do there.
+        if flavour.enterprise or wanted.embed_plugin:
+            raise
+        twin = build_trt(twin=True)
+        options.status("no CUDA compiler here: built with the plugin's host twin; to run the "
+                       "engine, `asvit-deploy build-plugins trt` where there is one")  # fmt: skip
+        return replace(wanted, plugin=twin)
 
 
 class _Bar:

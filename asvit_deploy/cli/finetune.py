@@ -22,14 +22,23 @@ from asvit_deploy.cli import options
 @click.option("--image-size", type=int, help="Another image size than that of the arch.")
 @click.option("--epochs", type=click.IntRange(1), help="Epochs [default: 30].")
 @click.option("--steps", type=click.IntRange(1), help="Steps, in place of --epochs.")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=64, show_default=True,
+    help="Pictures of a step.",
+)  # fmt: skip
 @click.option("--lr", type=float, help="[default: 2e-5 * batch / 512; dense from scratch: 1e-3]")
 @click.option("--min-lr", type=float, help="[default: lr / 10; dense from scratch: lr / 1000]")
 @click.option("--warmup", type=click.IntRange(0), default=0, help="Warm-up steps.")
-@click.option("--weight-decay", type=float, default=1e-6, show_default=True)
+@click.option(
+    "--weight-decay", type=float, default=1e-6, show_default=True,
+    help="AdamW's; thresholds have none.",
+)  # fmt: skip
 @click.option("--clip", type=float, default=0.0, help="Clip the gradient's norm; 0 does not.")
 @click.option("--smoothing", type=float, default=0.0, help="Label smoothing.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True,
+    help="Of weights, order and augmentation.",
+)  # fmt: skip
 @click.option("--bf16", is_flag=True, help="bfloat16 products; scores and thresholds stay float32.")
 @click.option("--save-every", type=click.IntRange(1), default=200, help="Steps between states.")
 @click.option("--log-every", type=click.IntRange(1), default=20, help="Steps between log lines.")

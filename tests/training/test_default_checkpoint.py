@@ -53,7 +53,7 @@ def test_counts_differ_by_image_and_follow_what_is_on_it(rows):
     from scipy.stats import spearmanr
 
     kept = rows.kept.mean(1)
-    assert len(np.unique(rows.kept[:, 0])) > 20
+    assert len(np.unique(rows.kept[:, 1])) > 20
     rho = [spearmanr(value, kept).statistic for value in (rows.scale, rows.clutter)]
     assert max(map(abs, rho)) >= 0.25  # 0.3 at 10,000; the standard error here is 0.04
 

@@ -1,0 +1,274 @@
+"""ONNX to engine: make the graph, check it, build it in a process of its own, put it in place."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from asvit_deploy import artifact, files
+from asvit_deploy.engine import process
+from asvit_deploy.engine.checked import Checked, check, make_graph
+from asvit_deploy.engine.flavour import Flavour
+from asvit_deploy.engine.job import Job, Shape
+from asvit_deploy.engine.source import Source
+from asvit_deploy.engine.warnings import unexpected
+from asvit_deploy.errors import UserError
+from asvit_deploy.export.precision import NAMES, Precision
+from asvit_deploy.ops import onnx_op
+
+Batch = tuple[int, int, int]
+CHECK_IMAGES = 16
+DEFAULT_BATCH: Batch = (1, 4, 8)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of an engine.
+
+    Attributes:
+        precision: "fp16", "bf16" or None for float32.
+        mode: "dynamic" or "padded".
+        batch: smallest, best and largest batch, for a dynamic-batch model.
+        target_sms: compute capabilities such as "86"; RTX only.
+        workspace: MiB, or None.
+        level: builder optimisation level, or None.
+        plugin: the op's TensorRT library, or None where the graph needs none.
+        embed_plugin: put the library into the plan.
+        layers: file for the inspector's JSON; enterprise only.
+        version_compatible, hardware_compatible: enterprise only.
+        images: folder of pictures to check on, or None for the sample photographs.
+        checked: compare the graph before building.
+    """
+
+    precision: Precision | None = None
+    mode: str = "dynamic"
+    batch: Batch | None = None
+    target_sms: tuple[str, ...] = ()
+    workspace: int | None = None
+    level: int | None = None
+    plugin: Path | None = None
+    embed_plugin: bool = False
+    layers: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    images: Path | None = None
+    checked: bool = True
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of it.
+
+    Attributes:
+        checked: the comparison, or None where there was nothing to compare.
+        warnings: what TensorRT warned of beyond the known list.
+        fields: the sidecar.
+        seconds: the builder's process, from start to end.
+    """
+
+    checked: Checked | None
+    warnings: list[str]
+    fields: dict[str, Any]
+    seconds: float
+
+
+def default_output(source: Path, options: Options) -> Path:
+    """`as_deit_s.onnx` -> `as_deit_s.fp16.engine` (or `.fp16.padded.engine`), here."""
+    parts = [source.stem, options.precision, "padded" if options.mode == "padded" else None]
+    return Path(".".join(filter(None, parts)) + ".engine")
+
+
+def refuse_misfits(flavour: Flavour, options: Options) -> None:
+    """Raise UserError for options that this flavour does not have."""
+    if flavour.enterprise:
+        if options.target_sms:
+            raise UserError(
+                "--target-sm needs --flavour tensorrt-rtx; TensorRT builds for the GPU it finds"
+            )
+        return
+    wanted = {
+        "--layers": options.layers,
+        "--version-compatible": options.version_compatible,
+        "--hardware-compatible": options.hardware_compatible,
+    }
+    for name, value in wanted.items():
+        if value:
+            raise UserError(f"{name} needs --flavour tensorrt; TensorRT-RTX does not have it")
+
+
+def batch_profile(
+    source: Source, graph: onnx.ModelProto, batch: Batch | None
+) -> dict[str, tuple[Shape, Shape, Shape]] | None:
+    """Input shapes for the smallest, best and largest batch; None where the batch is fixed.
+
+    Raises:
+        UserError: a batch range for a fixed batch, one that does not rise, or an input whose other
+            dimensions vary.
+    """
+    profile = {}
+    for info in graph.graph.input:
+        dims = [dim.dim_value for dim in info.type.tensor_type.shape.dim]
+        if all(dims):
+            continue
+        if not all(dims[1:]):
+            raise UserError(f"{source.path}: only the batch of input {info.name} may vary")
+        smallest, best, largest = batch or DEFAULT_BATCH
+        if not 1 <= smallest <= best <= largest:
+            raise UserError(
+                f"--batch {smallest} {best} {largest} does not rise; name the smallest, the best "
+                "and the largest batch, 1 or more"
+            )
+        rest = tuple(dims[1:])
+        profile[info.name] = ((smallest, *rest), (best, *rest), (largest, *rest))
+    if batch and not profile:
+        raise UserError(
+            f"{source.path} has a fixed batch; export it with --batch dynamic, or leave --batch out"
+        )
+    return profile or None
+
+
+def build_engine(
+    source: Source,
+    output: Path,
+    flavour: Flavour,
+    options: Options,
+    progress: process.Progress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Built:
+    """Build an engine and put it in place with its sidecar.
+
+    Nothing is written unless the graph agrees with its reference and the build succeeds.
+
+    Args:
+        output: the plan; a plain one that any loader of the same flavour and version takes.
+        progress: is told how far TensorRT is.
+        say: is told how the comparison went, before the build.
+
+    Raises:
+        UserError: an option, the graph or the plugin does not fit, or the builder gives up.
+        CheckFailed: the graph does not agree with its reference.
+    """
+    refuse_misfits(flavour, options)
+    graph = make_graph(source, options.mode, options.precision)
+    profile = batch_profile(source, graph, options.batch)
+    checked = None
+    changed = options.precision or options.mode == "padded"
+    if changed and options.checked:
+        checked = check(source, graph, options.precision, options.images, CHECK_IMAGES)
+        say(f"agrees with {checked.reference} on {checked.parity.images} images "
+            f"({checked.pictures})")  # fmt: skip
+    stages = len(onnx_op.nodes_of(graph.graph))
+    if stages and options.plugin is None:
+        raise UserError(
+            f"{source.path} needs the TensorRT plugin; run `asvit-deploy build-plugins trt`, or "
+            "build with --mode padded"
+        )
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="asvit-engine-") as name:
+        folder = Path(name)
+        job = _job(folder, graph, flavour, options, profile, stages)
+        outcome = process.run(job, flavour, folder, str(source.path), progress)
+        seconds = time.perf_counter() - start
+        plan = Path(job.plan).read_bytes()
+        layers = Path(job.layers).read_bytes() if job.layers else None
+    fields = _fields(source, flavour, options, profile, outcome, checked, seconds)
+    artifact.write(output, plan, fields)
+    if layers is not None and options.layers is not None:
+        files.write_bytes(options.layers, layers)
+    return Built(checked, unexpected(outcome.warnings), fields, seconds)
+
+
+def _job(
+    folder: Path,
+    graph: onnx.ModelProto,
+    flavour: Flavour,
+    options: Options,
+    profile: dict[str, tuple[Shape, Shape, Shape]] | None,
+    stages: int,
+) -> Job:
+    """The build's order, its graph beside it without the op's function.
+
+    With the function there, a parser that misses the plugin would quietly take the function.
+    """
+    stripped = onnx.ModelProto()
+    stripped.CopyFrom(graph)
+    kept = [f for f in stripped.functions if f.domain != onnx_op.DOMAIN]
+    del stripped.functions[:]
+    stripped.functions.extend(kept)
+    path = folder / "graph.onnx"
+    path.write_bytes(stripped.SerializeToString())
+    assert flavour.module is not None
+    version, namespace = onnx_op.PLUGIN_ATTRIBUTES.values()
+    plugin = options.plugin.resolve() if options.plugin and stages else None
+    timing = artifact.cache_dir() if flavour.enterprise else None
+    if timing:
+        timing.mkdir(parents=True, exist_ok=True)
+    return Job(
+        module=flavour.module,
+        enterprise=flavour.enterprise,
+        onnx=str(path),
+        plan=str(folder / "plan"),
+        plugin=str(plugin) if plugin else None,
+        creator=(onnx_op.OP_TYPE, version, namespace),
+        embed_plugin=options.embed_plugin and plugin is not None,
+        stages=stages,
+        profile=profile,
+        target_sms=options.target_sms,
+        workspace=None if options.workspace is None else options.workspace << 20,
+        level=options.level,
+        timing_cache=str(timing) if timing else None,
+        layers=str(folder / "layers.json") if options.layers else None,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+    )
+
+
+_OF_THE_FILE = ("schema", "sha256", "digest", "source", "tool", "libraries", "python", "command")
+
+
+def _fields(
+    source: Source,
+    flavour: Flavour,
+    options: Options,
+    profile: dict[str, tuple[Shape, Shape, Shape]] | None,
+    outcome: process.Outcome,
+    checked: Checked | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """The engine's sidecar: the model as its ONNX describes it, and what the build added."""
+    model = {key: value for key, value in source.fields.items() if key not in _OF_THE_FILE}
+    own = {
+        "kind": "engine",
+        "flavour": flavour.name,
+        "flavour_version": outcome.version,
+        "precision": NAMES[options.precision] if options.precision else "float32",
+        "mode": options.mode if source.adaptive else "dense" if source.session else "foreign",
+        "ops": "standard" if options.mode == "padded" else source.fields.get("ops"),
+        "profile": profile,
+        "target_sms": list(options.target_sms),
+        "layers": outcome.layers,
+        "plugin_layers": outcome.plugin_layers,
+        "plugin": _plugin_fields(options) if outcome.plugin_layers else None,
+        "build_seconds": round(seconds, 2),
+        "checked": checked and {
+            "reference": checked.reference,
+            "pictures": checked.pictures,
+            **{k: v for k, v in checked.parity.as_dict().items() if k != "flips"},
+        },
+        "source": artifact.source_of(source.path, checkpoint=source.fields.get("source")),
+    }  # fmt: skip
+    return {**model, **own, **artifact.provenance(("onnx", "onnxruntime", "polygraphy", "torch"))}
+
+
+def _plugin_fields(options: Options) -> dict[str, Any]:
+    assert options.plugin is not None
+    path = options.plugin.resolve()
+    return {
+        "path": str(path), "sha256": files.sha256(path), "embedded": options.embed_plugin,
+    }  # fmt: skip

@@ -1,0 +1,104 @@
+"""The graph that an engine is built from, compared with PyTorch before the build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from asvit_deploy.engine.source import Source
+from asvit_deploy.errors import CheckFailed, UserError
+from asvit_deploy.evaluate.parity import Parity, compare
+from asvit_deploy.export.padded import to_padded
+from asvit_deploy.export.precision import Precision, rounded, to_half
+from asvit_deploy.images import open_images
+from asvit_deploy.ops import onnx_op
+from asvit_deploy.runners.base import Runner
+from asvit_deploy.runners.onnx_runtime import OrtRunner
+from asvit_deploy.runners.pytorch import TorchRunner
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How a graph compares: with what, on which pictures, and the verdict."""
+
+    reference: str
+    pictures: str
+    parity: Parity
+
+
+def make_graph(source: Source, mode: str, precision: Precision | None) -> onnx.ModelProto:
+    """The graph of that mode and precision; its op nodes still have their function.
+
+    Raises:
+        UserError: the file is foreign, or has not what the mode needs.
+    """
+    model, name = source.model, str(source.path)
+    if source.session is None and (mode == "padded" or precision):
+        raise UserError(
+            f"{name} has no sidecar, so it is built as it is: leave --mode padded, --fp16 and "
+            "--bf16 out, or name a file that `asvit-deploy export` made"
+        )
+    if mode == "padded":
+        model = to_padded(model, name)
+    elif source.adaptive and not onnx_op.nodes_of(model.graph):
+        raise UserError(
+            f"{name} was exported with --ops standard, which builds no dynamic engine; "
+            "export it with --ops auto"
+        )
+    return to_half(model, precision, name) if precision else model
+
+
+def runnable(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the op's function, which `--ops custom` leaves out."""
+    if model.functions or not onnx_op.nodes_of(model.graph):
+        return model
+    opset = {entry.domain: entry.version for entry in model.opset_import}[""]
+    batched = not model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    copy.functions.append(onnx_op.function_body(batched, opset))
+    return copy
+
+
+def check(
+    source: Source,
+    graph: onnx.ModelProto,
+    precision: Precision | None,
+    images: Path | None,
+    limit: int,
+) -> Checked:
+    """Compare a graph with PyTorch, or with the float32 ONNX where the checkpoint is gone.
+
+    A half graph runs as its `rounded` twin: each result rounded to half, as the GPU will.
+
+    Args:
+        images: folder of pictures, or None for the sample photographs.
+        limit: at most so many of them.
+
+    Raises:
+        CheckFailed: the graph is not within the limits of `evaluate.parity`.
+    """
+    assert source.session is not None
+    pictures = open_images(images, source.session.config, limit)
+    reference: Runner
+    try:
+        reference, with_what = TorchRunner(source.session.reference), "PyTorch"
+    except UserError:
+        reference = OrtRunner(runnable(source.model))
+        with_what = "the float32 ONNX file (its checkpoint is gone or changed)"
+    if precision:
+        candidate = OrtRunner(rounded(runnable(graph)), optimize=False)
+    else:
+        candidate = OrtRunner(runnable(graph))
+    parity = compare(
+        reference, candidate, list(pictures), pictures.names, source.fields["thresholds"],
+        "half" if precision else "float32",
+    )  # fmt: skip
+    if not parity.passed:
+        raise CheckFailed(
+            f"the {precision or 'float32'} graph of {source.path} does not match {with_what} "
+            f"({'; '.join(parity.failures)}); nothing was built"
+        )
+    return Checked(with_what, pictures.source, parity)

@@ -1,0 +1,105 @@
+"""Run the builder's process: relay its progress, and turn whatever ends it into one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from asvit_deploy.engine.flavour import Flavour
+from asvit_deploy.engine.job import Job
+from asvit_deploy.errors import UserError
+
+# (phase, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Outcome:
+    """What the builder said: its version, the layers it counted, its warnings in order."""
+
+    version: str = ""
+    layers: int = 0
+    plugin_layers: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+def run(job: Job, flavour: Flavour, folder: Path, name: str, progress: Progress) -> Outcome:
+    """Build in a child process.
+
+    Args:
+        folder: a private folder for the job's files.
+        name: how messages call the graph.
+        progress: is told how far the build is.
+
+    Raises:
+        UserError: the builder refused the graph or an option, or its process ended.
+    """
+    path = folder / "job.json"
+    job.save(path)
+    outcome = Outcome()
+    last: dict[str, Any] = {"event": "none"}
+    stage = "starting"
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "asvit_deploy.engine.worker", str(path)],
+            stdout=subprocess.PIPE, stderr=errors, env=flavour.environment(folder), text=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                last = json.loads(line)
+                if last["event"] == "stage":
+                    stage = last["name"]
+                elif last["event"] == "warning":
+                    outcome.warnings.append(last["message"])
+                elif last["event"] == "progress":
+                    progress(last["phase"], last["done"], last["of"])
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        printed = errors.read().decode(errors="replace")
+    if last["event"] == "done":
+        outcome.version = last["version"]
+        outcome.layers, outcome.plugin_layers = last["layers"], last["plugin_layers"]
+        return outcome
+    if last["event"] == "error":
+        raise UserError(f"{flavour.title} cannot build {name}: {_reason(last)}")
+    raise UserError(_ended(process.returncode, stage, printed, job, flavour, name))
+
+
+def _line(text: str) -> str:
+    """One line of at most 300 characters."""
+    return " ".join(text.split())[:300]
+
+
+def _reason(error: dict[str, Any]) -> str:
+    """The first error that TensorRT logged says more than what came of it."""
+    log = [message for message in error["log"] if "cudaError" not in message]
+    text = _line(log[0] if log else error["message"])
+    if "Plugin not found" in text or "getPluginCreator" in text:
+        text += "; build the plugin with `asvit-deploy build-plugins trt`"
+    return text
+
+
+def _ended(code: int, stage: str, printed: str, job: Job, flavour: Flavour, name: str) -> str:
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    lines = [line for line in printed.splitlines() if line.strip()]
+    said = f" ({_line(lines[-1])})" if lines else ""
+    what = f"{job.plugin}" if stage == "loading the plugin" else name
+    mend = (
+        "name another library with --plugin, or build it with `asvit-deploy build-plugins trt`"
+        if stage == "loading the plugin"
+        else f'reinstall it with pip install "asvit-deploy[{flavour.extra}]" if this goes on'
+    )
+    return (
+        f"{flavour.title} was ended {how} while {stage}: {what}{said}; nothing was written; {mend}"
+    )

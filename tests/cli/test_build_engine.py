@@ -1,0 +1,233 @@
+"""`asvit-deploy build-engine`: the happy line, and one clear line for everything else."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+
+from asvit_deploy import artifact
+from asvit_deploy.engine.flavour import ENTERPRISE, RTX
+from asvit_deploy.export.precision import to_half
+
+rtx = pytest.mark.skipif(
+    RTX.module is None or importlib.util.find_spec("polygraphy") is None,
+    reason='TensorRT-RTX is not installed (pip install "asvit-deploy[rtx]")',
+)
+
+
+@pytest.fixture
+def model(tmp_path, mini_artifacts):
+    """The small model's artefact in the current folder."""
+    return place(mini_artifacts["1", "auto"], tmp_path / "as_deit_s.onnx")
+
+
+def place(source, target, change=lambda proto: None, **fields):
+    """Copy an artefact, changed and signed again."""
+    proto = onnx.load(source)
+    change(proto)
+    kept = artifact.read(source)
+    for key in ("schema", "sha256", "digest"):
+        del kept[key]
+    artifact.write(target, proto.SerializeToString(), {**kept, **fields})
+    return target
+
+
+def refused(result, *words):
+    """Exit 2, one line, nothing on stdout, no engine."""
+    assert result.code == 2, result
+    assert result.out == ""
+    lines = [line for line in result.err.splitlines() if line.startswith("Error:")]
+    assert len(lines) == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert list(Path().glob("*.engine*")) == []
+    assert list(Path().glob(".*.tmp")) == []
+
+
+@rtx
+def test_builds_the_artefact_of_the_folder(cli, model):
+    result = cli("build-engine", "--mode", "padded", "--target-sm", "86", "89", "120", "--level", 1)
+    assert result.code == 0, result.err
+    assert result.out == "as_deit_s.padded.engine\n"
+    assert "agrees with PyTorch on 16 images" in result.err
+    assert "TensorRT warns" not in result.err
+    fields = artifact.read(Path("as_deit_s.padded.engine"))
+    assert fields["target_sms"] == ["86", "89", "120"]
+    again = cli("build-engine", "--mode", "padded")
+    assert again.code == 2
+    assert "--force" in again.err
+
+
+@rtx
+def test_half_names_and_forms(cli, model):
+    result = cli("build-engine", "--bf16", "--mode", "padded", "--no-check", "-o", "b.engine")
+    assert result.code == 0, result.err
+    fields = artifact.read(Path("b.engine"))
+    assert (fields["precision"], fields["checked"]) == ("bfloat16", None)
+    result = cli("build-engine", "--fp16", "--mode", "padded", "--no-check")
+    assert result.out == "as_deit_s.fp16.padded.engine\n"
+
+
+@rtx
+def test_default_checkpoint_in_fp16(cli):
+    from asvit_deploy.checkpoints import default_checkpoint
+    from asvit_deploy.errors import UserError
+
+    try:
+        default_checkpoint()
+        from asvit_deploy.ops.trt_library import build_trt
+
+        build_trt(twin=True)
+    except (UserError, ImportError) as error:
+        pytest.skip(str(error))
+    assert cli("export", "--ckpt", "default").code == 0
+    result = cli("build-engine", "--fp16")
+    assert result.code == 0, result.err
+    fields = artifact.read(Path(result.out.strip()))
+    assert fields["checked"]["passed"]
+    assert fields["plugin_layers"] == 3
+
+
+def test_no_tensorrt(cli, model, monkeypatch):
+    real = importlib.util.find_spec
+    gone = {*RTX.modules, *ENTERPRISE.modules}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in gone else real(name, *a)
+    )
+    result = cli("build-engine", "--fp16")
+    refused(result, "TensorRT is not installed", 'pip install "asvit-deploy[rtx]"')
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--fp16", "--bf16"], ["exclude each other"]),
+        (["--mode", "bucketed"], ["bucketed", "--mode padded"]),
+        (["--batch", "1", "4", "8"], ["as_deit_s.onnx", "fixed batch", "--batch dynamic"]),
+        (["--layers", "l.json"], ["--layers", "--flavour tensorrt"]),
+        (["--version-compatible"], ["--version-compatible"]),
+        (["--plugin", "nowhere.so"], ["nowhere.so does not exist", "build-plugins trt"]),
+        (["-o", "no/such/x.engine"], ["no/such", "does not exist"]),
+        (["--mode", "padded", "--target-sm", "90", "--no-check"], ["SM90", "86"]),
+        (["--onnx", "gone.onnx"], ["gone.onnx does not exist"]),
+    ],
+)
+def test_refused(cli, model, args, words):
+    refused(cli("build-engine", *args), *words)
+
+
+@rtx
+def test_bad_capability(cli, model):
+    result = cli("build-engine", "--target-sm", "ampere")
+    assert result.code == 2
+    assert "'ampere' is not a compute capability" in result.err
+
+
+@rtx
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(cli, model):
+    Path("closed").mkdir(mode=0o500)
+    refused(cli("build-engine", "-o", "closed/x.engine"), "permission")
+
+
+@rtx
+def test_batch_that_does_not_rise(cli, tmp_path, mini_artifacts):
+    place(mini_artifacts["dynamic", "auto"], tmp_path / "d.onnx")
+    refused(cli("build-engine", "--mode", "padded", "--batch", 4, 2, 8), "--batch 4 2 8")
+
+
+@rtx
+def test_half_of_a_half_graph(cli, tmp_path, mini_artifacts):
+    place(mini_artifacts["1", "auto"], tmp_path / "half.onnx",
+          lambda proto: proto.CopyFrom(to_half(proto, "fp16")))  # fmt: skip
+    refused(cli("build-engine", "--fp16", "--plugin", "half.onnx"), "half.onnx",
+            "half precision already")  # fmt: skip
+
+
+def _other_version(proto):
+    next(entry for entry in proto.opset_import if entry.domain == "asvit").version = 2
+    next(f for f in proto.functions if f.domain == "asvit").opset_import[0].version = 20
+
+
+def _other_plugin_version(proto):
+    node = next(node for node in proto.graph.node if node.domain == "asvit")
+    next(a for a in node.attribute if a.name == "plugin_version").s = b"2"
+
+
+def _no_attributes(proto):
+    del next(node for node in proto.graph.node if node.domain == "asvit").attribute[:]
+
+
+def _fewer_stages(proto):
+    del proto.functions[:]
+    del proto.graph.node[:]
+    proto.graph.node.append(onnx.helper.make_node("Relu", ["images"], ["logits"]))
+    del proto.graph.output[1:]
+    del proto.graph.initializer[:]
+    del proto.graph.value_info[:]
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_other_version, ["version 2 of the asvit ops", "export it again"]),
+        (_other_plugin_version, ["'plugin_version': '2'", "export it again"]),
+        (_no_attributes, ["no attributes", "export it again"]),
+        (_fewer_stages, ["--ops auto"]),
+    ],
+)
+def test_tampered_graph(cli, tmp_path, mini_artifacts, change, words):
+    place(mini_artifacts["1", "auto"], tmp_path / "t.onnx", change)
+    refused(cli("build-engine", "--plugin", "t.onnx"), "t.onnx", *words)
+
+
+@rtx
+def test_tampered_file_and_lost_sidecar(cli, model):
+    shutil.copy(model, "lost.onnx")
+    refused(cli("build-engine", "--onnx", "lost.onnx"), "lost.onnx", "no sidecar")
+    model.write_bytes(model.read_bytes() + b"\0")
+    refused(cli("build-engine"), "sha256")
+
+
+def _foreign(text):
+    onnx.save(onnx.parser.parse_model(text), "foreign.onnx")
+
+
+@rtx
+def test_foreign_model(cli):
+    _foreign('<ir_version: 10, opset_import: ["": 20]> g (float[1,8] x) => (float[1,8] y)'
+             "{ y = Relu (x) }")  # fmt: skip
+    refused(cli("build-engine", "--onnx", "foreign.onnx", "--fp16"), "foreign.onnx", "--fp16")
+    result = cli("build-engine", "--onnx", "foreign.onnx")
+    assert result.code == 0, result.err
+    assert "foreign.onnx is not an artefact of ours" in result.err
+    assert artifact.read(Path("foreign.engine"))["mode"] == "foreign"
+
+
+@rtx
+def test_foreign_model_with_foreign_ops(cli):
+    _foreign('<ir_version: 10, opset_import: ["": 20, "other": 1]> g (float[1,8] x) =>'
+             " (float[1,8] y) { y = other.Magic (x) }")  # fmt: skip
+    refused(cli("build-engine", "--onnx", "foreign.onnx"), "foreign.onnx", "other")
+
+
+@rtx
+def test_op_that_tensorrt_lacks(cli):
+    _foreign('<ir_version: 10, opset_import: ["": 20]> g (float[1,8] x) => (int64[2,K] y)'
+             "{ y = NonZero (x) }")  # fmt: skip
+    refused(cli("build-engine", "--onnx", "foreign.onnx", "--flavour", "tensorrt-rtx"),
+            "TensorRT-RTX cannot build foreign.onnx", "NonZero")  # fmt: skip
+
+
+def test_not_an_onnx_file(cli, model):
+    Path("broken.onnx").write_bytes(model.read_bytes()[:5000])
+    if RTX.module:
+        refused(cli("build-engine", "--onnx", "broken.onnx"), "broken.onnx", "whole ONNX file")

