@@ -82,6 +82,10 @@ def _capability(ctx: click.Context, param: click.Parameter, value: tuple[str, ..
 )  # fmt: skip
 @options.images
 @click.option(
+    "--limit", type=click.IntRange(1), default=200, show_default=True,
+    help="Compare on at most so many pictures.",
+)  # fmt: skip
+@click.option(
     "--no-check", is_flag=True,
     help="Do not compare the graph with PyTorch first; the sidecar says so.",
 )  # fmt: skip
@@ -103,6 +107,7 @@ def command(
     version_compatible: bool,
     hardware_compatible: bool,
     images: Path | None,
+    limit: int,
     no_check: bool,
     force: bool,
 ) -> None:
@@ -136,7 +141,7 @@ def command(
     wanted = Options(
         "fp16" if fp16 else "bf16" if bf16 else None,
         mode, batch, target_sms, workspace, level, plugin, embed_plugin, layers,
-        version_compatible, hardware_compatible, images, not no_check,
+        version_compatible, hardware_compatible, images, limit, not no_check,
     )  # fmt: skip
     refuse_misfits(found, wanted)
     target = output or default_output(path, wanted)

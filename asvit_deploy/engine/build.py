@@ -23,7 +23,7 @@ from asvit_deploy.export.precision import NAMES, Precision
 from asvit_deploy.ops import onnx_op
 
 Batch = tuple[int, int, int]
-CHECK_IMAGES = 16
+CHECK_IMAGES = 200  # what the parity rule for half precision is stated on
 DEFAULT_BATCH: Batch = (1, 4, 8)
 
 
@@ -43,6 +43,7 @@ class Options:
         layers: file for the inspector's JSON; enterprise only.
         version_compatible, hardware_compatible: enterprise only.
         images: folder of pictures to check on, or None for the sample photographs.
+        limit: check on at most so many.
         checked: compare the graph before building.
     """
 
@@ -58,6 +59,7 @@ class Options:
     version_compatible: bool = False
     hardware_compatible: bool = False
     images: Path | None = None
+    limit: int = CHECK_IMAGES
     checked: bool = True
 
 
@@ -160,7 +162,8 @@ def build_engine(
     checked = None
     changed = options.precision or options.mode == "padded"
     if changed and options.checked:
-        checked = check(source, graph, options.precision, options.images, CHECK_IMAGES)
+        say(f"comparing the graph on up to {options.limit} images")
+        checked = check(source, graph, options.precision, options.images, options.limit)
         say(f"agrees with {checked.reference} on {checked.parity.images} images "
             f"({checked.pictures})")  # fmt: skip
     stages = len(onnx_op.nodes_of(graph.graph))

@@ -99,6 +99,7 @@ def check(
     if not parity.passed:
         raise CheckFailed(
             f"the {precision or 'float32'} graph of {source.path} does not match {with_what} "
-            f"({'; '.join(parity.failures)}); nothing was built"
+            f"({'; '.join(parity.failures)}); nothing was built "
+            "(--no-check builds it all the same)"
         )
     return Checked(with_what, pictures.source, parity)

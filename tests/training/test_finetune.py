@@ -95,7 +95,9 @@ def test_killed_run_resumes_to_the_same_bits(dense, tmp_path):
     assert equal(whole, killed)
     assert not state_path(killed).exists()
     assert {p.name for p in tmp_path.iterdir()} <= {
-        f"{stem}{end}" for stem in ("whole", "killed") for end in (".safetensors", ".log.jsonl")
+        f"{stem}{end}"
+        for stem in ("whole", "killed")
+        for end in (".safetensors", ".safetensors.json", ".log.jsonl")
     }
     logs = [ft.log_path(path).read_text().splitlines() for path in (whole, killed)]
     steps = [[json.loads(line).get("step") for line in log] for log in logs]

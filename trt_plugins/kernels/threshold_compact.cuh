@@ -1,0 +1,66 @@
+// What the CUDA kernels and their host twin must agree on.
+#pragma once
+
+#include <cstring>
+
+#include "threshold_compact.h"
+
+#if defined(__CUDACC__)
+#define ASVIT_BOTH __host__ __device__ inline
+#else
+#define ASVIT_BOTH inline
+#endif
+
+namespace asvit
+{
+
+// A kept row's place in its image; kASVIT_MAX_ROWS fit.
+using Row = uint16_t;
+
+// Only a number passes, and only against a number.
+ASVIT_BOTH bool keeps(float score, float threshold)
+{
+    return score > threshold;
+}
+
+// Higher for the better token: the higher score, then the lower index; NaN below every number. Never 0.
+ASVIT_BOTH uint64_t rankOf(float score, uint32_t token)
+{
+    constexpr uint32_t kSIGN = 0x80000000U;
+    uint32_t bits = 0; // both zeros are equal
+    if (score != 0.0F)
+    {
+        memcpy(&bits, &score, sizeof bits);
+    }
+    uint32_t const order = (bits & kSIGN) != 0 ? ~bits : bits | kSIGN;
+    return (static_cast<uint64_t>(score != score ? 0U : order) << 32U) | ~token;
+}
+
+// The token of a rank.
+ASVIT_BOTH uint32_t tokenOf(uint64_t rank)
+{
+    return ~static_cast<uint32_t>(rank);
+}
+
+// Kept rows of an image of which `above` tokens pass: the class token and at least one more.
+ASVIT_BOTH uint32_t lengthOf(uint32_t above)
+{
+    return 1 + (above > 0 ? above : 1);
+}
+
+inline bool allowed(AsvitThresholdCompact const& call)
+{
+    bool const shape = call.images >= 1 && call.images <= INT32_MAX && call.rows >= 2 && call.rows <= kASVIT_MAX_ROWS
+                       && call.width >= 0 && call.width <= INT32_MAX / 4;
+    bool const types = (call.elementBytes == 2 || call.elementBytes == 4) && (call.sizeBytes == 4 || call.sizeBytes == 8);
+    bool const payload = call.width == 0 || (call.tokens != nullptr && call.compact != nullptr);
+    return shape && types && payload && call.scores != nullptr && call.threshold != nullptr && call.index != nullptr
+           && call.length != nullptr && call.size != nullptr && call.workspace != nullptr;
+}
+
+inline size_t workspaceBytes(int64_t images, int64_t rows)
+{
+    return static_cast<size_t>(images) * static_cast<size_t>(rows) * sizeof(Row);
+}
+
+} // namespace asvit

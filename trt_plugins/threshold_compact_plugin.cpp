@@ -1,0 +1,253 @@
+#include "threshold_compact_plugin.h"
+
+#include <cstring>
+#include <new>
+
+#include "kernels/threshold_compact.h"
+
+using namespace nvinfer1;
+
+namespace asvit
+{
+
+namespace
+{
+
+// What the ONNX node names: op type, plugin_version, plugin_namespace.
+constexpr char const* kNAME = "ThresholdCompact";
+constexpr char const* kVERSION = "1";
+constexpr char const* kNAMESPACE = "";
+constexpr char const* kOPT_ROWS = "opt_rows";
+
+constexpr int32_t kFAILED = -1;
+
+bool isPayload(DataType type)
+{
+    return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
+}
+
+// The type at a position of inputs and outputs together, of which only the payload's can be chosen.
+bool isTypeAt(int32_t position, DynamicPluginTensorDesc const* inOut)
+{
+    DataType const type = inOut[position].desc.type;
+    switch (position)
+    {
+    case kTOKENS: return isPayload(type);
+    case kSCORES:
+    case kTHRESHOLD: return type == DataType::kFLOAT;
+    case kINPUTS + kCOMPACT: return type == inOut[kTOKENS].desc.type;
+    case kINPUTS + kINDEX:
+    case kINPUTS + kLENGTH: return type == DataType::kINT64;
+    case kINPUTS + kSIZE: return type == kSIZE_TYPE;
+    default: return false;
+    }
+}
+
+// The 1+K to tune for: what was given, else 7 of 10 rows, which is what a stage of AS-ViT keeps at a usual budget.
+// It must not depend on a size tensor, and after an earlier stage the rows do.
+IDimensionExpr const* optimum(int32_t given, IDimensionExpr const& rows, IExprBuilder& builder)
+{
+    if (given > 0)
+    {
+        return builder.constant(given);
+    }
+    if (rows.isSizeTensor())
+    {
+        return builder.constant(2);
+    }
+    IDimensionExpr const* const part = builder.operation(DimensionOperation::kPROD, rows, *builder.constant(7));
+    return builder.operation(DimensionOperation::kCEIL_DIV, *part, *builder.constant(10));
+}
+
+} // namespace
+
+ThresholdCompactPlugin::ThresholdCompactPlugin(int32_t optRows) noexcept
+    : mOptRows(optRows), mField(kOPT_ROWS, &mOptRows, PluginFieldType::kINT32, 1), mFields{1, &mField}
+{
+}
+
+// The fields point into the object they belong to.
+ThresholdCompactPlugin::ThresholdCompactPlugin(ThresholdCompactPlugin const& other) noexcept
+    : ThresholdCompactPlugin(other.mOptRows)
+{
+}
+
+IPluginCapability* ThresholdCompactPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept
+{
+    switch (type)
+    {
+    case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
+    case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
+    case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+}
+
+IPluginV3* ThresholdCompactPlugin::clone() noexcept
+{
+    return new (std::nothrow) ThresholdCompactPlugin(*this);
+}
+
+AsciiChar const* ThresholdCompactPlugin::getPluginName() const noexcept
+{
+    return kNAME;
+}
+
+AsciiChar const* ThresholdCompactPlugin::getPluginVersion() const noexcept
+{
+    return kVERSION;
+}
+
+AsciiChar const* ThresholdCompactPlugin::getPluginNamespace() const noexcept
+{
+    return kNAMESPACE;
+}
+
+int32_t ThresholdCompactPlugin::getNbOutputs() const noexcept
+{
+    return kOUTPUTS;
+}
+
+int32_t ThresholdCompactPlugin::getOutputDataTypes(DataType* outputs, int32_t nbOutputs, DataType const* inputs,
+                                                   int32_t nbInputs) const noexcept
+{
+    if (nbInputs != kINPUTS || nbOutputs != kOUTPUTS)
+    {
+        return kFAILED;
+    }
+    outputs[kCOMPACT] = inputs[kTOKENS];
+    outputs[kINDEX] = DataType::kINT64;
+    outputs[kLENGTH] = DataType::kINT64;
+    outputs[kSIZE] = kSIZE_TYPE;
+    return 0;
+}
+
+int32_t ThresholdCompactPlugin::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t,
+                                                DimsExprs* outputs, int32_t nbOutputs, IExprBuilder& builder) noexcept
+{
+    if (nbInputs != kINPUTS || nbOutputs != kOUTPUTS || inputs[kTOKENS].nbDims != 3 || inputs[kSCORES].nbDims != 2)
+    {
+        return kFAILED;
+    }
+    IDimensionExpr const* const images = inputs[kTOKENS].d[0];
+    IDimensionExpr const* const rows = inputs[kTOKENS].d[1];
+    IDimensionExpr const* const size = builder.declareSizeTensor(kSIZE, *optimum(mOptRows, *rows, builder), *rows);
+
+    outputs[kCOMPACT].nbDims = 3;
+    outputs[kCOMPACT].d[0] = images;
+    outputs[kCOMPACT].d[1] = size;
+    outputs[kCOMPACT].d[2] = inputs[kTOKENS].d[2];
+    outputs[kINDEX].nbDims = 2;
+    outputs[kINDEX].d[0] = images;
+    outputs[kINDEX].d[1] = size;
+    outputs[kLENGTH].nbDims = 1;
+    outputs[kLENGTH].d[0] = images;
+    outputs[kSIZE].nbDims = 0;
+    return 0;
+}
+
+bool ThresholdCompactPlugin::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* inOut,
+                                                       int32_t nbInputs, int32_t nbOutputs) noexcept
+{
+    return nbInputs == kINPUTS && nbOutputs == kOUTPUTS && inOut[position].desc.format == PluginFormat::kLINEAR
+           && isTypeAt(position, inOut);
+}
+
+int32_t ThresholdCompactPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
+                                                DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept
+{
+    bool const fits = nbInputs == kINPUTS && nbOutputs == kOUTPUTS && inputs[kTOKENS].max.d[1] <= kASVIT_MAX_ROWS;
+    return fits ? 0 : kFAILED;
+}
+
+size_t ThresholdCompactPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t,
+                                                DynamicPluginTensorDesc const*, int32_t) const noexcept
+{
+    Dims const& most = inputs[kTOKENS].max;
+    return asvitThresholdCompactWorkspace(most.d[0], most.d[1]);
+}
+
+int32_t ThresholdCompactPlugin::onShapeChange(PluginTensorDesc const*, int32_t, PluginTensorDesc const*,
+                                              int32_t) noexcept
+{
+    return 0;
+}
+
+int32_t ThresholdCompactPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*,
+                                        void const* const* inputs, void* const* outputs, void* workspace,
+                                        cudaStream_t stream) noexcept
+{
+    PluginTensorDesc const& tokens = inputDesc[kTOKENS];
+    AsvitThresholdCompact call{};
+    call.images = tokens.dims.d[0];
+    call.rows = tokens.dims.d[1];
+    call.width = tokens.dims.d[2];
+    call.elementBytes = tokens.type == DataType::kFLOAT ? 4 : 2;
+    call.sizeBytes = kSIZE_TYPE == DataType::kINT64 ? 8 : 4;
+    call.tokens = inputs[kTOKENS];
+    call.scores = static_cast<float const*>(inputs[kSCORES]);
+    call.threshold = static_cast<float const*>(inputs[kTHRESHOLD]);
+    call.compact = outputs[kCOMPACT];
+    call.index = static_cast<int64_t*>(outputs[kINDEX]);
+    call.length = static_cast<int64_t*>(outputs[kLENGTH]);
+    call.size = outputs[kSIZE];
+    call.workspace = workspace;
+    return asvitThresholdCompact(&call, stream);
+}
+
+IPluginV3* ThresholdCompactPlugin::attachToContext(IPluginResourceContext*) noexcept
+{
+    return clone();
+}
+
+PluginFieldCollection const* ThresholdCompactPlugin::getFieldsToSerialize() noexcept
+{
+    return &mFields;
+}
+
+ThresholdCompactCreator::ThresholdCompactCreator() noexcept
+    : mField(kOPT_ROWS, nullptr, PluginFieldType::kINT32, 1), mFields{1, &mField}
+{
+}
+
+IPluginV3* ThresholdCompactCreator::createPlugin(AsciiChar const*, PluginFieldCollection const* fields,
+                                                 TensorRTPhase) noexcept
+{
+    int32_t optRows = 0;
+    for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i)
+    {
+        PluginField const& field = fields->fields[i];
+        if (std::strcmp(field.name, kOPT_ROWS) != 0)
+        {
+            continue;
+        }
+        if (field.type != PluginFieldType::kINT32 || field.length != 1 || field.data == nullptr)
+        {
+            return nullptr;
+        }
+        optRows = *static_cast<int32_t const*>(field.data);
+    }
+    return new (std::nothrow) ThresholdCompactPlugin(optRows);
+}
+
+PluginFieldCollection const* ThresholdCompactCreator::getFieldNames() noexcept
+{
+    return &mFields;
+}
+
+AsciiChar const* ThresholdCompactCreator::getPluginName() const noexcept
+{
+    return kNAME;
+}
+
+AsciiChar const* ThresholdCompactCreator::getPluginVersion() const noexcept
+{
+    return kVERSION;
+}
+
+AsciiChar const* ThresholdCompactCreator::getPluginNamespace() const noexcept
+{
+    return kNAMESPACE;
+}
+
+} // namespace asvit
