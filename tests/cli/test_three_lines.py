@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -57,8 +58,10 @@ def test_the_three_lines(cli, folder):
     assert "agrees with PyTorch" in first.err
     assert artifact.read(Path("as_deit_s.onnx"))["arch"] == "as_deit_mini"
 
-    second = cli("build-engine", "--fp16")
-    refused(second, "TensorRT")
+    # With TensorRT the second line builds, or refuses random weights in half precision:
+    # `test_build_engine.py` sees to that.
+    if not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+        refused(cli("build-engine", "--fp16"), "TensorRT")
 
     third = cli("bench", "--runs", "10", "--warmup", "1", "--threads", "1", "--json")
     assert third.code == 0, third.err
