@@ -1,6 +1,5 @@
 #include "threshold_compact_plugin.h"
 
-#include <cstring>
 #include <new>
 
 #include "kernels/threshold_compact.h"
@@ -17,14 +16,10 @@ namespace
 constexpr char const* kNAME = "ThresholdCompact";
 constexpr char const* kVERSION = "1";
 constexpr char const* kNAMESPACE = "";
-constexpr char const* kOPT_ROWS = "opt_rows";
 
 constexpr int32_t kFAILED = -1;
 
-bool isPayload(DataType type)
-{
-    return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
-}
+bool isPayload(DataType type) { return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16; }
 
 // The type at a position of inputs and outputs together, of which only the payload's can be chosen.
 bool isTypeAt(int32_t position, DynamicPluginTensorDesc const* inOut)
@@ -32,28 +27,29 @@ bool isTypeAt(int32_t position, DynamicPluginTensorDesc const* inOut)
     DataType const type = inOut[position].desc.type;
     switch (position)
     {
-    case kTOKENS: return isPayload(type);
+    case kTOKENS:
+        return isPayload(type);
     case kSCORES:
-    case kTHRESHOLD: return type == DataType::kFLOAT;
-    case kINPUTS + kCOMPACT: return type == inOut[kTOKENS].desc.type;
+    case kTHRESHOLD:
+        return type == DataType::kFLOAT;
+    case kINPUTS + kCOMPACT:
+        return type == inOut[kTOKENS].desc.type;
     case kINPUTS + kINDEX:
-    case kINPUTS + kLENGTH: return type == DataType::kINT64;
-    case kINPUTS + kSIZE: return type == kSIZE_TYPE;
-    default: return false;
+    case kINPUTS + kLENGTH:
+        return type == DataType::kINT64;
+    case kINPUTS + kSIZE:
+        return type == kSIZE_TYPE;
+    default:
+        return false;
     }
 }
 
-// The 1+K to tune for: what was given, else 7 of 10 rows, which is what a stage of AS-ViT keeps at a usual budget.
-// It must not depend on a size tensor, and after an earlier stage the rows do.
-IDimensionExpr const* optimum(int32_t given, IDimensionExpr const& rows, IExprBuilder& builder)
+// The 1+K that TensorRT tunes the layers behind for: 7 of 10 rows, what a stage of AS-ViT keeps at a usual budget.
+IDimensionExpr const* optimum(IDimensionExpr const& rows, IExprBuilder& builder)
 {
-    if (given > 0)
-    {
-        return builder.constant(given);
-    }
     if (rows.isSizeTensor())
     {
-        return builder.constant(2);
+        return builder.constant(98); // may not depend on a size tensor: half the rows of a picture of 224 pixels
     }
     IDimensionExpr const* const part = builder.operation(DimensionOperation::kPROD, rows, *builder.constant(7));
     return builder.operation(DimensionOperation::kCEIL_DIV, *part, *builder.constant(10));
@@ -61,52 +57,29 @@ IDimensionExpr const* optimum(int32_t given, IDimensionExpr const& rows, IExprBu
 
 } // namespace
 
-ThresholdCompactPlugin::ThresholdCompactPlugin(int32_t optRows) noexcept
-    : mOptRows(optRows), mField(kOPT_ROWS, &mOptRows, PluginFieldType::kINT32, 1), mFields{1, &mField}
-{
-}
-
-// The fields point into the object they belong to.
-ThresholdCompactPlugin::ThresholdCompactPlugin(ThresholdCompactPlugin const& other) noexcept
-    : ThresholdCompactPlugin(other.mOptRows)
-{
-}
-
 IPluginCapability* ThresholdCompactPlugin::getCapabilityInterface(PluginCapabilityType type) noexcept
 {
     switch (type)
     {
-    case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
-    case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
-    case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+    case PluginCapabilityType::kCORE:
+        return static_cast<IPluginV3OneCore*>(this);
+    case PluginCapabilityType::kBUILD:
+        return static_cast<IPluginV3OneBuild*>(this);
+    case PluginCapabilityType::kRUNTIME:
+        return static_cast<IPluginV3OneRuntime*>(this);
     }
     return nullptr;
 }
 
-IPluginV3* ThresholdCompactPlugin::clone() noexcept
-{
-    return new (std::nothrow) ThresholdCompactPlugin(*this);
-}
+IPluginV3* ThresholdCompactPlugin::clone() noexcept { return new (std::nothrow) ThresholdCompactPlugin(*this); }
 
-AsciiChar const* ThresholdCompactPlugin::getPluginName() const noexcept
-{
-    return kNAME;
-}
+AsciiChar const* ThresholdCompactPlugin::getPluginName() const noexcept { return kNAME; }
 
-AsciiChar const* ThresholdCompactPlugin::getPluginVersion() const noexcept
-{
-    return kVERSION;
-}
+AsciiChar const* ThresholdCompactPlugin::getPluginVersion() const noexcept { return kVERSION; }
 
-AsciiChar const* ThresholdCompactPlugin::getPluginNamespace() const noexcept
-{
-    return kNAMESPACE;
-}
+AsciiChar const* ThresholdCompactPlugin::getPluginNamespace() const noexcept { return kNAMESPACE; }
 
-int32_t ThresholdCompactPlugin::getNbOutputs() const noexcept
-{
-    return kOUTPUTS;
-}
+int32_t ThresholdCompactPlugin::getNbOutputs() const noexcept { return kOUTPUTS; }
 
 int32_t ThresholdCompactPlugin::getOutputDataTypes(DataType* outputs, int32_t nbOutputs, DataType const* inputs,
                                                    int32_t nbInputs) const noexcept
@@ -131,7 +104,7 @@ int32_t ThresholdCompactPlugin::getOutputShapes(DimsExprs const* inputs, int32_t
     }
     IDimensionExpr const* const images = inputs[kTOKENS].d[0];
     IDimensionExpr const* const rows = inputs[kTOKENS].d[1];
-    IDimensionExpr const* const size = builder.declareSizeTensor(kSIZE, *optimum(mOptRows, *rows, builder), *rows);
+    IDimensionExpr const* const size = builder.declareSizeTensor(kSIZE, *optimum(*rows, builder), *rows);
 
     outputs[kCOMPACT].nbDims = 3;
     outputs[kCOMPACT].d[0] = images;
@@ -149,8 +122,8 @@ int32_t ThresholdCompactPlugin::getOutputShapes(DimsExprs const* inputs, int32_t
 bool ThresholdCompactPlugin::supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* inOut,
                                                        int32_t nbInputs, int32_t nbOutputs) noexcept
 {
-    return nbInputs == kINPUTS && nbOutputs == kOUTPUTS && inOut[position].desc.format == PluginFormat::kLINEAR
-           && isTypeAt(position, inOut);
+    return nbInputs == kINPUTS && nbOutputs == kOUTPUTS && inOut[position].desc.format == PluginFormat::kLINEAR &&
+           isTypeAt(position, inOut);
 }
 
 int32_t ThresholdCompactPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
@@ -195,59 +168,21 @@ int32_t ThresholdCompactPlugin::enqueue(PluginTensorDesc const* inputDesc, Plugi
     return asvitThresholdCompact(&call, stream);
 }
 
-IPluginV3* ThresholdCompactPlugin::attachToContext(IPluginResourceContext*) noexcept
+IPluginV3* ThresholdCompactPlugin::attachToContext(IPluginResourceContext*) noexcept { return clone(); }
+
+PluginFieldCollection const* ThresholdCompactPlugin::getFieldsToSerialize() noexcept { return &mNoFields; }
+
+IPluginV3* ThresholdCompactCreator::createPlugin(AsciiChar const*, PluginFieldCollection const*, TensorRTPhase) noexcept
 {
-    return clone();
+    return new (std::nothrow) ThresholdCompactPlugin();
 }
 
-PluginFieldCollection const* ThresholdCompactPlugin::getFieldsToSerialize() noexcept
-{
-    return &mFields;
-}
+PluginFieldCollection const* ThresholdCompactCreator::getFieldNames() noexcept { return &mNoFields; }
 
-ThresholdCompactCreator::ThresholdCompactCreator() noexcept
-    : mField(kOPT_ROWS, nullptr, PluginFieldType::kINT32, 1), mFields{1, &mField}
-{
-}
+AsciiChar const* ThresholdCompactCreator::getPluginName() const noexcept { return kNAME; }
 
-IPluginV3* ThresholdCompactCreator::createPlugin(AsciiChar const*, PluginFieldCollection const* fields,
-                                                 TensorRTPhase) noexcept
-{
-    int32_t optRows = 0;
-    for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i)
-    {
-        PluginField const& field = fields->fields[i];
-        if (std::strcmp(field.name, kOPT_ROWS) != 0)
-        {
-            continue;
-        }
-        if (field.type != PluginFieldType::kINT32 || field.length != 1 || field.data == nullptr)
-        {
-            return nullptr;
-        }
-        optRows = *static_cast<int32_t const*>(field.data);
-    }
-    return new (std::nothrow) ThresholdCompactPlugin(optRows);
-}
+AsciiChar const* ThresholdCompactCreator::getPluginVersion() const noexcept { return kVERSION; }
 
-PluginFieldCollection const* ThresholdCompactCreator::getFieldNames() noexcept
-{
-    return &mFields;
-}
-
-AsciiChar const* ThresholdCompactCreator::getPluginName() const noexcept
-{
-    return kNAME;
-}
-
-AsciiChar const* ThresholdCompactCreator::getPluginVersion() const noexcept
-{
-    return kVERSION;
-}
-
-AsciiChar const* ThresholdCompactCreator::getPluginNamespace() const noexcept
-{
-    return kNAMESPACE;
-}
+AsciiChar const* ThresholdCompactCreator::getPluginNamespace() const noexcept { return kNAMESPACE; }
 
 } // namespace asvit

@@ -35,10 +35,6 @@ class ThresholdCompactPlugin : public nvinfer1::IPluginV3,
                                public nvinfer1::IPluginV3OneRuntime
 {
 public:
-    // `optRows` is the 1+K for which TensorRT should tune what follows; 0 where nothing is known.
-    explicit ThresholdCompactPlugin(int32_t optRows) noexcept;
-    ThresholdCompactPlugin(ThresholdCompactPlugin const& other) noexcept;
-
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
     nvinfer1::IPluginV3* clone() noexcept override;
 
@@ -49,15 +45,16 @@ public:
     int32_t getNbOutputs() const noexcept override;
     int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t nbOutputs, nvinfer1::DataType const* inputs,
                                int32_t nbInputs) const noexcept override;
-    int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs,
-                            nvinfer1::DimsExprs const* shapeInputs, int32_t nbShapeInputs, nvinfer1::DimsExprs* outputs,
-                            int32_t nbOutputs, nvinfer1::IExprBuilder& builder) noexcept override;
+    int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs, nvinfer1::DimsExprs const* shapeInputs,
+                            int32_t nbShapeInputs, nvinfer1::DimsExprs* outputs, int32_t nbOutputs,
+                            nvinfer1::IExprBuilder& builder) noexcept override;
     bool supportsFormatCombination(int32_t position, nvinfer1::DynamicPluginTensorDesc const* inOut, int32_t nbInputs,
                                    int32_t nbOutputs) noexcept override;
     int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
                             nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t nbOutputs) noexcept override;
     size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
-                            nvinfer1::DynamicPluginTensorDesc const* outputs, int32_t nbOutputs) const noexcept override;
+                            nvinfer1::DynamicPluginTensorDesc const* outputs,
+                            int32_t nbOutputs) const noexcept override;
 
     int32_t onShapeChange(nvinfer1::PluginTensorDesc const* inputs, int32_t nbInputs,
                           nvinfer1::PluginTensorDesc const* outputs, int32_t nbOutputs) noexcept override;
@@ -68,16 +65,12 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 private:
-    int32_t mOptRows;
-    nvinfer1::PluginField mField;
-    nvinfer1::PluginFieldCollection mFields;
+    nvinfer1::PluginFieldCollection mNoFields{};
 };
 
 class ThresholdCompactCreator : public nvinfer1::IPluginCreatorV3One
 {
 public:
-    ThresholdCompactCreator() noexcept;
-
     nvinfer1::IPluginV3* createPlugin(nvinfer1::AsciiChar const* name, nvinfer1::PluginFieldCollection const* fields,
                                       nvinfer1::TensorRTPhase phase) noexcept override;
     nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override;
@@ -86,8 +79,7 @@ public:
     nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override;
 
 private:
-    nvinfer1::PluginField mField;
-    nvinfer1::PluginFieldCollection mFields;
+    nvinfer1::PluginFieldCollection mNoFields{};
 };
 
 } // namespace asvit

@@ -478,15 +478,6 @@ def test_command_prints_the_path_alone_on_stdout(library, capsys):
     assert capsys.readouterr().out == f"{library_module.find_library()}\n"
 
 
-def test_command_says_that_tensorrt_is_not_there_yet(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["build-plugins", "ort", "trt"])
-    printed = capsys.readouterr()
-    assert end.value.code == 2
-    assert printed.out == ""
-    assert "TensorRT plugin is not part of this version" in printed.err
-
-
 @pytest.mark.slow
 def test_builds_from_an_installed_wheel(headers, tmp_path):
     pytest.importorskip("hatchling")

@@ -25,10 +25,7 @@ __device__ uint64_t bestOfWarp(uint64_t rank)
     return rank;
 }
 
-__device__ void raiseTo(int32_t* size, uint32_t length)
-{
-    atomicMax(size, static_cast<int32_t>(length));
-}
+__device__ void raiseTo(int32_t* size, uint32_t length) { atomicMax(size, static_cast<int32_t>(length)); }
 
 __device__ void raiseTo(int64_t* size, uint32_t length)
 {
@@ -183,8 +180,8 @@ template <typename Size> cudaError_t launchCount(AsvitThresholdCompact const& ca
         }
     }
     cudaLaunchConfig_t const launch = config(dim3(static_cast<unsigned>(call.images)), kCOUNT_WARPS, stream);
-    return cudaLaunchKernelEx(&launch, countAndScan<Size>, call.scores, call.threshold,
-                              static_cast<int>(call.rows - 1), static_cast<Row*>(call.workspace), call.length, size);
+    return cudaLaunchKernelEx(&launch, countAndScan<Size>, call.scores, call.threshold, static_cast<int>(call.rows - 1),
+                              static_cast<Row*>(call.workspace), call.length, size);
 }
 
 template <typename Word, typename Size> cudaError_t launchGather(AsvitThresholdCompact const& call, cudaStream_t stream)
@@ -194,8 +191,8 @@ template <typename Word, typename Size> cudaError_t launchGather(AsvitThresholdC
     cudaLaunchConfig_t const launch = config(dim3(static_cast<unsigned>(call.images), blocks), kGATHER_WARPS, stream);
     return cudaLaunchKernelEx(&launch, gather<Word, Size>, static_cast<Word const*>(call.tokens),
                               static_cast<Row const*>(call.workspace), static_cast<int64_t const*>(call.length),
-                              static_cast<Size const*>(call.size), static_cast<int>(call.rows),
-                              static_cast<int>(words), static_cast<Word*>(call.compact), call.index);
+                              static_cast<Size const*>(call.size), static_cast<int>(call.rows), static_cast<int>(words),
+                              static_cast<Word*>(call.compact), call.index);
 }
 
 template <typename Size> cudaError_t launchBoth(AsvitThresholdCompact const& call, cudaStream_t stream)
@@ -205,8 +202,8 @@ template <typename Size> cudaError_t launchBoth(AsvitThresholdCompact const& cal
         return error;
     }
     // The widest word that divides every row's place in both buffers.
-    uint64_t const places = reinterpret_cast<uintptr_t>(call.tokens) | reinterpret_cast<uintptr_t>(call.compact)
-                            | static_cast<uint64_t>(call.width * call.elementBytes);
+    uint64_t const places = reinterpret_cast<uintptr_t>(call.tokens) | reinterpret_cast<uintptr_t>(call.compact) |
+                            static_cast<uint64_t>(call.width * call.elementBytes);
     if (places % sizeof(uint4) == 0)
     {
         return launchGather<uint4, Size>(call, stream);

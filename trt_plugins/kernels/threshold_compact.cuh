@@ -18,10 +18,7 @@ namespace asvit
 using Row = uint16_t;
 
 // Only a number passes, and only against a number.
-ASVIT_BOTH bool keeps(float score, float threshold)
-{
-    return score > threshold;
-}
+ASVIT_BOTH bool keeps(float score, float threshold) { return score > threshold; }
 
 // Higher for the better token: the higher score, then the lower index; NaN below every number. Never 0.
 ASVIT_BOTH uint64_t rankOf(float score, uint32_t token)
@@ -37,25 +34,20 @@ ASVIT_BOTH uint64_t rankOf(float score, uint32_t token)
 }
 
 // The token of a rank.
-ASVIT_BOTH uint32_t tokenOf(uint64_t rank)
-{
-    return ~static_cast<uint32_t>(rank);
-}
+ASVIT_BOTH uint32_t tokenOf(uint64_t rank) { return ~static_cast<uint32_t>(rank); }
 
 // Kept rows of an image of which `above` tokens pass: the class token and at least one more.
-ASVIT_BOTH uint32_t lengthOf(uint32_t above)
-{
-    return 1 + (above > 0 ? above : 1);
-}
+ASVIT_BOTH uint32_t lengthOf(uint32_t above) { return 1 + (above > 0 ? above : 1); }
 
 inline bool allowed(AsvitThresholdCompact const& call)
 {
-    bool const shape = call.images >= 1 && call.images <= INT32_MAX && call.rows >= 2 && call.rows <= kASVIT_MAX_ROWS
-                       && call.width >= 0 && call.width <= INT32_MAX / 4;
-    bool const types = (call.elementBytes == 2 || call.elementBytes == 4) && (call.sizeBytes == 4 || call.sizeBytes == 8);
+    bool const shape = call.images >= 1 && call.images <= INT32_MAX && call.rows >= 2 && call.rows <= kASVIT_MAX_ROWS &&
+                       call.width >= 0 && call.width <= INT32_MAX / 4;
+    bool const types =
+        (call.elementBytes == 2 || call.elementBytes == 4) && (call.sizeBytes == 4 || call.sizeBytes == 8);
     bool const payload = call.width == 0 || (call.tokens != nullptr && call.compact != nullptr);
-    return shape && types && payload && call.scores != nullptr && call.threshold != nullptr && call.index != nullptr
-           && call.length != nullptr && call.size != nullptr && call.workspace != nullptr;
+    return shape && types && payload && call.scores != nullptr && call.threshold != nullptr && call.index != nullptr &&
+           call.length != nullptr && call.size != nullptr && call.workspace != nullptr;
 }
 
 inline size_t workspaceBytes(int64_t images, int64_t rows)

@@ -65,8 +65,8 @@ int32_t asvitThresholdCompact(AsvitThresholdCompact const* call, CUstream_st*) n
     int64_t size = 0;
     for (int64_t image = 0; image < call->images; ++image)
     {
-        int64_t const length
-            = countAndScan(call->scores + image * tokens, *call->threshold, tokens, rows + image * call->rows);
+        int64_t const length =
+            countAndScan(call->scores + image * tokens, *call->threshold, tokens, rows + image * call->rows);
         call->length[image] = length;
         size = length > size ? length : size;
     }

@@ -1,0 +1,284 @@
+"""The TensorRT plugin, driven without TensorRT: getCreators, createPlugin, enqueue on host buffers.
+
+It runs with two kernels: the host twin, and the CUDA kernel's own source, whose threads an emulator
+runs on the CPU. Payload is copied and nothing rounded, so equal means equal bits.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from op_cases import CASES, Case
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.ops import trt_library
+from asvit_deploy.ops.library import find_compiler
+from asvit_deploy.ops.reference import threshold_compact
+from asvit_deploy.ops.trt_library import TrtHeaders, build_trt, compile_command, find_trt_headers
+
+HERE = Path(__file__).resolve().parents[1] / "cpp" / "trt"
+SOURCES = trt_library.sources_dir()
+TYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+SANITIZE = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+POISON = 0xA5
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(scope="module")
+def headers(compiler) -> TrtHeaders:
+    try:
+        return find_trt_headers()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def compiled(*command: str | Path) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+
+
+def make_driver(headers: TrtHeaders, output: Path, *flags: str) -> Path:
+    warn = ["-std=c++17", "-O1", "-Wall", "-Wextra"]
+    shared = [*headers.flags, "-isystem", SOURCES / "no_cuda", HERE / "driver.cpp", "-ldl"]
+    compiled(*find_compiler(), *warn, *flags, *shared, "-o", output)
+    return output
+
+
+def make_library(
+    headers: TrtHeaders, output: Path, kernel: Path | None = None, *flags: str
+) -> Path:
+    """The plugin with another kernel than the twin: a C++ file, or CUDA's on the emulator."""
+    command = compile_command(headers, "library.cpp", ("host",), None)
+    if kernel is not None:
+        command[-1:] = ["-I", str(SOURCES / "kernels"), "-I", str(HERE / "emulated"),
+                        "-Wno-unknown-pragmas", "-x", "c++", str(kernel)]  # fmt: skip
+    compiled(*command, *flags, "-o", output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def driver(headers, tmp_path_factory) -> Path:
+    return make_driver(headers, tmp_path_factory.mktemp("driver") / "driver")
+
+
+@pytest.fixture(scope="module")
+def libraries(headers, tmp_path_factory) -> dict[str, Path]:
+    emulated = tmp_path_factory.mktemp("emulated") / "libasvit_trt_emulated.so"
+    make_library(headers, emulated, SOURCES / "kernels" / "threshold_compact.cu")
+    return {"twin": build_trt(twin=True), "cuda, emulated": emulated}
+
+
+KERNELS = ["twin", "cuda, emulated"]
+
+
+# ---------------------------------------------------------------- running and comparing
+
+
+@dataclass
+class Call:
+    """One enqueue. `offset` is how many bytes behind an aligned place the payload begins."""
+
+    tokens: np.ndarray
+    scores: np.ndarray
+    threshold: float
+    offset: int = 0
+
+    def record(self) -> bytes:
+        head = [*self.tokens.shape, TYPES.index(self.tokens.dtype.type), self.offset]
+        values = np.array(head, np.int64), self.tokens, self.scores, np.float32(self.threshold)
+        return b"".join(value.tobytes() for value in values)
+
+    def __str__(self) -> str:
+        return f"{self.tokens.shape} {self.tokens.dtype}, θ {self.threshold}, +{self.offset}"
+
+
+def call_of(case: Case, dtype: type, offset: int = 0) -> Call:
+    return Call(case.tokens.astype(dtype), case.scores, case.threshold, offset)
+
+
+def enqueue(driver: Path, library: Path, calls: list[Call], order: int = 0):
+    """Status, and what each whole output buffer holds, per call."""
+    done = subprocess.run(
+        [driver, library, "run"], input=b"".join(call.record() for call in calls),
+        capture_output=True, env=os.environ | {"ASVIT_ORDER": str(order)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    stream = BytesIO(done.stdout)
+    for call in calls:
+        images, rows, _ = call.tokens.shape
+        status, size_bytes = np.frombuffer(stream.read(16), np.int64)
+        lengths = call.tokens.nbytes, images * rows * 8, images * 8, int(size_bytes)
+        yield int(status), [stream.read(length) for length in lengths]
+    assert not stream.read()
+
+
+def check(driver: Path, library: Path, calls: list[Call], order: int = 0) -> None:
+    """Every call succeeds, fills what the oracle says, and touches nothing behind it."""
+    for call, (status, outputs) in zip(calls, enqueue(driver, library, calls, order), strict=True):
+        assert status == 0, str(call)
+        wanted = threshold_compact(call.tokens, call.scores, call.threshold)
+        size = wanted.size.astype({4: np.int32, 8: np.int64}[len(outputs[3])])
+        right = [wanted.compact.tobytes(), wanted.index.tobytes(), wanted.length.tobytes()]
+        for name, mine, theirs in zip(wanted._fields, outputs, [*right, size.tobytes()]):
+            assert mine[: len(theirs)] == theirs, f"{name} of {call}"
+            assert set(mine[len(theirs) :]) <= {POISON}, f"behind {name} of {call}"
+
+
+def random_calls(count: int, seed: int) -> list[Call]:
+    rng = np.random.default_rng(seed)
+    calls = []
+    for i in range(count):
+        shape = rng.integers((1, 2, 1), (9, 60, 97))
+        dtype = TYPES[i % 3]
+        size = np.dtype(dtype).itemsize
+        tokens = rng.integers(0, 256, (*shape[:2], shape[2] * size), np.uint8).view(dtype)
+        scores = rng.random((shape[0], shape[1] - 1), np.float32)
+        if i % 4 == 1:
+            scores = np.round(scores * 4) / 4
+        for value in (NAN, INF, -INF)[: i % 5]:
+            scores[rng.random(scores.shape) < 0.3] = value
+        threshold = [0.5, 0.25, 2.0, -1.0, float(rng.random()), NAN, INF, -INF][i % 8]
+        calls.append(
+            Call(tokens, scores, threshold, int(rng.choice([0, 0, 2, 4, 8]) // size * size))
+        )
+    return calls
+
+
+def plain(shape: tuple[int, int, int], dtype: type, threshold: float, offset: int = 0) -> Call:
+    rng = np.random.default_rng(shape)
+    tokens = rng.standard_normal(shape, np.float32).astype(dtype)
+    return Call(tokens, rng.random((shape[0], shape[1] - 1), np.float32), threshold, offset)
+
+
+# ---------------------------------------------------------------- the plugin
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_answers_to_the_name_and_gives_the_shapes_of_the_contract(driver, libraries, kernel):
+    done = subprocess.run([driver, libraries[kernel], "contract"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_equals_the_oracle_bit_for_bit(driver, libraries, kernel, dtype):
+    check(driver, libraries[kernel], [call_of(case, dtype) for case in CASES])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_random_bits_and_places(driver, libraries, kernel):
+    """Signalling NaNs are data; rows that begin anywhere are copied in narrower words."""
+    check(driver, libraries[kernel], random_calls(200, 1))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_ends_of_the_range(driver, libraries, kernel, dtype):
+    step = np.dtype(dtype).itemsize
+    calls = [
+        plain((1, 4096, 8), dtype, 0.5), plain((1, 4096, 8), dtype, -1.0),
+        plain((1, 4096, 8), dtype, 2.0), plain((2, 4095, 8), dtype, 0.9),
+        plain((300, 2, 8), dtype, 0.5), plain((70, 9, 24), dtype, 0.7),
+        plain((3, 33, 0), dtype, 0.5), plain((2, 9, 1), dtype, 0.5),
+        plain((2, 9, 65), dtype, 0.5), plain((2, 9, 66), dtype, 0.5),
+        plain((2, 40, 768), dtype, 0.5, step), plain((2, 40, 768), dtype, 0.5, 2 * step),
+    ]  # fmt: skip
+    check(driver, libraries[kernel], calls)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (1, 4097, 4), (2, 1, 0)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_refuses_what_it_cannot_do_and_writes_nothing(driver, libraries, kernel, shape):
+    ((status, outputs),) = enqueue(driver, libraries[kernel], [plain(shape, np.float32, 0.5)])
+    assert status == -1
+    assert set(b"".join(outputs)) == {POISON}
+
+
+@pytest.mark.parametrize("order", range(3))
+def test_kernel_gives_the_same_in_any_order_of_its_threads(driver, libraries, order):
+    calls = [*random_calls(40, 2), plain((3, 577, 64), np.float16, 0.5)]
+    check(driver, libraries["cuda, emulated"], calls, order)
+
+
+# ---------------------------------------------------------------- what the tests above can see
+
+
+def test_enqueue_that_does_nothing_fails(driver, headers, tmp_path):
+    (tmp_path / "nothing.cpp").write_text(
+        '#include "threshold_compact.h"\n'
+        "size_t asvitThresholdCompactWorkspace(int64_t, int64_t) noexcept { return 64; }\n"
+        "int32_t asvitThresholdCompact(AsvitThresholdCompact const*, CUstream_st*) noexcept "
+        "{ return 0; }\n"
+    )
+    library = make_library(headers, tmp_path / "nothing.so", tmp_path / "nothing.cpp")
+    for case in CASES:
+        with pytest.raises(AssertionError, match="compact of"):
+            check(driver, library, [call_of(case, np.float32)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("__syncthreads();", ""),
+        ("raiseTo(size, mine);", "*size = static_cast<Size>(mine);"),
+        ("row >= stride", "row > stride"),
+        ("kept ? rows[image * rowsOfImage + row] : -1", "rows[image * rowsOfImage + row]"),
+        ("(1U << lane) - 1U", "(2U << lane) - 1U"),
+        ("total == 0", "false"),
+    ],
+)
+def test_wrong_kernel_fails(driver, headers, tmp_path, right, wrong):
+    text = (SOURCES / "kernels" / "threshold_compact.cu").read_text()
+    assert right in text
+    (tmp_path / "wrong.cu").write_text(text.replace(right, wrong))
+    library = make_library(headers, tmp_path / "wrong.so", tmp_path / "wrong.cu", "-w")
+    calls = [call_of(case, np.float32) for case in CASES] * 3
+    with pytest.raises(AssertionError):
+        check(driver, library, calls)
+
+
+# ---------------------------------------------------------------- sanitizers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", [None, SOURCES / "kernels" / "threshold_compact.cu"],
+                         ids=KERNELS)  # fmt: skip
+def test_sanitizers_find_nothing(headers, tmp_path, kernel):
+    """Every buffer ends where its memory ends, so a byte too far is seen."""
+    (tmp_path / "empty.cpp").write_text("int main() {}")
+    empty = [*find_compiler(), *SANITIZE, str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "e")]
+    if subprocess.run(empty, capture_output=True).returncode:
+        pytest.skip("no sanitizers with this compiler")
+    driver = make_driver(headers, tmp_path / "driver", *SANITIZE)
+    library = make_library(headers, tmp_path / "library.so", kernel, *SANITIZE)
+    calls = [call_of(case, TYPES[i % 3]) for i, case in enumerate(CASES)]
+    check(driver, library, [*calls, *random_calls(60, 3)])
+    done = subprocess.run([driver, library, "contract"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- CUDA's compiler
+
+
+@pytest.mark.slow
+def test_cuda_kernel_compiles_for_every_gpu_without_a_warning(tmp_path):
+    nvcc = trt_library.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    wanted = trt_library.targets_of(["all"])
+    gencode = [word for target in wanted for word in trt_library._gencode(target)]
+    compiled(nvcc, "-std=c++17", "-O3", *gencode, "-Werror", "all-warnings", "-Xcompiler",
+             "-Wall,-Wextra", "--keep", "--keep-dir", tmp_path, "-c",
+             SOURCES / "kernels" / "threshold_compact.cu", "-o", tmp_path / "kernel.o")  # fmt: skip
+    made = {path.suffixes[-2].rpartition("_")[2] for path in tmp_path.glob("*.cubin")}
+    assert made == set(trt_library.ALL_SMS)
+    assert all(path.read_bytes()[:4] == b"\x7fELF" for path in tmp_path.glob("*.cubin"))
