@@ -169,13 +169,8 @@ def _with_plugin(wanted: Options, flavour: Flavour) -> Options:
                 f"{wanted.plugin} does not exist; `asvit-deploy build-plugins trt` makes the plugin"
             )
         return wanted
-    try:
-        from asvit_deploy.ops.trt_library import build_trt, find_trt_plugin
-    except ImportError:
-        raise UserError(
-            "this version cannot build the TensorRT plugin; name its library with --plugin, or "
-            "build with --mode padded"
-        ) from None
+    from asvit_deploy.ops.trt_library import build_trt, find_trt_plugin
+
     if found := find_trt_plugin():
         return replace(wanted, plugin=found)
     try:
