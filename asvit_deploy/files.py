@@ -21,12 +21,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_writable(path: Path, force: bool) -> None:
+def check_writable(path: Path, force: bool, source: Path | None = None) -> None:
     """Find out before the work whether its result could be put at `path`.
 
     Raises:
-        UserError: `path` exists and `force` is off, is a folder, or cannot be written.
+        UserError: `path` exists and `force` is off, is a folder, is the work's own `source`, or
+            cannot be written.
     """
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise UserError(f"{path} is the input itself; name another output")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     if path.exists() and not force:

@@ -71,7 +71,7 @@ def command(
     target = output or Path(f"{stem}.calibrated.safetensors")
     if target.suffix != ".safetensors":
         raise UserError(f"{target} cannot be written: give the checkpoint a name in .safetensors")
-    check_writable(target, force)
+    check_writable(target, force, source=ckpt)
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema)
     config = checkpoint.config
     pictures = open_images(images, config, limit or (256 if images else 64))

@@ -102,7 +102,7 @@ def command(
     target = output or Path(f"{config.name}{'_dense' if dense else ''}.safetensors")
     if target.suffix != ".safetensors":
         raise UserError(f"{target} cannot be written: give the checkpoint a name in .safetensors")
-    check_writable(target, force or resume)
+    check_writable(target, force or resume, source=pretrained)
     state = state_path(target)
     if state.exists() and not (resume or force):
         raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")

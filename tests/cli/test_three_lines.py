@@ -265,3 +265,11 @@ def test_killed_export_loses_nothing(exported, signum, after):
     assert process.returncode == 0, error
     assert list(exported.parent.glob(".*.tmp")) == []
     assert artifact.read(exported)["arch"] == "as_deit_mini"
+
+
+def test_export_never_replaces_its_own_checkpoint(cli, folder):
+    before = Path("as_deit_s.pt").read_bytes()
+    refused(
+        cli("export", "--ckpt", "as_deit_s.pt", "-o", "as_deit_s.pt", "--force"), "input itself"
+    )
+    assert Path("as_deit_s.pt").read_bytes() == before
