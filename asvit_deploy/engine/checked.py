@@ -94,7 +94,7 @@ def check(
         candidate = OrtRunner(runnable(graph))
     parity = compare(
         reference, candidate, list(pictures), pictures.names, source.fields["thresholds"],
-        "half" if precision else "float32",
+        precision or "float32",
     )  # fmt: skip
     if not parity.passed:
         raise CheckFailed(

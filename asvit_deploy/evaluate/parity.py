@@ -21,26 +21,41 @@ class Limits:
     """What passes.
 
     Attributes:
-        margin: a flip is borderline when |score - threshold| <= max(1e-6, margin * threshold);
-            None accepts any margin (half precision moves every score).
+        margin: a flip is borderline when |score - threshold| <= max(1e-6, margin * threshold).
+        explained: least share of images without a flip beyond that margin.
         images: least share of images with equal token sets at every stage.
         tokens: least share of token decisions that agree.
-        top1: least share of images with equal top-1; those without a flip in float32.
+        top1: least share of images with equal top-1.
+        top1_with_flips: whether images with a flip count there.
         logits: largest |logit difference| as a share of the largest |logit|, where sets agree.
     """
 
-    margin: float | None
+    margin: float
+    explained: float
     images: float
     tokens: float
     top1: float
+    top1_with_flips: bool
     logits: float
+
+
+def _half(margin: float) -> Limits:
+    """Rounding moves every score, so an image with hundreds of tokens often has one that flips.
+
+    Equal sets are therefore not asked of most images, only of enough to compare logits on; but
+    what flips must lie within rounding of its threshold, 16 times the type's own.
+    """
+    return Limits(margin, explained=0.90, images=0.10, tokens=0.995, top1=0.995,
+                  top1_with_flips=True, logits=2e-2)  # fmt: skip
 
 
 LIMITS = {
     # float32 backends differ by rounding only: 1e-6 absolute on scores near 0.005.
-    "float32": Limits(margin=1e-3, images=0.99, tokens=0.0, top1=1.0, logits=1e-4),
-    "half": Limits(margin=None, images=0.90, tokens=0.995, top1=0.995, logits=2e-2),
-}
+    "float32": Limits(margin=1e-3, explained=1.0, images=0.99, tokens=0.0, top1=1.0,
+                      top1_with_flips=False, logits=1e-4),
+    "fp16": _half(16 * 2**-11),
+    "bf16": _half(16 * 2**-8),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class Parity:
 
     images: int = 0
     equal_sets: int = 0
+    explained: int = 0
     top1_equal: int = 0
     top1_equal_where_sets_agree: int = 0
     decisions: int = 0
@@ -127,7 +143,6 @@ def _judge(
     result.images += 1
     same_top1 = bool(ours.logits[0].argmax() == theirs.logits[b].argmax())
     result.top1_equal += same_top1
-    diverged = False
     for stage, threshold in enumerate(thresholds):
         if ours.kept is None or theirs.kept is None or ours.scores is None:
             raise ValueError("parity needs runners that record kept tokens")
@@ -136,13 +151,11 @@ def _judge(
         result.decisions += int(np.isfinite(scores).sum())
         result.decisions_equal += int(np.isfinite(scores).sum()) - len(flipped)
         if len(flipped):
-            result.flips += [
-                _flip(name, stage, int(t), scores, float(threshold), limits) for t in flipped
-            ]
-            diverged = True
-            break
-    if diverged:
-        return
+            flips = [_flip(name, stage, int(t), scores, float(threshold), limits) for t in flipped]
+            result.flips += flips
+            result.explained += all(flip.borderline for flip in flips)
+            return
+    result.explained += 1
     result.equal_sets += 1
     result.top1_equal_where_sets_agree += same_top1
     largest = float(np.abs(ours.logits[0]).max())
@@ -157,7 +170,7 @@ def _flip(
     score, best = float(scores[token]), float(np.nanmax(scores))
     # Where nothing passes, the best token stays: the decision was between the two best.
     margin = abs(score - threshold) if best > threshold else abs(best - score)
-    allowed = np.inf if limits.margin is None else max(1e-6, limits.margin * threshold)
+    allowed = max(1e-6, limits.margin * threshold)
     return Flip(name, stage, token, score, threshold, margin, margin <= allowed)
 
 
@@ -167,19 +180,20 @@ def _failures(result: Parity, limits: Limits) -> list[str]:
     if n == 0:
         return ["no image was compared"]
     far = [flip for flip in result.flips if not flip.borderline]
-    if far:
-        failures.append(f"{len(far)} tokens flipped beyond rounding (largest margin "
-                        f"{max(flip.margin for flip in far):.2e})")  # fmt: skip
+    if result.explained < limits.explained * n:
+        worst = max(flip.margin for flip in far)
+        failures.append(f"{len(far)} tokens flipped beyond rounding on {n - result.explained}/{n} "
+                        f"images (largest margin {worst:.2e})")  # fmt: skip
     if result.equal_sets < limits.images * n:
         failures.append(f"{result.equal_sets}/{n} images keep the same tokens, "
                         f"{limits.images:.0%} needed")  # fmt: skip
     if result.decisions_equal < limits.tokens * result.decisions:
         share = result.decisions_equal / result.decisions
         failures.append(f"{share:.2%} of token decisions agree, {limits.tokens:.1%} needed")
-    if limits.margin is not None:
-        agree, of = result.top1_equal_where_sets_agree, result.equal_sets
-    else:
+    if limits.top1_with_flips:
         agree, of = result.top1_equal, n
+    else:
+        agree, of = result.top1_equal_where_sets_agree, result.equal_sets
     if agree < limits.top1 * of:
         failures.append(f"top-1 equal on {agree}/{of} images, {limits.top1:.1%} needed")
     if result.logit_error > limits.logits:

@@ -86,12 +86,27 @@ def test_another_top1_fails(judge, altered):
     assert any("top-1" in failure for failure in judge(altered).failures)
 
 
-def test_half_precision_allows_margins_but_not_many_flips(judge, altered):
+@pytest.mark.parametrize(("precision", "factor", "explained"), [
+    ("fp16", 1.002, True), ("fp16", 1.1, False), ("bf16", 1.02, True), ("bf16", 1.3, False),
+])  # fmt: skip
+def test_half_precision_explains_flips_by_its_own_rounding(
+    judge, altered, precision, factor, explained
+):
     with torch.no_grad():
-        altered.thresholds[2].mul_(1.3)
-    result = judge(altered, precision="half")
-    assert not any("beyond rounding" in failure for failure in result.failures)
-    assert any("token decisions" in failure for failure in result.failures)
+        for threshold in altered.thresholds:
+            threshold.mul_(factor)
+    result = judge(altered, precision)
+    assert len(result.flips) > 0
+    assert (result.explained == result.images) is explained
+    assert any("beyond rounding" in failure for failure in result.failures) is not explained
+
+
+def test_half_precision_needs_most_tokens_and_some_images_to_agree(judge, altered):
+    with torch.no_grad():
+        altered.thresholds[0].mul_(3)
+    failures = judge(altered, "bf16").failures
+    assert any("token decisions" in failure for failure in failures)
+    assert any("images keep the same tokens, 10% needed" in failure for failure in failures)
 
 
 def test_nothing_compared_is_a_failure(mini):
