@@ -91,6 +91,22 @@ def _library(path: str | None, trouble: str | None) -> Finding:
     return Finding("op library", "ok", path)
 
 
+def trt_plugin(site: Installation) -> list[Finding]:
+    """The built TensorRT plugin, loaded in a child."""
+    from asvit_deploy.ops.trt_library import check_trt_library, find_trt_plugin
+
+    name = "TensorRT plugin"
+    path = find_trt_plugin()
+    if path is None:
+        mend = "`asvit-deploy build-plugins trt` (`build-engine --mode padded` needs none)"
+        return [Finding(name, "missing", "not built", mend)]
+    if trouble := check_trt_library(path):
+        mend = "`asvit-deploy build-plugins trt --force`"
+        return [Finding(name, "broken", f"{path}: {trouble}", mend)]
+    version = re.match(r"trt-([\d.]+)-", path.parent.name)
+    return [Finding(name, "ok", f"{path}, headers {version[1] if version else 'unknown'}")]
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     usable = getattr(os, "sched_getaffinity", None)
@@ -146,4 +162,4 @@ def gpu_line(csv: str) -> str:
     return f"{name}, SM {capability}, {memory}, driver {driver}"
 
 
-CHECKS = (compiler, nvcc, op_library, cpu, gpu)
+CHECKS = (compiler, nvcc, op_library, trt_plugin, cpu, gpu)

@@ -137,7 +137,7 @@ def tensorrt_rtx(site: Installation) -> list[Finding]:
     if findings[0].status == "ok" and (library := _rtx_without_plain_name(site)):
         # The parser opens this very name at the first plugin, and ends the process without it.
         link = library.with_name("libtensorrt_rtx.so")
-        note = f"for plugins: ln -s {library.name} {link}"
+        note = f"`build-engine` needs nothing more; other tools: ln -s {library.name} {link}"
         return [Finding(findings[0].name, "ok", findings[0].detail, note)]
     return findings
 

@@ -17,10 +17,11 @@ from conftest import Result
 from asvit_deploy.doctor import Finding, packages
 from asvit_deploy.doctor import machine as machine_checks
 from asvit_deploy.doctor.installation import Installation
+from asvit_deploy.ops.trt_library import library_folder
 
 NAMES = {"python", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx",
          "polygraphy", "openvino", "mlxtend", "scikit-image", "C++ compiler", "nvcc", "ORT headers",
-         "op library", "CPU", "GPU"}  # fmt: skip
+         "op library", "TensorRT plugin", "CPU", "GPU"}  # fmt: skip
 
 
 class FakeSite:
@@ -230,7 +231,7 @@ def test_rtx_without_the_plain_library_name_is_noted(site: FakeSite) -> None:
     (folder / "libtensorrt_rtx.so.1").touch()
     (finding,) = packages.tensorrt_rtx(site.installation)
     assert finding.status == "ok"
-    assert finding.mend == f"for plugins: ln -s libtensorrt_rtx.so.1 {folder}/libtensorrt_rtx.so"
+    assert finding.mend.endswith(f"ln -s libtensorrt_rtx.so.1 {folder}/libtensorrt_rtx.so")
     (folder / "libtensorrt_rtx.so").symlink_to("libtensorrt_rtx.so.1")
     assert packages.tensorrt_rtx(site.installation)[0].mend == ""
 
@@ -280,6 +281,21 @@ def test_headers_named_but_absent(site: FakeSite, monkeypatch: pytest.MonkeyPatc
     assert (headers.status, library.status) == ("broken", "missing")
     assert str(site.folder) in headers.detail
     assert "build-plugins" in library.mend
+
+
+def test_plugin_is_looked_for_and_loaded(
+    site: FakeSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (finding,) = machine_checks.trt_plugin(site.installation)
+    assert (finding.status, finding.detail) == ("missing", "not built")
+    folder = library_folder((10, 14), ["ptx75"])
+    folder.mkdir(parents=True)
+    (folder / "libasvit_trt.so").write_bytes(b"no library")
+    (finding,) = machine_checks.trt_plugin(site.installation)
+    assert finding.status == "broken"
+    assert "it cannot be loaded" in finding.detail
+    assert finding.mend == "`asvit-deploy build-plugins trt --force`"
 
 
 def test_library_that_cannot_be_loaded() -> None:
