@@ -18,7 +18,7 @@ from typing import Any
 
 from asvit_deploy import __version__
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic, sha256
+from asvit_deploy.files import atomic, check_writable, sha256
 
 SCHEMA = 1
 # Artefacts by the ending of their file name.
@@ -28,6 +28,25 @@ KINDS = {".onnx": "onnx", ".engine": "engine", ".safetensors": "checkpoint"}
 def sidecar_path(artifact: Path) -> Path:
     """`as_deit_s.onnx` -> `as_deit_s.onnx.json`."""
     return artifact.with_name(artifact.name + ".json")
+
+
+def check_target(path: Path, kind: str, force: bool, source: Path | None = None) -> None:
+    """Find out before the work whether an artefact and its sidecar could be put at `path`.
+
+    Args:
+        kind: a value of `KINDS`; `find` knows artefacts by the ending that goes with it.
+        source: the work's own input, never to be replaced.
+
+    Raises:
+        UserError: another ending than that of `kind`, or `files.check_writable` refuses the
+            artefact or the sidecar.
+    """
+    (suffix,) = (ending for ending, of in KINDS.items() if of == kind)
+    if path.suffix != suffix and not path.is_dir():
+        noun = "ONNX file" if kind == "onnx" else kind
+        raise UserError(f"{path} cannot be written: give the {noun} a name in {suffix}")
+    for file in (path, sidecar_path(path)):
+        check_writable(file, force, source)
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -59,6 +78,10 @@ def source_of(path: Path, **more: Any) -> dict[str, Any]:
 def write(artifact: Path, data: bytes, fields: dict[str, Any]) -> None:
     """Put an artefact and its sidecar in place, each whole or not at all.
 
+    Two files take two renames, the artefact's first. A process that is killed between them leaves
+    a new artefact beside an old sidecar or none: `read` refuses that pair by its sha256, and the
+    next `write` mends it.
+
     Raises:
         UserError: the folder cannot be written.
     """
@@ -86,6 +109,8 @@ def read(artifact: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_bytes())
         schema, digest, expected = fields["schema"], fields["digest"], fields["sha256"]
+    except PermissionError:
+        raise UserError(f"{path} may not be read; check its permissions") from None
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(
             f"{path} is not a sidecar of this tool; make {artifact.name} again"
@@ -102,7 +127,8 @@ def read(artifact: Path) -> dict[str, Any]:
 def find(folder: Path, *kinds: str) -> list[Path]:
     """Artefacts of these kinds in a folder, by their sidecars, in name order."""
     found = []
-    for sidecar in sorted(folder.glob("*.json")):
+    # Not glob: it takes a folder that may not be read for an empty one.
+    for sidecar in sorted(path for path in folder.iterdir() if path.suffix == ".json"):
         artifact = sidecar.with_suffix("")
         if KINDS.get(artifact.suffix) in kinds and artifact.is_file():
             found.append(artifact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from asvit_deploy.errors import UserError
+
+# What the system says where a disk, a quota or a file-size limit is at its end.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256(path: Path) -> str:
@@ -28,16 +32,18 @@ def check_writable(path: Path, force: bool, source: Path | None = None) -> None:
         UserError: `path` exists and `force` is off, is a folder, is the work's own `source`, or
             cannot be written.
     """
+    folder = path.parent
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: the folder {folder} does not exist")
+    # Before anything is asked about `path`: in a folder that may not be searched that fails too.
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: no permission to write in {folder.resolve()}")
     if source is not None and path.exists() and source.exists() and path.samefile(source):
         raise UserError(f"{path} is the input itself; name another output")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     if path.exists() and not force:
         raise UserError(f"{path} exists already; pass --force to replace it")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: no permission to write in {path.parent.resolve()}")
 
 
 def _alive(pid: int) -> bool:

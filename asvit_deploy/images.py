@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import NoReturn, TypeVar, overload
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
+
+_T = TypeVar("_T")
 
 SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -56,6 +59,8 @@ def load_picture(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         what = "is empty" if path.stat().st_size == 0 else "is not a picture that we know"
         raise UserError(f"{path} {what}; take it out or replace it") from None
+    except PermissionError:
+        raise UserError(f"{path} may not be read; check its permissions") from None
     except Image.DecompressionBombError:
         raise UserError(
             f"{path} holds more than {MAX_PIXELS:,} pixels; scale it down first"
@@ -195,8 +200,9 @@ def open_images(folder: Path | None, config: ArchConfig, limit: int | None = Non
     scikit-image carries, in colour first, several crops of each.
 
     Raises:
-        UserError: `folder` does not exist or holds no picture; a single file is no picture;
-            `limit` is not positive; scikit-image's photographs are needed and missing.
+        UserError: `folder` does not exist, holds no picture or a folder that may not be read; a
+            single file is no picture; `limit` is not positive; scikit-image's photographs are
+            needed and missing.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the number of images must be at least 1, not {limit}")
@@ -207,27 +213,42 @@ def open_images(folder: Path | None, config: ArchConfig, limit: int | None = Non
         return ImageSet([View(folder.name, folder)], f"the picture {folder}", config)
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist")
-    paths = _pictures_in(folder)
+    paths = pictures_in(folder)
     if not paths:
         raise UserError(
             f"the folder {folder} holds no picture (looked for {', '.join(sorted(SUFFIXES))})"
         )
-    count = len(paths) if limit is None else min(limit, len(paths))
-    taken = [paths[index * len(paths) // count] for index in range(count)]
+    taken = thinned(paths, limit)
     views = [View(path.relative_to(folder).as_posix(), path) for path in taken]
-    of = "" if count == len(paths) else f" of {len(paths)}"
-    return ImageSet(views, f"{count}{of} pictures in {folder}", config)
+    of = "" if len(taken) == len(paths) else f" of {len(paths)}"
+    return ImageSet(views, f"{len(taken)}{of} pictures in {folder}", config)
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    found = (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+def thinned(items: Sequence[_T], limit: int | None) -> list[_T]:
+    """All of them, or exactly `limit` of them spread evenly, in their order."""
+    count = len(items) if limit is None else min(limit, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Pictures of a folder and its subfolders, by name, sorted; nothing that begins with a dot.
+
+    Raises:
+        UserError: the folder, or one in it, may not be read.
+    """
+    found = []
+    # Not rglob: it takes a folder that may not be read for an empty one.
+    for place, folders, names in os.walk(folder, onerror=_refuse_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(place, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise UserError(
+        f"the image folder {error.filename} cannot be read: {error.strerror}; check its permissions"
+    ) from None
 
 
 # Photographs in the wheel of scikit-image (those it would download are not among them).

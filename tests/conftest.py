@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +110,77 @@ def cli(
         return Result(int(exit_.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+def refused(result: Result, *words: str) -> None:
+    """Exit 2, one line that holds the words, no traceback, nothing on stdout."""
+    assert result.code == 2, result
+    assert result.out == ""
+    lines = [line for line in result.err.splitlines() if line.startswith("Error:")]
+    assert len(lines) == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.fixture(scope="session")
+def powerless(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The start of a command line whose process must keep to permissions, as root need not."""
+    if os.geteuid() != 0:
+        return []
+    rights = "-dac_override,-dac_read_search"
+    prefix = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}"]
+    secret = tmp_path_factory.mktemp("secret") / "file"
+    secret.touch(mode=0)
+    if shutil.which("setpriv") is None:
+        pytest.skip("root passes over permissions, and there is no setpriv to take that away")
+    if subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
+        pytest.skip("root passes over permissions, and setpriv may not take that away here")
+    assert subprocess.run([*prefix, "cat", secret], capture_output=True).returncode != 0
+    return prefix
+
+
+_SEVERAL = """
+import contextlib, io, json, sys
+from asvit_deploy.cli.main import main
+results = []
+for args in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(args)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    results.append((code, out.getvalue(), err.getvalue()))
+json.dump(results, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="session")
+def powerless_cli(powerless: list[str]) -> Callable[..., list[Result]]:
+    """Run command lines in a folder, all in one process that must keep to permissions."""
+
+    def run(folder: Path, *commands: list[object]) -> list[Result]:
+        done = subprocess.run(
+            [*powerless, sys.executable, "-c", _SEVERAL], cwd=folder, capture_output=True,
+            text=True, input=json.dumps([list(map(str, args)) for args in commands]),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [Result(*result) for result in json.loads(done.stdout)]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def op_library() -> Path:
+    """The op's ONNX Runtime library, in the user's cache."""
+    from asvit_deploy.errors import UserError
+    from asvit_deploy.ops.library import build_ort
+
+    try:
+        return build_ort()
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

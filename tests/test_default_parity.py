@@ -7,7 +7,6 @@ import json
 import pytest
 
 from asvit_deploy.checkpoints import default_checkpoint
-from asvit_deploy.ops.library import find_library
 from asvit_deploy.training import digits
 
 COUNT = 200
@@ -22,17 +21,26 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["function", "library"])
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
-def test_two_hundred_digits(cli, folder, batch):
+def test_two_hundred_digits(cli, folder, batch, way, request, monkeypatch, tmp_path):
+    """The library beside the function, and the function where nobody built a library."""
+    library = []
+    if way == "library":
+        library = ["--library", request.getfixturevalue("op_library")]
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = cli("export", "--ckpt", "default", "--batch", batch, "--images", folder, "-o", "m.onnx")
     assert made.code == 0, made.err
-    result = cli("check", "m.onnx", "--images", folder, "--limit", COUNT, "--json")
+    result = cli("check", "m.onnx", "--images", folder, "--limit", COUNT, "--json",
+                 *library)  # fmt: skip
     assert result.code == 0, result.err
     reports = json.loads(result.out)
-    # Once with the function and once with the library, where it is built; a dynamic batch also in
-    # batches of eight, each image against itself alone.
-    ways = 2 if find_library() else 1
-    assert len(reports) == ways * (2 if batch == "dynamic" else 1)
+    # A dynamic batch also runs in batches of eight, each image against itself alone.
+    ways = ["function", "library"] if library else ["function"]
+    batches = [1, 8] if batch == "dynamic" else [1]
+    runs = [f"{way}, batch {size}" for way in ways for size in batches]
+    assert [report["run"] for report in reports] == runs
     for report in reports:
         assert report["parity"]["images"] == COUNT
         assert report["parity"]["passed"], report["parity"]["failures"]

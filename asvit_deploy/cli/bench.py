@@ -142,6 +142,7 @@ def _variants(session: Session, threads: int) -> tuple[list[Variant], list[str]]
     """The rows that can be run here, and why the others cannot."""
     from asvit_deploy.evaluate.bench import Variant
     from asvit_deploy.export.to_onnx import to_onnx
+    from asvit_deploy.ops import onnx_op
     from asvit_deploy.runners.onnx_runtime import OrtRunner
     from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -161,7 +162,7 @@ def _variants(session: Session, threads: int) -> tuple[list[Variant], list[str]]
         name = "onnxruntime, dense" if way == "dense" else f"onnxruntime, adaptive ({way})"
         runner = session.runner(lib, threads, record=False)
         variants.append(Variant(name, "onnxruntime", session.adaptive, runner))
-    if session.adaptive and session.library is None:
+    if session.library is None and onnx_op.nodes_of(session.model.graph):
         notes.append("no row with the op's library: `asvit-deploy build-plugins ort` makes it")
     return variants, notes
 

@@ -117,6 +117,7 @@ def command(
     asvit-deploy build-engine --fp16
     asvit-deploy build-engine --fp16 --flavour tensorrt-rtx --target-sm 86 89 120
     """
+    from asvit_deploy.artifact import check_target
     from asvit_deploy.files import check_writable
 
     path = options.artefacts((model,) if model else (), "onnx")[0]
@@ -145,7 +146,7 @@ def command(
     )  # fmt: skip
     refuse_misfits(found, wanted)
     target = output or default_output(path, wanted)
-    check_writable(target, force)
+    check_target(target, "engine", force, source=path)
     if layers is not None:
         check_writable(layers, force)
     source = open_source(path)

@@ -60,18 +60,15 @@ def command(
 
     from tqdm import tqdm
 
-    from asvit_deploy.artifact import provenance
-    from asvit_deploy.errors import UserError
-    from asvit_deploy.files import check_writable, sha256
+    from asvit_deploy.artifact import check_target, provenance
+    from asvit_deploy.files import sha256
     from asvit_deploy.images import open_images
     from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
     from asvit_deploy.training.calibrate import calibrate, with_thresholds
 
     stem = Path(ckpt.name.removesuffix(".tar")).stem
     target = output or Path(f"{stem}.calibrated.safetensors")
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target} cannot be written: give the checkpoint a name in .safetensors")
-    check_writable(target, force, source=ckpt)
+    check_target(target, "checkpoint", force, source=ckpt)
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema)
     config = checkpoint.config
     pictures = open_images(images, config, limit or (256 if images else 64))

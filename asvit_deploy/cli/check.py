@@ -13,6 +13,10 @@ from asvit_deploy.errors import CheckFailed
 
 if TYPE_CHECKING:
     from asvit_deploy.evaluate.parity import Parity
+    from asvit_deploy.evaluate.session import Session
+    from asvit_deploy.runners.base import Runner
+
+    Opened = tuple[Session, Runner, dict[str, Runner]]  # artefact, reference, runner of each way
 
 _BATCH = 8  # what a dynamic-batch model is also run with
 
@@ -42,9 +46,14 @@ def command(
     from asvit_deploy.evaluate.session import find_op_library
 
     found = find_op_library(library)
+    paths = options.artefacts(models, "onnx", several=True)
+    # A bad one is refused before the first has run for minutes; each is let go again, so that
+    # never more than one is in memory.
+    for path in paths[1:]:
+        _open(path, reference, found)
     results: list[dict[str, Any]] = []
-    for path in options.artefacts(models, "onnx", several=True):
-        results += _check(path, images, limit, reference, found)
+    for path in paths:
+        results += _check(_open(path, reference, found), images, limit)
     if as_json:
         click.echo(json.dumps([{**r, "parity": r["parity"].as_dict()} for r in results], indent=2))
     else:
@@ -56,37 +65,43 @@ def command(
         raise CheckFailed(reasons)
 
 
-def _check(
-    path: Path, images: Path | None, limit: int, other: Path | None, library: Path | None
-) -> list[dict[str, Any]]:
-    from tqdm import tqdm
-
-    from asvit_deploy.evaluate.parity import compare
+def _open(path: Path, other: Path | None, library: Path | None) -> Opened:
+    """Everything that checking `path` needs, loaded: what cannot be loaded is refused here."""
     from asvit_deploy.evaluate.session import Session
-    from asvit_deploy.images import open_images
-    from asvit_deploy.runners.base import Runner
     from asvit_deploy.runners.pytorch import TorchRunner
 
     session = Session(path, library)
-    reference: Runner = (
-        Session(other).runner(None) if other is not None else TorchRunner(session.reference)
-    )
+    reference: Runner
+    if other is None:
+        reference = TorchRunner(session.reference)
+    else:
+        theirs = Session(other, library)
+        session.refuse_other_network(theirs)
+        reference = theirs.runner(next(iter(theirs.libraries().values())))
+    return session, reference, {w: session.runner(lib) for w, lib in session.libraries().items()}
+
+
+def _check(opened: Opened, images: Path | None, limit: int) -> list[dict[str, Any]]:
+    from tqdm import tqdm
+
+    from asvit_deploy.evaluate.parity import compare
+    from asvit_deploy.images import open_images
+
+    session, reference, runners = opened
     pictures = open_images(images, session.config, limit)
-    options.status(f"{path}: {len(pictures)} images ({pictures.source})")
+    options.status(f"{session.path}: {len(pictures)} images ({pictures.source})")
     loaded = [pictures[i] for i in range(len(pictures))]
-    runs = [
-        (f"{way}, batch {batch}", lib, batch)
-        for way, lib in session.libraries().items()
-        for batch in ((1, _BATCH) if session.dynamic_batch else (1,))
-    ]
+    batches = (1, _BATCH) if session.dynamic_batch else (1,)
+    runs = [(way, batch) for way in runners for batch in batches]
     results = []
-    for name, lib, batch in tqdm(runs, desc="check", disable=None, leave=False):
+    for way, batch in tqdm(runs, desc="check", disable=None, leave=False):
         parity = compare(
-            reference, session.runner(lib), loaded, pictures.names,
-            session.fields["thresholds"], batch=batch,
+            reference, runners[way], loaded, pictures.names, session.fields["thresholds"],
+            batch=batch,
         )  # fmt: skip
-        results.append({"model": str(path), "run": name, "images": pictures.source,
-                        "reference": reference.describe(), "parity": parity})  # fmt: skip
+        results.append({"model": str(session.path), "run": f"{way}, batch {batch}",
+                        "images": pictures.source, "reference": reference.describe(),
+                        "parity": parity})  # fmt: skip
     return results
 
 

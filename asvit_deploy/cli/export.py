@@ -48,8 +48,8 @@ def command(
     asvit-deploy export --ckpt as_deit_s.pt
     asvit-deploy export --ckpt deit_small.pth --dense
     """
+    from asvit_deploy.artifact import check_target
     from asvit_deploy.export import pipeline
-    from asvit_deploy.files import check_writable
     from asvit_deploy.images import open_images
     from asvit_deploy.models.checkpoint import load_checkpoint
     from asvit_deploy.runners.onnx_runtime import import_onnxruntime
@@ -59,7 +59,7 @@ def command(
     if not dense:
         pipeline.require_adaptive(checkpoint)
     target = output or pipeline.default_output(ckpt, dense)
-    check_writable(target, force, source=ckpt)
+    check_target(target, "onnx", force, source=ckpt)
     pictures = open_images(images, checkpoint.config, limit=16)
     config = checkpoint.config
     kind = "dense" if dense else "adaptive"

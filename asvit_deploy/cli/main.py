@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 import click
 
 from asvit_deploy import __version__
 from asvit_deploy.errors import CheckFailed, UserError
+from asvit_deploy.files import FULL
 
 # name -> one line of help; the module is the name with dashes as underscores and holds `command`.
 COMMANDS = {
@@ -18,6 +20,7 @@ COMMANDS = {
     "build-engine": "ONNX to a TensorRT engine.",
     "check": "Parity with PyTorch: logits, top-1 and kept tokens.",
     "bench": "Latency, MACs and kept tokens beside the dense model.",
+    "evaluate": "Top-1, MACs and kept tokens over labelled pictures.",
     "predict": "Top-5 and kept tokens of pictures.",
     "build-plugins": "Compile the C++ libraries into the user cache.",
     "doctor": "What is installed, what clashes, what to do about it.",
@@ -53,6 +56,29 @@ def group() -> None:
     """
 
 
+def _access_failure(error: OSError) -> str | None:
+    """One line for what the system refuses; None where it is a defect of ours."""
+    if error.errno in FULL:
+        where = error.filename or "a temporary file"
+        return f"cannot write {where}: {error.strerror}; free space, or set TMPDIR to another disk"
+    if error.filename is None:
+        return None
+    mend = "; check the permissions on it and its folders" * isinstance(error, PermissionError)
+    return f"cannot access {error.filename}: {error.strerror}{mend}"
+
+
+def _hides_interrupt(error: BaseException | None) -> bool:
+    """Whether it began as an interrupt: libraries catch one in mid-import and raise their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _end_interrupted() -> NoReturn:
+    click.echo("Interrupted; nothing was changed.", err=True)
+    sys.exit(130)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command; exit 0 when good, 1 when a check failed, 2 on bad input."""
     try:
@@ -63,10 +89,19 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:
+        line = _access_failure(error)
+        if line is None:
+            raise
+        click.echo(f"Error: {line}", err=True)
+        sys.exit(2)
     except CheckFailed as error:
         click.echo(f"Failed: {error}", err=True)
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; nothing was changed.", err=True)
-        sys.exit(130)
+        _end_interrupted()
+    except Exception as error:
+        if not _hides_interrupt(error):
+            raise
+        _end_interrupted()
     sys.exit(code if isinstance(code, int) else 0)

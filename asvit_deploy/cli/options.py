@@ -23,7 +23,8 @@ class CheckpointPath(click.ParamType):
         return Path(value)
 
 
-PATH = click.Path(path_type=Path)
+# Not readable=True: it would ask that of outputs too, and say less than the one who reads.
+PATH = click.Path(path_type=Path, readable=False)
 
 checkpoint = click.option(
     "--ckpt", "ckpt", required=True, type=CheckpointPath(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from asvit_deploy.engine.flavour import Flavour
 from asvit_deploy.engine.job import Job
 from asvit_deploy.errors import UserError
+from asvit_deploy.files import FULL
 
 # (phase, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -95,11 +97,15 @@ def _ended(code: int, stage: str, printed: str, job: Job, flavour: Flavour, name
     lines = [line for line in printed.splitlines() if line.strip()]
     said = f" ({_line(lines[-1])})" if lines else ""
     what = f"{job.plugin}" if stage == "loading the plugin" else name
-    mend = (
-        "name another library with --plugin, or build it with `asvit-deploy build-plugins trt`"
-        if stage == "loading the plugin"
-        else f'reinstall it with pip install "asvit-deploy[{flavour.extra}]" if this goes on'
-    )
+    full = re.match(r"OSError: \[Errno (\d+)\]", lines[-1]) if lines else None
+    if full and int(full[1]) in FULL:
+        mend = "free space, or set TMPDIR to another disk"
+    elif stage == "loading the plugin":
+        mend = (
+            "name another library with --plugin, or build it with `asvit-deploy build-plugins trt`"
+        )
+    else:
+        mend = f'reinstall it with pip install "asvit-deploy[{flavour.extra}]" if this goes on'
     return (
         f"{flavour.title} was ended {how} while {stage}: {what}{said}; nothing was written; {mend}"
     )

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from asvit_deploy.runners.onnx_runtime import OrtRunner, load_model
 
+_KINDS = ("scoring", "compaction", "network")
+
 
 def _ancestors(graph: onnx.GraphProto, values: Iterable[str], stop: Iterable[str] = ()) -> set[str]:
     """Names of the nodes that `values` depend on, not looking past `stop`."""
@@ -56,7 +58,8 @@ def shares(
     """Shares of all kernel time on one thread, one image at a time.
 
     Returns:
-        `scoring`, `compaction` and `both` as fractions, `kernel_ms` per image.
+        `scoring`, `compaction` and `both` as fractions and `kernel_ms`, each the median over the
+        images, so that a run that the machine disturbed does not count; `op`, how the op ran.
     """
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "profile"
@@ -65,21 +68,27 @@ def shares(
             runner.infer(images[i % len(images)][None])
         events = runner.end_profiling()
         optimised = onnx.load(f"{prefix}.optimized.onnx")
-    kinds = classify_nodes(optimised.graph, runner.stages)
+    medians = _medians(events, classify_nodes(optimised.graph, runner.stages), warmup)
+    return {**medians, "op": "library" if library else "function"}
+
+
+def _medians(
+    events: Sequence[dict[str, Any]], kinds: dict[str, str], warmup: int
+) -> dict[str, float]:
+    """Shares and kernel time of each run after the first `warmup`, then their medians."""
     runs = sorted(e["ts"] for e in events if e["cat"] == "Session" and e["name"] == "model_run")
-    totals = {"scoring": 0.0, "compaction": 0.0, "network": 0.0}
+    spent = np.zeros((len(runs), len(_KINDS)))  # microseconds
     for event in events:
-        if event["cat"] != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        if event["ts"] < runs[warmup]:
-            continue
-        node = event["name"].removesuffix("_kernel_time")
-        totals[kinds.get(node, "network")] += event["dur"]
-    whole = sum(totals.values())
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            kind = kinds.get(event["name"].removesuffix("_kernel_time"), "network")
+            run = np.searchsorted(runs, event["ts"], "right") - 1
+            spent[run, _KINDS.index(kind)] += event["dur"]
+    spent = spent[warmup:]
+    whole = spent.sum(1)
+    scoring, compaction, _ = spent.T / whole
     return {
-        "scoring": totals["scoring"] / whole,
-        "compaction": totals["compaction"] / whole,
-        "both": (totals["scoring"] + totals["compaction"]) / whole,
-        "kernel_ms": whole / 1e3 / len(images),
-        "op": "library" if library else "function",
+        "scoring": float(np.median(scoring)),
+        "compaction": float(np.median(compaction)),
+        "both": float(np.median(scoring + compaction)),
+        "kernel_ms": float(np.median(whole)) / 1e3,
     }

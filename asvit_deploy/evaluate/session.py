@@ -17,6 +17,9 @@ from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners.onnx_runtime import OrtRunner, load_model
 
+# Sidecar fields that two artefacts share if they can be compared token by token.
+_OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages", "preprocessing")
+
 
 @dataclass
 class Session:
@@ -36,6 +39,16 @@ class Session:
         self.fields = artifact.read(self.path)
         if self.fields.get("kind") != "onnx":
             raise UserError(f"{self.path} is a {self.fields.get('kind')}; name an .onnx file")
+
+    def refuse_other_network(self, other: Session) -> None:
+        """Raise UserError where `other` is no reference for this one, in one line that says why."""
+        for key in _OF_THE_NETWORK:
+            ours, theirs = self.fields[key], other.fields[key]
+            if ours != theirs:
+                raise UserError(
+                    f"{other.path} is no reference for {self.path}: {key} is {theirs} there, "
+                    f"{ours} here; name an artefact of the same network"
+                )
 
     @cached_property
     def model(self) -> onnx.ModelProto:
@@ -81,7 +94,7 @@ class Session:
 
     def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
         """The artefact in ONNX Runtime."""
-        return OrtRunner(self.model, library, threads=threads, record=record)
+        return OrtRunner(self.model, library, threads=threads, record=record, name=str(self.path))
 
 
 def find_op_library(named: Path | None) -> Path | None:

@@ -81,6 +81,7 @@ class OrtRunner(RunnerBase):
         record: also return kept tokens and scores (adds outputs to the model in memory).
         profile: prefix of the profiler's output file, or None.
         optimize: False runs the nodes as they stand.
+        name: what errors call a loaded model; a file has its own.
 
     Raises:
         UserError: onnxruntime is missing, or model or library cannot be loaded.
@@ -95,9 +96,11 @@ class OrtRunner(RunnerBase):
         profile: Path | None = None,
         provider: str = "CPUExecutionProvider",
         optimize: bool = True,
+        name: str = "the model",
     ) -> None:
         ort = import_onnxruntime()
         model = load_model(source)
+        name = str(source) if isinstance(source, Path) else name
         self.stages = count_stages(model)
         self.padded = is_padded(model)
         self.library = library
@@ -117,14 +120,13 @@ class OrtRunner(RunnerBase):
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
             options.optimized_model_filepath = f"{profile}.optimized.onnx"
-        name = source if isinstance(source, Path) else "the model"
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))
             data = (with_stage_outputs(model) if self._record else model).SerializeToString()
             self.session = ort.InferenceSession(data, options, providers=[provider])
         except Exception as error:
-            raise UserError(_load_failure(str(name), library, str(error))) from None
+            raise UserError(_load_failure(name, library, str(error))) from None
         self._names = [output.name for output in self.session.get_outputs()]
         self._outputs = ["logits", *(f"length_{s}" for s in range(self.stages))]
         if self._record:

@@ -6,9 +6,10 @@ that a resumed run has to know.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.images import SUFFIXES, load_picture, preprocess
+from asvit_deploy.images import load_picture, pictures_in, preprocess, thinned
 from asvit_deploy.models.registry import ArchConfig, Preprocessing
 from asvit_deploy.training.digits import CANVAS, CLASSES, ClutteredDigits
 
@@ -35,13 +36,18 @@ class Source(Protocol):
     name: str
     classes: list[str]
     epoch: int  # pictures in one
+    identity: dict[str, str]  # what a resumed run must find again: the data, classes, pictures
 
     def train_batch(self, step: int, size: int) -> Batch:
         """Batch number `step` of the endless training stream."""
         ...
 
     def validation(self, size: int, limit: int | None = None) -> Iterator[Batch]:
-        """Held-out pictures, once, in a fixed order; nothing where there are none."""
+        """Held-out pictures, once, in a fixed order; nothing where there are none.
+
+        Args:
+            limit: take exactly so many, spread evenly, where there are more.
+        """
         ...
 
 
@@ -62,6 +68,7 @@ class DigitsSource:
                 f"{config.image_size}; use --arch as_deit_mini"
             )
         self.name, self.classes, self.epoch = "digits", list(CLASSES), DIGITS_EPOCH
+        self.identity = {"data": self.name, "classes": _fingerprint(self.classes)}
         self._rules = config.preprocessing
         self._train, self._test = ClutteredDigits("train", seed), ClutteredDigits("test", seed)
 
@@ -78,6 +85,29 @@ class DigitsSource:
             yield self._batch(self._test, start, min(start + size, count))
 
 
+class LabelledFolder:
+    """Pictures in one subfolder per class, in the arch's own preprocessing.
+
+    Raises:
+        UserError: no such folder, fewer than two classes, or a class without pictures.
+    """
+
+    def __init__(self, folder: Path, config: ArchConfig) -> None:
+        self.classes, self._entries = _pictures_by_class(folder)
+        self._config = config
+        self._workers = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
+
+    def validation(self, size: int, limit: int | None = None) -> Iterator[Batch]:
+        """Every picture once, in order; of more than `limit`, exactly so many, spread evenly."""
+        entries = thinned(self._entries, limit)
+        for start in range(0, len(entries), size):
+            part = entries[start : start + size]
+            pictures = self._workers.map(
+                lambda entry: preprocess(load_picture(entry[0]), self._config), part
+            )
+            yield torch.from_numpy(np.stack(list(pictures))), _labels(part)
+
+
 class FolderSource:
     """Pictures in one subfolder per class, in `train/` and perhaps `val/`, or in DIR itself.
 
@@ -92,13 +122,19 @@ class FolderSource:
     def __init__(self, folder: Path, config: ArchConfig, seed: int) -> None:
         train = folder / "train" if (folder / "train").is_dir() else folder
         self.classes, self._train = _pictures_by_class(train)
-        self._val: list[tuple[Path, int]] = []
+        self._val: LabelledFolder | None = None
         if train != folder and (folder / "val").is_dir():
-            classes, self._val = _pictures_by_class(folder / "val")
-            if classes != self.classes:
-                odd = sorted(set(classes) ^ set(self.classes))[0]
+            self._val = LabelledFolder(folder / "val", config)
+            if self._val.classes != self.classes:
+                odd = sorted(set(self._val.classes) ^ set(self.classes))[0]
                 raise UserError(f"{folder}: train and val differ in class {odd!r}; make them equal")
         self.name, self.epoch = str(folder), len(self._train)
+        names = (path.relative_to(train).as_posix() for path, _ in self._train)
+        self.identity = {
+            "data": self.name,
+            "classes": _fingerprint(self.classes),
+            "pictures": _fingerprint(names),
+        }
         self._config, self._seed = config, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._workers = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
@@ -127,13 +163,16 @@ class FolderSource:
         return np.asarray(picture).transpose(2, 0, 1)
 
     def validation(self, size: int, limit: int | None = None) -> Iterator[Batch]:
-        entries = self._val if limit is None else self._val[:: max(1, len(self._val) // limit)]
-        for start in range(0, len(entries), size):
-            part = entries[start : start + size]
-            pictures = self._workers.map(
-                lambda entry: preprocess(load_picture(entry[0]), self._config), part
-            )
-            yield torch.from_numpy(np.stack(list(pictures))), _labels(part)
+        if self._val is not None:
+            yield from self._val.validation(size, limit)
+
+
+def _fingerprint(names: Iterable[str]) -> str:
+    """How many names, and the start of the sha256 of them all in their order."""
+    listed = list(names)
+    # A file name may hold bytes that are no text; no name holds a zero.
+    digest = hashlib.sha256("\0".join(listed).encode(errors="surrogateescape"))
+    return f"{len(listed)} (sha256 {digest.hexdigest()[:12]})"
 
 
 def _labels(entries: list[tuple[Path, int]]) -> Tensor:
@@ -152,10 +191,10 @@ def _pictures_by_class(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]
             )
         entries = []
         for label, name in enumerate(classes):
-            paths = [p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES]
+            paths = pictures_in(folder / name)
             if not paths:
                 raise UserError(f"the class folder {folder / name} holds no picture; add some")
-            entries += [(path, label) for path in sorted(paths)]
+            entries += [(path, label) for path in paths]
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
     return classes, entries
@@ -187,3 +226,15 @@ def open_source(data: str, config: ArchConfig, seed: int) -> Source:
     if data == "digits" and not Path(data).exists():
         return DigitsSource(config, seed)
     return FolderSource(Path(data), config, seed)
+
+
+def open_labelled(data: str, config: ArchConfig) -> DigitsSource | LabelledFolder:
+    """`digits`, or the pictures of a folder of class subfolders, of its `val/` where it has one.
+
+    Raises:
+        UserError: see `DigitsSource` and `LabelledFolder`.
+    """
+    if data == "digits" and not Path(data).exists():
+        return DigitsSource(config, 0)
+    folder = Path(data)
+    return LabelledFolder(folder / "val" if (folder / "val").is_dir() else folder, config)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import conftest
 import onnx
 import pytest
 
@@ -38,14 +41,8 @@ def place(source, target, change=lambda proto: None, **fields):
 
 
 def refused(result, *words):
-    """Exit 2, one line, nothing on stdout, no engine."""
-    assert result.code == 2, result
-    assert result.out == ""
-    lines = [line for line in result.err.splitlines() if line.startswith("Error:")]
-    assert len(lines) == 1, result.err
-    assert "Traceback" not in result.err
-    for word in words:
-        assert word in lines[0], lines[0]
+    """One line, and no engine."""
+    conftest.refused(result, *words)
     assert list(Path().glob("*.engine*")) == []
     assert list(Path().glob(".*.tmp")) == []
 
@@ -116,6 +113,7 @@ def test_no_tensorrt(cli, model, monkeypatch):
         (["--version-compatible"], ["--version-compatible"]),
         (["--plugin", "nowhere.so"], ["nowhere.so does not exist", "build-plugins trt"]),
         (["-o", "no/such/x.engine"], ["no/such", "does not exist"]),
+        (["-o", "x.plan"], ["x.plan", "a name in .engine"]),
         (["--mode", "padded", "--target-sm", "90", "--no-check"], ["SM90", "86"]),
         (["--onnx", "gone.onnx"], ["gone.onnx does not exist"]),
     ],
@@ -132,10 +130,19 @@ def test_bad_capability(cli, model):
 
 
 @rtx
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_unwritable_folder(cli, model):
-    Path("closed").mkdir(mode=0o500)
-    refused(cli("build-engine", "-o", "closed/x.engine"), "permission")
+def test_unwritable_folder(powerless_cli, model):
+    (model.parent / "closed").mkdir(mode=0o500)
+    (result,) = powerless_cli(model.parent, ["build-engine", "-o", "closed/x.engine"])
+    refused(result, "closed/x.engine", "permission")
+
+
+@rtx
+def test_keeps_a_file_with_the_sidecars_name(cli, model):
+    mine = Path("as_deit_s.engine.json")
+    mine.write_text("my own notes")
+    conftest.refused(cli("build-engine", "--mode", "padded", "-o", "as_deit_s.engine"),
+                     "as_deit_s.engine.json exists", "--force")  # fmt: skip
+    assert mine.read_text() == "my own notes"
 
 
 @rtx
@@ -232,3 +239,17 @@ def test_not_an_onnx_file(cli, model):
     Path("broken.onnx").write_bytes(model.read_bytes()[:5000])
     if RTX.module:
         refused(cli("build-engine", "--onnx", "broken.onnx"), "broken.onnx", "whole ONNX file")
+
+
+@rtx
+@pytest.mark.parametrize("kilobytes", [500, 5000])  # the graph or the plan does not fit
+def test_a_full_disk_costs_one_line(model, kilobytes, monkeypatch):
+    monkeypatch.chdir(model.parent)
+    limit = kilobytes * 1024
+    done = subprocess.run(
+        [sys.executable, "-m", "asvit_deploy", "build-engine", "--mode", "padded", "--no-check"],
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    refused(conftest.Result(done.returncode, done.stdout, done.stderr), "File too large",
+            "free space, or set TMPDIR to another disk")  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 
 from asvit_deploy.files import sha256
@@ -95,6 +96,14 @@ def test_existing_output_needs_force(cli, dense_file):
     assert Path("own.safetensors").read_bytes() == b"precious"
     assert cli(*arguments, "--force").code == 0
     assert load_checkpoint(Path("own.safetensors")).adaptive
+
+
+def test_a_file_with_the_sidecars_name_needs_force(cli, dense_file):
+    mine = Path("own.safetensors.json")
+    mine.write_text("my own notes")
+    result = cli("calibrate", "--ckpt", dense_file, "-o", "own.safetensors", "--limit", 8)
+    refused(result, "own.safetensors.json exists", "--force")
+    assert mine.read_text() == "my own notes"
 
 
 @pytest.mark.parametrize(

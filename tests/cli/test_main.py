@@ -110,8 +110,17 @@ def test_wrong_usage_is_exit_2(args: tuple[str, ...]) -> None:
         (KeyboardInterrupt(), 130, None),
         (click.Abort(), 130, None),
         (click.ClickException("no"), 2, "Error: no\n"),
+        (
+            PermissionError(13, "Permission denied", "a/x.pt"), 2,
+            "Error: cannot access a/x.pt: Permission denied; "
+            "check the permissions on it and its folders\n",
+        ),
+        (
+            OSError(36, "File name too long", "x.pt"), 2,
+            "Error: cannot access x.pt: File name too long\n",
+        ),
     ],
-)
+)  # fmt: skip
 def test_exit_code_and_line_of_each_ending(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -142,14 +151,40 @@ def _module_with(command: click.Command) -> object:
     return module
 
 
-def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_that_a_library_turned_into_its_own_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch's exporter does when Ctrl-C falls into an import of its own."""
+
     @click.command()
     def ending() -> None:
-        raise RuntimeError("ours")
+        try:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                raise AttributeError("half imported")  # noqa: B904
+        except AttributeError as error:
+            raise RuntimeError("export failed") from error
 
     monkeypatch.setitem(COMMANDS, "ending", "Ends.")
     monkeypatch.setitem(sys.modules, "asvit_deploy.cli.ending", _module_with(ending))
-    with pytest.raises(RuntimeError, match="ours"):
+    with pytest.raises(SystemExit) as end:
+        main(["ending"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "Interrupted; nothing was changed.\n"
+
+
+@pytest.mark.parametrize("defect", [RuntimeError("ours"), OSError("ours")])
+def test_a_defect_of_ours_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, defect: Exception
+) -> None:
+    @click.command()
+    def ending() -> None:
+        raise defect
+
+    monkeypatch.setitem(COMMANDS, "ending", "Ends.")
+    monkeypatch.setitem(sys.modules, "asvit_deploy.cli.ending", _module_with(ending))
+    with pytest.raises(type(defect), match="ours"):
         main(["ending"])
 
 

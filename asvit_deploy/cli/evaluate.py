@@ -1,0 +1,135 @@
+"""`asvit-deploy evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from asvit_deploy.cli import options
+from asvit_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from asvit_deploy.models.registry import ArchConfig
+    from asvit_deploy.runners.base import Runner
+
+
+@click.command()
+@click.argument("model", type=options.CheckpointPath())
+@click.option(
+    "--data", required=True, help="Folder of class folders (or its val/ folder), or `digits`."
+)
+@click.option("--batch-size", "batches", type=click.IntRange(1), multiple=True, default=(1,),
+              show_default=True, help="Images at a time; repeatable.")  # fmt: skip
+@click.option(
+    "--batch-rule", type=click.Choice(["exact", "mean-k"]), default="exact", show_default=True,
+    help="mean-k is the paper's: a batch shares one count.",
+)  # fmt: skip
+@click.option("--dense", is_flag=True, help="Run the checkpoint without its thresholds.")
+@options.limit
+@options.library
+@options.as_json
+@click.option("-o", "output", type=options.PATH, help="Also write the JSON here.")
+@options.force
+def command(
+    model: Path,
+    data: str,
+    batches: tuple[int, ...],
+    batch_rule: str,
+    dense: bool,
+    limit: int | None,
+    library: Path | None,
+    as_json: bool,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Top-1 and top-5, MACs and kept tokens over labelled pictures.
+
+    MODEL is an ONNX artefact (run by ONNX Runtime) or a checkpoint (run by PyTorch).
+
+    \b
+    asvit-deploy evaluate as_deit_s.onnx --data imagenet/val
+    asvit-deploy evaluate as_deit_s.pt --data imagenet --batch-rule mean-k --batch-size 32
+    """
+    import torch
+
+    from asvit_deploy.evaluate.accuracy import score, summarise
+    from asvit_deploy.evaluate.machine import machine
+    from asvit_deploy.files import check_writable, write_text
+
+    if output is not None:
+        check_writable(output, force, model)
+    torch.set_num_threads(1)
+    runner, config, classes = _open(model, batch_rule, dense, library)
+    rows = []
+    for size in batches:
+        labelled = _batches(data, config, classes, size, limit)
+        rows.append({"batch_size": size, **summarise(score(runner, labelled, config), config)})
+    report = {"model": str(model), "data": data, "batch_rule": batch_rule, "arch": config.name,
+              "runner": runner.describe(), "rows": rows, "machine": machine()}  # fmt: skip
+    text = json.dumps(report, indent=2) + "\n"
+    if output is not None:
+        write_text(output, text)
+    click.echo(text.rstrip()) if as_json else _print(report)
+
+
+def _open(
+    path: Path, batch_rule: str, dense: bool, library: Path | None
+) -> tuple[Runner, ArchConfig, list[str] | None]:
+    """The runner, the architecture, and the classes where they are known."""
+    if path.suffix == ".onnx":
+        from asvit_deploy.evaluate.session import Session, find_op_library
+
+        if batch_rule != "exact" or dense:
+            raise UserError(f"{path} is an ONNX file, which runs as it is; for --batch-rule mean-k "
+                            "or --dense name its checkpoint")  # fmt: skip
+        session = Session(path, find_op_library(library))
+        return session.runner(session.library), session.config, session.fields["classes"]
+    from asvit_deploy.models.checkpoint import build_model, load_checkpoint
+    from asvit_deploy.runners.pytorch import TorchRunner
+
+    checkpoint = load_checkpoint(path)
+    network = build_model(checkpoint, dense=dense or not checkpoint.adaptive)
+    classes = json.loads(checkpoint.metadata.get("classes", "null"))
+    return TorchRunner(network, batch_rule), checkpoint.config, classes
+
+
+def _batches(
+    data: str, config: ArchConfig, classes: list[str] | None, size: int, limit: int | None
+) -> Any:
+    """Batches of NumPy arrays with the model's own class numbers, under a progress bar."""
+    from tqdm import tqdm
+
+    from asvit_deploy.evaluate.accuracy import label_map
+    from asvit_deploy.training.data import open_labelled
+
+    source = open_labelled(data, config)
+    numbers = label_map(source.classes, classes, config.num_classes)
+    bar = tqdm(source.validation(size, limit), desc=f"evaluate, batch {size}", disable=None,
+               leave=False, unit="batch")  # fmt: skip
+    for images, labels in bar:
+        yield images.numpy(), numbers[labels.numpy()]
+
+
+def _print(report: dict[str, Any]) -> None:
+    from asvit_deploy.evaluate.report import table
+
+    def interval(share: dict[str, float]) -> str:
+        return f"{share['value']:.2%} ({share['low']:.2%}-{share['high']:.2%})"
+
+    rows = [
+        [str(row["batch_size"]), str(row["images"]), interval(row["top1"]), interval(row["top5"]),
+         f"{row['gmacs']:.3f}", f"{row['macs_share']:.4f}",
+         " ".join(f"{k:.1f}" for k in row["mean_kept"]) or "all"]
+        for row in report["rows"]
+    ]  # fmt: skip
+    click.echo(f"\n{report['model']} on {report['data']}, {report['batch_rule']} tokens")
+    headers = ["batch", "images", "top-1 (95 %)", "top-5 (95 %)", "GMACs", "share of MACs",
+               "kept per stage"]  # fmt: skip
+    click.echo(table(headers, rows))
+    first = report["rows"][0]
+    for stage, (low, p5, middle, p95, high) in enumerate(first["quantiles_kept"]):
+        click.echo(f"stage {stage}: median {middle:.0f} of {first['image_tokens']} tokens, "
+                   f"90 % of the images {p5:.0f}-{p95:.0f}, all {low:.0f}-{high:.0f}")  # fmt: skip

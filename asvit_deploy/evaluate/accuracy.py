@@ -1,0 +1,117 @@
+"""Top-1, top-5, MACs and kept tokens of a model over a labelled set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.runners.base import Runner
+
+# images float32 [B, 3, H, W], normalised; labels int64 [B], the model's own class numbers
+Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+_Z = 1.959964  # two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row per image.
+
+    Attributes:
+        rank: place of the true class among the logits, 0 the highest: int64 [P].
+        kept: image tokens left after each stage: int64 [P, stages], no columns when dense.
+        macs: float64 [P].
+    """
+
+    rank: NDArray[np.int64]
+    kept: NDArray[np.int64]
+    macs: NDArray[np.float64]
+
+
+def score(runner: Runner, batches: Iterable[Batch], config: ArchConfig) -> Scored:
+    """Run every batch as it comes.
+
+    Raises:
+        UserError: there is no image at all.
+    """
+    ranks, kept = [], []
+    for images, labels in batches:
+        prediction = runner(images)
+        true = np.take_along_axis(prediction.logits, labels[:, None], 1)
+        ranks.append((prediction.logits > true).sum(1))
+        kept.append(np.array(prediction.lengths, np.int64).reshape(-1, len(labels)).T - 1)
+    if not ranks:
+        raise UserError("there is no picture to evaluate on")
+    rank, tokens = np.concatenate(ranks), np.concatenate(kept)
+    lengths = list((tokens + 1).astype(np.float64).T)
+    macs = model_macs(config, lengths) if lengths else np.full(len(rank), float(dense_macs(config)))
+    return Scored(rank, tokens, np.asarray(macs, np.float64))
+
+
+def wilson(hits: int, total: int) -> dict[str, float]:
+    """A share with its 95 % interval after Wilson (1927), which holds near 0 and 1 too."""
+    share = hits / total
+    middle = (share + _Z**2 / (2 * total)) / (1 + _Z**2 / total)
+    spread = _Z / (1 + _Z**2 / total) * math.sqrt(
+        share * (1 - share) / total + _Z**2 / (4 * total**2)
+    )  # fmt: skip
+    return {"value": share, "low": max(0.0, middle - spread), "high": min(1.0, middle + spread)}
+
+
+def summarise(scored: Scored, config: ArchConfig) -> dict[str, Any]:
+    """Figures for JSON.
+
+    Returns:
+        `top1` and `top5` (value, low, high); `gmacs`, and `macs_share` of the teacher, which is
+        what a budget means; per stage `mean_kept`, `quantiles_kept` (0, 5, 50, 95, 100 %) and
+        `histogram_kept`, whose entry k counts the images that kept k image tokens (Figure 5).
+    """
+    images, tokens = len(scored.rank), config.image_tokens
+    mean = float(scored.macs.mean())
+    quantiles = np.quantile(scored.kept, [0, 0.05, 0.5, 0.95, 1], axis=0).T
+    return {
+        "images": images,
+        "top1": wilson(int((scored.rank < 1).sum()), images),
+        "top5": wilson(int((scored.rank < 5).sum()), images),
+        "gmacs": mean / 1e9,
+        "macs_share": mean / teacher_macs(config),
+        "mean_kept": scored.kept.mean(0).tolist(),
+        "quantiles_kept": quantiles.tolist(),
+        "histogram_kept": [np.bincount(k, minlength=tokens + 1).tolist() for k in scored.kept.T],
+        "image_tokens": tokens,
+    }
+
+
+def label_map(theirs: Sequence[str], ours: Sequence[str] | None, count: int) -> NDArray[np.int64]:
+    """The model's class number for each class of the data.
+
+    By name where the model knows its classes and has them all, else in sorted order, as image
+    folders are read everywhere.
+
+    Args:
+        theirs: classes of the data, in its order.
+        ours: classes of the model, or None where they are not known.
+        count: how many classes the model has.
+
+    Raises:
+        UserError: neither way fits.
+    """
+    if ours and set(theirs) <= set(ours):
+        return np.array([ours.index(name) for name in theirs])
+    if len(theirs) == count and (not ours or list(ours) == [str(i) for i in range(count)]):
+        return np.arange(count)
+    if ours and len(theirs) == count:
+        odd = next(name for name in theirs if name not in ours)
+        raise UserError(f"the data has a class {odd!r} that the model does not know")
+    raise UserError(
+        f"the data has {len(theirs)} classes and the model {count}; give a folder with the "
+        "model's classes, all of them or by their names"
+    )

@@ -1,0 +1,60 @@
+"""A network of the paper's size: what its export costs, and that what comes out agrees."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import released_format, sharpened
+
+from asvit_deploy.images import open_images
+from asvit_deploy.models.registry import arch
+
+CROPS = 24
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """AS-DeiT-S with random weights, its thresholds mid-gap between scores of the crops."""
+    config = arch("as_deit_small")
+    model = sharpened(config, open_images(None, config, CROPS))
+    torch.save(released_format(model), tmp_path / "as_deit_s.pt")
+    return tmp_path / "as_deit_s.pt"
+
+
+def measured(command, folder):
+    """Run it: output, CPU seconds and peak memory in GiB of that process and its children."""
+    with open(folder / "out", "w+") as out:
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        seconds = usage.ru_utime + usage.ru_stime
+        return process.returncode, out.read(), seconds, usage.ru_maxrss * unit / 2**30
+
+
+@pytest.mark.slow
+def test_deit_s_exports_within_its_means_and_agrees(cli, checkpoint, op_library, capsys):
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "asvit_deploy", "export", "--ckpt", checkpoint.name]
+    code, output, seconds, memory = measured(command, checkpoint.parent)
+    wall = time.perf_counter() - start
+    with capsys.disabled():
+        print(f"\nexport of AS-DeiT-S: {seconds:.1f} s CPU, {wall:.1f} s wall, {memory:.2f} GiB")
+    assert code == 0, output
+    assert seconds <= 60, "30 s are the aim on a quiet machine; twice that on a shared, slow one"
+    assert memory <= 3, "GiB: the weights are 0.08, so more is a copy per layer or a traced batch"
+    result = cli("check", "as_deit_s.onnx", "--limit", CROPS, "--library", op_library, "--json")
+    assert result.code == 0, result.err
+    reports = {report["run"]: report["parity"] for report in json.loads(result.out)}
+    assert set(reports) == {"function, batch 1", "library, batch 1"}
+    for parity in reports.values():
+        assert parity["images"] == CROPS
+        assert parity["passed"], parity["failures"]
+        assert all(0 < kept < 196 for kept in parity["mean_kept"])
