@@ -35,6 +35,8 @@ from asvit_deploy.cli import options
 )  # fmt: skip
 @click.option("--clip", type=float, default=0.0, help="Clip the gradient's norm; 0 does not.")
 @click.option("--smoothing", type=float, default=0.0, help="Label smoothing.")
+@click.option("--flops-weight", type=float, help="Of L_flops in Eq. 13, per GMAC [default: 2].")
+@click.option("--distill-weight", type=float, help="Of L_distill in Eq. 13 [default: 0.5].")
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True,
     help="Of weights, order and augmentation.",
@@ -62,6 +64,8 @@ def command(
     weight_decay: float,
     clip: float,
     smoothing: float,
+    flops_weight: float | None,
+    distill_weight: float | None,
     seed: int,
     bf16: bool,
     save_every: int,
@@ -78,16 +82,19 @@ def command(
 
     A run that was stopped goes on with the same command and --resume.
     """
+    from asvit_deploy.artifact import check_target
     from asvit_deploy.errors import UserError
-    from asvit_deploy.files import check_writable, sha256
+    from asvit_deploy.files import sha256
     from asvit_deploy.models.checkpoint import load_checkpoint
     from asvit_deploy.models.registry import arch
     from asvit_deploy.training.data import open_source
     from asvit_deploy.training.finetune import Interrupted, Intervals, Recipe, finetune
     from asvit_deploy.training.state import state_path
 
-    if dense and budget is not None:
-        raise UserError("--dense has no budget; drop one of --dense and --budget")
+    given = {"budget": budget, "flops-weight": flops_weight, "distill-weight": distill_weight}
+    for name, value in given.items():
+        if dense and value is not None:
+            raise UserError(f"--dense has no {name}; drop one of --dense and --{name}")
     if steps is not None and epochs is not None:
         raise UserError("--steps and --epochs say the same thing; drop one")
     if not dense and pretrained is None:
@@ -100,9 +107,7 @@ def command(
     checkpoint = load_checkpoint(pretrained, image_size, arch_name) if pretrained else None
     config = checkpoint.config if checkpoint else arch(arch_name or "").at(image_size)
     target = output or Path(f"{config.name}{'_dense' if dense else ''}.safetensors")
-    if target.suffix != ".safetensors":
-        raise UserError(f"{target} cannot be written: give the checkpoint a name in .safetensors")
-    check_writable(target, force or resume, source=pretrained)
+    check_target(target, "checkpoint", force or resume, source=pretrained)
     state = state_path(target)
     if state.exists() and not (resume or force):
         raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")
@@ -121,11 +126,12 @@ def command(
         weight_decay=weight_decay,
         clip=clip,
         smoothing=smoothing,
+        flops_weight=2.0 if flops_weight is None else flops_weight,
+        distill_weight=0.5 if distill_weight is None else distill_weight,
         seed=seed,
         bf16=bf16,
     )
     identity = {
-        "data": source.name,
         "arch": config.name,
         "image_size": config.image_size,
         "pretrained": sha256(pretrained) if pretrained else None,
@@ -135,13 +141,23 @@ def command(
         f"{recipe.steps} steps of {batch_size}, learning rate {recipe.lr:g}"
     )
     try:
-        figures = finetune(
+        result = finetune(
             config, source, checkpoint, recipe, target, identity, resume,
-            Intervals(save_every, log_every), validation_limit,
+            Intervals(save_every, log_every), validation_limit, force,
         )  # fmt: skip
     except Interrupted as stopped:
         options.status(str(stopped))
         click.get_current_context().exit(130)
-    if figures:
-        options.status(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    if fit := result.fit:
+        options.status(
+            f"{fit.after:.4f} of the dense MACs on {fit.pictures} training pictures, "
+            f"budget {fit.budget:g}"
+        )
+        if fit.missed:
+            options.status(
+                f"missed the budget by {fit.off:+.1%}: these weights' scores are too much alike "
+                "for any thresholds; train longer, or start from better weights"
+            )
+    if result.validation:
+        options.status(", ".join(f"{n} {value:.4g}" for n, value in result.validation.items()))
     click.echo(target)

@@ -16,6 +16,7 @@ from asvit_deploy.models.vit import AdaptiveViT, Trace
 _BATCH = 64
 _HALVINGS = 24  # of the factor's interval, in logarithms
 _RANGE = (1e-4, 1e3)
+TOLERANCE = 0.01  # of the budget
 
 
 def check_budget(config: ArchConfig, budget: float) -> None:
@@ -26,6 +27,12 @@ def check_budget(config: ArchConfig, budget: float) -> None:
     """
     teacher = teacher_macs(config)
     least, most = unavoidable_macs(config) / teacher, dense_macs(config) / teacher
+    if least >= most:
+        raise UserError(
+            f"{config.name} at {config.image_size} px has nothing to remove: of its "
+            f"{config.image_tokens} image token{'s' * (config.image_tokens != 1)} one always "
+            "stays; choose a larger image size"
+        )
     if not least < budget < most:
         raise UserError(
             f"budget {budget:g} is out of reach for {config.name} at {config.image_size} px; "
@@ -35,11 +42,24 @@ def check_budget(config: ArchConfig, budget: float) -> None:
 
 @dataclass(frozen=True)
 class Fit:
-    """The factor that all thresholds took, and MACs / teacher before and after."""
+    """The factor that all thresholds took, and mean MACs / teacher of the pictures it was fitted
+    on, before and after."""
 
+    budget: float
+    pictures: int
     factor: float
     before: float
     after: float
+
+    @property
+    def off(self) -> float:
+        """How far the MACs ended from the budget, as a fraction of it."""
+        return self.after / self.budget - 1
+
+    @property
+    def missed(self) -> bool:
+        """Whether that is over one per cent; no factor can tell equal scores apart."""
+        return abs(self.off) > TOLERANCE
 
 
 def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
@@ -97,4 +117,4 @@ def fit_thresholds(model: AdaptiveViT, images: Tensor, budget: float) -> Fit:
         threshold.data.fill_((under + over) / 2)
     after, _ = _run(model, batches)
     model.train(was_training)
-    return Fit(factor, before, after)
+    return Fit(budget, len(images), factor, before, after)

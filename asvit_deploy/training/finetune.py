@@ -25,14 +25,23 @@ from tqdm import tqdm
 
 from asvit_deploy.artifact import provenance
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import write_text
 from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import Checkpoint, build_model, save_checkpoint
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
-from asvit_deploy.training.budget import check_budget, fit_thresholds, trace_macs
+from asvit_deploy.training.budget import Fit, check_budget, fit_thresholds, trace_macs
 from asvit_deploy.training.data import Batch, Source
+from asvit_deploy.training.log import Log, log_path
 from asvit_deploy.training.losses import Outputs, Weights, flops_weight, relative_macs, total_loss
+from asvit_deploy.training.recipe import (
+    DEFAULT_INTERVALS,
+    Intervals,
+    Recipe,
+    check_memory,
+    memory_failures,
+    picture_bytes,
+    rate,
+)
 from asvit_deploy.training.state import load_state, save_state, state_path
 
 # The paper's rate, 2e-5, moves a threshold of 0.002 by one per cent a step. Thresholds keep that
@@ -42,38 +51,9 @@ _THRESHOLD_PACE = 0.01
 # Far below any that matters; a checkpoint with a threshold of zero would be refused.
 MIN_THRESHOLD = 1e-9
 _INITIAL_TOKENS = 196  # at which the paper's initial thresholds are meant
-_FIT_PICTURES = 2048
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a run's result beside data and starting weights.
-
-    `budget` is None for a dense run; `clip` 0 means no clipping; `lr` and `min_lr` are per step at
-    this batch size; `warmup` is in steps.
-    """
-
-    steps: int
-    batch_size: int = 64
-    budget: float | None = None
-    lr: float = 1e-4
-    min_lr: float = 1e-6
-    warmup: int = 0
-    weight_decay: float = 1e-6
-    clip: float = 0.0
-    smoothing: float = 0.0
-    distill: float = 0.5
-    flops: float | None = None
-    seed: int = 0
-    bf16: bool = False
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """How often, in steps, the state is saved and a log line written."""
-
-    save: int = 200
-    log: int = 20
+# Thresholds are fitted on as many pictures as were trained on, within these limits.
+_FIT_PICTURES = (64, 2048)
+_FIT_BYTES = 1 << 30
 
 
 class Interrupted(Exception):
@@ -81,14 +61,6 @@ class Interrupted(Exception):
 
     def __init__(self, step: int, path: Path) -> None:
         super().__init__(f"stopped after step {step}; {path} holds it, go on with --resume")
-
-
-def rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step: linear warm-up, then a cosine from `lr` to `min_lr`."""
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * done))
 
 
 # --- the two networks ---------------------------------------------------------------------------
@@ -159,17 +131,28 @@ def run_masked(model: AdaptiveViT, images: Tensor, bf16: bool) -> Outputs:
 
 
 class Trainer:
-    """A network in training, its teacher where there is one, and the optimiser."""
+    """A network in training, its teacher where there is one, and the optimiser.
 
-    def __init__(self, model: AdaptiveViT, teacher: AdaptiveViT | None, recipe: Recipe) -> None:
+    Args:
+        from_scratch: learn the statistics of a convolutional stem too. Those of given weights stay
+            frozen: they come from more pictures than a fine-tuning batch holds, and a student's
+            must remain its teacher's.
+    """
+
+    def __init__(
+        self,
+        model: AdaptiveViT,
+        teacher: AdaptiveViT | None,
+        recipe: Recipe,
+        from_scratch: bool = False,
+    ) -> None:
         self.model, self.teacher, self.recipe = model, teacher, recipe
-        # The network has no dropout, so eval mode does one thing only: it freezes the statistics
-        # of a convolutional stem, in the student as in the teacher that it starts from.
-        model.train(teacher is None)
+        # The network has no dropout, so the mode decides about those statistics alone.
+        model.train(from_scratch)
         self._logarithms = [torch.nn.Parameter(t.detach().log()) for t in model.thresholds]
         self.optimizer = _optimizer(model, self._logarithms, recipe)
-        flops = flops_weight(model.config) if recipe.flops is None else recipe.flops
-        self.weights = Weights(flops, recipe.distill, recipe.distill, recipe.smoothing)
+        flops, distill = flops_weight(model.config, recipe.flops_weight), recipe.distill_weight
+        self.weights = Weights(flops, distill, distill, recipe.smoothing)
 
     def step(self, number: int, batch: Batch) -> dict[str, Any]:
         """One update; the figures that the log keeps.
@@ -200,9 +183,11 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(weights, self.recipe.clip or math.inf)
         slopes = [t.grad.abs() for t in self.model.thresholds if t.grad is not None]
         if not math.isfinite(loss.item() + norm.item() + sum(slope.item() for slope in slopes)):
+            first = number * self.recipe.batch_size
             raise UserError(
-                f"training diverged at step {number}: the loss is {loss.item():g}, its gradient "
-                f"{norm.item():g}; start over with --force and a lower --lr "
+                f"training diverged at step {number}, on pictures {first} to "
+                f"{first + self.recipe.batch_size - 1} of the run: the loss is {loss.item():g}, "
+                f"its gradient {norm.item():g}; start over with --force and a lower --lr "
                 f"(it was {self.recipe.lr:g})"
             )
 
@@ -269,54 +254,32 @@ def _batches(source: Source, first: int, recipe: Recipe) -> Iterator[tuple[int, 
             yield step, batch
 
 
-class _Log:
-    """JSON lines beside the output, one object each; a resumed run drops what it will repeat."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if step and path.is_file():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # a killed run may leave half a line
-                    if json.loads(line).get("step", math.inf) <= step:
-                        kept.append(line + "\n")
-        write_text(path, "".join(kept))
-        self._path = path
-
-    def write(self, figures: dict[str, Any]) -> None:
-        rounded = json.loads(json.dumps(figures), parse_float=lambda x: float(f"{float(x):.6g}"))
-        with open(self._path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
-
-
-def log_path(output: Path) -> Path:
-    """The JSON-lines log of the run that makes `output`."""
-    return output.with_suffix(".log.jsonl")
-
-
 def train(
     trainer: Trainer,
     source: Source,
     output: Path,
     identity: dict[str, Any],
     resume: bool = False,
-    intervals: Intervals = Intervals(),
-) -> _Log:
+    intervals: Intervals = DEFAULT_INTERVALS,
+    force: bool = False,
+) -> Log:
     """Run all the steps, from the start or from the saved state.
 
     Args:
         identity: what else decides the result (data, starting weights); a state that was saved
             under another identity is refused.
+        force: replace a log that is there and not this run's own.
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM, after saving.
-        UserError: the loss diverged, a picture cannot be read, there is nothing to resume.
+        UserError: the loss diverged, a picture cannot be read, there is nothing to resume, or the
+            log would replace another file.
     """
     recipe, state = trainer.recipe, state_path(output)
-    known = {**asdict(recipe), **identity}
+    # Data first: with other pictures the number of steps may differ too, which says less.
+    known = {**identity, **asdict(recipe)}
     first = load_state(state, trainer.model, trainer.optimizer, known) if resume else 0
-    if not resume:
-        state.unlink(missing_ok=True)
-    log, started = _Log(log_path(output), first), time.monotonic()
+    log, started = Log(log_path(output), known, first, force), time.monotonic()
 
     def save(step: int) -> None:
         save_state(state, step, trainer.model, trainer.optimizer, known)
@@ -358,16 +321,38 @@ def validate(model: AdaptiveViT, source: Source, limit: int | None = None) -> di
     return figures | ({"macs": torch.cat(macs).mean().item()} if macs else {})
 
 
-def _land_on_budget(trainer: Trainer, source: Source, log: _Log) -> None:
+def _land_on_budget(trainer: Trainer, source: Source, log: Log) -> Fit | None:
     """Thresholds onto the budget, over pictures that come after those trained on."""
-    recipe = trainer.recipe
+    recipe, config = trainer.recipe, trainer.model.config
     if recipe.budget is None:
-        return
-    seen = recipe.steps * recipe.batch_size
-    size = min(_FIT_PICTURES, seen)
+        return None
+    seen, (fewest, most) = recipe.steps * recipe.batch_size, _FIT_PICTURES
+    size = min(max(seen, fewest), most, _FIT_BYTES // picture_bytes(config))
     images, _ = source.train_batch(math.ceil(seen / size), size)
     fit = fit_thresholds(trainer.model, images, recipe.budget)
-    log.write({"event": "thresholds scaled to the budget", "pictures": size, **asdict(fit)})
+    log.write({"event": "thresholds scaled to the budget", **asdict(fit), "missed": fit.missed})
+    return fit
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: `validate`'s figures, and how the thresholds met the budget, if any."""
+
+    validation: dict[str, Any]
+    fit: Fit | None
+
+
+def _start(
+    config: ArchConfig, pretrained: Checkpoint | None, recipe: Recipe
+) -> tuple[AdaptiveViT, AdaptiveViT | None]:
+    """The network to train and its teacher, once it is sure that the run can be made."""
+    check_memory(config, recipe.batch_size)
+    if recipe.budget is None:
+        return dense_start(config, pretrained, recipe.seed), None
+    if pretrained is None:
+        raise UserError("adaptive training starts from dense weights; pass --pretrained")
+    check_budget(config, recipe.budget)
+    return adaptive_start(config, pretrained)
 
 
 def finetune(
@@ -378,39 +363,35 @@ def finetune(
     output: Path,
     identity: dict[str, Any],
     resume: bool = False,
-    intervals: Intervals = Intervals(),
+    intervals: Intervals = DEFAULT_INTERVALS,
     validation_limit: int | None = None,
-) -> dict[str, Any]:
+    force: bool = False,
+) -> Result:
     """Train and write `output`, whole, and only at the end.
 
     Args:
         config: with the data's number of classes.
         pretrained: starting weights; needed where the recipe has a budget.
-
-    Returns:
-        Validation figures (empty without validation pictures).
+        identity, force: see `train`; the data's own identity is added.
 
     Raises:
-        Interrupted, UserError: see `train`; a budget out of reach.
+        Interrupted, UserError: see `train`; a budget out of reach; a batch that does not fit into
+            memory.
     """
-    teacher: AdaptiveViT | None = None
-    if recipe.budget is None:
-        model = dense_start(config, pretrained, recipe.seed)
-    else:
-        if pretrained is None:
-            raise UserError("adaptive training starts from dense weights; pass --pretrained")
-        check_budget(config, recipe.budget)
-        model, teacher = adaptive_start(config, pretrained)
-    trainer = Trainer(model, teacher, recipe)
-    log = train(trainer, source, output, identity, resume, intervals)
-    _land_on_budget(trainer, source, log)
+    model, teacher = _start(config, pretrained, recipe)
+    identity = {**source.identity, **identity}
+    trainer = Trainer(model, teacher, recipe, from_scratch=pretrained is None)
+    with memory_failures(recipe.batch_size):
+        log = train(trainer, source, output, identity, resume, intervals, force)
+        fit = _land_on_budget(trainer, source, log)
     figures = validate(model, source, validation_limit)
     log.write({"event": "validation", **figures})
     metadata = {"classes": json.dumps(source.classes), "provenance": json.dumps(
         {**provenance(("torch", "mlxtend")), "recipe": asdict(recipe), **identity, **figures}
     )}  # fmt: skip
-    if recipe.budget is not None:
+    if fit is not None:
         metadata["budget"] = str(recipe.budget)
+        metadata["budget_fit"] = json.dumps({**asdict(fit), "missed": fit.missed})
     save_checkpoint(output, model, metadata)
     state_path(output).unlink(missing_ok=True)
-    return figures
+    return Result(figures, fit)

@@ -54,16 +54,19 @@ def load_state(
         raise UserError(f"nothing to resume: {path} does not exist; run without --resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        step, saved = int(content["step"]), content["recipe"]
+        step, saved = int(content["step"]), dict(content["recipe"])
     except Exception as error:  # torch answers to bad bytes with nearly any exception
         raise UserError(f"{path} is damaged; delete it and start over") from error
     for key in recipe:
         if saved.get(key) != recipe[key]:
             raise UserError(
                 f"{path} belongs to a run with {key} {saved.get(key)}, not {recipe[key]}; "
-                "use the same options, or --force without --resume to start over"
+                "use the same options and data, or --force without --resume to start over"
             )
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["rng"])
+    try:
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["rng"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this network; delete it and start over") from error
     return step

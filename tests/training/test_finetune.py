@@ -22,6 +22,7 @@ from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from asvit_deploy.models.registry import arch
 from asvit_deploy.training import finetune as ft
 from asvit_deploy.training.budget import fit_thresholds
+from asvit_deploy.training.data import FolderSource
 from asvit_deploy.training.state import load_state, save_state, state_path
 
 needs_digits = pytest.mark.skipif(
@@ -101,7 +102,7 @@ def test_killed_run_resumes_to_the_same_bits(dense, tmp_path):
     }
     logs = [ft.log_path(path).read_text().splitlines() for path in (whole, killed)]
     steps = [[json.loads(line).get("step") for line in log] for log in logs]
-    assert steps[0] == steps[1] == [*range(1, 25), None, None]
+    assert steps[0] == steps[1] == [None, *range(1, 25), None, None]
 
 
 @needs_digits
@@ -164,7 +165,7 @@ def test_nan_loss_stops_before_it_reaches_the_weights():
 
 
 def test_thresholds_stay_above_zero_and_are_not_decayed():
-    trainer = small_trainer(ft.Recipe(steps=50, budget=1.0, lr=1e-3, weight_decay=0.5))
+    trainer = small_trainer(ft.Recipe(steps=50, budget=0.99, lr=1e-3, weight_decay=0.5))
     start = [0.04, 0.042, 0.045]  # about half of the 25 tokens: the budget asks for more
     for threshold, value in zip(trainer.model.thresholds, start):
         threshold.data.fill_(value)
@@ -269,7 +270,7 @@ def refused(capsys, *options: object) -> str:
         (["--data", "digits", "--arch", "as_deit_mini"], "pass --pretrained FILE"),
         (["--data", "digits", "--dense"], "pass --arch or --pretrained"),
         (["--data", "digits", "--dense", "--arch", "as_deit_huge"], "unknown arch"),
-        (["--data", "digits", "--dense", "--budget", "0.5"], "--dense has no budget"),
+        (["--data", "digits", "--dense", "--budget", "0.5"], "--dense has no budget; drop one"),
         (["--data", "digits", "--dense", "--arch", "as_deit_tiny"], "use --arch as_deit_mini"),
         (["--data", "digits", "--pretrained", "no.pt"], "no.pt does not exist"),
         (
@@ -355,6 +356,79 @@ def test_folder_of_pictures_from_dense_to_budget(tmp_path):
     assert json.loads(loaded.metadata["provenance"])["recipe"]["steps"] == 8
     events = [json.loads(line) for line in ft.log_path(adaptive).read_text().splitlines()]
     assert [event["event"] for event in events if "event" in event] == [
+        "start",
         "thresholds scaled to the budget",
         "validation",
     ]
+
+
+# --- what enters a network, and what leaves -----------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 6, 7, 13, 14, 100])
+def test_a_validation_limit_is_met_exactly_and_evenly(tmp_path, limit):
+    picture_folder(tmp_path / "train", count=2)
+    picture_folder(tmp_path / "val", count=7)
+    source = FolderSource(tmp_path, MINI.at(num_classes=2), 0)
+    labels = torch.cat([labels for _, labels in source.validation(4, limit)]).tolist()
+    assert len(labels) == min(limit, 14)
+    assert abs(labels.count(0) - labels.count(1)) <= 1
+
+
+def test_hidden_files_are_no_pictures(tmp_path):
+    data = picture_folder(tmp_path / "data")
+    (data / "cat" / "._0.png").write_bytes(b"\0\5\x16\7")  # what macOS leaves on other disks
+    (data / "cat" / ".thumbnails").mkdir()
+    (data / "cat" / ".thumbnails" / "0.png").write_bytes(b"")
+    source = FolderSource(data, MINI.at(num_classes=2), 0)
+    assert source.epoch == 12
+    source.train_batch(0, 12)  # reads every one of them
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_stem_statistics_are_learnt_from_scratch_alone(dense, tmp_path, given):
+    source = FolderSource(picture_folder(tmp_path / "data"), MINI, 0)
+    config, pretrained = MINI.at(num_classes=2), load_checkpoint(dense) if given else None
+    output = tmp_path / "out.safetensors"
+    ft.finetune(config, source, pretrained, ft.Recipe(steps=1, batch_size=4), output, {})
+    before = ft.dense_start(config, pretrained, 0).state_dict()
+    after = load_checkpoint(output).state
+    keys = [key for key in after if "running" in key]
+    assert len(keys) == 6
+    assert [torch.equal(before[key], after[key]) for key in keys] == [given] * 6
+
+
+def test_the_weights_of_eq_13_reach_the_loss():
+    plain = small_trainer(ft.Recipe(steps=1, budget=0.65)).weights
+    recipe = ft.Recipe(steps=1, budget=0.65, flops_weight=6.0, distill_weight=0.25)
+    weights = small_trainer(recipe).weights
+    assert weights.flops == pytest.approx(3 * plain.flops)
+    assert (plain.distill, plain.token) == (0.5, 0.5)
+    assert (weights.distill, weights.token) == (0.25, 0.25)
+
+
+def test_a_recipe_of_nonsense_is_refused_in_python_too():
+    for options, words in (
+        ({"clip": float("nan")}, "--clip nan"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"min_lr": 1.0}, "--min-lr 1 is above --lr"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ft.Recipe(steps=1, **options)
+    with pytest.raises(UserError, match="--save 0"):
+        ft.Intervals(save=0)
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    model = build(MINI, adaptive=False)
+    model.norm.weight.data[3] = float("inf")
+    with pytest.raises(UserError, match=r"x\.safetensors is not written: norm\.weight holds NaN"):
+        save_checkpoint(tmp_path / "x.safetensors", model, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_divergence_names_the_pictures():
+    trainer = small_trainer(ft.Recipe(steps=10, batch_size=4, budget=0.65))
+    images, labels = a_batch()
+    with pytest.raises(UserError, match="at step 3, on pictures 12 to 15 of the run"):
+        trainer.step(3, (images * float("nan"), labels))

@@ -1,0 +1,153 @@
+"""The options of a training run: what they may be, and what they ask of the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.registry import ArchConfig
+
+_WHOLE = 2**53  # above it, floats skip whole numbers
+# What each number may be. Comparisons alone: they are false for NaN, and hold for any size.
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "steps": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
+    "batch_size": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
+    "budget": (lambda x: 0 < x < 1, "a fraction of the dense MACs, above 0 and below 1"),
+    "lr": (lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "min_lr": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
+    "warmup": (lambda x: 0 <= x < _WHOLE, "a whole number of at least 0"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
+    "clip": (lambda x: 0 <= x < math.inf, "a finite number above 0, or 0 not to clip"),
+    "smoothing": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
+    "distill_weight": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
+    "flops_weight": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
+    "seed": (lambda x: 0 <= x < 2**63, "a whole number of at least 0 and below 2^63"),
+    "save": (lambda x: x >= 1, "a whole number of at least 1"),
+    "log": (lambda x: x >= 1, "a whole number of at least 1"),
+}
+
+
+def _check(options: Any) -> None:
+    """Refuse the first number of a dataclass that is not what it may be."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value is None or field.name not in _ALLOWED:
+            continue
+        allowed, meant = _ALLOWED[field.name]
+        if not allowed(value):
+            option = field.name.replace("_", "-")
+            raise UserError(f"--{option} {value} cannot be used; pass {meant}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's result beside data and starting weights.
+
+    `budget` is None for a dense run; `clip` 0 means no clipping; `lr` and `min_lr` are per step at
+    this batch size; `warmup` is in steps. `flops_weight` (per GMAC) and `distill_weight` are the
+    factors of Eq. 13, for adaptive runs.
+
+    Raises:
+        UserError: a number is out of its range or not finite, or `min_lr` is above `lr`.
+    """
+
+    steps: int
+    batch_size: int = 64
+    budget: float | None = None
+    lr: float = 1e-4
+    min_lr: float = 1e-6
+    warmup: int = 0
+    weight_decay: float = 1e-6
+    clip: float = 0.0
+    smoothing: float = 0.0
+    distill_weight: float = 0.5
+    flops_weight: float = 2.0
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; lower it")
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How often, in steps, the state is saved and a log line written.
+
+    Raises:
+        UserError: one is below 1.
+    """
+
+    save: int = 200
+    log: int = 20
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+DEFAULT_INTERVALS = Intervals()
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """Learning rate of a step: linear warm-up, then a cosine from `lr` to `min_lr`."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * done))
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def picture_bytes(config: ArchConfig) -> int:
+    """Bytes of one float32 picture, normalised."""
+    return 3 * config.image_size**2 * 4
+
+
+def _least_bytes(config: ArchConfig, batch_size: int) -> int:
+    """Less than any step needs: its pictures, and in two bytes each what every block must keep for
+    its backward pass (queries, keys, values, context and the MLP's hidden layer)."""
+    rows = config.depth * (config.image_tokens + 1)
+    return batch_size * (picture_bytes(config) + 2 * rows * (4 * config.dim + config.hidden))
+
+
+def check_memory(config: ArchConfig, batch_size: int) -> None:
+    """Refuse a batch that this machine's memory cannot hold, before any of it is asked for.
+
+    A system that overcommits would grant it and kill the process later.
+
+    Raises:
+        UserError: it names both sizes.
+    """
+    needed = _least_bytes(config, batch_size)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise UserError(
+            f"--batch-size {batch_size} needs more than {needed / 2**30:,.0f} GiB of memory for "
+            f"{config.name} and this machine has {there / 2**30:,.0f}; lower --batch-size"
+        )
+
+
+@contextlib.contextmanager
+def memory_failures(batch_size: int) -> Iterator[None]:
+    """Turn a failed allocation of numpy, torch or Python into one line.
+
+    Raises:
+        UserError: memory ran out in the block.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = str(error)
+        # torch has no class of its own for the CPU's.
+        if not (isinstance(error, MemoryError) or "allocate memory" in told or "of memory" in told):
+            raise
+        raise UserError(
+            f"a step with --batch-size {batch_size} does not fit into memory; lower --batch-size"
+        ) from error

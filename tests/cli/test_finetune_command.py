@@ -1,0 +1,252 @@
+"""`asvit-deploy finetune` as a user runs it: what it refuses, what it leaves, what it reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from PIL import Image
+
+from asvit_deploy import artifact
+from asvit_deploy.models import build
+from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
+from asvit_deploy.models.registry import arch
+from asvit_deploy.training.log import log_path
+from asvit_deploy.training.state import state_path
+
+SIZE = 20  # pixels: 25 tokens, so that a step takes milliseconds
+OUTPUT = Path("out.safetensors")
+SCRATCH = ["--arch", "as_deit_mini", "--image-size", SIZE, "--dense", "--lr", "1e-3"]
+SHORT = ["--batch-size", 4, "--steps", 2, "-o", OUTPUT]
+
+
+def add_pictures(folder: Path, count: int = 8) -> None:
+    """Noise, the same for the same folder name; no test asks what is learnt from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(sum(folder.name.encode()))
+    for i in range(count):
+        pixels = rng.integers(0, 255, (24, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two classes of eight pictures."""
+    for name in ("cat", "dog"):
+        add_pictures(tmp_path / "data" / name)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def dense(tmp_path) -> Path:
+    """Dense weights of two classes, whose tokens differ enough for thresholds to tell apart."""
+    torch.manual_seed(0)
+    model = build(arch("as_deit_mini").at(SIZE, 2), adaptive=False)
+    for block in model.blocks:
+        block.attn.qkv.weight.data.mul_(6)  # type: ignore[operator, union-attr]
+    save_checkpoint(tmp_path / "dense.safetensors", model, {})
+    return tmp_path / "dense.safetensors"
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def events(name: str) -> list[dict]:
+    lines = [json.loads(line) for line in log_path(OUTPUT).read_text().splitlines()]
+    return [line for line in lines if line.get("event") == name]
+
+
+# --- numbers that make no sense -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--lr", value) for value in ("nan", "inf", "-1", "0")),
+        *(("--min-lr", value) for value in ("nan", "inf", "-1e-6", "1")),
+        *(("--clip", value) for value in ("nan", "inf", "-1")),
+        *(("--smoothing", value) for value in ("nan", "2", "1", "-0.1")),
+        *(("--weight-decay", value) for value in ("nan", "inf", "-1")),
+        ("--seed", str(2**64)),
+        ("--steps", str(10**20)),
+        ("--batch-size", str(10**20)),
+    ],
+)
+def test_a_number_out_of_range_is_one_line_and_leaves_nothing(cli, data, option, value):
+    result = cli("finetune", "--data", data, *SCRATCH, *SHORT, option, value)
+    refused(result, f"{option} {value if '.' in value else value.split('e')[0]}")
+    assert files(Path()) == {"data"}
+
+
+@pytest.mark.parametrize("option", ["--flops-weight", "--distill-weight"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_weights_of_the_losses_are_checked_too(cli, data, dense, option, value):
+    result = cli("finetune", "--data", data, "--pretrained", dense, *SHORT, option, value)
+    refused(result, f"{option} {value}")
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "1", "1.5", "nan", "inf", "0.02"])
+def test_an_impossible_budget_is_refused_before_anything_is_trained(cli, data, dense, budget):
+    before = files(Path())
+    result = cli("finetune", "--data", data, "--pretrained", dense, *SHORT, "--budget", budget)
+    refused(result, "budget " + budget)
+    assert files(Path()) == before
+
+
+def test_a_dense_run_has_no_weights_of_adaptive_losses(cli, data):
+    for option in ("--flops-weight", "--distill-weight", "--budget"):
+        result = cli("finetune", "--data", data, *SCRATCH, *SHORT, option, "0.5")
+        refused(result, "--dense has no " + option[2:])
+
+
+# --- batches that do not fit into memory --------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10**7, 10**15])
+def test_a_batch_larger_than_memory_is_refused_at_once(cli, data, size):
+    result = cli("finetune", "--data", data, *SCRATCH, "-o", OUTPUT, "--batch-size", size)
+    refused(result, f"--batch-size {size} needs more than", "lower --batch-size")
+    assert files(Path()) == {"data"}
+
+
+# The limit counts address space, of which the imports alone take gigabytes; hence only after them.
+_LITTLE_MEMORY = """
+import resource, sys
+import asvit_deploy.training.finetune, torch
+from asvit_deploy.cli.main import main
+torch.zeros(8).sum()
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (600 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_that_runs_out_is_one_line_and_keeps_what_was_there(data, tmp_path):
+    state, log = (tmp_path / place(OUTPUT) for place in (state_path, log_path))
+    options = ["finetune", "--data", data, *SCRATCH, "-o", OUTPUT, "--steps", 1, "--force"]
+    for kept in (False, True):
+        if kept:
+            state.write_text("an older state")
+            log.write_text("an older log")
+        before = files(tmp_path)
+        done = subprocess.run(
+            [sys.executable, "-c", _LITTLE_MEMORY, *map(str, options), "--batch-size", "4000"],
+            cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "--batch-size 4000 does not fit into memory; lower" in done.stderr
+        assert files(tmp_path) == before
+    assert (state.read_text(), log.read_text()) == ("an older state", "an older log")
+
+
+# --- resumed with other data --------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(cli, data) -> list[object]:
+    """A run that a broken picture ended after its first states; the picture is whole again."""
+    picture = data / "dog" / "7.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:60])
+    options = ["finetune", "--data", data, *SCRATCH, "--batch-size", 2, "--epochs", 2, "-o", OUTPUT]
+    options += ["--save-every", 1, "--log-every", 1]
+    refused(cli(*options), "7.png")
+    assert torch.load(state_path(OUTPUT), weights_only=True)["step"] >= 1
+    picture.write_bytes(whole)
+    return options
+
+
+def test_a_stopped_run_goes_on_where_the_data_are_the_same(cli, stopped):
+    result = cli(*stopped, "--resume")
+    assert result.code == 0, result.err
+    steps = [json.loads(line).get("step") for line in log_path(OUTPUT).read_text().splitlines()]
+    assert steps == [None, *range(1, 17), None]  # start, steps, validation: nothing lost or twice
+
+
+def test_resume_notices_an_added_class(cli, data, stopped):
+    add_pictures(data / "eel")
+    refused(cli(*stopped, "--resume"), "belongs to a run with classes 2 (", "not 3 (")
+
+
+def test_resume_notices_a_renamed_class(cli, data, stopped):
+    (data / "cat").rename(data / "bat")
+    refused(cli(*stopped, "--resume"), "belongs to a run with classes 2 (", "not 2 (")
+
+
+def test_resume_notices_other_pictures(cli, data, stopped):
+    (data / "cat" / "0.png").rename(data / "cat" / "zero.png")
+    refused(cli(*stopped, "--resume"), "belongs to a run with pictures 16 (", "not 16 (")
+
+
+# --- files that are not the run's own -----------------------------------------------------------
+
+
+def test_a_log_that_is_there_needs_force(cli, data):
+    log_path(OUTPUT).write_text("my own notes")
+    result = cli("finetune", "--data", data, *SCRATCH, *SHORT)
+    refused(result, "out.log.jsonl exists already", "--force")
+    assert log_path(OUTPUT).read_text() == "my own notes"
+    assert cli("finetune", "--data", data, *SCRATCH, *SHORT, "--force").code == 0
+    assert len(events("start")) == 1
+
+
+def test_a_resumed_run_replaces_its_own_log_only(cli, stopped):
+    log_path(OUTPUT).write_text('{"step": 1}\nmy own notes\n')
+    refused(cli(*stopped, "--resume"), "out.log.jsonl exists already", "--force")
+    assert "my own notes" in log_path(OUTPUT).read_text()
+    assert cli(*stopped, "--resume", "--force").code == 0
+
+
+@pytest.mark.parametrize("name", ["finetune", "calibrate"])
+def test_the_input_is_never_the_output(cli, data, dense, name):
+    before = dense.read_bytes()
+    given = ["--data", data, "--pretrained"] if name == "finetune" else ["--ckpt"]
+    refused(cli(name, *given, dense, "-o", dense.name, "--force"), "is the input itself")
+    assert dense.read_bytes() == before, "the checkpoint changed"
+
+
+# --- what it reports ----------------------------------------------------------------------------
+
+
+def test_the_budget_it_landed_on_is_told(cli, data, dense):
+    result = cli(
+        "finetune", "--data", data, "--pretrained", dense, *SHORT,
+        "--flops-weight", 3, "--distill-weight", 0.25,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "of the dense MACs on 64 training pictures, budget 0.65" in result.err
+    assert "missed the budget" not in result.err
+    fields = artifact.read(OUTPUT)
+    fit = fields["budget_fit"]
+    assert not fit["missed"]
+    assert fit["after"] == pytest.approx(0.65, rel=0.01)
+    assert events("thresholds scaled to the budget")[0]["pictures"] == fit["pictures"] == 64
+    recipe = fields["provenance"]["recipe"]
+    assert (recipe["flops_weight"], recipe["distill_weight"]) == (3.0, 0.25)
+
+
+def test_a_missed_budget_is_told(cli, data, dense):
+    checkpoint = load_checkpoint(dense)
+    model = build(checkpoint.config, adaptive=False)
+    for block in model.blocks:  # nobody attends to anything: all tokens score alike
+        block.attn.qkv.weight.data.zero_()  # type: ignore[operator, union-attr]
+    save_checkpoint(Path("even.safetensors"), model, {})
+    result = cli(
+        "finetune", "--data", data, "--pretrained", "even.safetensors", *SHORT, "--lr", "1e-20",
+        "--min-lr", 0,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "missed the budget by" in result.err
+    fit = artifact.read(OUTPUT)["budget_fit"]
+    assert fit["missed"]
+    assert abs(fit["after"] / 0.65 - 1) > 0.01
