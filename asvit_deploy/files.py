@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,12 +26,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_writable(path: Path, force: bool, source: Path | None = None) -> None:
-    """Find out before the work whether its result could be put at `path`.
+def check_parent(path: Path) -> None:
+    """Find out before the work whether anything could be put at `path` at all.
 
     Raises:
-        UserError: `path` exists and `force` is off, is a folder, is the work's own `source`, or
-            cannot be written.
+        UserError: its folder does not exist or cannot be written.
     """
     folder = path.parent
     if not folder.is_dir():
@@ -38,6 +38,16 @@ def check_writable(path: Path, force: bool, source: Path | None = None) -> None:
     # Before anything is asked about `path`: in a folder that may not be searched that fails too.
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: no permission to write in {folder.resolve()}")
+
+
+def check_writable(path: Path, force: bool, source: Path | None = None) -> None:
+    """Find out before the work whether its result could be put at `path`.
+
+    Raises:
+        UserError: `path` exists and `force` is off, is a folder, is the work's own `source`, or
+            cannot be written.
+    """
+    check_parent(path)
     if source is not None and path.exists() and source.exists() and path.samefile(source):
         raise UserError(f"{path} is the input itself; name another output")
     if path.is_dir():
@@ -56,13 +66,39 @@ def _alive(pid: int) -> bool:
     return True
 
 
+# By folder: when it last changed, as far as we know by our own hand, and the temporaries in it. To
+# list a folder for each of many files would cost the square of their number.
+_seen: dict[str, tuple[int, list[str]]] = {}
+
+
+def _temporaries(folder: Path) -> list[str]:
+    """Names of temporary files in a folder, listed again where others have changed it."""
+    key, changed = os.path.abspath(folder), folder.stat().st_mtime_ns
+    if _seen.get(key, (None,))[0] != changed:
+        _seen[key] = changed, [name for name in os.listdir(folder) if name.endswith(".tmp")]
+    return _seen[key][1]
+
+
+def _changed_by_us(folder: Path) -> None:
+    key = os.path.abspath(folder)
+    if key in _seen:
+        _seen[key] = folder.stat().st_mtime_ns, _seen[key][1]
+
+
 def _sweep(path: Path) -> None:
     """Remove what killed runs left beside `path`."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.tmp$")
-    for other in path.parent.iterdir():
-        match = pattern.match(other.name)
+    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)(\.old)?\.tmp$")
+    for name in _temporaries(path.parent):
+        match = pattern.match(name)
         if match and not _alive(int(match[1])):
-            other.unlink(missing_ok=True)
+            _remove(path.with_name(name))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -83,15 +119,53 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         _sweep(path)
         temporary.touch()
+        _changed_by_us(path.parent)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _changed_by_us(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place only if the block succeeds.
+
+    A folder that is at `path` already is moved away first and then removed: a run that is killed
+    between the two renames leaves no folder there, never a part of one.
+
+    Raises:
+        UserError: the parent folder does not exist or cannot be written.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    try:
+        _sweep(path)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+        if path.exists():
+            path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        for leftover in (temporary, old):
+            with contextlib.suppress(OSError):
+                _remove(leftover)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -103,3 +177,34 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically."""
     write_bytes(path, text.encode())
+
+
+def cache_dir() -> Path:
+    """The user's cache folder of asvit-deploy, which may not exist yet.
+
+    Raises:
+        UserError: the user has no home and no XDG_CACHE_HOME.
+    """
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(root):  # the XDG rule: anything else is ignored
+        return Path(root) / "asvit-deploy"
+    try:
+        return Path.home() / ".cache" / "asvit-deploy"
+    except RuntimeError:
+        raise UserError("there is no home folder; set XDG_CACHE_HOME to a folder") from None
+
+
+def make_cache_dir(name: str = "") -> Path:
+    """The cache folder, or one in it, made where it is missing.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    folder = cache_dir() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {folder} ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
+        ) from None
+    return folder

@@ -1,22 +1,18 @@
 // asvit::ThresholdCompact for ONNX Runtime: a custom-op library that is not linked to ONNX Runtime.
 //
-// A kernel class gives kPROVIDER, kTYPE and ComputeV2. Kernels of other providers (CUDA) stand beside CpuKernel
-// and are added in `Library`; inputs and outputs come from ThresholdCompactOp, so that all schemas agree.
+// A kernel class gives kPROVIDER, kTYPE and ComputeV2, and is added in `Library`; inputs and outputs come from
+// ThresholdCompactOp, so that all schemas agree. The CUDA kernels are there where ASVIT_CUDA is defined.
+#include "ort_kernel.h"
 
-// No static initialisation: the API arrives with RegisterCustomOps.
-#define ORT_API_MANUAL_INIT
-#include <onnxruntime_cxx_api.h>
-#undef ORT_API_MANUAL_INIT
-
-#include <array>
 #include <atomic>
 #include <cstdio>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "threshold_compact.h"
-
-static_assert(ORT_API_VERSION >= 17, "the headers of ONNX Runtime 1.17 or newer are needed");
+#if defined(ASVIT_CUDA)
+#include "ort_cuda.h"
+#endif
 
 #if defined(_WIN32)
 #define ASVIT_EXPORT __declspec(dllexport)
@@ -27,100 +23,12 @@ static_assert(ORT_API_VERSION >= 17, "the headers of ONNX Runtime 1.17 or newer 
 namespace
 {
 
-enum Input : size_t
-{
-    kTOKENS,
-    kSCORES,
-    kTHRESHOLD,
-    kINPUTS
-};
-
-enum Output : size_t
-{
-    kCOMPACT,
-    kINDEX,
-    kLENGTH,
-    kSIZE,
-    kOUTPUTS
-};
-
-// Runs `body` and turns whatever it throws into a status: nothing may be thrown into the runtime.
-template <typename Body> OrtStatus* guarded(Body&& body) noexcept
-{
-    auto const status = [](char const* what, OrtErrorCode code) noexcept
-    { return Ort::GetApi().CreateStatus(code, what); };
-    try
-    {
-        body();
-        return nullptr;
-    }
-    catch (Ort::Exception const& error)
-    {
-        return status(error.what(), error.GetOrtErrorCode());
-    }
-    catch (std::exception const& error)
-    {
-        return status(error.what(), ORT_RUNTIME_EXCEPTION);
-    }
-    catch (...)
-    {
-        return status("ThresholdCompact failed for an unknown reason", ORT_RUNTIME_EXCEPTION);
-    }
-}
-
-void require(bool condition, char const* message)
-{
-    if (!condition)
-    {
-        throw Ort::Exception(message, ORT_INVALID_ARGUMENT);
-    }
-}
-
-template <size_t kRANK> std::array<int64_t, kRANK> shapeOf(Ort::ConstValue const& value, char const* message)
-{
-    auto const info = value.GetTensorTypeAndShapeInfo();
-    require(info.GetDimensionsCount() == kRANK, message);
-    std::array<int64_t, kRANK> shape{};
-    Ort::ThrowOnError(Ort::GetApi().GetDimensions(info, shape.data(), kRANK));
-    return shape;
-}
-
-constexpr int64_t elementBytes(ONNXTensorElementDataType type)
-{
-    return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2;
-}
+using namespace asvit;
 
 template <ONNXTensorElementDataType kPAYLOAD> struct CpuKernel
 {
     static constexpr ONNXTensorElementDataType kTYPE = kPAYLOAD;
     static constexpr char const* kPROVIDER = nullptr; // ONNX Runtime's word for the CPU
-
-    static asvit::Batch read(Ort::KernelContext const& context)
-    {
-        auto const tokens = context.GetInput(kTOKENS);
-        auto const scores = context.GetInput(kSCORES);
-        auto const threshold = context.GetInput(kTHRESHOLD);
-        auto const shape = shapeOf<3>(tokens, "tokens must be [B, M, D]");
-        char const* const refusal = asvit::refusal(shape[0], shape[1]);
-        require(refusal == nullptr, refusal);
-        char const* const misfit = "scores must be [B, M-1] for tokens [B, M, D]";
-        require(shapeOf<2>(scores, misfit) == std::array{shape[0], shape[1] - 1}, misfit);
-        require(threshold.GetTensorTypeAndShapeInfo().GetElementCount() == 1, "threshold must be one number");
-        return {shape[0],
-                shape[1],
-                shape[2] * elementBytes(kTYPE),
-                tokens.GetTensorRawData(),
-                scores.GetTensorData<float>(),
-                *threshold.GetTensorData<float>()};
-    }
-
-    template <typename T, size_t kRANK>
-    static T* output(Ort::KernelContext const& context, size_t which, std::array<int64_t, kRANK> const& shape)
-    {
-        auto value = context.GetOutput(which, shape.data(), kRANK);
-        require(value != nullptr, "every output of ThresholdCompact must have a name");
-        return static_cast<T*>(value.GetTensorMutableRawData());
-    }
 
     OrtStatus* ComputeV2(OrtKernelContext* raw) const noexcept
     {
@@ -128,14 +36,19 @@ template <ONNXTensorElementDataType kPAYLOAD> struct CpuKernel
             [raw]
             {
                 Ort::KernelContext const context(raw);
-                asvit::Batch const batch = read(context);
-                auto* const length = output<int64_t, 1>(context, kLENGTH, {batch.images});
-                int64_t const size = asvit::measure(batch, length);
-                *output<int64_t, 0>(context, kSIZE, {}) = size;
-                int64_t const width = batch.rowBytes / elementBytes(kTYPE);
-                auto* const compact = output<void, 3>(context, kCOMPACT, {batch.images, size, width});
-                auto* const index = output<int64_t, 2>(context, kINDEX, {batch.images, size});
-                asvit::fill(batch, length, size, compact, index);
+                auto const [images, rows, width] = checkedShape(context);
+                Batch const batch{images,
+                                  rows,
+                                  width * elementBytes(kTYPE),
+                                  context.GetInput(kTOKENS).GetTensorRawData(),
+                                  context.GetInput(kSCORES).GetTensorData<float>(),
+                                  *context.GetInput(kTHRESHOLD).GetTensorData<float>()};
+                auto* const length = outputOf<int64_t, 1>(context, kLENGTH, {images});
+                int64_t const size = measure(batch, length);
+                *outputOf<int64_t, 0>(context, kSIZE, {}) = size;
+                auto* const compact = outputOf<void, 3>(context, kCOMPACT, {images, size, width});
+                auto* const index = outputOf<int64_t, 2>(context, kINDEX, {images, size});
+                fill(batch, length, size, compact, index);
             });
     }
 };
@@ -249,21 +162,28 @@ template <typename Kernel> struct ThresholdCompactOp : Ort::CustomOpBase<Thresho
     }
 };
 
+template <template <ONNXTensorElementDataType> typename Kernel>
+using OpsOf = std::tuple<ThresholdCompactOp<Kernel<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT>>,
+                         ThresholdCompactOp<Kernel<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16>>,
+                         ThresholdCompactOp<Kernel<ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16>>>;
+
 // The ops and their domain: sessions only borrow them, so they live as long as the library is loaded.
+// Without the CPU kernels a session on the CPU would find none: the op registered here hides the model's function.
 struct Library
 {
-    ThresholdCompactOp<CpuKernel<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT>> mFloat;
-    ThresholdCompactOp<CpuKernel<ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16>> mHalf;
-    ThresholdCompactOp<CpuKernel<ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16>> mBfloat;
+    OpsOf<CpuKernel> mCpu;
+#if defined(ASVIT_CUDA)
+    OpsOf<CudaKernel> mCuda;
+#endif
     Ort::CustomOpDomain mDomain{"asvit"};
 
     Library()
     {
-        for (OrtCustomOp const* op : {static_cast<OrtCustomOp const*>(&mFloat), static_cast<OrtCustomOp const*>(&mHalf),
-                                      static_cast<OrtCustomOp const*>(&mBfloat)})
-        {
-            mDomain.Add(op);
-        }
+        auto const add = [this](auto const&... ops) { (mDomain.Add(&ops), ...); };
+        std::apply(add, mCpu);
+#if defined(ASVIT_CUDA)
+        std::apply(add, mCuda);
+#endif
     }
 };
 

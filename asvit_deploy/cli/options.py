@@ -23,6 +23,45 @@ class CheckpointPath(click.ParamType):
         return Path(value)
 
 
+class Capability(click.ParamType):
+    """A GPU generation as its compute capability without the point, such as 86."""
+
+    name = "sm"
+
+    def __init__(self, all_too: bool = False) -> None:
+        self.all_too = all_too
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if (value == "all" and self.all_too) or (value.isdecimal() and 2 <= len(value) <= 3):
+            return value
+        other = ", nor `all`" if self.all_too else ""
+        self.fail(f"{value!r} is not a compute capability such as 86 or 120{other}", param, ctx)
+
+
+class ListsTargets(click.Command):
+    """Lets `--target-sm 86 89 120` stand for three options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        listing = False
+        for arg in args:
+            if arg.startswith("-"):
+                listing = arg == "--target-sm" or arg.startswith("--target-sm=")
+            elif listing and spread[-1] != "--target-sm":
+                listing = arg[0:1].isdigit() or arg == "all"
+                spread += ["--target-sm"] if listing else []
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def target_sms(text: str, all_too: bool = False) -> Any:
+    """The option `--target-sm` of a command of class `ListsTargets`."""
+    return click.option(
+        "--target-sm", "target_sms", multiple=True, type=Capability(all_too), metavar="SM...",
+        help=text,
+    )  # fmt: skip
+
+
 # Not readable=True: it would ask that of outputs too, and say less than the one who reads.
 PATH = click.Path(path_type=Path, readable=False)
 

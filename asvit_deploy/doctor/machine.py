@@ -20,10 +20,10 @@ def compiler(site: Installation) -> list[Finding]:
 
     try:
         command = find_compiler()
-    except UserError:
-        named = os.environ.get("CXX")
+    except UserError as error:
         mend = "install g++ or clang++, or name one in CXX (only for build-plugins)"
-        detail = f"CXX={named} is no program here" if named else "neither g++ nor clang++"
+        detail = str(error).partition(";")[0].removeprefix("no C++ compiler: ")
+        named = bool(os.environ.get("CXX"))
         return [Finding("C++ compiler", "broken" if named else "missing", detail, mend)]
     version = (output_of([*command, "--version"]) or "version unknown").splitlines()[0]
     said = f"{' '.join(command)}: {version}"
@@ -35,14 +35,18 @@ def compiler(site: Installation) -> list[Finding]:
 
 
 def nvcc(site: Installation) -> list[Finding]:
-    """The CUDA compiler."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    nvcc = shutil.which("nvcc") or str(Path(home) / "bin" / "nvcc")
-    if version := output_of([nvcc, "--version"]):
-        release = re.search(r"release (\S+?),", version)
-        return [Finding("nvcc", "ok", f"{nvcc}: {release[1] if release else 'version unknown'}")]
+    """The CUDA compiler that `build-plugins` would take."""
+    from asvit_deploy.ops.nvcc import find_nvcc
+
     mend = "install the CUDA toolkit (only to compile CUDA kernels)"
-    return [Finding("nvcc", "missing", "not found", mend)]
+    path = find_nvcc()
+    if path is None:
+        return [Finding("nvcc", "missing", "not found", mend)]
+    version = output_of([str(path), "--version"])
+    if version is None:
+        return [Finding("nvcc", "broken", f"{path} cannot be run", mend)]
+    release = re.search(r"release (\S+?),", version)
+    return [Finding("nvcc", "ok", f"{path}: {release[1] if release else 'version unknown'}")]
 
 
 # Looks only: `find_headers` would download where nothing is found.
@@ -82,13 +86,16 @@ def _headers(fit: list[str], named: str | None) -> Finding:
 
 
 def _library(path: str | None, trouble: str | None) -> Finding:
+    from asvit_deploy.ops.library import cuda_targets
+
     if path is None:
         mend = "`asvit-deploy build-plugins ort` (models also run without, on their function)"
         return Finding("op library", "missing", "not built", mend)
     if trouble:
         mend = "`asvit-deploy build-plugins ort --force`"
         return Finding("op library", "broken", f"{path}: {trouble}", mend)
-    return Finding("op library", "ok", path)
+    cuda = " ".join(cuda_targets(Path(path)))
+    return Finding("op library", "ok", f"{path}, {f'CPU and CUDA ({cuda})' if cuda else 'CPU'}")
 
 
 def trt_plugin(site: Installation) -> list[Finding]:

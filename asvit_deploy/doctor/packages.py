@@ -227,12 +227,9 @@ def photographs(site: Installation) -> list[Finding]:
     return _package(site, "scikit-image", mend, asks=_ASK_PHOTOGRAPHS)
 
 
+CORE = (python, torch, onnx, onnxscript, onnxruntime)
 CHECKS = (
-    python,
-    torch,
-    onnx,
-    onnxscript,
-    onnxruntime,
+    *CORE,
     tensorrt,
     tensorrt_rtx,
     polygraphy,

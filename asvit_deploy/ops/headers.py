@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.files import cache_dir, make_cache_dir
 
 MINIMUM_API = 17  # the first with shape inference for custom ops
 HEADER = "onnxruntime_c_api.h"
@@ -55,37 +56,6 @@ class _Unavailable(Exception):
 
 def silent(_: str) -> None:
     """Say nothing."""
-
-
-def cache_dir() -> Path:
-    """The user's cache folder of asvit-deploy, which may not exist yet.
-
-    Raises:
-        UserError: the user has no home and no XDG_CACHE_HOME.
-    """
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(root):  # the XDG rule: anything else is ignored
-        return Path(root) / "asvit-deploy"
-    try:
-        return Path.home() / ".cache" / "asvit-deploy"
-    except RuntimeError:
-        raise UserError("there is no home folder; set XDG_CACHE_HOME to a folder") from None
-
-
-def make_cache_dir(name: str = "") -> Path:
-    """The cache folder, or one in it, made where it is missing.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    folder = cache_dir() / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make {folder} ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
-        ) from None
-    return folder
 
 
 def runtime_api() -> int | None:

@@ -11,23 +11,34 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from asvit_deploy import files
 from asvit_deploy.errors import UserError
+from asvit_deploy.files import cache_dir, make_cache_dir
 from asvit_deploy.ops.headers import (
     WITHOUT,
     Headers,
     Say,
-    cache_dir,
     find_headers,
-    make_cache_dir,
     runtime_api,
     silent,
 )
+from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
 
-SOURCES = ("ort_ops.cc", "threshold_compact.h")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
+SOURCES = ("ort_ops.cc", "ort_kernel.h", "threshold_compact.h")
+# What the CUDA kernels add; they share the TensorRT plugin's.
+CUDA_SOURCES = (
+    "ort_cuda.cc", "ort_cuda.h", "../trt_plugins/kernels/threshold_compact.cu",
+    "../trt_plugins/kernels/threshold_compact.cuh", "../trt_plugins/kernels/threshold_compact.h",
+)  # fmt: skip
+FLAGS = ("-std=c++17", "-O3", "-shared")
+HOST_FLAGS = ("-fPIC", "-fvisibility=hidden")
+# CUDA's runtime goes into the file, hidden: it loads where there is neither CUDA nor a driver.
+CUDA_FLAGS = ("-DASVIT_CUDA", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL")
+
+Targets = tuple[str, ...]  # as `nvcc.targets_of` names them; none: no CUDA kernels
 
 # Loads the library in a process of its own, since a bad one may end the process, and asks ONNX
 # Runtime for a kernel of the op.
@@ -67,35 +78,57 @@ def sources_dir() -> Path:
     raise UserError(f"the C++ sources are not beside {package}; install asvit-deploy again")
 
 
-def library_path(api: int) -> Path:
-    """Where the library for that API version stands in the cache, built or not.
+def library_path(api: int, targets: Targets = ()) -> Path:
+    """Where the library for that API version and those GPUs stands in the cache, built or not.
 
     The name holds a digest of everything that shapes the file, so a stale build has another name.
     """
-    digest = hashlib.sha256(repr((api, FLAGS, sys.platform, platform.machine())).encode())
-    for name in SOURCES:
+    flags = (FLAGS, HOST_FLAGS, CUDA_FLAGS if targets else ())
+    digest = hashlib.sha256(repr((api, flags, sys.platform, platform.machine())).encode())
+    for name in SOURCES + (CUDA_SOURCES if targets else ()):
         digest.update((sources_dir() / name).read_bytes())
-    return cache_dir() / f"libasvit_ort-api{api}-{digest.hexdigest()[:16]}.so"
+    cuda = f"cuda.{'.'.join(targets)}-" if targets else ""
+    return cache_dir() / f"libasvit_ort-api{api}-{cuda}{digest.hexdigest()[:16]}.so"
 
 
-def find_library() -> Path | None:
-    """The library in the user's cache that fits the sources and the installed onnxruntime."""
+def cuda_targets(library: Path) -> Targets:
+    """The GPUs for which a library from the cache has kernels, by its name."""
+    match = re.match(r"libasvit_ort-api\d+-cuda\.([\w.]+)-", library.name)
+    return tuple(match[1].split(".")) if match else ()
+
+
+def find_library(cuda: bool | None = None) -> Path | None:
+    """The library in the user's cache that fits the sources and the installed onnxruntime.
+
+    Args:
+        cuda: with CUDA kernels or without; by default one with them is preferred.
+    """
     runtime = runtime_api()
-    names = (re.match(r"libasvit_ort-api(\d+)-", path.name) for path in cache_dir().glob("*.so"))
-    for api in sorted({int(match[1]) for match in names if match}, reverse=True):
-        path = library_path(api)
-        if path.is_file() and (runtime is None or api <= runtime):
-            return path
-    return None
+    found: list[tuple[int, bool, float, Path]] = []
+    for path in cache_dir().glob("libasvit_ort-api*.so"):
+        match = re.match(r"libasvit_ort-api(\d+)-", path.name)
+        if match is None or (runtime is not None and int(match[1]) > runtime):
+            continue
+        targets = cuda_targets(path)
+        fits = cuda is None or cuda == bool(targets)
+        if fits and library_path(int(match[1]), targets) == path:
+            found.append((int(match[1]), bool(targets), path.stat().st_mtime, path))
+    return max(found)[-1] if found else None
 
 
 def find_compiler() -> list[str]:
     """The C++ compiler's command: CXX, g++ or clang++.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or CXX is no command.
     """
-    named = shlex.split(os.environ.get("CXX", ""))
+    text = os.environ.get("CXX", "")
+    try:
+        named = shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"no C++ compiler: CXX={text} is no command ({error}); correct it or unset it"
+        ) from None
     for command in [named] if named else [["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
@@ -106,50 +139,106 @@ def find_compiler() -> list[str]:
     )
 
 
-def compile_library(compiler: list[str], headers: Headers, output: Path) -> None:
-    """Compile the sources to `output`.
+def compile_command(
+    compiler: list[str], headers: Headers, nvcc: Path | None, targets: Targets
+) -> list[str]:
+    """The command that compiles the sources, less `-o`; with CUDA kernels where `nvcc` is given."""
+    sources = sources_dir()
+    system = ["-isystem", str(headers.folder)]
+    if nvcc is None:
+        return [*compiler, *FLAGS, *HOST_FLAGS, *system, str(sources / SOURCES[0])]
+    through = [word for flag in (*compiler[1:], *HOST_FLAGS) for word in ("-Xcompiler", flag)]
+    inputs = [
+        sources / SOURCES[0],
+        *(sources / n for n in CUDA_SOURCES if n.endswith((".cc", ".cu"))),
+    ]
+    return [str(nvcc), "-ccbin", compiler[0], *FLAGS, *CUDA_FLAGS, *through, *gencode(targets),
+            *system, "-I", str(sources.parent / "trt_plugins"), *map(str, inputs)]  # fmt: skip
+
+
+def compile_library(
+    compiler: list[str], headers: Headers, output: Path, nvcc: Path | None = None,
+    targets: Targets = (),
+) -> None:  # fmt: skip
+    """Compile the sources to `output`; with CUDA kernels for `targets` where `nvcc` is given.
 
     Raises:
         UserError: the compiler fails.
     """
-    sources = sources_dir()
-    command = [*compiler, *FLAGS, "-isystem", str(headers.folder), str(sources / SOURCES[0])]
-    done = subprocess.run(
-        [*command, "-o", str(output)], capture_output=True, text=True, errors="replace"
-    )
-    if done.returncode != 0:
-        lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
-        reason = next((line for line in lines if "error" in line), lines[-1])
+    if reason := run_compiler([*compile_command(compiler, headers, nvcc, targets), "-o", output]):
         raise UserError(
-            f"{shlex.join(compiler)} cannot compile {sources} ({reason[:200]}); {WITHOUT}"
+            f"{nvcc or shlex.join(compiler)} cannot compile {sources_dir()} ({reason}); {WITHOUT}"
         )
 
 
-def build_ort(headers: Path | None = None, force: bool = False, say: Say = silent) -> Path:
+def run_compiler(command: Sequence[str | Path]) -> str | None:
+    """Why a compilation failed, in one line; None when it did not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:  # a script without its interpreter, a program of another machine
+        return f"it cannot be run: {error.strerror}"
+    if done.returncode == 0:
+        return None
+    lines = (done.stderr + done.stdout).splitlines() or [f"exit code {done.returncode}"]
+    reason = next((line for line in lines if "error" in line or "fatal" in line), lines[-1])
+    return reason[:200]
+
+
+def build_ort(
+    headers: Path | None = None, force: bool = False, say: Say = silent, cuda: bool | None = None
+) -> Path:
     """The library for ONNX Runtime, compiled into the user's cache unless it is there.
 
     Args:
         headers: folder of ONNX Runtime's C++ headers; else `headers.find_headers` looks.
         force: compile also where the cache holds one.
         say: is told what is used.
+        cuda: with kernels for the CUDA provider, or without; by default with them where nvcc is
+            and can compile them. The CPU's are always there.
 
     Raises:
         UserError: no headers, no compiler, or the result cannot be loaded. The cache keeps what
             it had.
     """
-    if headers is None and not force and (path := find_library()):
-        say("built before; --force builds it again")
+    nvcc = None if cuda is False else find_nvcc()
+    if cuda and nvcc is None:
+        raise UserError(
+            "no CUDA compiler: no nvcc under CUDA_HOME, on the PATH or in /usr/local/cuda; install "
+            "the CUDA toolkit or set CUDA_HOME, or leave --cuda out for the CPU alone"
+        )
+    if headers is None and not force and (path := find_library(nvcc is not None)):
+        say(f"built before for {_kernels(cuda_targets(path))}; --force builds it again")
         return path
     compiler = find_compiler()
     found = find_headers(headers, say)
-    path = library_path(found.api)
     say(f"headers: {found}")
     say(f"compiler: {shlex.join(compiler)}")
+    if nvcc is not None:
+        try:
+            return _build(compiler, found, force, say, nvcc)
+        except UserError as error:
+            if cuda:
+                raise
+            say(f"no CUDA kernels: {error}")
+    return _build(compiler, found, force, say)
+
+
+def _kernels(targets: Targets) -> str:
+    return f"CPU and CUDA ({' '.join(targets)})" if targets else "CPU"
+
+
+def _build(
+    compiler: list[str], headers: Headers, force: bool, say: Say, nvcc: Path | None = None
+) -> Path:
+    """Compile one flavour into the cache, and put it in place once it has been loaded."""
+    targets = targets_of(()) if nvcc else ()
+    path = library_path(headers.api, targets)
+    say(f"kernels: {_kernels(targets)}")
     if path.is_file() and not force:
         return path
     make_cache_dir()
     with files.atomic(path) as temporary:
-        compile_library(compiler, found, temporary)
+        compile_library(compiler, headers, temporary, nvcc, targets)
         if runtime_api() is not None and (reason := check_library(temporary)):
             raise UserError(f"the library was built, but {reason}; {WITHOUT}")
     return path

@@ -13,7 +13,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,8 +23,10 @@ from pathlib import Path
 
 from asvit_deploy import files
 from asvit_deploy.errors import UserError
-from asvit_deploy.ops.headers import Say, cache_dir, make_cache_dir, silent
-from asvit_deploy.ops.library import find_compiler
+from asvit_deploy.files import cache_dir, make_cache_dir
+from asvit_deploy.ops.headers import Say, silent
+from asvit_deploy.ops.library import find_compiler, run_compiler
+from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
 
 PLUGIN = "threshold_compact_plugin.cpp"
 KERNEL, TWIN = "kernels/threshold_compact.cu", "kernels/threshold_compact_host.cpp"
@@ -33,9 +34,6 @@ KERNEL, TWIN = "kernels/threshold_compact.cu", "kernels/threshold_compact_host.c
 LIBRARIES = (("libasvit_trt_autoreg", "autoreg.cpp"), ("libasvit_trt", "library.cpp"))
 FLAGS = ("-std=c++17", "-O3", "-shared")
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-ALL_SMS = ("75", "80", "86", "87", "89", "90", "100", "110", "120", "121")
-# Where no GPU can be asked: intermediate code for the oldest, which any later driver compiles.
-PORTABLE = "ptx75"
 
 HEADER, VERSION_HEADER = "NvInfer.h", "NvInferVersion.h"
 MINIMUM = (10, 0)  # the first with IPluginV3
@@ -149,45 +147,6 @@ def _download_wheel(scratch: Path) -> Path:
     return next(scratch.glob("*.whl"))
 
 
-def find_nvcc() -> Path | None:
-    """CUDA's compiler: under CUDA_HOME, on the PATH, or in /usr/local/cuda."""
-    home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc")
-    places = [Path(home) / "bin" / "nvcc"] if home else []
-    places += [Path(found)] if found else []
-    places.append(Path("/usr/local/cuda/bin/nvcc"))
-    return next((place for place in places if os.access(place, os.X_OK)), None)
-
-
-def detected_sms() -> tuple[str, ...]:
-    """Compute capabilities of this machine's GPUs ("86"), empty where there are none."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    found = set(re.findall(r"^(\d+)\.(\d)\s*$", done.stdout, re.MULTILINE))
-    return tuple(sorted((major + minor for major, minor in found), key=int))
-
-
-def targets_of(sms: Sequence[str]) -> tuple[str, ...]:
-    """What is compiled for: the GPUs named ("all" stands for `ALL_SMS`), else the ones here.
-
-    After the last one named stands its intermediate code, for GPUs that come later.
-    """
-    chosen = set(ALL_SMS if "all" in sms else sms or detected_sms())
-    if not chosen:
-        return (PORTABLE,)
-    ordered = sorted(chosen, key=int)
-    return (*(f"sm{sm}" for sm in ordered), f"ptx{ordered[-1]}")
-
-
-def _gencode(target: str) -> list[str]:
-    number = target.lstrip("smptx")
-    kind = "sm" if target.startswith("sm") else "compute"
-    return ["-gencode", f"arch=compute_{number},code={kind}_{number}"]
-
-
 def sources_dir() -> Path:
     """The folder of the C++ sources: in the wheel, or in the checkout.
 
@@ -208,7 +167,7 @@ def library_folder(version: tuple[int, int], targets: Sequence[str]) -> Path:
     """
     digest = hashlib.sha256(repr((FLAGS, HOST_FLAGS, sys.platform, platform.machine())).encode())
     for path in sorted(sources_dir().rglob("*")):
-        if path.suffix in (".h", ".cpp", ".cuh", ".cu"):
+        if path.suffix in (".h", ".cpp", ".cuh", ".cu") and path.parent.name != "sample":
             digest.update(path.read_bytes())
     name = f"trt-{version[0]}.{version[1]}-{'.'.join(targets)}-{digest.hexdigest()[:16]}"
     return cache_dir() / name
@@ -246,20 +205,14 @@ def compile_command(
     if nvcc is None:
         return [*compiler, *FLAGS, *HOST_FLAGS, *shared, str(sources / TWIN)]
     through = [word for flag in HOST_FLAGS for word in ("-Xcompiler", flag)]
-    gencode = [word for target in targets for word in _gencode(target)]
-    return [str(nvcc), "-ccbin", compiler[0], *FLAGS, *through, *gencode, *shared,
+    return [str(nvcc), "-ccbin", compiler[0], *FLAGS, *through, *gencode(targets), *shared,
             str(sources / KERNEL)]  # fmt: skip
 
 
 def _compile(command: list[str], output: Path) -> None:
-    done = subprocess.run(
-        [*command, "-o", str(output)], capture_output=True, text=True, errors="replace"
-    )
-    if done.returncode:
-        lines = (done.stderr + done.stdout).splitlines() or [f"exit code {done.returncode}"]
-        reason = next((line for line in lines if "error" in line or "fatal" in line), lines[-1])
+    if reason := run_compiler([*command, "-o", output]):
         raise UserError(
-            f"{command[0]} cannot compile {sources_dir()} ({reason[:200]}); name other GPUs with "
+            f"{command[0]} cannot compile {sources_dir()} ({reason}); name other GPUs with "
             "--target-sm, other headers with TensorRT_ROOT, or another compiler with CXX; "
             f"{WITHOUT}"
         )

@@ -45,19 +45,12 @@ class Runner(Protocol):
         """backend, provider, precision, versions, device."""
         ...
 
-    def warm_up(self, images: NDArray[np.float32], runs: int = 3) -> None: ...
-
 
 class RunnerBase:
     """The part that all runners share."""
 
     def infer(self, images: NDArray[np.float32]) -> Any:
         raise NotImplementedError
-
-    def warm_up(self, images: NDArray[np.float32], runs: int = 3) -> None:
-        """Run a few times and forget the results."""
-        for _ in range(runs):
-            self.infer(images)
 
 
 def decode(
@@ -98,3 +91,20 @@ def _decode_padded(
     before = [np.ones_like(scores[0], bool), *(rows[:, 1:] >= 0 for rows in index)]
     by_token = [list(np.where(alive, s, np.nan)) for alive, s in zip(before, scores)]
     return Prediction(np.asarray(logits, np.float32), lengths, kept, by_token)
+
+
+def stack(parts: list[Prediction]) -> Prediction:
+    """Predictions of single images as one batch."""
+
+    def join(field: str) -> list[list[NDArray]] | None:
+        lists = [getattr(part, field) for part in parts]
+        return (
+            None if lists[0] is None else [[x for s in stage for x in s] for stage in zip(*lists)]
+        )
+
+    return Prediction(
+        np.concatenate([part.logits for part in parts]),
+        [np.concatenate(stage) for stage in zip(*(part.lengths for part in parts))],
+        join("kept"),
+        join("scores"),
+    )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import onnx_op
-from asvit_deploy.runners.base import Prediction, RunnerBase, decode
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 
 
 def import_onnxruntime():
@@ -23,6 +23,17 @@ def import_onnxruntime():
             "onnxruntime is not installed; pip install 'asvit-deploy[cpu]' (or [gpu])"
         ) from None
     return onnxruntime
+
+
+def session_options(threads: int):
+    """Options that every session of ours has; 0 threads leave the choice to ONNX Runtime."""
+    options = import_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # failures come back as exceptions; warnings are not ours
+    # Spinning threads burn the core that a neighbour would use.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def load_model(source: Path | onnx.ModelProto) -> onnx.ModelProto:
@@ -54,6 +65,22 @@ def count_stages(model: onnx.ModelProto) -> int:
 def is_padded(model: onnx.ModelProto) -> bool:
     """Whether a model of ours keeps every row and masks what was dropped."""
     return any(p.key == "asvit_mode" and p.value == '"padded"' for p in model.metadata_props)
+
+
+def precision_of(model: onnx.ModelProto) -> str:
+    """What a model of ours computes in, as its metadata says: "float32", "float16" or "bfloat16".
+
+    A file of another origin says nothing and counts as float32.
+    """
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    return said.get("asvit_precision", "float32").strip('"')
+
+
+def op_of(model: onnx.ModelProto, library: Path | None) -> str:
+    """What removes the tokens: "library", "function", "standard" (plain nodes) or "none"."""
+    if onnx_op.nodes_of(model.graph):
+        return "library" if library else "function"
+    return "standard" if count_stages(model) else "none"
 
 
 def with_stage_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -103,17 +130,12 @@ class OrtRunner(RunnerBase):
         name = str(source) if isinstance(source, Path) else name
         self.stages = count_stages(model)
         self.padded = is_padded(model)
-        self.library = library
+        self.precision, self.op = precision_of(model), op_of(model, library)
         shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         self.batch = shape[0] or None
         self.image_size = shape[2]
         self._record = record and self.stages > 0
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # failures come back as exceptions; warnings are not ours
-        # Spinning threads burn the core that a neighbour would use.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = session_options(threads)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile is not None:
@@ -139,7 +161,7 @@ class OrtRunner(RunnerBase):
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
         """images float32 [B, 3, H, W]; a static model runs them one by one."""
         if self.batch == 1 and len(images) > 1:
-            return _stack([self(image[None]) for image in images])
+            return stack([self(image[None]) for image in images])
         logits, *rest = self.infer(images)
         lengths, index, scores = (rest[i * self.stages : (i + 1) * self.stages] for i in range(3))
         if self._record:
@@ -151,9 +173,9 @@ class OrtRunner(RunnerBase):
         return {
             "backend": f"onnxruntime {ort.__version__}",
             "provider": self.session.get_providers()[0],
-            "precision": "float32",
+            "precision": self.precision,
             "device": ort.get_device(),
-            "op": "library" if self.library else "function",
+            "op": self.op,
         }
 
     def end_profiling(self) -> list[dict]:
@@ -162,23 +184,6 @@ class OrtRunner(RunnerBase):
         events = json.loads(path.read_text())
         path.unlink()
         return events
-
-
-def _stack(parts: list[Prediction]) -> Prediction:
-    """Predictions of single images as one batch."""
-
-    def join(field: str) -> list[list[NDArray]] | None:
-        lists = [getattr(part, field) for part in parts]
-        return (
-            None if lists[0] is None else [[x for s in stage for x in s] for stage in zip(*lists)]
-        )
-
-    return Prediction(
-        np.concatenate([part.logits for part in parts]),
-        [np.concatenate(stage) for stage in zip(*(part.lengths for part in parts))],
-        join("kept"),
-        join("scores"),
-    )
 
 
 def _load_failure(name: str, library: Path | None, error: str) -> str:

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import Result
 
-from asvit_deploy.doctor import Finding, packages
+from asvit_deploy.doctor import Finding, diagnose, packages
 from asvit_deploy.doctor import machine as machine_checks
 from asvit_deploy.doctor.installation import Installation
+from asvit_deploy.errors import UserError
+from asvit_deploy.ops.nvcc import find_nvcc
 from asvit_deploy.ops.trt_library import library_folder
 
 NAMES = {"python", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx",
@@ -272,6 +274,67 @@ def test_compiler_named_in_cxx(
     assert finding.status == status
     assert words in finding.detail
     assert str(path) in finding.detail
+
+
+def test_cxx_that_is_no_command(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '")
+    (finding,) = machine_checks.compiler(site.installation)
+    assert finding.status == "broken"
+    assert finding.detail == "CXX=g++ ' is no command (No closing quotation)"
+
+
+def test_check_that_fails_costs_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpu(installation: Installation) -> list[Finding]:
+        raise ValueError("not enough values\nto unpack")
+
+    def cache(installation: Installation) -> list[Finding]:
+        raise UserError("there is no home folder; set XDG_CACHE_HOME")
+
+    monkeypatch.setattr(machine_checks, "CHECKS", (gpu, cache, machine_checks.cpu))
+    monkeypatch.setattr(packages, "CHECKS", ())
+    first, second, third = diagnose()
+    assert (first.name, first.status, first.fatal) == ("gpu", "broken", False)
+    assert first.detail == "could not be looked at (ValueError: not enough values to unpack)"
+    assert (second.detail, second.mend) == ("there is no home folder", "set XDG_CACHE_HOME")
+    assert third.status == "ok"
+
+
+def test_core_check_that_fails_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def torch(installation: Installation) -> list[Finding]:
+        raise OSError("no")
+
+    monkeypatch.setattr(machine_checks, "CHECKS", ())
+    monkeypatch.setattr(packages, "CHECKS", (torch,))
+    monkeypatch.setattr(packages, "CORE", (torch,))
+    assert diagnose()[0].fatal
+
+
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH"])
+def test_nvcc_is_the_one_that_compiles(
+    site: FakeSite, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    for folder in ("path", "home/bin"):
+        (site.folder / folder).mkdir(parents=True)
+        script(site.folder / folder / "nvcc", "echo 'Cuda compilation tools, release 13.9, V13'")
+    monkeypatch.setenv("PATH", str(site.folder / "path"), prepend=os.pathsep)
+    (finding,) = machine_checks.nvcc(site.installation)
+    assert finding.detail == f"{site.folder / 'path' / 'nvcc'}: 13.9"
+    monkeypatch.setenv(name, str(site.folder / "home"))
+    (finding,) = machine_checks.nvcc(site.installation)
+    assert find_nvcc() == site.folder / "home" / "bin" / "nvcc"
+    assert finding.detail == f"{find_nvcc()}: 13.9"
+
+
+def test_nvcc_that_does_not_run(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    (site.folder / "bin").mkdir()
+    script(site.folder / "bin" / "nvcc", "exit 1")
+    monkeypatch.setenv("CUDA_HOME", str(site.folder))
+    (finding,) = machine_checks.nvcc(site.installation)
+    assert (finding.status, finding.detail) == (
+        "broken", f"{site.folder / 'bin' / 'nvcc'} cannot be run",
+    )  # fmt: skip
 
 
 def test_headers_named_but_absent(site: FakeSite, monkeypatch: pytest.MonkeyPatch) -> None:

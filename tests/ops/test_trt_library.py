@@ -206,6 +206,16 @@ def test_without_cpp_compiler_one_line_says_so(own_cache, tmp_path, monkeypatch)
     assert "ONNX Runtime" not in one_line(error)
 
 
+def test_compiler_that_cannot_be_run_is_blamed_itself(own_cache, tmp_path, monkeypatch):
+    script = tmp_path / "cxx"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(UserError, match=r"cxx cannot compile .*it cannot be run: No such") as error:
+        build_trt(twin=True)
+    assert str(own_cache) not in one_line(error)
+
+
 def test_gpu_that_nvcc_does_not_know_is_one_line(own_cache, nvcc):
     with pytest.raises(UserError, match=r"cannot compile .*compute_42") as error:
         build_trt(sms=["42"])
@@ -347,7 +357,19 @@ def test_command_without_nvcc_fails_in_one_line(headers, capsys, monkeypatch):
 
 def test_command_refuses_what_is_no_gpu_generation(capsys):
     assert run_main("trt", "--target-sm", "9x") == 2
-    assert "'9x' is no compute capability" in capsys.readouterr().err
+    assert "'9x' is not a compute capability" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("trt", "--target-sm", "86", "89"), ("--target-sm", "86", "89", "trt"),
+     ("--target-sm=86", "89", "trt", "--force"), ("--target-sm", "86", "--target-sm", "89", "trt")],
+)  # fmt: skip
+def test_several_gpu_generations_after_one_option(arguments, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(trt_library, "build_trt", lambda **options: asked.append(options["sms"]))
+    assert run_main(*arguments) == 0
+    assert asked == [("86", "89")]
 
 
 @pytest.mark.slow
@@ -358,10 +380,15 @@ def test_sources_travel_in_the_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
-    sources = [path for path in (ROOT / "trt_plugins").rglob("*") if path.is_file()]
-    assert len(sources) > 8
-    for path in sources:
-        assert f"asvit_deploy/_cpp/{path.relative_to(ROOT).as_posix()}" in inside
+    listing = ["git", "ls-files", "-co", "--exclude-standard", "plugins", "trt_plugins"]
+    named = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    sources = {name for name in named.splitlines() if not name.endswith(".md")}
+    assert len(sources) > 12
+    assert {f"asvit_deploy/_cpp/{name}" for name in sources} == {
+        name for name in inside if name.startswith("asvit_deploy/_cpp/")
+    }
+    assert wheel.stat().st_size < 10e6  # no library came along
+    assert not [name for name in inside if ".so" in Path(name).suffixes]
 
 
 @pytest.mark.slow

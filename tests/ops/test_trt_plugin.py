@@ -18,7 +18,7 @@ import pytest
 from op_cases import CASES, Case
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.ops import trt_library
+from asvit_deploy.ops import nvcc, trt_library
 from asvit_deploy.ops.library import find_compiler
 from asvit_deploy.ops.reference import threshold_compact
 from asvit_deploy.ops.trt_library import TrtHeaders, build_trt, compile_command, find_trt_headers
@@ -273,14 +273,13 @@ def test_sanitizers_find_nothing(headers, tmp_path, kernel):
 
 @pytest.mark.slow
 def test_cuda_kernel_compiles_for_every_gpu_without_a_warning(tmp_path):
-    nvcc = trt_library.find_nvcc()
-    if nvcc is None:
+    found = nvcc.find_nvcc()
+    if found is None:
         pytest.skip("no nvcc")
-    wanted = trt_library.targets_of(["all"])
-    gencode = [word for target in wanted for word in trt_library._gencode(target)]
-    compiled(nvcc, "-std=c++17", "-O3", *gencode, "-Werror", "all-warnings", "-Xcompiler",
+    gencode = nvcc.gencode(nvcc.targets_of(["all"]))
+    compiled(found, "-std=c++17", "-O3", *gencode, "-Werror", "all-warnings", "-Xcompiler",
              "-Wall,-Wextra", "--keep", "--keep-dir", tmp_path, "-c",
              SOURCES / "kernels" / "threshold_compact.cu", "-o", tmp_path / "kernel.o")  # fmt: skip
     made = {path.suffixes[-2].rpartition("_")[2] for path in tmp_path.glob("*.cubin")}
-    assert made == set(trt_library.ALL_SMS)
+    assert made == set(nvcc.ALL_SMS)
     assert all(path.read_bytes()[:4] == b"\x7fELF" for path in tmp_path.glob("*.cubin"))

@@ -195,12 +195,8 @@ template <typename Word, typename Size> cudaError_t launchGather(AsvitThresholdC
                               static_cast<Word*>(call.compact), call.index);
 }
 
-template <typename Size> cudaError_t launchBoth(AsvitThresholdCompact const& call, cudaStream_t stream)
+template <typename Size> cudaError_t launchWidest(AsvitThresholdCompact const& call, cudaStream_t stream)
 {
-    if (cudaError_t const error = launchCount<Size>(call, stream))
-    {
-        return error;
-    }
     // The widest word that divides every row's place in both buffers.
     uint64_t const places = reinterpret_cast<uintptr_t>(call.tokens) | reinterpret_cast<uintptr_t>(call.compact) |
                             static_cast<uint64_t>(call.width * call.elementBytes);
@@ -222,11 +218,30 @@ size_t asvitThresholdCompactWorkspace(int64_t images, int64_t rows) noexcept
     return asvit::workspaceBytes(images, rows);
 }
 
+int32_t asvitThresholdCompactCount(AsvitThresholdCompact const* call, CUstream_st* stream) noexcept
+{
+    if (!asvit::countable(*call))
+    {
+        return kASVIT_BAD_CALL;
+    }
+    return call->sizeBytes == 8 ? launchCount<int64_t>(*call, stream) : launchCount<int32_t>(*call, stream);
+}
+
+int32_t asvitThresholdCompactGather(AsvitThresholdCompact const* call, CUstream_st* stream) noexcept
+{
+    if (!asvit::allowed(*call))
+    {
+        return kASVIT_BAD_CALL;
+    }
+    return call->sizeBytes == 8 ? launchWidest<int64_t>(*call, stream) : launchWidest<int32_t>(*call, stream);
+}
+
 int32_t asvitThresholdCompact(AsvitThresholdCompact const* call, CUstream_st* stream) noexcept
 {
     if (!asvit::allowed(*call))
     {
         return kASVIT_BAD_CALL;
     }
-    return call->sizeBytes == 8 ? launchBoth<int64_t>(*call, stream) : launchBoth<int32_t>(*call, stream);
+    int32_t const status = asvitThresholdCompactCount(call, stream);
+    return status == 0 ? asvitThresholdCompactGather(call, stream) : status;
 }

@@ -39,15 +39,22 @@ ASVIT_BOTH uint32_t tokenOf(uint64_t rank) { return ~static_cast<uint32_t>(rank)
 // Kept rows of an image of which `above` tokens pass: the class token and at least one more.
 ASVIT_BOTH uint32_t lengthOf(uint32_t above) { return 1 + (above > 0 ? above : 1); }
 
+// What counting needs of a call.
+inline bool countable(AsvitThresholdCompact const& call)
+{
+    bool const shape = call.images >= 1 && call.images <= INT32_MAX && call.rows >= 2 && call.rows <= kASVIT_MAX_ROWS;
+    bool const size = call.sizeBytes == 4 || call.sizeBytes == 8;
+    return shape && size && call.scores != nullptr && call.threshold != nullptr && call.length != nullptr &&
+           call.size != nullptr && call.workspace != nullptr;
+}
+
+// What the whole call needs.
 inline bool allowed(AsvitThresholdCompact const& call)
 {
-    bool const shape = call.images >= 1 && call.images <= INT32_MAX && call.rows >= 2 && call.rows <= kASVIT_MAX_ROWS &&
-                       call.width >= 0 && call.width <= INT32_MAX / 4;
-    bool const types =
-        (call.elementBytes == 2 || call.elementBytes == 4) && (call.sizeBytes == 4 || call.sizeBytes == 8);
+    bool const width = call.width >= 0 && call.width <= INT32_MAX / 4;
+    bool const type = call.elementBytes == 2 || call.elementBytes == 4;
     bool const payload = call.width == 0 || (call.tokens != nullptr && call.compact != nullptr);
-    return shape && types && payload && call.scores != nullptr && call.threshold != nullptr && call.index != nullptr &&
-           call.length != nullptr && call.size != nullptr && call.workspace != nullptr;
+    return countable(call) && width && type && payload && call.index != nullptr;
 }
 
 inline size_t workspaceBytes(int64_t images, int64_t rows)

@@ -40,4 +40,11 @@ extern "C"
     // and, for more than one image, a memset of `size` before them; no allocation and no waiting, so that a stream can
     // be captured. Equal inputs give equal bits.
     int32_t asvitThresholdCompact(AsvitThresholdCompact const* call, CUstream_st* stream) noexcept;
+
+    // The same in two steps, for a caller that allocates `compact` and `index` when it has read `size`. The first fills
+    // `length`, `size` and the workspace and asks for nothing of `tokens`, `compact` and `index`; the second needs the
+    // three as the first has left them. But `size` may name a higher number, at most M: that many rows are then filled
+    // for every image, zeros and indices of -1 behind those that stay.
+    int32_t asvitThresholdCompactCount(AsvitThresholdCompact const* call, CUstream_st* stream) noexcept;
+    int32_t asvitThresholdCompactGather(AsvitThresholdCompact const* call, CUstream_st* stream) noexcept;
 }

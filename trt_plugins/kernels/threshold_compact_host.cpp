@@ -54,9 +54,9 @@ size_t asvitThresholdCompactWorkspace(int64_t images, int64_t rows) noexcept
     return asvit::workspaceBytes(images, rows);
 }
 
-int32_t asvitThresholdCompact(AsvitThresholdCompact const* call, CUstream_st*) noexcept
+int32_t asvitThresholdCompactCount(AsvitThresholdCompact const* call, CUstream_st*) noexcept
 {
-    if (!asvit::allowed(*call))
+    if (!asvit::countable(*call))
     {
         return kASVIT_BAD_CALL;
     }
@@ -73,7 +73,18 @@ int32_t asvitThresholdCompact(AsvitThresholdCompact const* call, CUstream_st*) n
     auto const small = static_cast<int32_t>(size);
     std::memcpy(call->size, call->sizeBytes == 8 ? static_cast<void const*>(&size) : &small,
                 static_cast<size_t>(call->sizeBytes));
+    return 0;
+}
 
+int32_t asvitThresholdCompactGather(AsvitThresholdCompact const* call, CUstream_st*) noexcept
+{
+    if (!asvit::allowed(*call))
+    {
+        return kASVIT_BAD_CALL;
+    }
+    auto const* const rows = static_cast<Row const*>(call->workspace);
+    int64_t const size =
+        call->sizeBytes == 8 ? *static_cast<int64_t const*>(call->size) : *static_cast<int32_t const*>(call->size);
     size_t const rowBytes = static_cast<size_t>(call->width) * static_cast<size_t>(call->elementBytes);
     for (int64_t image = 0; image < call->images; ++image)
     {
@@ -82,4 +93,14 @@ int32_t asvitThresholdCompact(AsvitThresholdCompact const* call, CUstream_st*) n
                call->index + image * size);
     }
     return 0;
+}
+
+int32_t asvitThresholdCompact(AsvitThresholdCompact const* call, CUstream_st* stream) noexcept
+{
+    if (!asvit::allowed(*call))
+    {
+        return kASVIT_BAD_CALL;
+    }
+    asvitThresholdCompactCount(call, stream);
+    return asvitThresholdCompactGather(call, stream);
 }

@@ -1,0 +1,154 @@
+"""The op's kernel without any framework around it: its two steps, on memory that the caller owns.
+
+What the libraries for ONNX Runtime and TensorRT carry inside is here a library of its own, called
+through ctypes: CUDA's kernel for device memory, or its host twin for host memory. Between the two
+steps the caller learns how many rows stay, and so can choose the buffer that they go to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from asvit_deploy import files
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import cache_dir, make_cache_dir
+from asvit_deploy.ops.headers import Say, silent
+from asvit_deploy.ops.library import find_compiler, run_compiler
+from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
+from asvit_deploy.ops.trt_library import KERNEL, TWIN, sources_dir
+
+FLAGS = ("-std=c++17", "-O3", "-shared")
+
+
+class _Call(ctypes.Structure):
+    """`AsvitThresholdCompact` of trt_plugins/kernels/threshold_compact.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("images", "rows", "width")),
+        *((name, ctypes.c_int32) for name in ("element_bytes", "size_bytes")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "tokens", "scores", "threshold", "compact", "index", "length", "size", "workspace",
+            )
+        ),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the first step takes and leaves: addresses of B images of M rows.
+
+    Attributes:
+        images, rows: B and M.
+        scores: float32 [B, M-1].
+        threshold: float32, one number.
+        length: int64 [B], filled.
+        size: int64, one number, filled: the highest length.
+        workspace: 2·B·M bytes, filled.
+    """
+
+    images: int
+    rows: int
+    scores: int
+    threshold: int
+    length: int
+    size: int
+    workspace: int
+
+
+class Kernel:
+    """The loaded library; all arguments are addresses in its kind of memory.
+
+    Args:
+        path: from `build_kernel`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise UserError(f"{path} cannot be loaded ({error})") from None
+        for name in ("asvitThresholdCompactCount", "asvitThresholdCompactGather"):
+            function = getattr(self._library, name)
+            function.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
+            function.restype = ctypes.c_int32
+
+    def count(self, given: Counted, stream: int = 0) -> None:
+        """Step one: put the counting on `stream`; it fills length, size and workspace.
+
+        Raises:
+            RuntimeError: the shapes are not allowed (M is 2 to 4096), or CUDA refuses.
+        """
+        self._do("asvitThresholdCompactCount", self._call(given), stream)
+
+    def gather(
+        self, given: Counted, tokens: int, width: int, element_bytes: int, compact: int,
+        index: int, size: int | None = None, stream: int = 0,
+    ) -> None:  # fmt: skip
+        """Step two: fill compact T [B, size, D] and index int64 [B, size], -1 and zeros behind.
+
+        Args:
+            given: as step one has left it.
+            tokens: T [B, M, D], elements of 2 or 4 bytes.
+            width: D.
+            size: where a number from the highest length to M stands, int64; by default that of
+                step one.
+
+        Raises:
+            RuntimeError: the shapes are not allowed, or CUDA refuses.
+        """
+        call = self._call(given)
+        call.tokens, call.width, call.element_bytes = tokens, width, element_bytes
+        call.compact, call.index, call.size = compact, index, size or given.size
+        self._do("asvitThresholdCompactGather", call, stream)
+
+    @staticmethod
+    def _call(given: Counted) -> _Call:
+        return _Call(
+            images=given.images, rows=given.rows, size_bytes=8, scores=given.scores,
+            threshold=given.threshold, length=given.length, size=given.size,
+            workspace=given.workspace,
+        )  # fmt: skip
+
+    def _do(self, name: str, call: _Call, stream: int) -> None:
+        if status := getattr(self._library, name)(ctypes.byref(call), stream):
+            raise RuntimeError(f"{name} ended with {status} for B={call.images}, M={call.rows}")
+
+
+def build_kernel(cuda: bool, say: Say = silent) -> Path:
+    """The kernel's library for device memory (`cuda`) or host memory, in the user's cache.
+
+    Raises:
+        UserError: no compiler, or it fails.
+    """
+    sources, nvcc = sources_dir(), find_nvcc() if cuda else None
+    if cuda and nvcc is None:
+        raise UserError("no CUDA compiler: no nvcc; install the CUDA toolkit or set CUDA_HOME")
+    targets = targets_of(()) if cuda else ("host",)
+    digest = hashlib.sha256(repr((FLAGS, targets, sys.platform, platform.machine())).encode())
+    for file in sorted((sources / "kernels").iterdir()):
+        digest.update(file.read_bytes())
+    name = f"libasvit_kernel-{'.'.join(targets)}-{digest.hexdigest()[:16]}.so"
+    path = cache_dir() / name
+    if path.is_file():
+        return path
+    compiler = find_compiler()
+    command = [*compiler, *FLAGS, "-fPIC", str(sources / TWIN)]
+    if nvcc is not None:
+        command = [str(nvcc), "-ccbin", compiler[0], *FLAGS, "-Xcompiler", "-fPIC", "-cudart",
+                   "static", *gencode(targets), str(sources / KERNEL)]  # fmt: skip
+    say(f"compiling the kernel with {command[0]} for {' '.join(targets)}")
+    make_cache_dir()
+    with files.atomic(path) as temporary:
+        if reason := run_compiler([*command, "-o", temporary]):
+            raise UserError(f"{command[0]} cannot compile {sources} ({reason})")
+    return path

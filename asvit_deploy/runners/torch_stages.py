@@ -1,0 +1,204 @@
+"""Stages of a model in PyTorch for the bucketed runner, one CUDA graph for every (stage, bucket).
+
+On a CPU the same stages run without graphs, which is how they are tested. Also here, for
+comparison: the whole model as one graph, dense or with a fixed number of tokens per stage.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.ops.kernel import Counted, Kernel, build_kernel
+from asvit_deploy.runners.bucketed import Kept, smallest
+
+Outputs = tuple[Tensor, ...]
+
+
+class Captured:
+    """A function of fixed tensors: replayed as a CUDA graph, or called where there is no CUDA.
+
+    Args:
+        function: tensors -> tensors, nothing of it on the host.
+        inputs: the tensors that every run reads; fill them before.
+        pool: memory shared with other captures.
+    """
+
+    def __init__(self, function: Callable[..., Outputs], inputs: Outputs, pool: Any) -> None:
+        self.function, self.inputs = function, inputs
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if not inputs[0].is_cuda:
+            return
+        # What allocates or tunes itself at the first call must have done so before the capture.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                function(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.outputs = function(*inputs)
+
+    def __call__(self) -> Outputs:
+        """The outputs; the next run overwrites them."""
+        if self.graph is None:
+            return self.function(*self.inputs)
+        self.graph.replay()
+        return self.outputs
+
+
+def _pool(device: torch.device) -> Any:
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+class TorchStages:
+    """A `StageBackend` over an adaptive model, for batches of one fixed size.
+
+    Args:
+        model: float32; its thresholds stay so.
+        buckets: rising; the last is M.
+        batch: B; above 1 a bucket holds the image that keeps most, as in dynamic mode.
+        dtype: of weights and activations.
+        device: "cpu", or a CUDA device.
+    """
+
+    def __init__(
+        self, model: AdaptiveViT, buckets: Sequence[int], batch: int = 1,
+        dtype: torch.dtype = torch.float32, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        place = torch.device(device)
+        self.thresholds = [t.detach().to(place, torch.float32).clone() for t in model.thresholds]
+        self.model = copy.deepcopy(model).to(place, dtype).eval()
+        self.kernel = Kernel(build_kernel(cuda=place.type == "cuda"))
+        config = model.config
+        self.edges = (0, *config.stages, config.depth)
+        most = config.image_tokens + 1
+        empty = functools.partial(torch.zeros, dtype=dtype, device=place)
+        integers = functools.partial(torch.full, dtype=torch.int64, device=place)
+        self.buckets = tuple(buckets)
+        self.images = empty(batch, 3, config.image_size, config.image_size)
+        self.length = integers((batch,), most)
+        self.size = integers((), 0)
+        self.workspace = torch.zeros(batch * most, dtype=torch.int16, device=place)
+        self.inputs = {b: empty(batch, b, config.dim) for b in buckets}
+        self.index = {b: integers((batch, b), -1) for b in buckets}
+        self.stride = {b: integers((), b) for b in buckets}
+        self._capture(_pool(place))
+
+    @torch.no_grad()
+    def _capture(self, pool: Any) -> None:
+        self.first = Captured(lambda images: self._stage(0, self.model.embed(images), None),
+                              (self.images,), pool)  # fmt: skip
+        self.later = {
+            (stage, bucket): Captured(
+                lambda tokens, length, s=stage: self._padded_stage(s, tokens, length),
+                (tokens, self.length), pool,
+            )
+            for stage in range(1, len(self.edges) - 1)
+            for bucket, tokens in self.inputs.items()
+        }  # fmt: skip
+
+    def _padded_stage(self, stage: int, tokens: Tensor, length: Tensor) -> Outputs:
+        rows = torch.arange(tokens.shape[1], device=tokens.device)
+        return self._stage(stage, tokens, rows < length[:, None])
+
+    def _stage(self, stage: int, x: Tensor, mask: Tensor | None) -> Outputs:
+        first, end = self.edges[stage : stage + 2]
+        last = stage == len(self.edges) - 2
+        scores = None
+        for i in range(first, end):
+            x, scores = self.model.blocks[i](x, mask, i == end - 1 and not last)
+        return (self.model.classify(x, mask).float(),) if last else (x, scores)  # type: ignore
+
+    @torch.no_grad()
+    def start(self, images: NDArray[np.float32] | Tensor) -> tuple[Tensor, Tensor]:
+        self.images.copy_(torch.as_tensor(images), non_blocking=True)
+        tokens, scores = self.first()
+        return tokens, scores
+
+    def compact(self, stage: int, tokens: Tensor, scores: Tensor, rows: int) -> Kept:
+        # All rows of the bucket: those behind `rows` have scores of -inf and pass nowhere.
+        batch, rows, width = tokens.shape
+        stream = torch.cuda.current_stream().cuda_stream if tokens.is_cuda else 0
+        tokens, scores = tokens.contiguous(), scores.contiguous()
+        counted = Counted(
+            batch, rows, scores.data_ptr(), self.thresholds[stage].data_ptr(),
+            self.length.data_ptr(), self.size.data_ptr(), self.workspace.data_ptr(),
+        )  # fmt: skip
+        self.kernel.count(counted, stream)
+        kept = int(self.size.item())  # waits for the device
+        bucket = smallest(self.buckets, kept)
+        compacted, index = self.inputs[bucket], self.index[bucket]
+        # A stage's input is another buffer than its output, so nothing is overwritten in reading.
+        self.kernel.gather(
+            counted, tokens.data_ptr(), width, tokens.element_size(), compacted.data_ptr(),
+            index.data_ptr(), self.stride[bucket].data_ptr(), stream,
+        )  # fmt: skip
+        return Kept(compacted, index, self.length, kept)
+
+    @torch.no_grad()
+    def run(self, stage: int, tokens: Tensor, length: Tensor) -> Outputs:
+        return self.later[stage, tokens.shape[1]]()
+
+    def host(self, array: Tensor) -> NDArray:
+        return array.cpu().numpy().copy()
+
+    def describe(self) -> dict[str, str]:
+        graphs = "CUDA graphs" if self.images.is_cuda else "eager"
+        device = self.images.device
+        return {
+            "backend": f"torch {torch.__version__}, bucketed, {graphs}",
+            "provider": device.type,
+            "precision": str(self.images.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }
+
+
+class StaticModel:
+    """The whole model captured once: dense, or with a fixed number of rows after each stage.
+
+    Args:
+        model, batch, dtype, device: as `TorchStages`.
+        lengths: rows that stay after each stage, class token included; the highest scores stay,
+            in order. None: dense.
+    """
+
+    def __init__(
+        self, model: AdaptiveViT, lengths: Sequence[int] | None, batch: int = 1,
+        dtype: torch.dtype = torch.float32, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        place = torch.device(device)
+        self.model = copy.deepcopy(model).to(place, dtype).eval()
+        self.lengths = lengths
+        size = model.config.image_size
+        self.images = torch.zeros(batch, 3, size, size, dtype=dtype, device=place)
+        with torch.no_grad():
+            self.whole = Captured(self._forward, (self.images,), _pool(place))
+
+    def _forward(self, images: Tensor) -> Outputs:
+        x, scores = self.model.embed(images), None
+        stages = self.model.config.stages if self.lengths is not None else ()
+        for i, block in enumerate(self.model.blocks):
+            if i in stages:
+                assert scores is not None
+                assert self.lengths is not None
+                best = scores.topk(self.lengths[stages.index(i)] - 1).indices.sort().values + 1
+                rows = torch.nn.functional.pad(best, (1, 0))
+                x = x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
+            x, scores = block(x, None, i + 1 in stages)
+        return (self.model.classify(x, None).float(),)
+
+    @torch.no_grad()
+    def infer(self, images: NDArray[np.float32] | Tensor) -> NDArray:
+        """images float32 [B, 3, H, W] -> logits float32 [B, C]."""
+        self.images.copy_(torch.as_tensor(images), non_blocking=True)
+        return self.whole()[0].cpu().numpy()
