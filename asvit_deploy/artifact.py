@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterable
@@ -85,9 +84,7 @@ def write(artifact: Path, data: bytes, fields: dict[str, Any]) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    fields = {"schema": SCHEMA, **fields, "sha256": hashlib.sha256(data).hexdigest()}
-    fields["digest"] = _digest(fields)
-    text = json.dumps(fields, indent=2) + "\n"
+    text = signed({**fields, "sha256": hashlib.sha256(data).hexdigest()})
     # Nested, so that both are complete on disk before either takes its place.
     with atomic(sidecar_path(artifact)) as sidecar, atomic(artifact) as file:
         sidecar.write_text(text)
@@ -106,21 +103,39 @@ def read(artifact: Path) -> dict[str, Any]:
         raise UserError(f"{artifact} does not exist; name an artefact that this tool made")
     if not path.is_file():
         raise UserError(f"{artifact} has no sidecar {path.name} beside it; make it again")
+    fields = read_signed(path, "sidecar", artifact.name, "sha256")
+    if fields["sha256"] != sha256(artifact):
+        raise UserError(f"{path} does not belong to {artifact} (sha256 differs); make it again")
+    return fields
+
+
+def signed(fields: dict[str, Any]) -> str:
+    """The fields as JSON, with the schema and a digest of them all."""
+    fields = {"schema": SCHEMA, **fields}
+    return json.dumps({**fields, "digest": _digest(fields)}, indent=2) + "\n"
+
+
+def read_signed(path: Path, noun: str, name: str, *needed: str) -> dict[str, Any]:
+    """What `signed` wrote.
+
+    Args:
+        noun, name: how messages call the file and what it describes.
+        needed: fields that must be there.
+
+    Raises:
+        UserError: it is unreadable, not ours, edited, or of another schema.
+    """
     try:
         fields = json.loads(path.read_bytes())
-        schema, digest, expected = fields["schema"], fields["digest"], fields["sha256"]
+        schema, digest, *_ = (fields[key] for key in ("schema", "digest", *needed))
     except PermissionError:
         raise UserError(f"{path} may not be read; check its permissions") from None
     except (ValueError, KeyError, TypeError, OSError):
-        raise UserError(
-            f"{path} is not a sidecar of this tool; make {artifact.name} again"
-        ) from None
+        raise UserError(f"{path} is not a {noun} of this tool; make {name} again") from None
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}; update the tool")
     if digest != _digest(fields):
-        raise UserError(f"{path} was edited after it was written; make {artifact.name} again")
-    if expected != sha256(artifact):
-        raise UserError(f"{path} does not belong to {artifact} (sha256 differs); make it again")
+        raise UserError(f"{path} was edited after it was written; make {name} again")
     return fields
 
 
@@ -133,9 +148,3 @@ def find(folder: Path, *kinds: str) -> list[Path]:
         if KINDS.get(artifact.suffix) in kinds and artifact.is_file():
             found.append(artifact)
     return found
-
-
-def cache_dir() -> Path:
-    """The user's cache folder of this tool."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "asvit-deploy"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,29 +15,7 @@ if TYPE_CHECKING:
     from asvit_deploy.engine.flavour import Flavour
 
 
-class _Several(click.Command):
-    """Lets `--target-sm 86 89 120` stand for three options; this command has no arguments."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        listing = False
-        for arg in args:
-            if arg.startswith("-"):
-                listing = arg == "--target-sm"
-            elif listing and spread[-1] != "--target-sm":
-                spread.append("--target-sm")
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-
-def _capability(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> Any:
-    for sm in value:
-        if not sm.isdigit() or not 2 <= len(sm) <= 3:
-            raise click.BadParameter(f"{sm!r} is not a compute capability such as 86 or 120")
-    return value
-
-
-@click.command(cls=_Several)
+@click.command(cls=options.ListsTargets)
 @click.option("--onnx", "model", type=options.PATH, help="ONNX artefact [default: the one here].")
 @click.option(
     "-o", "--output", type=options.PATH,
@@ -51,16 +29,19 @@ def _capability(ctx: click.Context, param: click.Parameter, value: tuple[str, ..
 )  # fmt: skip
 @click.option(
     "--mode", type=click.Choice(["dynamic", "padded", "bucketed"]), default="dynamic",
-    show_default=True, help="Tokens really leave, or stay and are masked (a portable reference).",
+    show_default=True,
+    help="Tokens really leave; stay and are masked (a portable reference); leave, and what stays "
+    "fills a bucket (one engine per stage).",
+)  # fmt: skip
+@click.option(
+    "--buckets", metavar="auto|N,N,...",
+    help="Rows that bucketed stages take, class token included [default: multiples of 16].",
 )  # fmt: skip
 @click.option(
     "--batch", type=click.IntRange(1), nargs=3, metavar="MIN OPT MAX",
     help="Batch range of a dynamic-batch model [default: 1 4 8].",
 )  # fmt: skip
-@click.option(
-    "--target-sm", "target_sms", multiple=True, callback=_capability, metavar="SM...",
-    help="GPU generations, such as 86 89 120; RTX only [default: its own list].",
-)  # fmt: skip
+@options.target_sms("GPU generations, such as 86 89 120; RTX only [default: its own list].")
 @click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Builder's memory limit.")
 @click.option("--level", type=click.IntRange(0, 5), help="Builder's optimisation level.")
 @click.option(
@@ -97,6 +78,7 @@ def command(
     bf16: bool,
     flavour: str,
     mode: str,
+    buckets: str | None,
     batch: tuple[int, int, int] | None,
     target_sms: tuple[str, ...],
     workspace: int | None,
@@ -116,21 +98,20 @@ def command(
     \b
     asvit-deploy build-engine --fp16
     asvit-deploy build-engine --fp16 --flavour tensorrt-rtx --target-sm 86 89 120
+    asvit-deploy build-engine --fp16 --mode bucketed --buckets 64,128,197
     """
-    from asvit_deploy.artifact import check_target
+    from asvit_deploy import artifact, bundle
     from asvit_deploy.files import check_writable
 
     path = options.artefacts((model,) if model else (), "onnx")[0]
     if fp16 and bf16:
         raise UserError("--fp16 and --bf16 exclude each other; pass one of them")
-    if mode == "bucketed":
-        raise UserError(
-            "bucketed engines are not part of this version; use --mode dynamic or --mode padded"
-        )
     from asvit_deploy.engine.flavour import find_flavour
 
     found = find_flavour(flavour)
 
+    from asvit_deploy.engine.bucketed import build_bucketed
+    from asvit_deploy.engine.buckets import parse_buckets
     from asvit_deploy.engine.build import (
         Options,
         build_engine,
@@ -143,10 +124,14 @@ def command(
         "fp16" if fp16 else "bf16" if bf16 else None,
         mode, batch, target_sms, workspace, level, plugin, embed_plugin, layers,
         version_compatible, hardware_compatible, images, limit, not no_check,
+        parse_buckets(buckets) if buckets else None,
     )  # fmt: skip
     refuse_misfits(found, wanted)
     target = output or default_output(path, wanted)
-    check_target(target, "engine", force, source=path)
+    if mode == "bucketed":
+        bundle.check_target(target, "bucketed", force)
+    else:
+        artifact.check_target(target, "engine", force, source=path)
     if layers is not None:
         check_writable(layers, force)
     source = open_source(path)
@@ -154,8 +139,9 @@ def command(
         options.status(f"{path} is not an artefact of ours: built as it is, compared with nothing")
     if source.adaptive and mode == "dynamic":
         wanted = _with_plugin(wanted, found)
+    build = build_bucketed if mode == "bucketed" else build_engine
     with _Bar() as bar:
-        built = build_engine(source, target, found, wanted, bar.update, options.status)
+        built = build(source, target, found, wanted, bar.update, options.status)
     _report(built, found.title)
     click.echo(target)
 
@@ -213,5 +199,6 @@ def _report(built: Built, title: str) -> None:
     options.status(
         f"{title} {fields['flavour_version']}: {fields['mode']}, {fields['precision']}"
         + (f", for {sms}" if sms else "")
+        + (f", buckets {', '.join(map(str, fields['buckets']))}" if "buckets" in fields else "")
         + f", {fields['plugin_layers']} plugin layers, {fields['build_seconds']} s"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from asvit_deploy import artifact, files
 from asvit_deploy.engine import process
 from asvit_deploy.engine.checked import Checked, check, make_graph
 from asvit_deploy.engine.flavour import Flavour
-from asvit_deploy.engine.job import Job, Shape
+from asvit_deploy.engine.job import Job, Profile
 from asvit_deploy.engine.source import Source
 from asvit_deploy.engine.warnings import unexpected
 from asvit_deploy.errors import UserError
@@ -33,7 +33,7 @@ class Options:
 
     Attributes:
         precision: "fp16", "bf16" or None for float32.
-        mode: "dynamic" or "padded".
+        mode: "dynamic", "padded" or "bucketed" (`engine.bucketed`).
         batch: smallest, best and largest batch, for a dynamic-batch model.
         target_sms: compute capabilities such as "86"; RTX only.
         workspace: MiB, or None.
@@ -45,6 +45,7 @@ class Options:
         images: folder of pictures to check on, or None for the sample photographs.
         limit: check on at most so many.
         checked: compare the graph before building.
+        buckets: rows that stage engines take, or None for the automatic list; bucketed only.
     """
 
     precision: Precision | None = None
@@ -61,6 +62,7 @@ class Options:
     images: Path | None = None
     limit: int = CHECK_IMAGES
     checked: bool = True
+    buckets: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,21 @@ class Built:
 
 
 def default_output(source: Path, options: Options) -> Path:
-    """`as_deit_s.onnx` -> `as_deit_s.fp16.engine` (or `.fp16.padded.engine`), here."""
-    parts = [source.stem, options.precision, "padded" if options.mode == "padded" else None]
-    return Path(".".join(filter(None, parts)) + ".engine")
+    """`as_deit_s.onnx` -> `as_deit_s.fp16.engine`, `.fp16.padded.engine` or `.bucketed`, here."""
+    ending = {"padded": "padded.engine", "bucketed": "bucketed"}.get(options.mode, "engine")
+    return Path(".".join(filter(None, [source.stem, options.precision, ending])))
 
 
 def refuse_misfits(flavour: Flavour, options: Options) -> None:
-    """Raise UserError for options that this flavour does not have."""
+    """Raise UserError for options that this flavour, or this mode, does not have."""
+    if options.mode == "bucketed":
+        whole = {"--batch": options.batch, "--embed-plugin": options.embed_plugin,
+                 "--layers": options.layers}  # fmt: skip
+        for name, value in whole.items():
+            if value:
+                raise UserError(f"{name} does not go with --mode bucketed; leave it out")
+    elif options.buckets:
+        raise UserError("--buckets needs --mode bucketed")
     if flavour.enterprise:
         if options.target_sms:
             raise UserError(
@@ -104,9 +114,7 @@ def refuse_misfits(flavour: Flavour, options: Options) -> None:
             raise UserError(f"{name} needs --flavour tensorrt; TensorRT-RTX does not have it")
 
 
-def batch_profile(
-    source: Source, graph: onnx.ModelProto, batch: Batch | None
-) -> dict[str, tuple[Shape, Shape, Shape]] | None:
+def batch_profile(source: Source, graph: onnx.ModelProto, batch: Batch | None) -> Profile | None:
     """Input shapes for the smallest, best and largest batch; None where the batch is fixed.
 
     Raises:
@@ -159,6 +167,7 @@ def build_engine(
     refuse_misfits(flavour, options)
     graph = make_graph(source, options.mode, options.precision)
     profile = batch_profile(source, graph, options.batch)
+    profiles = [profile] if profile else []
     checked = None
     changed = options.precision or options.mode == "padded"
     if changed and options.checked:
@@ -175,24 +184,27 @@ def build_engine(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="asvit-engine-") as name:
         folder = Path(name)
-        job = _job(folder, graph, flavour, options, profile, stages)
+        job = make_job(folder, graph, flavour, options, profiles, stages)
         outcome = process.run(job, flavour, folder, str(source.path), progress)
         seconds = time.perf_counter() - start
         plan = Path(job.plan).read_bytes()
         layers = Path(job.layers).read_bytes() if job.layers else None
-    fields = _fields(source, flavour, options, profile, outcome, checked, seconds)
+    fields = {
+        **describe(source, flavour, options, outcome, checked, seconds), "profile": profile,
+        "plugin": _plugin_fields(options) if outcome.plugin_layers else None,
+    }  # fmt: skip
     artifact.write(output, plan, fields)
     if layers is not None and options.layers is not None:
         files.write_bytes(options.layers, layers)
     return Built(checked, unexpected(outcome.warnings), fields, seconds)
 
 
-def _job(
+def make_job(
     folder: Path,
     graph: onnx.ModelProto,
     flavour: Flavour,
     options: Options,
-    profile: dict[str, tuple[Shape, Shape, Shape]] | None,
+    profiles: Sequence[Profile],
     stages: int,
 ) -> Job:
     """The build's order, its graph beside it without the op's function.
@@ -209,9 +221,7 @@ def _job(
     assert flavour.module is not None
     version, namespace = onnx_op.PLUGIN_ATTRIBUTES.values()
     plugin = options.plugin.resolve() if options.plugin and stages else None
-    timing = artifact.cache_dir() if flavour.enterprise else None
-    if timing:
-        timing.mkdir(parents=True, exist_ok=True)
+    timing = files.make_cache_dir() if flavour.enterprise else None
     return Job(
         module=flavour.module,
         enterprise=flavour.enterprise,
@@ -221,7 +231,7 @@ def _job(
         creator=(onnx_op.OP_TYPE, version, namespace),
         embed_plugin=options.embed_plugin and plugin is not None,
         stages=stages,
-        profile=profile,
+        profiles=profiles,
         target_sms=options.target_sms,
         workspace=None if options.workspace is None else options.workspace << 20,
         level=options.level,
@@ -235,16 +245,15 @@ def _job(
 _OF_THE_FILE = ("schema", "sha256", "digest", "source", "tool", "libraries", "python", "command")
 
 
-def _fields(
+def describe(
     source: Source,
     flavour: Flavour,
     options: Options,
-    profile: dict[str, tuple[Shape, Shape, Shape]] | None,
     outcome: process.Outcome,
     checked: Checked | None,
     seconds: float,
 ) -> dict[str, Any]:
-    """The engine's sidecar: the model as its ONNX describes it, and what the build added."""
+    """A sidecar's fields: the model as its ONNX describes it, and what the build added."""
     model = {key: value for key, value in source.fields.items() if key not in _OF_THE_FILE}
     own = {
         "kind": "engine",
@@ -252,12 +261,10 @@ def _fields(
         "flavour_version": outcome.version,
         "precision": NAMES[options.precision] if options.precision else "float32",
         "mode": options.mode if source.adaptive else "dense" if source.session else "foreign",
-        "ops": "standard" if options.mode == "padded" else source.fields.get("ops"),
-        "profile": profile,
+        "ops": source.fields.get("ops") if options.mode == "dynamic" else "standard",
         "target_sms": list(options.target_sms),
         "layers": outcome.layers,
         "plugin_layers": outcome.plugin_layers,
-        "plugin": _plugin_fields(options) if outcome.plugin_layers else None,
         "build_seconds": round(seconds, 2),
         "checked": checked and {
             "reference": checked.reference,

@@ -35,16 +35,16 @@ def make_graph(source: Source, mode: str, precision: Precision | None) -> onnx.M
         UserError: the file is foreign, or has not what the mode needs.
     """
     model, name = source.model, str(source.path)
-    if source.session is None and (mode == "padded" or precision):
+    if source.session is None and (mode != "dynamic" or precision):
         raise UserError(
-            f"{name} has no sidecar, so it is built as it is: leave --mode padded, --fp16 and "
+            f"{name} has no sidecar, so it is built as it is: leave --mode {mode}, --fp16 and "
             "--bf16 out, or name a file that `asvit-deploy export` made"
         )
     if mode == "padded":
         model = to_padded(model, name)
     elif source.adaptive and not onnx_op.nodes_of(model.graph):
         raise UserError(
-            f"{name} was exported with --ops standard, which builds no dynamic engine; "
+            f"{name} was exported with --ops standard, which builds no {mode} engine; "
             "export it with --ops auto"
         )
     return to_half(model, precision, name) if precision else model
@@ -68,6 +68,7 @@ def check(
     precision: Precision | None,
     images: Path | None,
     limit: int,
+    candidate: Runner | None = None,
 ) -> Checked:
     """Compare a graph with PyTorch, or with the float32 ONNX where the checkpoint is gone.
 
@@ -76,6 +77,7 @@ def check(
     Args:
         images: folder of pictures, or None for the sample photographs.
         limit: at most so many of them.
+        candidate: runs the graph; None for ONNX Runtime with the graph as a whole.
 
     Raises:
         CheckFailed: the graph is not within the limits of `evaluate.parity`.
@@ -88,9 +90,9 @@ def check(
     except UserError:
         reference = OrtRunner(runnable(source.model))
         with_what = "the float32 ONNX file (its checkpoint is gone or changed)"
-    if precision:
+    if candidate is None and precision:
         candidate = OrtRunner(rounded(runnable(graph)), optimize=False)
-    else:
+    elif candidate is None:
         candidate = OrtRunner(runnable(graph))
     parity = compare(
         reference, candidate, list(pictures), pictures.names, source.fields["thresholds"],

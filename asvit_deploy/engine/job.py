@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 Shape = tuple[int, ...]
+Profile = dict[str, tuple[Shape, Shape, Shape]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Job:
         creator: the plugin's name, version and namespace.
         embed_plugin: put the library into the plan.
         stages: plugin layers that the network must hold.
-        profile: input name -> smallest, best and largest shape, where shapes vary.
+        profiles: where shapes vary: input name -> smallest, best and largest shape.
         target_sms: compute capabilities such as "86" (RTX); none leaves the builder's default.
         workspace: bytes, or None.
         level: builder optimisation level 0-5, or None.
@@ -39,7 +41,7 @@ class Job:
     creator: tuple[str, str, str] = ("", "", "")
     embed_plugin: bool = False
     stages: int = 0
-    profile: dict[str, tuple[Shape, Shape, Shape]] | None = None
+    profiles: Sequence[Profile] = ()
     target_sms: tuple[str, ...] = ()
     workspace: int | None = None
     level: int | None = None

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 # (pattern, why it needs nobody's attention)
 EXPECTED = (
     (
-        r"Make sure output \w+ has Int64 binding",
+        r"Make sure (input|output) \w+ has Int64 binding",
         "our token counts are int64 by contract, and runners bind them so",
     ),
 )

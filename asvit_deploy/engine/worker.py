@@ -102,10 +102,12 @@ def _config(trt: Any, job: Job, tell: Tell) -> Callable[..., Any]:
     """The builder's configuration as a Polygraphy loader."""
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
 
-    profile = Profile()
-    for name, shapes in (job.profile or {}).items():
-        profile.add(name, *shapes)
-    common: dict[str, Any] = {"profiles": [profile], "progress_monitor": _monitor(trt, tell)}
+    profiles = []
+    for shapes in job.profiles or [{}]:
+        profiles.append(Profile())
+        for name, bounds in shapes.items():
+            profiles[-1].add(name, *bounds)
+    common: dict[str, Any] = {"profiles": profiles, "progress_monitor": _monitor(trt, tell)}
     if job.workspace is not None:
         common["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job.workspace}
     if job.level is not None:

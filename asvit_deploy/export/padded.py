@@ -12,13 +12,14 @@ import json
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.export.hiding import RowMask
 from asvit_deploy.ops import onnx_op
 
 _DOMAIN = "asvit.padded"
-_MINUS_INF, _ALL_ALIVE = "padded_minus_inf", "padded_all_alive"
+_ALL_ALIVE = "padded_all_alive"
 
 # Dropped tokens carry -inf, which no threshold lets pass. The best is looked up among those alive,
 # as the lowest rank: its place for the highest score, N + place where no score is a number,
@@ -102,88 +103,49 @@ def to_padded(model: onnx.ModelProto, name: str = "model") -> onnx.ModelProto:
     return result
 
 
-class _Rewrite:
-    """Replaces each op node, in order; attention after it sees the mask of the last stage."""
+class _Rewrite(RowMask):
+    """Replaces each op node, in order; what comes after it sees the mask of the last stage."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.model, self.graph = model, model.graph
+        super().__init__(model.graph)
+        self.model = model
         self.opset = {entry.domain: entry.version for entry in model.opset_import}[""]
         # A batch of one has no masks in its graph; any other batch masks by `index_s >= 0`.
         self.masked = not self.graph.input[0].type.tensor_type.shape.dim[0].dim_value
         self.tokens = _tokens(model)
-        self.nodes: list[onnx.NodeProto] = []
         self.compacted: dict[str, str] = {}
         self.stage = -1
 
     def run(self) -> None:
         graph = self.graph
-        self._constant(np.float32(-np.inf), _MINUS_INF)
-        self._constant(np.ones((1, self.tokens), bool), _ALL_ALIVE)
+        self.constant(np.ones((1, self.tokens), bool), _ALL_ALIVE)
         for node in list(graph.node):
             node.input[:] = [self.compacted.get(value, value) for value in node.input]
             if (node.domain, node.op_type) == (onnx_op.DOMAIN, onnx_op.OP_TYPE):
                 self._replace(node)
             else:
-                self._hide_dropped(node)
+                if not self.masked:
+                    self.hide(node)
                 self.nodes.append(node)
         del graph.node[:], graph.value_info[:], self.model.functions[:]
         graph.node.extend(self.nodes)
         self.model.functions.append(_stage_function(self.tokens, self.opset))
         self.model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
 
-    def _constant(self, value: np.ndarray | np.generic, name: str) -> None:
-        self.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-
-    def _add(self, op_type: str, inputs: list[str], output: str) -> str:
-        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output))
-        return output
-
     def _replace(self, node: onnx.NodeProto) -> None:
         tokens, scores, threshold = node.input
         compact, index, length, _ = node.output
         alive = _ALL_ALIVE
-        if self.stage >= 0:
-            alive = self._image_mask()
+        if self.mask is not None:
+            alive = self.image_mask()
             if not self.masked:
-                self._mask_scores(scores, alive)
+                self.hide_scores(scores)
         self.stage += 1
-        outputs = [f"mask_{self.stage}", index, length]
-        inputs = [scores, threshold, alive, _MINUS_INF]
+        self.mask = f"mask_{self.stage}"
+        outputs = [self.mask, index, length]
+        inputs = [scores, threshold, alive, self.minus_inf()]
         self.nodes.append(helper.make_node("Keep", inputs, outputs, node.name, domain=_DOMAIN))
         self.compacted[compact] = tokens
-
-    def _image_mask(self) -> str:
-        """The current mask without its class row, bool [B, N]."""
-        name = f"mask_{self.stage}_image"
-        if not any(name in node.output for node in self.nodes):
-            for what, value in (("from", 1), ("to", self.tokens + 1), ("axis", 1)):
-                self._constant(np.array([value], np.int64), f"{name}_{what}")
-            self._add("Slice", [f"mask_{self.stage}", *(f"{name}_{w}" for w in
-                                                        ("from", "to", "axis"))], name)  # fmt: skip
-        return name
-
-    def _mask_scores(self, scores: str, alive: str) -> None:
-        producer = next(node for node in self.nodes if scores in node.output)
-        raw = f"{scores}_raw"
-        producer.output[:] = [raw if value == scores else value for value in producer.output]
-        self._add("Where", [alive, raw, _MINUS_INF], scores)
-
-    def _hide_dropped(self, node: onnx.NodeProto) -> None:
-        """Mask what an unmasked graph sums or compares over tokens, from the first stage on."""
-        if self.masked or self.stage < 0:
-            return
-        if node.op_type == "Softmax":  # attention [B, H, rows, M], and the class row of the scores
-            mask, axes = f"mask_{self.stage}", [1, 2]
-        elif node.op_type == "ReduceMax":  # LV-ViT's votes [B, N, C]
-            mask, axes = self._image_mask(), [2]
-        else:
-            return
-        wide = f"{mask}_wide"
-        if not any(wide in other.output for other in self.nodes):
-            self._constant(np.array(axes, np.int64), f"{wide}_axes")
-            self._add("Unsqueeze", [mask, f"{wide}_axes"], wide)
-        hidden = f"{node.output[0]}_hidden"
-        node.input[0] = self._add("Where", [wide, node.input[0], _MINUS_INF], hidden)
 
 
 def _tokens(model: onnx.ModelProto) -> int:

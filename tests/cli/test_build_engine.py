@@ -13,7 +13,7 @@ import conftest
 import onnx
 import pytest
 
-from asvit_deploy import artifact
+from asvit_deploy import artifact, bundle
 from asvit_deploy.engine.flavour import ENTERPRISE, RTX
 from asvit_deploy.export.precision import to_half
 
@@ -44,6 +44,7 @@ def refused(result, *words):
     """One line, and no engine."""
     conftest.refused(result, *words)
     assert list(Path().glob("*.engine*")) == []
+    assert list(Path().glob("*.bucketed")) == []
     assert list(Path().glob(".*.tmp")) == []
 
 
@@ -60,6 +61,35 @@ def test_builds_the_artefact_of_the_folder(cli, model):
     again = cli("build-engine", "--mode", "padded")
     assert again.code == 2
     assert "--force" in again.err
+
+
+@rtx
+def test_bucketed_folder(cli, model):
+    args = ("build-engine", "--mode", "bucketed", "--buckets", "64,128,197", "--target-sm", "86")
+    result = cli(*args, "--limit", 16)
+    assert result.code == 0, result.err
+    assert result.out == "as_deit_s.bucketed\n"
+    assert "agrees with PyTorch on 16 images" in result.err
+    assert "buckets 64, 128, 197" in result.err
+    assert "TensorRT warns" not in result.err
+    fields = bundle.read(Path("as_deit_s.bucketed"))
+    assert fields["buckets"] == [64, 128, 197]
+    assert fields["thresholds"] == artifact.read(model)["thresholds"]
+    again = cli(*args, "--no-check")
+    assert again.code == 2
+    assert "--force" in again.err
+    assert cli(*args, "--no-check", "--force").code == 0
+    assert bundle.read(Path("as_deit_s.bucketed"))["checked"] is None
+    Path("as_deit_s.bucketed/notes.txt").touch()
+    conftest.refused(cli(*args, "--force"), "as_deit_s.bucketed holds notes.txt")
+
+
+@rtx
+def test_bucketed_needs_one_image_at_a_time_and_op_nodes(cli, tmp_path, mini_artifacts):
+    place(mini_artifacts["dynamic", "auto"], tmp_path / "d.onnx")
+    refused(cli("build-engine", "--mode", "bucketed"), "d.onnx", "--batch 1")
+    place(mini_artifacts["1", "standard"], tmp_path / "d.onnx")
+    refused(cli("build-engine", "--mode", "bucketed"), "d.onnx", "--ops auto")
 
 
 @rtx
@@ -107,7 +137,14 @@ def test_no_tensorrt(cli, model, monkeypatch):
     ("args", "words"),
     [
         (["--fp16", "--bf16"], ["exclude each other"]),
-        (["--mode", "bucketed"], ["bucketed", "--mode padded"]),
+        (["--buckets", "16,197"], ["--buckets needs --mode bucketed"]),
+        (["--mode", "bucketed", "--buckets", "16,32"], ["16,32", "as_deit_s.onnx", "add 197"]),
+        (["--mode", "bucketed", "--buckets", "16,198"], ["198", "2 to 197 rows"]),
+        (["--mode", "bucketed", "--buckets", "few"], ["few", "--buckets 64,128,197"]),
+        (["--mode", "bucketed", "--batch", 1, 4, 8], ["--batch", "--mode bucketed"]),
+        (["--mode", "bucketed", "--embed-plugin"], ["--embed-plugin", "--mode bucketed"]),
+        (["--mode", "bucketed", "-o", "x.engine"], ["x.engine", "a name in .bucketed"]),
+        (["--mode", "bucketed", "--target-sm", "90", "--no-check"], ["stage 1 of 4", "SM90"]),
         (["--batch", "1", "4", "8"], ["as_deit_s.onnx", "fixed batch", "--batch dynamic"]),
         (["--layers", "l.json"], ["--layers", "--flavour tensorrt"]),
         (["--version-compatible"], ["--version-compatible"]),
@@ -132,8 +169,13 @@ def test_bad_capability(cli, model):
 @rtx
 def test_unwritable_folder(powerless_cli, model):
     (model.parent / "closed").mkdir(mode=0o500)
-    (result,) = powerless_cli(model.parent, ["build-engine", "-o", "closed/x.engine"])
-    refused(result, "closed/x.engine", "permission")
+    results = powerless_cli(
+        model.parent,
+        ["build-engine", "-o", "closed/x.engine"],
+        ["build-engine", "--mode", "bucketed", "-o", "closed/x.bucketed"],
+    )
+    for result, name in zip(results, ("x.engine", "x.bucketed")):
+        refused(result, f"closed/{name}", "permission")
 
 
 @rtx
@@ -242,12 +284,14 @@ def test_not_an_onnx_file(cli, model):
 
 
 @rtx
-@pytest.mark.parametrize("kilobytes", [500, 5000])  # the graph or the plan does not fit
-def test_a_full_disk_costs_one_line(model, kilobytes, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "kilobytes"), [("padded", 500), ("padded", 5000), ("bucketed", 5000)]
+)  # the graph or the plan does not fit
+def test_a_full_disk_costs_one_line(model, mode, kilobytes, monkeypatch):
     monkeypatch.chdir(model.parent)
     limit = kilobytes * 1024
     done = subprocess.run(
-        [sys.executable, "-m", "asvit_deploy", "build-engine", "--mode", "padded", "--no-check"],
+        [sys.executable, "-m", "asvit_deploy", "build-engine", "--mode", mode, "--no-check"],
         capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip

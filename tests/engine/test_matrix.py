@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import sharpened
 
-from asvit_deploy import artifact
+from asvit_deploy import artifact, bundle
 from asvit_deploy.checkpoints import default_checkpoint
+from asvit_deploy.engine.bucketed import build_bucketed
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.export.pipeline import export
@@ -65,3 +66,18 @@ def test_builds(rtx, trt_plugin, exported, tmp_path, model, mode, batch, precisi
     assert fields["target_sms"] == list(SMS)
     weights = exported(model, batch).stat().st_size * (0.45 if precision else 0.9)
     assert output.stat().st_size > weights, "a plan holds at least its weights"
+
+
+@pytest.mark.parametrize("precision", [None, "fp16", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_builds_stages_for_automatic_buckets(rtx, exported, tmp_path, model, precision):
+    options = Options(precision, "bucketed", target_sms=SMS, checked=False)
+    output = tmp_path / "x.bucketed"
+    result = build_bucketed(open_source(exported(model, "1")), output, rtx, options)
+    assert result.warnings == []
+    fields = bundle.read(output)
+    assert list(fields["files"]) == [f"stage_{stage}.engine" for stage in range(4)]
+    assert (len(fields["buckets"]), fields["buckets"][-1]) == (13, 197)
+    assert fields["target_sms"] == list(SMS)
+    weights = exported(model, "1").stat().st_size * (0.45 if precision else 0.9)
+    assert sum(p.stat().st_size for p in output.iterdir()) > weights

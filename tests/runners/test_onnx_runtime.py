@@ -7,6 +7,9 @@ import onnx
 import pytest
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.export.pipeline import export
+from asvit_deploy.export.precision import to_half
+from asvit_deploy.models.checkpoint import load_checkpoint
 from asvit_deploy.runners.base import decode
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
@@ -60,6 +63,30 @@ def test_refuses_a_truncated_model(tmp_path, mini_artifacts):
 def test_says_how_to_run_the_node_alone(mini_artifacts):
     with pytest.raises(UserError, match="build-plugins ort"):
         OrtRunner(mini_artifacts["1", "custom"])
+
+
+@pytest.mark.parametrize("ops", ["auto", "standard"])
+def test_describes_what_runs(mini_artifacts, ops):
+    told = OrtRunner(mini_artifacts["1", ops], record=False).describe()
+    assert told["op"] == {"auto": "function", "standard": "standard"}[ops]
+    assert told["precision"] == "float32"
+
+
+def test_describes_the_library(mini_artifacts, op_library):
+    assert OrtRunner(mini_artifacts["1", "auto"], op_library).describe()["op"] == "library"
+    # Given, but without a node to run.
+    assert OrtRunner(mini_artifacts["1", "standard"], op_library).describe()["op"] == "standard"
+
+
+def test_describes_half_precision(mini_artifacts):
+    model = to_half(onnx.load(mini_artifacts["1", "standard"]), "fp16")
+    assert OrtRunner(model, record=False).describe()["precision"] == "float16"
+
+
+def test_describes_a_dense_model(mini_checkpoint, photos, tmp_path):
+    path = tmp_path / "dense.onnx"
+    export(load_checkpoint(mini_checkpoint), path, photos, "1", "auto", dense=True)
+    assert OrtRunner(path).describe()["op"] == "none"
 
 
 def test_missing_file():

@@ -1,0 +1,110 @@
+"""ONNX to stage engines: cut the graph, check the cut, build each stage for every bucket."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx
+
+from asvit_deploy import bundle
+from asvit_deploy.engine import process
+from asvit_deploy.engine.buckets import choose_buckets, profiles_of
+from asvit_deploy.engine.build import Built, Options, describe, make_job, refuse_misfits
+from asvit_deploy.engine.checked import Checked, check, make_graph
+from asvit_deploy.engine.flavour import Flavour
+from asvit_deploy.engine.source import Source
+from asvit_deploy.engine.warnings import unexpected
+from asvit_deploy.export.stages import rows_of, split_stages, thresholds_of
+from asvit_deploy.runners.bucketed import BucketedRunner, OrtStages
+
+# The cut moves no number: where another check judges the precision, a few pictures show a mistake.
+FEW_IMAGES = 16
+
+
+def build_bucketed(
+    source: Source,
+    output: Path,
+    flavour: Flavour,
+    options: Options,
+    progress: process.Progress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Built:
+    """Build one engine per stage and put them in place in one folder with a manifest.
+
+    Nothing is written unless the stages agree with the reference and every build succeeds.
+
+    Args:
+        output: the folder: `stage_0.engine` and so on, each with one optimisation profile per
+            bucket in the manifest's order (stage 0 has no varying shape), and `manifest.json`.
+        progress, say: as `build_engine`.
+
+    Raises:
+        UserError: an option or the graph does not fit, or the builder gives up.
+        CheckFailed: the graph or its stages do not agree with the reference.
+    """
+    refuse_misfits(flavour, options)
+    graph = make_graph(source, "bucketed", options.precision)
+    stages = split_stages(graph, str(source.path))
+    buckets = choose_buckets(options.buckets, rows_of(stages), str(source.path))
+    checked = _check(source, graph, buckets, options, say) if options.checked else None
+    start = time.perf_counter()
+    plans, outcome = _build(stages, buckets, source, flavour, options, progress)
+    seconds = time.perf_counter() - start
+    fields = {
+        **describe(source, flavour, options, outcome, checked, seconds),
+        "kind": "bucketed",
+        "buckets": list(buckets),
+        "thresholds": thresholds_of(graph),
+    }
+    fields = bundle.write(output, plans, fields)
+    return Built(checked, unexpected(outcome.warnings), fields, seconds)
+
+
+def ort_runner(graph: onnx.ModelProto, buckets: Sequence[int], name: str) -> BucketedRunner:
+    """A dynamic graph of ours in bucketed mode on ONNX Runtime's CPU."""
+    backend = OrtStages(split_stages(graph, name), thresholds_of(graph))
+    return BucketedRunner(backend, len(backend.thresholds), buckets)
+
+
+def _check(
+    source: Source, graph: onnx.ModelProto, buckets: Sequence[int], options: Options,
+    say: Callable[[str], None],
+) -> Checked:  # fmt: skip
+    """The stages in float32 against the reference, and the precision on the graph as a whole."""
+    limit = min(options.limit, FEW_IMAGES) if options.precision else options.limit
+    say(f"comparing the stages on up to {limit} images")
+    cut = ort_runner(source.model, buckets, str(source.path))
+    checked = check(source, source.model, None, options.images, limit, cut)
+    if options.precision:
+        say(f"comparing the graph on up to {options.limit} images")
+        checked = check(source, graph, options.precision, options.images, options.limit)
+    say(f"agrees with {checked.reference} on {checked.parity.images} images ({checked.pictures})")
+    return checked
+
+
+def _build(
+    stages: Sequence[onnx.ModelProto], buckets: Sequence[int], source: Source, flavour: Flavour,
+    options: Options, progress: process.Progress,
+) -> tuple[dict[str, bytes], process.Outcome]:  # fmt: skip
+    """Plans by file name, and what the builders said together."""
+    plans: dict[str, bytes] = {}
+    total = process.Outcome()
+    for number, stage in enumerate(stages):
+        part = f"stage {number + 1} of {len(stages)}"
+
+        def relay(phase: str, done: int, of: int, part: str = part) -> None:
+            progress(f"{part}: {phase}", done, of)
+
+        with tempfile.TemporaryDirectory(prefix="asvit-engine-") as name:
+            folder = Path(name)
+            profiles = profiles_of(stage, buckets)
+            job = make_job(folder, stage, flavour, options, profiles, stages=0)
+            outcome = process.run(job, flavour, folder, f"{part} of {source.path}", relay)
+            plans[f"stage_{number}.engine"] = Path(job.plan).read_bytes()
+        total.version = outcome.version
+        total.layers += outcome.layers
+        total.warnings += outcome.warnings
+    return plans, total

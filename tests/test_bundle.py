@@ -1,0 +1,107 @@
+"""Folders with a manifest: whole, ours and unchanged, or refused in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from asvit_deploy import bundle
+from asvit_deploy.errors import UserError
+
+FILES = {"a.bin": b"one", "b.bin": b"two"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "m.bucketed"
+    bundle.write(path, FILES, {"kind": "bucketed", "buckets": [2, 5]})
+    return path
+
+
+def refused(words, call, *args):
+    with pytest.raises(UserError, match=words) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+
+
+def test_write_and_read(folder):
+    fields = bundle.read(folder)
+    assert (fields["kind"], fields["buckets"]) == ("bucketed", [2, 5])
+    assert set(fields["files"]) == set(FILES)
+    assert {p.name for p in folder.iterdir()} == {*FILES, "manifest.json"}
+    assert [p.name for p in folder.parent.iterdir()] == ["m.bucketed"]
+
+
+def test_replaces_the_whole_folder(folder):
+    bundle.write(folder, {"c.bin": b"three"}, {"kind": "bucketed"})
+    assert {p.name for p in folder.iterdir()} == {"c.bin", "manifest.json"}
+    assert [p.name for p in folder.parent.iterdir()] == ["m.bucketed"]
+    assert list(bundle.read(folder)["files"]) == ["c.bin"]
+
+
+def test_reading_refuses(folder, tmp_path):
+    refused("gone does not exist", bundle.read, tmp_path / "gone")
+    refused("holds no manifest.json", bundle.read, tmp_path)
+    (folder / "a.bin").write_bytes(b"other")
+    refused(r"a\.bin was changed.*make m\.bucketed again", bundle.read, folder)
+    (folder / "a.bin").unlink()
+    refused(r"a\.bin is missing.*make m\.bucketed again", bundle.read, folder)
+    manifest = folder / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace("2,", "3,"))
+    refused(r"manifest\.json was edited", bundle.read, folder)
+    manifest.write_text(text.replace('"schema": 1', '"schema": 2'))
+    refused("has schema 2", bundle.read, folder)
+    for content in ("", "[]", "{", "{}"):
+        manifest.write_text(content)
+        refused("is not a manifest of this tool", bundle.read, folder)
+
+
+def test_target(folder, tmp_path):
+    bundle.check_target(tmp_path / "free.bucketed", "bucketed", False)
+    bundle.check_target(folder, "bucketed", True)
+    refused(r"exists already; pass --force", bundle.check_target, folder, "bucketed", False)
+    refused(r"a name in \.bucketed", bundle.check_target, tmp_path / "x.engine", "bucketed", True)
+    refused(r"no/such/x\.bucketed: the folder .*no/such does not exist", bundle.check_target,
+            tmp_path / "no/such" / "x.bucketed", "bucketed", True)  # fmt: skip
+    file = tmp_path / "file.bucketed"
+    file.touch()
+    refused("is a file", bundle.check_target, file, "bucketed", True)
+
+
+def test_force_spares_what_is_not_ours(folder, tmp_path):
+    foreign = tmp_path / "photos.bucketed"
+    foreign.mkdir()
+    (foreign / "holiday.jpg").touch()
+    refused("not a folder that this tool made", bundle.check_target, foreign, "bucketed", True)
+    (folder / "notes.txt").touch()
+    refused(r"holds notes\.txt", bundle.check_target, folder, "bucketed", True)
+    assert (folder / "notes.txt").exists()
+
+
+def test_a_failure_leaves_the_old_folder(folder, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    refused("No space left", bundle.write, folder, FILES, {"kind": "bucketed"})
+    assert set(bundle.read(folder)["files"]) == set(FILES)
+    assert [p.name for p in folder.parent.iterdir()] == ["m.bucketed"]
+
+
+def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
+    folder = tmp_path / "m.bucketed"
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    dead = int(done.stdout)
+    for ending in ("tmp", "old.tmp"):
+        left = folder.with_name(f".m.bucketed.{dead}.{ending}")
+        left.mkdir()
+        (left / "a.bin").touch()
+    mine = folder.with_name(f".m.bucketed.{os.getppid()}.tmp")
+    mine.mkdir()  # of a run that is alive
+    bundle.write(folder, FILES, {"kind": "bucketed"})
+    assert {p.name for p in folder.parent.iterdir()} == {"m.bucketed", mine.name}
