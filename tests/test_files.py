@@ -12,13 +12,21 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic, check_writable, sha256, write_bytes, write_text
+from asvit_deploy.files import (
+    atomic,
+    cache_dir,
+    check_writable,
+    make_cache_dir,
+    sha256,
+    write_bytes,
+    write_text,
+)
 
 NOBODY = 65534
 
@@ -160,6 +168,50 @@ def test_another_living_run_keeps_its_temporary(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_folder_is_listed_once_however_many_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = []
+
+    def counted(listing: Callable) -> Callable:
+        def call(*args: object) -> object:
+            listed.append(args)
+            return listing(*args)
+
+        return call
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    for i in range(20):
+        write_text(tmp_path / f"file{i}", "x")
+    monkeypatch.undo()
+    assert len(listed) == 1
+    assert len(names(tmp_path)) == 20
+
+
+def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for home in ("", "somewhere"):  # a relative one is ignored, as its specification says
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
+        assert cache_dir() == tmp_path / ".cache" / "asvit-deploy"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert make_cache_dir("deep") == tmp_path / "own" / "asvit-deploy" / "deep"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME to a writable folder"):
+        make_cache_dir()
+
+
+def test_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UserError, match="there is no home folder; set XDG_CACHE_HOME"):
+        cache_dir()
 
 
 def refused(path: Path, words: str) -> None:

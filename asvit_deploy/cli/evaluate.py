@@ -13,6 +13,7 @@ from asvit_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from asvit_deploy.models.registry import ArchConfig
+    from asvit_deploy.models.vit import BatchRule
     from asvit_deploy.runners.base import Runner
 
 
@@ -37,7 +38,7 @@ def command(
     model: Path,
     data: str,
     batches: tuple[int, ...],
-    batch_rule: str,
+    batch_rule: BatchRule,
     dense: bool,
     limit: int | None,
     library: Path | None,
@@ -76,7 +77,7 @@ def command(
 
 
 def _open(
-    path: Path, batch_rule: str, dense: bool, library: Path | None
+    path: Path, batch_rule: BatchRule, dense: bool, library: Path | None
 ) -> tuple[Runner, ArchConfig, list[str] | None]:
     """The runner, the architecture, and the classes where they are known."""
     if path.suffix == ".onnx":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import warnings
 import zipfile
@@ -89,8 +90,10 @@ def load_checkpoint(
             artifact.read(path)  # refuses a sidecar that does not belong to it
     raw = _strip_prefix(_select(content, ema, refuse))
     _refuse_relatives(raw, refuse)
-    state = {_FOREIGN_THRESHOLD.sub(r"thresholds.\1", key): value for key, value in raw.items()}
+    state = _renamed(raw, refuse)
     config = _infer_config(state, metadata.get("arch") if ours else None, arch, refuse)
+    if ours:
+        _check_told(metadata, config, refuse)
     adaptive = any(map(_THRESHOLD.match, state))
     state = _checked(state, config, adaptive, refuse)
     if image_size is not None and image_size != config.image_size:
@@ -129,7 +132,8 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
             num_classes are added and cannot be overridden.
 
     Raises:
-        UserError: another suffix than `.safetensors`, or the folder cannot be written.
+        UserError: another suffix than `.safetensors`, a weight or threshold that is not finite, or
+            the folder cannot be written.
     """
     path, config = Path(path), model.config
     if path.suffix != ".safetensors":
@@ -142,6 +146,11 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
         "num_classes": str(config.num_classes),
     }
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if odd := [key for key, value in tensors.items() if not value.isfinite().all()]:
+        raise UserError(
+            f"{path} is not written: {_list(odd)} holds NaN or infinite values; "
+            "lower the learning rate, or start from other weights"
+        )
     told = {**metadata, **own}
     fields = {"kind": "checkpoint", **provenance(["torch", "safetensors"])}
     fields |= {key: _parsed(value) for key, value in told.items() if key != "schema"}
@@ -152,7 +161,7 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
 def _parsed(value: str) -> Any:
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -238,6 +247,41 @@ def _check_schema(metadata: Mapping[str, str], refuse: Refuse) -> None:
         refuse("does not say its arch, image_size and num_classes; write it again with this tool")
 
 
+def _check_told(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) -> None:
+    """What our own file says of itself must fit its tensors: later steps take it from here."""
+    for key, holds in (("image_size", config.image_size), ("num_classes", config.num_classes)):
+        if metadata[key] != str(holds):
+            refuse(
+                f"says {key} {_quoted(metadata[key])} but holds {holds}; write it again with this "
+                "tool"
+            )
+    if "budget" in metadata and not 0 < _number(metadata["budget"]) < math.inf:
+        refuse(
+            f"says budget {_quoted(metadata['budget'])}, which is no number above 0; write it "
+            "again with this tool"
+        )
+    if "classes" in metadata:
+        names = _parsed(metadata["classes"])
+        fits = isinstance(names, list) and len(names) == config.num_classes
+        if not fits or not all(isinstance(name, str) for name in names):
+            refuse(
+                f"says classes {_quoted(metadata['classes'])}, which is no JSON list of "
+                f"{config.num_classes} names; write it again with this tool"
+            )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _quoted(text: str) -> str:
+    """Foreign text in one line, not too long."""
+    return repr(text if len(text) <= 40 else f"{text[:40]}…")
+
+
 def _select(content: Any, ema: bool, refuse: Refuse) -> dict[str, Tensor]:
     """The state dict among what a training script saved."""
     if not isinstance(content, dict):
@@ -254,6 +298,37 @@ def _select(content: Any, ema: bool, refuse: Refuse) -> dict[str, Tensor]:
     if odd or not state:
         told = f"{_list(odd)} are no weights" if odd else "there are no weights in it"
         refuse(f"is no state dict: {told}; save the model's state_dict()")
+    for key, value in state.items():
+        # Before anything is computed from them: these fail, or grow, in the middle of it.
+        if reason := _not_plain(value):
+            refuse(f"has {key} as {reason}; save the weights as plain, contiguous tensors")
+    return state
+
+
+def _not_plain(value: Tensor) -> str | None:
+    """What is odd about a tensor that is no block of numbers of its own, or None."""
+    if value.is_nested:
+        return "nested tensor"
+    if value.is_meta:
+        return "meta tensor, which has no values"
+    if value.layout != torch.strided:
+        return f"{value.layout} tensor"
+    if value.is_quantized:
+        return f"quantized {value.dtype} tensor"
+    # A few bytes on disk can claim any size this way.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"view that repeats its values (shape {list(value.shape)})"
+    return None
+
+
+def _renamed(raw: Mapping[str, Tensor], refuse: Refuse) -> dict[str, Tensor]:
+    """The release's name of a threshold becomes ours."""
+    state: dict[str, Tensor] = {}
+    for key, value in raw.items():
+        ours = _FOREIGN_THRESHOLD.sub(r"thresholds.\1", key)
+        if ours != key and ours in raw:
+            refuse(f"has both {key} and {ours}, two thresholds of one stage; leave one of them")
+        state[ours] = value
     return state
 
 
@@ -390,6 +465,8 @@ def _checked(
     for key, value in clean.items():
         if not value.isfinite().all():
             refuse(f"has NaN or infinite values in {key}; pass a checkpoint that did not diverge")
+        if key.endswith(".running_var") and value.min() < 0:
+            refuse(f"has negative variances in {key}; pass an unmodified checkpoint")
     return clean
 
 
@@ -400,9 +477,8 @@ def _converted(key: str, value: Tensor, like: Tensor, refuse: Refuse) -> Tensor:
             f"has {key} of shape {list(value.shape)} where {list(like.shape)} is needed; "
             "pass an unmodified checkpoint"
         )
-    plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
-    if not plain or value.is_floating_point() != like.is_floating_point() or value.is_complex():
-        refuse(f"has {key} as {value.dtype}, {value.layout}; save the weights in plain float32")
+    if value.is_floating_point() != like.is_floating_point() or value.is_complex():
+        refuse(f"has {key} as {value.dtype}; save the weights in plain float32")
     return value.to(like.dtype).contiguous()
 
 

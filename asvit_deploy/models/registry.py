@@ -7,8 +7,9 @@ from typing import Literal
 
 from asvit_deploy.errors import UserError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
 STEM_WIDTH = 64  # channels inside LV-ViT's convolutional stem
+MAX_IMAGE_SIZE = 4096  # pixels: 65,536 tokens of 16-pixel patches, far over what attention carries
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
@@ -61,9 +62,13 @@ class ArchConfig:
         """The same architecture for another image size or head.
 
         Raises:
-            UserError: the patch size does not divide `image_size`.
+            UserError: the patch size does not divide `image_size`, or it is over 4096.
         """
         size = self.image_size if image_size is None else image_size
+        if size > MAX_IMAGE_SIZE:
+            raise UserError(
+                f"image size {size} is too large for {self.name}; at most {MAX_IMAGE_SIZE} pixels"
+            )
         if size <= 0 or size % self.patch_size:
             below = max(size // self.patch_size, 1) * self.patch_size
             raise UserError(

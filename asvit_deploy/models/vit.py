@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,11 @@ from asvit_deploy.reduction.threshold import (
     soft_keep_mask,
 )
 
-# Where the paper's fine-tuning starts; a fresh adaptive model carries these.
-INITIAL_THRESHOLDS = (0.001, 0.002, 0.003)
+# Where the paper's fine-tuning starts: 0.001, 0.002, 0.003. A fresh adaptive model carries these.
+INITIAL_THRESHOLD = 0.001
+
+# How the images of a batch go together.
+BatchRule = Literal["exact", "mean-k"]
 
 # (stage, scores float32 [B, N], alive float32 [B, N]) -> keep mask float32 [B, N]
 Selector = Callable[[int, Tensor, Tensor], Tensor]
@@ -204,7 +208,8 @@ class AdaptiveViT(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=self.blocks[0].norm1.eps)  # type: ignore
         self.head = nn.Linear(config.dim, config.num_classes)
         self.thresholds = nn.ParameterList(
-            nn.Parameter(torch.tensor(value)) for value in INITIAL_THRESHOLDS if adaptive
+            nn.Parameter(torch.tensor(INITIAL_THRESHOLD * (stage + 1)))
+            for stage in range(len(config.stages) if adaptive else 0)
         )
         self._initialise()
 
@@ -240,7 +245,7 @@ class AdaptiveViT(nn.Module):
         return self.adaptive and block + 1 in self.config.stages
 
     def forward(
-        self, images: Tensor, batch_rule: str = "exact", padded: bool | None = None
+        self, images: Tensor, batch_rule: BatchRule = "exact", padded: bool | None = None
     ) -> tuple[Tensor, Trace]:
         """Inference form: tokens are really removed.
 
@@ -252,7 +257,12 @@ class AdaptiveViT(nn.Module):
 
         Returns:
             logits [B, C] and the trace of the stages.
+
+        Raises:
+            ValueError: an unknown batch rule.
         """
+        if batch_rule not in get_args(BatchRule):
+            raise ValueError(f"batch rule {batch_rule!r} is not one of {get_args(BatchRule)}")
         padded = images.shape[0] > 1 if padded is None else padded
         mean_k = batch_rule == "mean-k"
         # One image goes through the blocks without its batch axis: its linear layers are then

@@ -167,7 +167,8 @@ def compile_library(
     """
     if reason := run_compiler([*compile_command(compiler, headers, nvcc, targets), "-o", output]):
         raise UserError(
-            f"{nvcc or shlex.join(compiler)} cannot compile {sources_dir()} ({reason}); {WITHOUT}"
+            f"{nvcc or shlex.join(compiler)} cannot compile {sources_dir()} ({reason}); name "
+            f"another compiler with CXX; {WITHOUT}"
         )
 
 

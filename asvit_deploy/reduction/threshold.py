@@ -41,13 +41,14 @@ def mean_k_keep_mask(scores: Tensor, threshold: Tensor) -> Tensor:
     An image then depends on its batch mates; use it to reproduce the paper's validation numbers.
 
     Args:
-        scores: float32 [B, N].
+        scores: float32 [B, N]; NaN is lower than every number, and the first of equals wins.
 
     Returns:
         bool [B, N] with the same number of True in every row.
     """
     count = int((scores > threshold).sum()) // scores.shape[0]
-    top = scores.topk(min(max(count, 1), scores.shape[1]), dim=1).indices
+    # Not topk, nor a falling sort: both take NaN for the highest.
+    top = (-scores).argsort(dim=1, stable=True)[:, : max(count, 1)]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
 
 

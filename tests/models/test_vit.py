@@ -165,6 +165,21 @@ def test_mean_k_keeps_at_least_one():
     assert mean_k_keep_mask(scores, torch.tensor(-1.0)).all()
 
 
+def test_unknown_batch_rule(model):
+    with pytest.raises(ValueError, match=r"'mean_k' is not one of \('exact', 'mean-k'\)"):
+        model(pictures(model.config, 1), batch_rule="mean_k")
+
+
+@pytest.mark.parametrize("stages", [(3,), (1, 3), (1, 2, 3, 5)])
+def test_as_many_thresholds_as_stages(stages):
+    network = build(replace(CONFIGS["deit"], stages=stages)).eval()
+    expected = [0.001, 0.002, 0.003, 0.004][: len(stages)]
+    assert network.threshold_values() == pytest.approx(expected, rel=1e-6)
+    with torch.inference_mode():
+        _, trace = network(pictures(network.config, 2))
+    assert len(trace.length) == len(stages)
+
+
 def test_lvvit_votes_are_those_of_the_kept_tokens():
     model = build(CONFIGS["lvvit"]).eval()
     tokens = torch.randn(1, 5, 128)

@@ -77,3 +77,12 @@ def test_mean_k_is_the_floor_of_the_mean(batch):
     assert keep.sum(1).tolist() == [count] * batch
     for row, chosen in zip(scores, keep):
         assert row[chosen].min() >= row[~chosen].max()
+
+
+def test_mean_k_takes_nan_for_lower_than_every_number():
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor([[nan, -inf, 0.5, nan, 0.2], [0.9, nan, 0.8, 0.7, 0.6]])
+    assert mean_k_keep_mask(scores, torch.tensor(0.1)).tolist() == [
+        [False, True, True, False, True],
+        [True, False, True, True, False],
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -83,6 +84,38 @@ def test_written_files_are_the_placements(tmp_path):
         assert path.name == f"{i:05d}_label{expected.labels[i]}.png"
         pixels = np.asarray(Image.open(path)).transpose(2, 0, 1)
         np.testing.assert_array_equal(pixels, expected.images[i])
+
+
+def test_many_are_drawn_a_few_at_a_time(tmp_path, monkeypatch):
+    sizes, batch = [], digits.ClutteredDigits.batch
+
+    def counted(self, index):
+        sizes.append(len(index))
+        return batch(self, index)
+
+    whole = [path.read_bytes() for path in digits.write_placements(tmp_path / "a", 10)]
+    monkeypatch.setattr(digits, "_CHUNK", 4)
+    monkeypatch.setattr(digits.ClutteredDigits, "batch", counted)
+    paths = digits.write_placements(tmp_path / "b", 10)
+    assert sizes == [4, 4, 2]
+    assert [path.name[:5] for path in paths] == [f"{i:05}" for i in range(10)]
+    assert all(a == path.read_bytes() for a, path in zip(whole, paths))
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999"])
+def test_seeds_that_no_generator_takes(seed, tmp_path, monkeypatch, capsys):
+    arguments = ["digits", "--write", str(tmp_path / "pictures"), "--count", "1", "--seed", seed]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as end:
+        digits.main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error == f"Error: the seed must be between 0 and {2**63 - 4}, not {seed}\n"
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_the_largest_seed_works(tmp_path):
+    assert len(digits.write_placements(tmp_path, 1, digits.MAX_SEED)) == 1
 
 
 def test_writing_refuses_a_file_as_folder(tmp_path):
