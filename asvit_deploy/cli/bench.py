@@ -48,8 +48,10 @@ def command(
     """Latency at batch 1, MACs and kept tokens, beside the dense model.
 
     One process, all variants interleaved in random order, on real pictures; the ratio of medians
-    is what counts. Without MODELS, the adaptive artefact that the current folder's sidecars name.
+    is what counts. Without MODELS, the adaptive artefact that the current folder's sidecars name,
+    and on a machine with a GPU the engines that were built from it.
     """
+    from asvit_deploy.evaluate.engine_session import is_engine
     from asvit_deploy.evaluate.session import find_op_library
 
     if output is not None:
@@ -58,7 +60,10 @@ def command(
     found = find_op_library(library)
     reports = []
     for path in _chosen(models):
-        reports += _bench(path, images, limit, runs, warmup, counts, found)
+        if is_engine(path):
+            reports.append(_bench_engine(path, images, limit, runs, warmup))
+        else:
+            reports += _bench(path, images, limit, runs, warmup, counts, found)
     text = json.dumps(reports, indent=2)
     if output is not None:
         files.write_text(output, text + "\n")
@@ -66,7 +71,7 @@ def command(
         click.echo(text)
     else:
         for report in reports:
-            _print(report)
+            _print_engine(report) if report["kind"] == "engine" else _print(report)
 
 
 def _chosen(models: tuple[Path, ...]) -> list[Path]:
@@ -80,7 +85,21 @@ def _chosen(models: tuple[Path, ...]) -> list[Path]:
     if len(adaptive) > 1:
         names = ", ".join(map(str, adaptive))
         raise UserError(f"several artefacts here, name the ones to bench: {names}")
-    return adaptive
+    return [*adaptive, *_engines_beside(adaptive[0])]
+
+
+def _engines_beside(onnx: Path) -> list[Path]:
+    """The engines here that were built from `onnx`, where they can run."""
+    import torch
+
+    from asvit_deploy.evaluate.engine_session import engines_of
+
+    engines = engines_of(Path(), onnx)
+    if engines and not torch.cuda.is_available():
+        names = ", ".join(map(str, engines))
+        options.status(f"not run, for want of an NVIDIA GPU that PyTorch sees: {names}")
+        return []
+    return engines
 
 
 def _bench(
@@ -131,11 +150,79 @@ def _measure(
     if threads == 1 and session.adaptive:
         profiles = [profile.shares(session.path, loaded, lib) for lib in ways.values()]
     return {
-        "model": str(session.path), "arch": session.fields["arch"], "threads": threads or cores,
-        "warmup": warmup, "runs": runs, "images": pictures.source, "image_count": len(loaded),
+        "kind": "model", "model": str(session.path), "arch": session.fields["arch"],
+        "threads": threads or cores, "warmup": warmup, "runs": runs,
+        "images": pictures.source, "image_count": len(loaded),
         "macs": macs, "rows": rows, "profile": profiles, "notes": notes,
         "verdict": bench.verdict(rows), "machine": machine(),
     }  # fmt: skip
+
+
+def _bench_engine(
+    path: Path, images: Path | None, limit: int, runs: int, warmup: int
+) -> dict[str, Any]:
+    import tempfile
+
+    import torch
+    from tqdm import tqdm
+
+    from asvit_deploy.evaluate import bench, engine_bench
+    from asvit_deploy.evaluate.engine_session import EngineSession
+    from asvit_deploy.evaluate.machine import machine
+    from asvit_deploy.images import open_images
+    from asvit_deploy.runners.pytorch import TorchRunner
+    from asvit_deploy.runners.tensorrt import require_gpu
+
+    session = EngineSession(path)
+    require_gpu(str(path))
+    pictures = open_images(images, session.config, limit)
+    options.status(f"{path}: {len(pictures)} images ({pictures.source})")
+    loaded = [pictures[i] for i in range(len(pictures))]
+    # The reference's counts: what `check` proves the engine to keep.
+    lengths = bench.kept_per_image(TorchRunner(session.reference), loaded)
+    with tempfile.TemporaryDirectory(prefix="asvit-bench-") as folder:
+        variants = engine_bench.variants_of(session, pictures, lengths, Path(folder))
+        with tqdm(total=warmup + runs, desc="bench", disable=None, leave=False) as bar:
+            times = engine_bench.measure(
+                variants, loaded, warmup, runs, progress=lambda: bar.update() and None
+            )
+    rows = engine_bench.summarise(variants, times)
+    return {
+        "kind": "engine", "model": str(path), "arch": session.fields["arch"],
+        "flavour": session.fields["flavour"], "version": session.fields["flavour_version"],
+        "precision": session.fields["precision"], "mode": session.fields["mode"],
+        "gpu": torch.cuda.get_device_name(), "warmup": warmup, "runs": runs,
+        "images": pictures.source, "image_count": len(loaded),
+        "macs": bench.macs_summary(session.config, lengths, runs) if session.adaptive else None,
+        "rows": rows, "against_kept": engine_bench.against_kept(variants, times, lengths),
+        "verdict": engine_bench.verdict(rows), "machine": machine(),
+    }  # fmt: skip
+
+
+def _print_engine(report: dict[str, Any]) -> None:
+    from asvit_deploy.evaluate.report import table
+
+    rows = []
+    for row in report["rows"]:
+        gain = row.get("speedup")
+        clocks = [
+            f"{row[f'{c}_ms'][p]:.3f}"
+            for c, p in (
+                ("gpu", "p50"),
+                ("wall", "p50"),
+                ("wall", "p90"),
+                ("wall", "p99"),
+                ("enqueue", "p50"),
+            )
+        ]
+        said = f"{gain['value']:.2f} ({gain['low']:.2f}-{gain['high']:.2f})" if gain else "1"
+        rows.append([row["name"], *clocks, said])  # fmt: skip
+    click.echo(f"\n{report['model']}: {report['flavour']} {report['version']}, "
+               f"{report['precision']}, batch 1, {report['gpu']}, {report['runs']} rounds over "
+               f"{report['image_count']} images")  # fmt: skip
+    click.echo(table(["engine", "GPU p50 ms", "wall p50 ms", "p90", "p99", "enqueue p50 ms",
+                      "speed-up over dense (95 %)"], rows))  # fmt: skip
+    click.echo(f"verdict: {report['verdict']}")
 
 
 def _variants(session: Session, threads: int) -> tuple[list[Variant], list[str]]:

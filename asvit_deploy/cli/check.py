@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from asvit_deploy.cli import options
-from asvit_deploy.errors import CheckFailed
+from asvit_deploy.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
+    from asvit_deploy.evaluate.engine_session import EngineSession
     from asvit_deploy.evaluate.parity import Parity
     from asvit_deploy.evaluate.session import Session
     from asvit_deploy.runners.base import Runner
 
-    Opened = tuple[Session, Runner, dict[str, Runner]]  # artefact, reference, runner of each way
+    # artefact, reference, runner of each way
+    Opened = tuple[Session | EngineSession, Runner, dict[str, Runner]]
 
 _BATCH = 8  # what a dynamic-batch model is also run with
 
@@ -41,7 +43,8 @@ def command(
     """Compare logits, top-1 and kept tokens with PyTorch; exit 1 when they do not agree.
 
     Without MODELS, every ONNX artefact in the current folder. Each is run with its function and,
-    where the op's library is built, with that; a dynamic-batch model also in batches of 8.
+    where the op's library is built, with that; a dynamic-batch model also in batches of 8. An
+    engine, or a bucketed folder of them, runs on this machine's GPU.
     """
     from asvit_deploy.evaluate.session import find_op_library
 
@@ -67,11 +70,18 @@ def command(
 
 def _open(path: Path, other: Path | None, library: Path | None) -> Opened:
     """Everything that checking `path` needs, loaded: what cannot be loaded is refused here."""
+    from asvit_deploy.evaluate.engine_session import EngineSession, is_engine
     from asvit_deploy.evaluate.session import Session
     from asvit_deploy.runners.pytorch import TorchRunner
 
-    session = Session(path, library)
     reference: Runner
+    if is_engine(path):
+        engine = EngineSession(path)
+        if other is not None:
+            raise UserError(f"{path} is an engine, which is compared with PyTorch; leave "
+                            "--reference out")  # fmt: skip
+        return engine, TorchRunner(engine.reference), {"engine": engine.runner()}
+    session = Session(path, library)
     if other is None:
         reference = TorchRunner(session.reference)
     else:
@@ -91,13 +101,13 @@ def _check(opened: Opened, images: Path | None, limit: int) -> list[dict[str, An
     pictures = open_images(images, session.config, limit)
     options.status(f"{session.path}: {len(pictures)} images ({pictures.source})")
     loaded = [pictures[i] for i in range(len(pictures))]
-    batches = (1, _BATCH) if session.dynamic_batch else (1,)
+    batches = (1, _BATCH) if session.fields["batch"] == "dynamic" else (1,)
     runs = [(way, batch) for way in runners for batch in batches]
     results = []
     for way, batch in tqdm(runs, desc="check", disable=None, leave=False):
         parity = compare(
             reference, runners[way], loaded, pictures.names, session.fields["thresholds"],
-            batch=batch,
+            getattr(session, "parity", "float32"), batch,
         )  # fmt: skip
         results.append({"model": str(session.path), "run": f"{way}, batch {batch}",
                         "images": pictures.source, "reference": reference.describe(),

@@ -112,7 +112,8 @@ def compare(
 
     Args:
         reference: its scores give the margins; runs one image at a time.
-        candidate: runs `batch` images at a time.
+        candidate: runs `batch` images at a time; where it does not record kept tokens, their
+            number is compared, and what flipped is guessed from it.
         images: float32 [3, H, W] each.
         names: one per image, for the list of flips.
         thresholds: one per stage; empty when dense.
@@ -147,10 +148,14 @@ def _judge(
     same_top1 = bool(ours.logits[0].argmax() == theirs.logits[b].argmax())
     result.top1_equal += same_top1
     for stage, threshold in enumerate(thresholds):
-        if ours.kept is None or theirs.kept is None or ours.scores is None:
-            raise ValueError("parity needs runners that record kept tokens")
+        if ours.kept is None or ours.scores is None:
+            raise ValueError("parity needs a reference that records kept tokens")
         scores = ours.scores[stage][0]
-        flipped = np.setxor1d(ours.kept[stage][0], theirs.kept[stage][b])
+        if theirs.kept is None:
+            count = int(theirs.lengths[stage][b]) - 1
+            flipped = _likeliest_flips(scores, ours.kept[stage][0], count)
+        else:
+            flipped = np.setxor1d(ours.kept[stage][0], theirs.kept[stage][b])
         result.decisions += int(np.isfinite(scores).sum())
         result.decisions_equal += int(np.isfinite(scores).sum()) - len(flipped)
         if len(flipped):
@@ -165,6 +170,17 @@ def _judge(
     error = float(np.abs(ours.logits[0] - theirs.logits[b]).max()) / max(largest, 1e-12)
     # A NaN would lose every comparison, so it is turned into the failure that it is.
     result.logit_error = max(result.logit_error, error if np.isfinite(error) else np.inf)
+
+
+def _likeliest_flips(scores: NDArray, kept: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """What must at least have flipped for `count` tokens to stay: those nearest to the threshold.
+
+    For a backend that tells how many tokens stay and not which.
+    """
+    if count < len(kept):
+        return kept[np.argsort(scores[kept])[: len(kept) - count]]
+    dropped = np.setdiff1d(np.flatnonzero(np.isfinite(scores)), kept)
+    return dropped[np.argsort(-scores[dropped])[: count - len(kept)]]
 
 
 def _flip(

@@ -17,31 +17,35 @@ def config_of(fields: dict[str, Any]) -> ArchConfig:
     return arch(fields["arch"]).at(fields["image_size"], fields["num_classes"])
 
 
-def source_checkpoint(artifact: Path, fields: dict[str, Any]) -> Path:
-    """Where the artefact's checkpoint is: at its recorded path, or by name beside the artefact.
+def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -> Path:
+    """Where an artefact's source is: at its recorded path, or by name beside the artefact.
+
+    Args:
+        record: `path` and `sha256`, as a sidecar's `source` has them.
+        noun: what the source is.
+        maker: the command that made the artefact.
 
     Raises:
         UserError: it is gone, or has other contents now.
     """
-    recorded = Path(fields["source"]["path"])
+    recorded = Path(record["path"])
     there = [path for path in (recorded, artifact.parent / recorded.name) if path.is_file()]
     for path in there:
-        if sha256(path) == fields["source"]["sha256"]:
+        if sha256(path) == record["sha256"]:
             return path
+    again = f"run `asvit-deploy {maker}` again"
     if there:
-        raise UserError(
-            f"{there[0]} changed since {artifact} was exported from it; export it again"
-        )
-    raise UserError(f"the checkpoint of {artifact}, {recorded}, is gone; put it back or re-export")
+        raise UserError(f"{there[0]} changed since {artifact} was made from it; {again}")
+    raise UserError(f"the {noun} of {artifact}, {recorded}, is gone; put it back, or {again}")
 
 
 def reference_model(artifact: Path, fields: dict[str, Any], dense: bool = False) -> AdaptiveViT:
     """The PyTorch model that an artefact must agree with; `dense` gives its dense twin.
 
     Raises:
-        UserError: as `source_checkpoint` and `load_checkpoint`.
+        UserError: as `source_file` and `load_checkpoint`.
     """
-    path = source_checkpoint(artifact, fields)
+    path = source_file(artifact, fields["source"], "checkpoint", "export")
     checkpoint = load_checkpoint(
         path, fields["image_size"], fields["arch"], ema=fields["source"].get("ema", False)
     )

@@ -1,4 +1,4 @@
-"""Stages of a model in PyTorch for the bucketed runner, one CUDA graph for every (stage, bucket).
+"""Stages on PyTorch's tensors for the bucketed runner, one CUDA graph for every (stage, bucket).
 
 On a CPU the same stages run without graphs, which is how they are tested. Also here, for
 comparison: the whole model as one graph, dense or with a fixed number of tokens per stage.
@@ -30,12 +30,15 @@ class Captured:
         function: tensors -> tensors, nothing of it on the host.
         inputs: the tensors that every run reads; fill them before.
         pool: memory shared with other captures.
+        graph: False calls the function on CUDA too.
     """
 
-    def __init__(self, function: Callable[..., Outputs], inputs: Outputs, pool: Any) -> None:
+    def __init__(
+        self, function: Callable[..., Outputs], inputs: Outputs, pool: Any, graph: bool = True
+    ) -> None:
         self.function, self.inputs = function, inputs
         self.graph: torch.cuda.CUDAGraph | None = None
-        if not inputs[0].is_cuda:
+        if not graph or not inputs[0].is_cuda:
             return
         # What allocates or tunes itself at the first call must have done so before the capture.
         side = torch.cuda.Stream()
@@ -60,64 +63,64 @@ def _pool(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
-class TorchStages:
-    """A `StageBackend` over an adaptive model, for batches of one fixed size.
+class DeviceStages:
+    """A `StageBackend` over tensors of PyTorch, for batches of one fixed size.
+
+    Every buffer is made here, once; stages read and write the same addresses each time, so that
+    they can be captured. Subclasses give the stages and call `capture`.
 
     Args:
-        model: float32; its thresholds stay so.
+        thresholds: one per compaction.
         buckets: rising; the last is M.
+        width: D.
+        image_size: pixels.
         batch: B; above 1 a bucket holds the image that keeps most, as in dynamic mode.
-        dtype: of weights and activations.
+        dtype: T.
+        image_dtype: of the images that stage 0 takes.
         device: "cpu", or a CUDA device.
     """
 
     def __init__(
-        self, model: AdaptiveViT, buckets: Sequence[int], batch: int = 1,
-        dtype: torch.dtype = torch.float32, device: str = "cpu",
+        self, thresholds: Sequence[float], buckets: Sequence[int], width: int, image_size: int,
+        batch: int, dtype: torch.dtype, image_dtype: torch.dtype, device: str,
     ) -> None:  # fmt: skip
         place = torch.device(device)
-        self.thresholds = [t.detach().to(place, torch.float32).clone() for t in model.thresholds]
-        self.model = copy.deepcopy(model).to(place, dtype).eval()
+        self.thresholds = [torch.tensor(t, dtype=torch.float32, device=place) for t in thresholds]
         self.kernel = Kernel(build_kernel(cuda=place.type == "cuda"))
-        config = model.config
-        self.edges = (0, *config.stages, config.depth)
-        most = config.image_tokens + 1
+        self.buckets = tuple(buckets)
+        most = self.buckets[-1]
         empty = functools.partial(torch.zeros, dtype=dtype, device=place)
         integers = functools.partial(torch.full, dtype=torch.int64, device=place)
-        self.buckets = tuple(buckets)
-        self.images = empty(batch, 3, config.image_size, config.image_size)
+        self.images = torch.zeros(batch, 3, image_size, image_size, dtype=image_dtype, device=place)
         self.length = integers((batch,), most)
         self.size = integers((), 0)
         self.workspace = torch.zeros(batch * most, dtype=torch.int16, device=place)
-        self.inputs = {b: empty(batch, b, config.dim) for b in buckets}
-        self.index = {b: integers((batch, b), -1) for b in buckets}
-        self.stride = {b: integers((), b) for b in buckets}
-        self._capture(_pool(place))
+        self.inputs = {b: empty(batch, b, width) for b in self.buckets}
+        self.index = {b: integers((batch, b), -1) for b in self.buckets}
+        self.stride = {b: integers((), b) for b in self.buckets}
 
     @torch.no_grad()
-    def _capture(self, pool: Any) -> None:
-        self.first = Captured(lambda images: self._stage(0, self.model.embed(images), None),
-                              (self.images,), pool)  # fmt: skip
+    def capture(
+        self, first: Callable[..., Outputs], later: Callable[[int, int], Callable[..., Outputs]],
+        graphs: bool = True,
+    ) -> None:  # fmt: skip
+        """Capture every stage in every bucket.
+
+        Args:
+            first: images -> tokens, scores.
+            later: (stage, bucket) -> function of (tokens, length) -> tokens, scores or logits.
+            graphs: False calls the functions each time.
+        """
+        pool = _pool(self.images.device)
+        self.graphs = graphs and self.images.is_cuda
+        self.first = Captured(first, (self.images,), pool, self.graphs)
         self.later = {
             (stage, bucket): Captured(
-                lambda tokens, length, s=stage: self._padded_stage(s, tokens, length),
-                (tokens, self.length), pool,
+                later(stage, bucket), (tokens, self.length), pool, self.graphs
             )
-            for stage in range(1, len(self.edges) - 1)
+            for stage in range(1, len(self.thresholds) + 1)
             for bucket, tokens in self.inputs.items()
-        }  # fmt: skip
-
-    def _padded_stage(self, stage: int, tokens: Tensor, length: Tensor) -> Outputs:
-        rows = torch.arange(tokens.shape[1], device=tokens.device)
-        return self._stage(stage, tokens, rows < length[:, None])
-
-    def _stage(self, stage: int, x: Tensor, mask: Tensor | None) -> Outputs:
-        first, end = self.edges[stage : stage + 2]
-        last = stage == len(self.edges) - 2
-        scores = None
-        for i in range(first, end):
-            x, scores = self.model.blocks[i](x, mask, i == end - 1 and not last)
-        return (self.model.classify(x, mask).float(),) if last else (x, scores)  # type: ignore
+        }
 
     @torch.no_grad()
     def start(self, images: NDArray[np.float32] | Tensor) -> tuple[Tensor, Tensor]:
@@ -153,14 +156,49 @@ class TorchStages:
         return array.cpu().numpy().copy()
 
     def describe(self) -> dict[str, str]:
-        graphs = "CUDA graphs" if self.images.is_cuda else "eager"
         device = self.images.device
         return {
-            "backend": f"torch {torch.__version__}, bucketed, {graphs}",
+            "backend": f"torch {torch.__version__}, bucketed, "
+            + ("CUDA graphs" if self.graphs else "eager"),
             "provider": device.type,
-            "precision": str(self.images.dtype).removeprefix("torch."),
+            "precision": str(self.inputs[self.buckets[0]].dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         }
+
+
+class TorchStages(DeviceStages):
+    """The stages of an adaptive model in PyTorch.
+
+    Args:
+        model: float32; its thresholds stay so.
+        buckets, batch, dtype, device: as `DeviceStages`; weights and activations are `dtype`.
+    """
+
+    def __init__(
+        self, model: AdaptiveViT, buckets: Sequence[int], batch: int = 1,
+        dtype: torch.dtype = torch.float32, device: str = "cpu",
+    ) -> None:  # fmt: skip
+        config = model.config
+        super().__init__(model.threshold_values(), buckets, config.dim, config.image_size, batch,
+                         dtype, dtype, device)  # fmt: skip
+        self.model = copy.deepcopy(model).to(torch.device(device), dtype).eval()
+        self.edges = (0, *config.stages, config.depth)
+        self.capture(
+            lambda images: self._stage(0, self.model.embed(images), None),
+            lambda stage, _: functools.partial(self._padded_stage, stage),
+        )
+
+    def _padded_stage(self, stage: int, tokens: Tensor, length: Tensor) -> Outputs:
+        rows = torch.arange(tokens.shape[1], device=tokens.device)
+        return self._stage(stage, tokens, rows < length[:, None])
+
+    def _stage(self, stage: int, x: Tensor, mask: Tensor | None) -> Outputs:
+        first, end = self.edges[stage : stage + 2]
+        last = stage == len(self.edges) - 2
+        scores = None
+        for i in range(first, end):
+            x, scores = self.model.blocks[i](x, mask, i == end - 1 and not last)
+        return (self.model.classify(x, mask).float(),) if last else (x, scores)  # type: ignore
 
 
 class StaticModel:

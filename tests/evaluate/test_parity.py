@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,3 +113,24 @@ def test_half_precision_needs_most_tokens_and_some_images_to_agree(judge, altere
 def test_nothing_compared_is_a_failure(mini):
     result = compare(TorchRunner(mini), TorchRunner(mini), [], [], mini.threshold_values())
     assert not result.passed
+
+
+class OnlyCounts(TorchRunner):
+    """A backend that says how many tokens stay, not which."""
+
+    def __call__(self, images):
+        return replace(super().__call__(images), kept=None, scores=None)
+
+
+def test_counts_stand_in_for_kept_tokens(mini, altered, photos):
+    pictures, thresholds = list(photos), mini.threshold_values()
+    same = compare(TorchRunner(mini), OnlyCounts(mini), pictures, photos.names, thresholds)
+    assert same.passed
+    assert same.equal_sets == len(pictures)
+    with torch.no_grad():
+        altered.thresholds[1].mul_(1.1)
+    known = compare(TorchRunner(mini), TorchRunner(altered), pictures, photos.names, thresholds)
+    guessed = compare(TorchRunner(mini), OnlyCounts(altered), pictures, photos.names, thresholds)
+    assert not guessed.passed
+    # Raising a threshold drops exactly the lowest of what was kept, so the guess is right here.
+    assert sorted(guessed.flips, key=str) == sorted(known.flips, key=str)

@@ -74,7 +74,7 @@ def test_weights_are_stored_once(exported):
     assert model.ByteSize() < 0.6 * exported.ByteSize()
 
 
-def failures(parity, precision):
+def assert_within_limits(parity, precision):
     """The limits of half precision but the share of tokens in bfloat16, for trained weights.
 
     Random weights put about one token in a hundred within bfloat16's rounding of a threshold.
@@ -96,7 +96,7 @@ def test_agrees_with_pytorch(exported, mini, photos, way):
     parity = compare(
         TorchRunner(mini), runner, list(photos), photos.names, mini.threshold_values(), precision
     )
-    failures(parity, precision)
+    assert_within_limits(parity, precision)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -136,7 +136,7 @@ def test_lvvit(precision):
     parity = compare(
         TorchRunner(model), twin, list(images), images.names, model.threshold_values(), precision
     )
-    failures(parity, precision)
+    assert_within_limits(parity, precision)
 
 
 @pytest.mark.parametrize("first", ["fp16", "bf16"])

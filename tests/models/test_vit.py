@@ -138,15 +138,20 @@ def test_scores_of_both_forms_agree(model):
 @torch.inference_mode()
 def test_mean_k_keeps_the_batch_mean_by_descending_score(model):
     images = pictures(model.config, 6)
+    # Thresholds with exactly so many scores of the batch above them: 33.3, 21.8 and 10.8 an image.
+    for stage, above in enumerate((200, 131, 65)):
+        scores = model(images, batch_rule="mean-k")[1].scores[stage]
+        falling = scores.flatten().sort(descending=True).values
+        model.thresholds[stage].fill_((falling[above - 1] + falling[above]) / 2)
     _, trace = model(images, batch_rule="mean-k")
-    for stage, threshold in enumerate(model.thresholds):
-        scores, index = trace.scores[stage], trace.index[stage]
-        count = max(int((scores > threshold).sum()) // 6, 1)
-        assert (trace.length[stage] == 1 + count).all()
-        for b in range(6):
-            best = scores[b].argsort(descending=True, stable=True)[:count].sort().values
-            assert index[b, 0] == 0
-            assert index[b, 1:].equal(1 + best)
+    for stage, count in enumerate((33, 21, 10)):
+        assert trace.length[stage].tolist() == [1 + count] * 6
+        for scores, index in zip(trace.scores[stage], trace.index[stage]):
+            assert index[0] == 0
+            assert (index.diff() > 0).all()
+            dropped = torch.ones_like(scores, dtype=torch.bool)
+            dropped[index[1:] - 1] = False
+            assert scores[~dropped].min() >= scores[dropped].max()
 
 
 @torch.inference_mode()

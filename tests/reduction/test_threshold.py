@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from asvit_deploy.reduction.threshold import (
@@ -68,15 +67,28 @@ def test_compact_masked_keeps_exactly_the_mask():
         assert compact[b, : len(rows)].equal(tokens[b, rows])
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_mean_k_is_the_floor_of_the_mean(batch):
-    scores = torch.rand(batch, 11)
-    threshold = torch.tensor(0.35)
-    keep = mean_k_keep_mask(scores, threshold)
-    count = max(int((scores > threshold).sum()) // batch, 1)
-    assert keep.sum(1).tolist() == [count] * batch
-    for row, chosen in zip(scores, keep):
-        assert row[chosen].min() >= row[~chosen].max()
+def test_mean_k_is_the_floor_of_the_mean():
+    scores = torch.tensor(
+        [
+            [0.1, 0.9, 0.2, 0.8, 0.7, 0.6],  # 4 above 0.5
+            [0.6, 0.1, 0.7, 0.2, 0.8, 0.3],  # 3
+            [0.1, 0.3, 0.5, 0.2, 0.4, 0.0],  # none: 0.5 is not above itself
+            [0.9, 0.8, 0.7, 0.6, 0.1, 0.2],  # 4; 11 / 4 = 2.75, so 2 of each stay
+        ]
+    )
+    keep = mean_k_keep_mask(scores, torch.tensor(0.5))
+    assert keep.int().tolist() == [
+        [0, 1, 0, 1, 0, 0],
+        [0, 0, 1, 0, 1, 0],
+        [0, 0, 1, 0, 1, 0],
+        [1, 1, 0, 0, 0, 0],
+    ]
+
+
+def test_mean_k_of_one_image_is_its_own_count():
+    scores = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.5]])
+    keep = mean_k_keep_mask(scores, torch.tensor(0.5))
+    assert keep.int().tolist() == [[0, 1, 0, 1, 0]]
 
 
 def test_mean_k_takes_nan_for_lower_than_every_number():

@@ -1,0 +1,202 @@
+"""Engines against each other on a GPU: adaptive, dense, and static top-k of the same MACs.
+
+All of one flavour and precision; dense and top-k are built in the run. One image at a time,
+variants interleaved in random order, with and without CUDA graphs where a mode allows both.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asvit_deploy import artifact
+from asvit_deploy.evaluate.bench import ratio_of_medians
+from asvit_deploy.evaluate.engine_session import PARITY, EngineSession
+from asvit_deploy.images import ImageSet
+
+if TYPE_CHECKING:
+    from asvit_deploy.runners.tensorrt import Times
+
+CLOCKS = ("gpu", "enqueue", "wall")
+_NOT_OF_THE_MODEL = ("schema", "sha256", "digest")
+
+
+@dataclass(frozen=True)
+class EngineVariant:
+    """One row: what it is called, "adaptive", "dense" or "top-k", and how one image is timed."""
+
+    name: str
+    kind: str
+    timed: Callable[[NDArray[np.float32]], Times]
+
+
+def bucketed_times(runner: Any) -> Callable[[NDArray[np.float32]], Times]:
+    """A bucketed runner with a clock; its GPU time holds the host's reads between the stages."""
+    from asvit_deploy.runners.tensorrt import timed
+
+    return lambda image: timed(lambda: None, lambda: runner.infer(image), lambda: None)
+
+
+def variants_of(
+    session: EngineSession, pictures: ImageSet, lengths: NDArray[np.int64], folder: Path
+) -> list[EngineVariant]:
+    """The engine, and its dense and top-k peers built into `folder`.
+
+    Args:
+        lengths: int64 [images, stages], rows in use after each stage, class token included.
+
+    Raises:
+        UserError: no GPU, a source is gone, or a build fails.
+    """
+    from asvit_deploy.runners.tensorrt import TensorRTRunner
+
+    variants = []
+    mode = session.fields["mode"]
+    for graph in (False,) if mode == "dynamic" else (False, True):
+        runner = session.runner(graph)
+        timed = runner.timed if isinstance(runner, TensorRTRunner) else bucketed_times(runner)
+        kind = "adaptive" if session.adaptive else "dense"
+        variants.append(EngineVariant(f"{mode}{_graph(graph)}", kind, timed))
+    if not session.adaptive:
+        return variants
+    kept = [max(1, round(float(n) - 1)) for n in lengths.mean(axis=0)]
+    peers = {
+        "dense": dense_peer(session, pictures, folder),
+        "top-k": topk_peer(session, kept, folder),
+    }
+    for kind, path in peers.items():
+        fields = {**artifact.read(path), "precision": session.fields["precision"]}
+        for graph in (False, True):
+            peer = TensorRTRunner(path, fields, graph)
+            variants.append(EngineVariant(f"{kind}{_graph(graph)}", kind, peer.timed))
+    return variants
+
+
+def _graph(graph: bool) -> str:
+    return ", CUDA graph" if graph else ""
+
+
+def dense_peer(session: EngineSession, pictures: ImageSet, folder: Path) -> Path:
+    """The dense twin of the engine's checkpoint as an engine."""
+    from asvit_deploy.evaluate.reference import source_file
+    from asvit_deploy.export.pipeline import export
+    from asvit_deploy.models.checkpoint import load_checkpoint
+
+    record = session.fields["source"]["checkpoint"]
+    path = source_file(session.onnx, record, "checkpoint", "export")
+    checkpoint = load_checkpoint(
+        path, session.fields["image_size"], session.fields["arch"], record.get("ema", False)
+    )
+    onnx = folder / "dense.onnx"
+    export(checkpoint, onnx, pictures[:2], dense=True)
+    return _build(session, onnx, PARITY[session.fields["precision"]])
+
+
+def topk_peer(session: EngineSession, kept: Sequence[int], folder: Path) -> Path:
+    """The engine's own ONNX with `kept` image tokens after each stage, as an engine."""
+    from asvit_deploy.engine.checked import make_graph
+    from asvit_deploy.engine.source import open_source
+    from asvit_deploy.export.static_topk import to_static_topk
+
+    source = open_source(session.onnx)
+    precision = PARITY[session.fields["precision"]]
+    graph = make_graph(source, "bucketed", None if precision == "float32" else precision)  # type: ignore
+    fields = {k: v for k, v in source.fields.items() if k not in _NOT_OF_THE_MODEL}
+    onnx = folder / "top_k.onnx"
+    proto = to_static_topk(graph, kept, str(source.path))
+    artifact.write(onnx, proto.SerializeToString(), {**fields, "adaptive": False})
+    return _build(session, onnx, "float32")  # the graph holds the precision already
+
+
+def _build(session: EngineSession, onnx: Path, precision: str) -> Path:
+    from asvit_deploy.engine.build import Options, build_engine
+    from asvit_deploy.engine.flavour import FLAVOURS
+    from asvit_deploy.engine.source import open_source
+
+    options = Options(
+        None if precision == "float32" else precision,  # type: ignore[arg-type]
+        target_sms=tuple(session.fields["target_sms"]), checked=False,
+    )  # fmt: skip
+    output = onnx.with_suffix(".engine")
+    build_engine(open_source(onnx), output, FLAVOURS[session.fields["flavour"]], options)
+    return output
+
+
+def measure(
+    variants: Sequence[EngineVariant], images: Sequence[NDArray[np.float32]], warmup: int,
+    runs: int, seed: int = 0, progress: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, NDArray[np.float64]]]:  # fmt: skip
+    """Milliseconds [runs] by variant and clock; round r takes image r modulo their number."""
+    order, rng = list(variants), random.Random(seed)
+    times = {v.name: {clock: np.zeros(runs) for clock in CLOCKS} for v in variants}
+    for r in range(-warmup, runs):
+        image = images[r % len(images)][None]
+        rng.shuffle(order)
+        for variant in order:
+            took = asdict(variant.timed(image))
+            if r >= 0:
+                for clock in CLOCKS:
+                    times[variant.name][clock][r] = took[clock]
+        progress()
+    return times
+
+
+def summarise(
+    variants: Sequence[EngineVariant], times: dict[str, dict[str, NDArray[np.float64]]]
+) -> list[dict[str, Any]]:
+    """One row per variant: percentiles of every clock, and the wall time's ratio to dense.
+
+    Compared is the fastest dense row, by the median of its wall time.
+    """
+    dense = min(
+        (times[v.name]["wall"] for v in variants if v.kind == "dense"), key=np.median, default=None
+    )
+    rows = []
+    for variant in variants:
+        row: dict[str, Any] = {"name": variant.name, "kind": variant.kind}
+        for clock, values in times[variant.name].items():
+            p50, p90, p99 = np.percentile(values, [50, 90, 99])
+            row[f"{clock}_ms"] = {"p50": float(p50), "p90": float(p90), "p99": float(p99)}
+        if dense is not None and variant.kind != "dense":
+            value, low, high = ratio_of_medians(dense, times[variant.name]["wall"])
+            row["speedup"] = {"value": value, "low": low, "high": high}
+        rows.append(row)
+    return rows
+
+
+def against_kept(
+    variants: Sequence[EngineVariant], times: dict[str, dict[str, NDArray[np.float64]]],
+    lengths: NDArray[np.int64],
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Latency against kept tokens: for each adaptive variant, one point per image."""
+    points: dict[str, list[dict[str, Any]]] = {}
+    for variant in (v for v in variants if v.kind == "adaptive"):
+        values = times[variant.name]
+        image = np.arange(len(values["wall"])) % len(lengths)
+        points[variant.name] = [
+            {"kept": (lengths[i] - 1).tolist(),
+             **{f"{c}_ms": float(np.median(values[c][image == i])) for c in ("gpu", "wall")}}
+            for i in range(len(lengths)) if (image == i).any()
+        ]  # fmt: skip
+    return points
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """One sentence on which of adaptive and dense is the faster, by wall time."""
+    adaptive = [row for row in rows if row["kind"] == "adaptive"]
+    if not adaptive or "speedup" not in adaptive[0]:
+        return "no dense engine beside an adaptive one: nothing to compare"
+    best = min(adaptive, key=lambda row: row["wall_ms"]["p50"])
+    gain = best["speedup"]
+    span = f"{gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})"
+    if gain["low"] > 1:
+        return f"{best['name']} wins over the fastest dense engine: {span}"
+    if gain["high"] < 1:
+        return f"dense wins: the best adaptive engine, {best['name']}, runs at {span} of its speed"
+    return f"a draw: {best['name']} against the fastest dense engine is {span}"

@@ -1,0 +1,99 @@
+"""An engine or a bucketed bundle under test: what it says of itself, its reference, its runners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asvit_deploy import artifact, bundle
+from asvit_deploy.errors import UserError
+from asvit_deploy.evaluate.reference import config_of, reference_model, source_file
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.vit import AdaptiveViT
+
+if TYPE_CHECKING:
+    from asvit_deploy.runners.bucketed import BucketedRunner
+    from asvit_deploy.runners.tensorrt import TensorRTRunner
+
+PARITY = {"float32": "float32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def is_engine(path: Path) -> bool:
+    """Whether a path names an engine or a bundle of stage engines, by its ending."""
+    return artifact.KINDS.get(path.suffix) == "engine" or path.suffix in bundle.KINDS
+
+
+def engines_of(folder: Path, onnx: Path) -> list[Path]:
+    """The engines of a folder that were built from an ONNX file there, in name order."""
+    bundles = [path for path in folder.iterdir() if path.suffix in bundle.KINDS and path.is_dir()]
+    found = [*artifact.find(folder, "engine"), *sorted(bundles)]
+    return [path for path in found if EngineSession(path).built_from(onnx)]
+
+
+@dataclass
+class EngineSession:
+    """An engine of ours.
+
+    Attributes:
+        path: the plan, or the folder of a bucketed one.
+        fields: the sidecar or manifest.
+
+    Raises:
+        UserError: it is not whole, or was built from a file that is not ours.
+    """
+
+    path: Path
+    fields: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bucketed = self.path.suffix in bundle.KINDS
+        self.fields = (bundle if self.bucketed else artifact).read(self.path)
+        if self.fields.get("mode") == "foreign":
+            raise UserError(
+                f"{self.path} was built from a foreign ONNX file, of which nothing is known; "
+                "trtexec can run it"
+            )
+
+    @property
+    def config(self) -> ArchConfig:
+        return config_of(self.fields)
+
+    @property
+    def adaptive(self) -> bool:
+        return bool(self.fields["adaptive"])
+
+    @property
+    def parity(self) -> str:
+        """Which of `evaluate.parity.LIMITS` holds."""
+        return PARITY[self.fields["precision"]]
+
+    def built_from(self, onnx: Path) -> bool:
+        """Whether that ONNX artefact, as it is now, is its source."""
+        return self.fields["source"]["sha256"] == artifact.read(onnx)["sha256"]
+
+    @property
+    def onnx(self) -> Path:
+        """The ONNX artefact that it was built from."""
+        return source_file(self.path, self.fields["source"], "ONNX file", "build-engine")
+
+    @cached_property
+    def reference(self) -> AdaptiveViT:
+        """The PyTorch model at the start of the chain."""
+        return self._model(dense=not self.adaptive)
+
+    def _model(self, dense: bool) -> AdaptiveViT:
+        fields = {**self.fields, "source": self.fields["source"]["checkpoint"]}
+        return reference_model(self.path, fields, dense)
+
+    def runner(self, graph: bool = False) -> TensorRTRunner | BucketedRunner:
+        """The engine on this machine's GPU; `graph` replays CUDA graphs."""
+        from asvit_deploy.runners.bucketed import BucketedRunner
+        from asvit_deploy.runners.tensorrt import TensorRTRunner, TensorRTStages, require_gpu
+
+        require_gpu(str(self.path))
+        if not self.bucketed:
+            return TensorRTRunner(self.path, self.fields, graph)
+        stages = TensorRTStages(self.path, self.fields, graph)
+        return BucketedRunner(stages, len(self.fields["thresholds"]), self.fields["buckets"])

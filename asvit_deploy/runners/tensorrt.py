@@ -1,0 +1,372 @@
+"""TensorRT engines: one plan, or the stage plans of bucketed mode, on buffers made once.
+
+Nothing is allocated in a call, token counts are ordinary outputs, and the buffers are tensors of
+PyTorch, whose streams and CUDA graphs are used too. Written for TensorRT 10, 11 and RTX: what only
+some of them have is asked for by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asvit_deploy.engine.flavour import FLAVOURS, Flavour
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import sha256
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
+from asvit_deploy.runners.torch_stages import Captured, DeviceStages, Outputs
+
+_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16,
+           "INT32": torch.int32, "INT64": torch.int64}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Times:
+    """One call, in milliseconds.
+
+    Attributes:
+        gpu: between two CUDA events around the execution, transfers not included.
+        enqueue: until the host was free again.
+        wall: from the picture on the host to the logits on the host.
+    """
+
+    gpu: float
+    enqueue: float
+    wall: float
+
+
+def require_gpu(name: str) -> None:
+    """Refuse to run an engine where PyTorch sees no GPU.
+
+    Raises:
+        UserError: it names the mend.
+    """
+    if torch.cuda.is_available():
+        return
+    why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "no GPU is found"
+    raise UserError(
+        f"{name} is an engine and runs on an NVIDIA GPU, which PyTorch must see ({why}); "
+        "install a CUDA build of torch on a machine with a GPU, or name the .onnx file"
+    )
+
+
+def import_flavour(name: str) -> tuple[Flavour, Any]:
+    """The flavour that a sidecar names, and its Python module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    flavour = FLAVOURS[name]
+    if flavour.module is None:
+        raise UserError(
+            f'{flavour.title} is not installed; pip install "asvit-deploy[{flavour.extra}]"'
+        )
+    return flavour, importlib.import_module(flavour.module)
+
+
+def plugin_for(fields: dict[str, Any], name: str) -> Path | None:
+    """The plugin library to load before a plan: None where the plan needs or carries none.
+
+    The one that this machine built comes first: the engine's may have been the host twin.
+
+    Raises:
+        UserError: there is none, or the recorded one has changed.
+    """
+    from asvit_deploy.ops.trt_library import find_trt_plugin
+
+    recorded = fields.get("plugin")
+    if recorded is None or recorded["embedded"]:
+        return None
+    if (here := find_trt_plugin()) is not None:
+        return here
+    path = Path(recorded["path"])
+    build = "run `asvit-deploy build-plugins trt`"
+    if not path.is_file() or path.stem.endswith("_host"):
+        raise UserError(f"{name} needs the TensorRT plugin, which is not built here; {build}")
+    if sha256(path) != recorded["sha256"]:
+        raise UserError(f"{path} changed since {name} was built with it; {build}")
+    return path
+
+
+class Engine:
+    """A plan on the GPU.
+
+    Args:
+        plan: its bytes.
+        fields: the sidecar or manifest.
+        name: how messages call it.
+
+    Raises:
+        UserError: no GPU, the flavour is not installed, the plugin is missing, or TensorRT does not
+            take the plan.
+    """
+
+    def __init__(self, plan: bytes, fields: dict[str, Any], name: str) -> None:
+        require_gpu(name)
+        self.flavour, self.trt = import_flavour(fields["flavour"])
+        self._logger = self.trt.Logger(self.trt.Logger.ERROR)
+        if library := plugin_for(fields, name):
+            _load_plugin(self.trt, str(library.resolve()))
+        runtime = self.trt.Runtime(self._logger)
+        if (fields.get("plugin") or {}).get("embedded"):
+            runtime.engine_host_code_allowed = True
+        self.engine = runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise UserError(
+                f"{self.flavour.title} {self.trt.__version__} cannot load {name}, which "
+                f"{fields['flavour_version']} built for "
+                f"{', '.join(f'SM {sm}' for sm in fields['target_sms']) or 'the GPU it found'}; "
+                "run `asvit-deploy build-engine` on this machine"
+            )
+        self._runtime = runtime  # must outlive the engine
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        mode = self.trt.TensorIOMode.INPUT
+        self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == mode]
+        self.outputs = [n for n in names if n not in self.inputs]
+
+    def dtype(self, tensor: str) -> torch.dtype:
+        """The type of an input or output."""
+        return _DTYPES[self.engine.get_tensor_dtype(tensor).name]
+
+    def largest(self, tensor: str, profile: int = 0) -> tuple[int, ...]:
+        """An input's largest shape."""
+        shape = tuple(self.engine.get_tensor_shape(tensor))
+        if min(shape) >= 0:
+            return shape
+        return tuple(self.engine.get_tensor_profile_shape(tensor, profile)[2])
+
+    def context(self, profile: int = 0) -> Any:
+        """An execution context on that optimisation profile."""
+        context = self.engine.create_execution_context()
+        if self.engine.num_optimization_profiles > 1:
+            stream = torch.cuda.current_stream()
+            context.set_optimization_profile_async(profile, stream.cuda_stream)
+            stream.synchronize()
+        return context
+
+
+@functools.cache
+def _load_plugin(trt: Any, path: str) -> None:
+    """Load a plugin library into the process's registry, once."""
+    if trt.get_plugin_registry().load_library(path) is None:
+        raise UserError(f"{path} cannot be loaded; run `asvit-deploy build-plugins trt --force`")
+
+
+class Bound:
+    """A context with every tensor bound: inputs of one shape, outputs as large as they can get.
+
+    Args:
+        shapes: of every input.
+
+    Raises:
+        UserError: a shape does not fit the profile.
+    """
+
+    def __init__(self, engine: Engine, context: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.engine, self.context = engine, context
+        self.tensors: dict[str, Tensor] = {}
+        self.ragged: dict[str, list[int]] = {}  # outputs whose shape depends on the data
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise UserError(
+                    f"the engine takes no {name} of shape {list(shape)}; build it again"
+                )
+            self._bind(name, torch.zeros(shape, dtype=engine.dtype(name), device="cuda"))
+        for name in engine.outputs:
+            shape = tuple(context.get_tensor_shape(name))
+            dtype = engine.dtype(name)
+            if min(shape, default=0) < 0:
+                self.ragged[name] = list(shape)
+                count = context.get_max_output_size(name) // dtype.itemsize
+                self._bind(name, torch.zeros(count, dtype=dtype, device="cuda"))
+            else:
+                self._bind(name, torch.zeros(shape, dtype=dtype, device="cuda"))
+
+    def _bind(self, name: str, tensor: Tensor) -> None:
+        self.tensors[name] = tensor
+        self.context.set_tensor_address(name, tensor.data_ptr())
+
+    def rebind(self, name: str, tensor: Tensor) -> None:
+        """Read or write `tensor`, of the same shape and type, in place of our own buffer."""
+        self._bind(name, tensor)
+
+    def enqueue(self) -> None:
+        """Put one execution on PyTorch's current stream."""
+        stream = torch.cuda.current_stream().cuda_stream
+        if not self.context.execute_async_v3(stream):
+            raise RuntimeError(f"{self.engine.flavour.title} could not enqueue the engine")
+
+
+class TensorRTRunner(RunnerBase):
+    """A plan as a runner.
+
+    Args:
+        plan: the engine file.
+        fields: its sidecar.
+        graph: replay a CUDA graph; only where no shape depends on the data.
+
+    Raises:
+        UserError: see `Engine`; or `graph` for a dynamic engine.
+    """
+
+    def __init__(self, plan: Path, fields: dict[str, Any], graph: bool = False) -> None:
+        if graph and fields["mode"] == "dynamic":
+            raise UserError(
+                f"{plan} decides its shapes while it runs, which no CUDA graph can hold; "
+                "build it with --mode bucketed or padded"
+            )
+        self.engine = Engine(plan.read_bytes(), fields, str(plan))
+        self.fields, self.graph = fields, graph
+        self.stages = sum(name.startswith("length_") for name in self.engine.outputs)
+        self.indexed = "index_0" in self.engine.outputs
+        self.most = self.engine.largest("images")[0]
+        self._bound: dict[int, tuple[Bound, Captured]] = {}
+
+    def _of(self, batch: int) -> tuple[Bound, Captured]:
+        """The buffers for a batch size, made at its first call."""
+        if batch not in self._bound:
+            shape = (batch, *self.engine.largest("images")[1:])
+            bound = Bound(self.engine, self.engine.context(), {"images": shape})
+
+            def execute(*_: Tensor) -> Outputs:
+                bound.enqueue()
+                return tuple(bound.tensors[name] for name in self.engine.outputs)
+
+            captured = Captured(execute, (bound.tensors["images"],), None, self.graph)
+            self._bound[batch] = bound, captured
+        return self._bound[batch]
+
+    def infer(self, images: NDArray[np.float32]) -> dict[str, Tensor]:
+        """images float32 [B, 3, H, W] -> the outputs on the GPU, overwritten by the next call."""
+        bound, execute = self._of(len(images))
+        bound.tensors["images"].copy_(torch.from_numpy(images), non_blocking=True)
+        execute()
+        torch.cuda.current_stream().synchronize()
+        return bound.tensors
+
+    def timed(self, images: NDArray[np.float32]) -> Times:
+        """One call with a clock."""
+        bound, execute = self._of(len(images))
+        return timed(
+            lambda: bound.tensors["images"].copy_(torch.from_numpy(images), non_blocking=True),
+            execute, lambda: bound.tensors["logits"].cpu(),
+        )  # fmt: skip
+
+    def __call__(self, images: NDArray[np.float32]) -> Prediction:
+        """images float32 [B, 3, H, W]; more than the engine takes run in turn.
+
+        Kept tokens are there where the engine puts out `index_s` (`export --stage-outputs`).
+        """
+        parts = [self._predict(images[i : i + self.most]) for i in range(0, len(images), self.most)]
+        return parts[0] if len(parts) == 1 else stack(parts)
+
+    def _predict(self, images: NDArray[np.float32]) -> Prediction:
+        out = {name: tensor.cpu().numpy() for name, tensor in self.infer(images).items()}
+        lengths = [out[f"length_{s}"].astype(np.int64) for s in range(self.stages)]
+        if not self.indexed:
+            return Prediction(np.asarray(out["logits"], np.float32), lengths)
+        batch = len(images)
+        index = [_rows(out[f"index_{s}"], batch, lengths[s]) for s in range(self.stages)]
+        tokens = self.fields["image_tokens"]
+        before = [tokens, *(rows.shape[1] - 1 for rows in index)]
+        unknown = [np.full((batch, count), np.nan, np.float32) for count in before[: self.stages]]
+        padded = self.fields["mode"] == "padded"
+        return decode(out["logits"], lengths, index, unknown, padded)
+
+    def describe(self) -> dict[str, str]:
+        return {
+            "backend": f"{self.engine.flavour.title} {self.engine.trt.__version__}",
+            "provider": f"{self.fields['mode']}{', CUDA graph' if self.graph else ''}",
+            "precision": self.fields["precision"],
+            "device": torch.cuda.get_device_name(),
+        }
+
+
+def _rows(flat: NDArray, batch: int, length: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A data-dependent `index_s` [B, max(length)] out of the buffer that could hold the largest."""
+    if flat.ndim == 2:
+        return flat
+    size = int(length.max())
+    return flat[: batch * size].reshape(batch, size)
+
+
+def timed(copy_in: Any, execute: Any, copy_out: Any) -> Times:
+    """Run three steps with a clock; the middle one between two CUDA events."""
+    import time
+
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    copy_in()
+    first.record()
+    before = time.perf_counter()
+    execute()
+    enqueued = time.perf_counter()
+    last.record()
+    copy_out()
+    torch.cuda.synchronize()
+    end = time.perf_counter()
+    return Times(first.elapsed_time(last), (enqueued - before) * 1e3, (end - start) * 1e3)
+
+
+class TensorRTStages(DeviceStages):
+    """The stage engines of bucketed mode, a context for every (stage, bucket).
+
+    Args:
+        folder: the bundle.
+        fields: its manifest.
+        graphs: capture a CUDA graph for every (stage, bucket).
+
+    Raises:
+        UserError: see `Engine`.
+    """
+
+    def __init__(self, folder: Path, fields: dict[str, Any], graphs: bool = True) -> None:
+        stages = len(fields["thresholds"]) + 1
+        files = [folder / f"stage_{s}.engine" for s in range(stages)]
+        self.engines = [Engine(path.read_bytes(), fields, str(path)) for path in files]
+        first = self.engines[0]
+        shape = tuple(first.engine.get_tensor_shape("tokens"))
+        super().__init__(
+            fields["thresholds"], fields["buckets"], shape[2], fields["image_size"], 1,
+            first.dtype("tokens"), first.dtype("images"), "cuda",
+        )  # fmt: skip
+        self.fields = fields
+        self.capture(self._function(0, 0), lambda s, bucket: self._function(s, bucket), graphs)
+
+    def _function(self, stage: int, bucket: int) -> Any:
+        """Stage `stage` on `bucket` rows (stage 0 has but one shape), on our own buffers."""
+        engine = self.engines[stage]
+        if stage == 0:
+            given = {"images": self.images}
+        else:
+            given = {"kept": self.inputs[bucket], "length": self.length}
+        profile = self.buckets.index(bucket) if stage else 0
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        bound = Bound(engine, engine.context(profile), shapes)
+        for name, tensor in given.items():
+            bound.rebind(name, tensor)
+        last = stage == len(self.engines) - 1
+        names = ("logits",) if last else ("tokens", "scores")
+
+        def execute(*_: Tensor) -> Outputs:
+            bound.enqueue()
+            return tuple(bound.tensors[name] for name in names)
+
+        return execute
+
+    def describe(self) -> dict[str, str]:
+        first = self.engines[0]
+        return {
+            **super().describe(),
+            "backend": f"{first.flavour.title} {first.trt.__version__}",
+            "provider": f"bucketed{', CUDA graphs' if self.graphs else ''}",
+        }

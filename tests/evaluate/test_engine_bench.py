@@ -1,0 +1,153 @@
+"""Engines against each other: what needs no GPU of it, and the refusal where there is none."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+
+from asvit_deploy import artifact
+from asvit_deploy.engine.bucketed import build_bucketed
+from asvit_deploy.engine.build import Options, build_engine
+from asvit_deploy.engine.source import open_source
+from asvit_deploy.evaluate import engine_bench
+from asvit_deploy.evaluate.engine_bench import EngineVariant
+from asvit_deploy.evaluate.engine_session import EngineSession, engines_of, is_engine
+from asvit_deploy.images import open_images
+from asvit_deploy.runners.onnx_runtime import OrtRunner
+from asvit_deploy.runners.tensorrt import Times, plugin_for
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+@pytest.fixture
+def engine(rtx, trt_plugin, mini_artifacts, tmp_path, monkeypatch):
+    """A real engine of the small model beside its ONNX file, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    onnx = tmp_path / "mini.onnx"
+    for path in (mini_artifacts["1", "auto"], artifact.sidecar_path(mini_artifacts["1", "auto"])):
+        (tmp_path / path.name.replace("mini_1_auto", "mini")).write_bytes(path.read_bytes())
+    output = tmp_path / "mini.fp16.engine"
+    options = Options("fp16", plugin=trt_plugin, target_sms=("86",), checked=False)
+    build_engine(open_source(onnx), output, rtx, options)
+    return output
+
+
+def clocked(runner):
+    """A real runner on the CPU under the bench's clocks."""
+
+    def timed(image):
+        start = time.perf_counter()
+        runner.infer(image)
+        took = (time.perf_counter() - start) * 1e3
+        return Times(took, took / 2, took)
+
+    return timed
+
+
+def test_measure_summarise_and_verdict(mini_artifacts, mini, photos):
+    fast = OrtRunner(mini_artifacts["1", "auto"], record=False)
+
+    def twice(image):
+        first, second = clocked(fast)(image), clocked(fast)(image)
+        return Times(first.gpu + second.gpu, first.enqueue, first.wall + second.wall)
+
+    variants = [EngineVariant("dynamic", "adaptive", clocked(fast)),
+                EngineVariant("dense", "dense", twice)]  # fmt: skip
+    seen = []
+    times = engine_bench.measure(variants, list(photos), 2, 24, progress=lambda: seen.append(1))
+    assert len(seen) == 26
+    assert (times["dynamic"]["wall"] > 0).all()
+    rows = engine_bench.summarise(variants, times)
+    assert "speedup" not in rows[1]
+    gain = rows[0]["speedup"]
+    assert gain["low"] <= gain["value"] <= gain["high"]
+    assert gain["value"] == pytest.approx(
+        rows[1]["wall_ms"]["p50"] / rows[0]["wall_ms"]["p50"], rel=1e-6
+    )
+    assert engine_bench.verdict(rows).startswith("dynamic wins over the fastest dense engine")
+    slow = [{**rows[0], "speedup": {"value": 0.8, "low": 0.7, "high": 0.9}}, rows[1]]
+    assert engine_bench.verdict(slow).startswith("dense wins")
+    assert "nothing to compare" in engine_bench.verdict(rows[1:])
+
+
+def test_latency_against_kept_tokens_has_a_point_per_image():
+    variants = [EngineVariant("dynamic", "adaptive", lambda image: Times(1, 1, 1)),
+                EngineVariant("dense", "dense", lambda image: Times(1, 1, 1))]  # fmt: skip
+    clocks = {"gpu": np.array([1.0, 2, 3, 4, 5]), "wall": np.arange(5.0)}
+    lengths = np.array([[10, 5], [20, 15]])
+    points = engine_bench.against_kept(variants, {"dynamic": clocks, "dense": clocks}, lengths)
+    assert list(points) == ["dynamic"]
+    assert points["dynamic"] == [{"kept": [9, 4], "gpu_ms": 3.0, "wall_ms": 2.0},
+                                 {"kept": [19, 14], "gpu_ms": 3.0, "wall_ms": 2.0}]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_peers_are_engines_of_the_same_precision(engine, tmp_path):
+    session = EngineSession(engine)
+    photos = open_images(None, session.config, limit=2)
+    folder = tmp_path / "peers"
+    folder.mkdir()
+    dense = artifact.read(engine_bench.dense_peer(session, photos, folder))
+    topk_path = engine_bench.topk_peer(session, [90, 40, 20], folder)
+    topk = artifact.read(topk_path)
+    assert (dense["mode"], dense["precision"]) == ("dense", "float16")
+    assert dense["target_sms"] == topk["target_sms"] == ["86"]
+    assert dense["plugin"] is topk["plugin"] is None
+    assert topk_path.stat().st_size < engine.stat().st_size * 1.2, "half weights, no more"
+
+
+def test_the_session_knows_where_an_engine_comes_from(engine, mini_artifacts):
+    session = EngineSession(engine)
+    onnx = Path("mini.onnx")
+    assert is_engine(engine)
+    assert not is_engine(onnx)
+    assert session.parity == "fp16"
+    assert session.built_from(onnx)
+    assert session.onnx.samefile(onnx)
+    assert len(session.reference.thresholds) == 3
+    assert engines_of(Path(), onnx) == [Path("mini.fp16.engine")]
+
+
+def test_bundles_are_found_too(rtx, engine):
+    options = Options(mode="bucketed", target_sms=("86",), checked=False, buckets=(64, 197))
+    build_bucketed(open_source(Path("mini.onnx")), Path("mini.bucketed"), rtx, options)
+    assert engines_of(Path(), Path("mini.onnx")) == [Path("mini.fp16.engine"),
+                                                     Path("mini.bucketed")]  # fmt: skip
+    assert EngineSession(Path("mini.bucketed")).parity == "float32"
+
+
+@no_gpu
+@pytest.mark.parametrize("command", ["bench", "check"])
+def test_without_a_gpu_one_line(cli, engine, command):
+    refused(cli(command, engine), "mini.fp16.engine is an engine", "NVIDIA GPU",
+            "or name the .onnx file")  # fmt: skip
+
+
+@no_gpu
+def test_the_third_line_says_which_engines_it_did_not_run(cli, engine):
+    result = cli("bench", "--runs", 10, "--warmup", 0, "--limit", 2, "--threads", "1", "--json")
+    assert result.code == 0, result.err
+    assert "not run, for want of an NVIDIA GPU that PyTorch sees: mini.fp16.engine" in result.err
+    assert [report["kind"] for report in json.loads(result.out)] == ["model"]
+
+
+def test_the_host_twin_is_no_plugin_to_run_with(engine, tmp_path, monkeypatch):
+    from asvit_deploy.errors import UserError
+
+    fields = artifact.read(engine)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"plugin, which is not built here; run .*build-plugins"):
+        plugin_for(fields, "mini.engine")
+    assert plugin_for({**fields, "plugin": {**fields["plugin"], "embedded": True}}, "x") is None
+    assert plugin_for({**fields, "plugin": None}, "x") is None
+    other = tmp_path / "libother.so"
+    other.write_bytes(b"other")
+    changed = {**fields, "plugin": {**fields["plugin"], "path": str(other)}}
+    with pytest.raises(UserError, match="changed since x was built with it"):
+        plugin_for(changed, "x")
