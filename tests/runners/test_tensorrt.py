@@ -1,4 +1,4 @@
-"""Engines on a GPU: the tokens and logits of PyTorch in every mode. Nothing here runs without one."""
+"""Engines on a GPU, in every mode: the tokens and logits of PyTorch. Skipped where there is none."""
 
 from __future__ import annotations
 
