@@ -1,4 +1,4 @@
-"""Engines on a GPU, in every mode: the tokens and logits of PyTorch. Skipped where there is none."""
+"""Engines on a GPU, in every mode: the tokens and logits of PyTorch. Skipped without one."""
 
 from __future__ import annotations
 
