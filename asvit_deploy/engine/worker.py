@@ -124,13 +124,18 @@ def _config(trt: Any, job: Job, tell: Tell) -> Callable[..., Any]:
                 numbers = ", ".join(name.removeprefix("SM") for name in known)
                 raise Refused(f"it does not build for SM{sm}; it knows {numbers}")
         config = CreateConfigRTX(compute_capabilities=targets or None, **common)
-    if not job.embed_plugin:
-        return config
 
-    def embed(builder: Any, network: Any, config: Any) -> None:
-        config.plugins_to_serialize = [job.plugin]
+    def finish(builder: Any, network: Any, config: Any) -> None:
+        # Polygraphy turns TF32 off for the enterprise flavour alone; float32 means float32 on both.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        # RTX promises CUDA graphs only where nothing is allocated while an engine runs.
+        flag = trt.BuilderFlag.__members__.get("REQUIRE_USER_ALLOCATION")
+        if flag is not None and not job.stages:
+            config.set_flag(flag)
+        if job.embed_plugin:
+            config.plugins_to_serialize = [job.plugin]
 
-    return PostprocessConfig(config, embed)
+    return PostprocessConfig(config, finish)
 
 
 def _enterprise_options(trt: Any, job: Job) -> dict[str, Any]:

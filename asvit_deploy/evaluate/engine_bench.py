@@ -66,10 +66,9 @@ def variants_of(
     if not session.adaptive:
         return variants
     kept = [max(1, round(float(n) - 1)) for n in lengths.mean(axis=0)]
-    peers = {
-        "dense": dense_peer(session, pictures, folder),
-        "top-k": topk_peer(session, kept, folder),
-    }
+    peers = {"dense": dense_peer(session, pictures, folder)}
+    if session.fields["batch"] == "1":  # static top-k has one fixed shape
+        peers["top-k"] = topk_peer(session, kept, folder)
     for kind, path in peers.items():
         fields = {**artifact.read(path), "precision": session.fields["precision"]}
         for graph in (False, True):

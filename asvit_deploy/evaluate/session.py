@@ -38,7 +38,10 @@ class Session:
     def __post_init__(self) -> None:
         self.fields = artifact.read(self.path)
         if self.fields.get("kind") != "onnx":
-            raise UserError(f"{self.path} is a {self.fields.get('kind')}; name an .onnx file")
+            raise UserError(
+                f"{self.path} is no ONNX file but of kind {self.fields.get('kind')}; name an "
+                ".onnx file"
+            )
 
     def refuse_other_network(self, other: Session) -> None:
         """Raise UserError where `other` is no reference for this one, in one line that says why."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from asvit_deploy.engine.flavour import FLAVOURS, Flavour
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
+from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 from asvit_deploy.runners.torch_stages import Captured, DeviceStages, Outputs
 
@@ -143,9 +144,21 @@ class Engine:
             return shape
         return tuple(self.engine.get_tensor_profile_shape(tensor, profile)[2])
 
+    def _runtime_config(self) -> tuple[Any, ...]:
+        """RTX compiles kernels for a shape in the background and swaps them in when they are ready.
+
+        A CUDA graph would hold the preliminary ones for good, and a bench would time both kinds.
+        """
+        strategies = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is None:
+            return ()
+        config = self.engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return (config,)
+
     def context(self, profile: int = 0) -> Any:
         """An execution context on that optimisation profile."""
-        context = self.engine.create_execution_context()
+        context = self.engine.create_execution_context(*self._runtime_config())
         if self.engine.num_optimization_profiles > 1:
             stream = torch.cuda.current_stream()
             context.set_optimization_profile_async(profile, stream.cuda_stream)
@@ -155,8 +168,11 @@ class Engine:
 
 @functools.cache
 def _load_plugin(trt: Any, path: str) -> None:
-    """Load a plugin library into the process's registry, once."""
-    if trt.get_plugin_registry().load_library(path) is None:
+    """Load a plugin library into the process's registry, which refuses a second one of a name."""
+    registry = trt.get_plugin_registry()
+    if any(creator.name == onnx_op.OP_TYPE for creator in registry.all_creators):
+        return
+    if registry.load_library(path) is None:
         raise UserError(f"{path} cannot be loaded; run `asvit-deploy build-plugins trt --force`")
 
 
@@ -199,10 +215,24 @@ class Bound:
         self._bind(name, tensor)
 
     def enqueue(self) -> None:
-        """Put one execution on PyTorch's current stream."""
-        stream = torch.cuda.current_stream().cuda_stream
-        if not self.context.execute_async_v3(stream):
+        """Put one execution on PyTorch's current stream.
+
+        On CUDA's default stream TensorRT would wait for the whole device: there the execution goes
+        to a stream of its own, which the default one waits for.
+        """
+        current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+        stream = _side_stream() if current == default else current
+        if stream is not current:
+            stream.wait_stream(current)
+        if not self.context.execute_async_v3(stream.cuda_stream):
             raise RuntimeError(f"{self.engine.flavour.title} could not enqueue the engine")
+        if stream is not current:
+            current.wait_stream(stream)
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
 
 
 class TensorRTRunner(RunnerBase):

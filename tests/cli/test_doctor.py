@@ -220,9 +220,11 @@ def test_tensorrt_for_two_cudas_clashes(site: FakeSite) -> None:
 
 def test_tensorrt_and_its_rtx_sister_are_told_apart(site: FakeSite) -> None:
     site.package("tensorrt-rtx-cu13-bindings").package("tensorrt-lean-cu13-bindings")
+    (site.folder / "tensorrt_rtx.py").write_text("raise ImportError('no libtensorrt_rtx.so.1')")
     assert packages.tensorrt(site.installation)[0].status == "missing"
     (finding,) = packages.tensorrt_rtx(site.installation)
-    assert finding.status == "broken"  # metadata without the module
+    assert finding.status == "broken"
+    assert "no libtensorrt_rtx.so.1" in finding.detail
     assert "no -libs package" in finding.detail
 
 

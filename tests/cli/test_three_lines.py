@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import signal
@@ -19,6 +18,7 @@ from conftest import refused
 from PIL import Image
 
 from asvit_deploy import artifact
+from asvit_deploy.engine.flavour import FLAVOURS
 from asvit_deploy.errors import UserError
 
 
@@ -64,10 +64,13 @@ def test_the_three_lines(cli, folder):
     assert "agrees with PyTorch" in first.err
     assert artifact.read(Path("as_deit_s.onnx"))["arch"] == "as_deit_mini"
 
-    # With TensorRT the second line builds, or refuses random weights in half precision:
-    # `test_build_engine.py` sees to that.
-    if not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
-        refused(cli("build-engine", "--fp16"), "TensorRT")
+    second = cli("build-engine", "--fp16")
+    if any(flavour.module for flavour in FLAVOURS.values()):
+        assert second.code == 0, second.err
+        assert second.out == "as_deit_s.fp16.engine\n"
+        assert artifact.read(Path("as_deit_s.fp16.engine"))["plugin_layers"] == 3
+    else:
+        refused(second, "TensorRT")
 
     third = cli("bench", "--runs", "10", "--warmup", "1", "--threads", "1", "--json")
     assert third.code == 0, third.err

@@ -61,9 +61,7 @@ def test_keeps_the_tokens_of_pytorch(
         parity = compare(
             TorchRunner(mini), runner, list(photos), photos.names, mini.threshold_values()
         )
-        # TensorRT multiplies float32 in TF32 where it may.
-        assert parity.equal_sets >= 0.9 * parity.images
-        assert parity.logit_error <= 1e-2
+        assert parity.passed, parity.failures
 
 
 def test_batches(flavour, plugin, mini_artifacts, mini, photos, tmp_path):
@@ -73,5 +71,4 @@ def test_batches(flavour, plugin, mini_artifacts, mini, photos, tmp_path):
         TorchRunner(mini), session.runner(), list(photos), photos.names, mini.threshold_values(),
         batch=8,
     )  # fmt: skip
-    assert parity.equal_sets >= 0.9 * parity.images
-    assert parity.logit_error <= 1e-2
+    assert parity.passed, parity.failures
