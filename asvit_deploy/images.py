@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,27 +48,33 @@ def load_picture(path: Path) -> Image.Image:
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(f"cannot read the picture {path}: {what}")
+    return decode_picture(path, path)
+
+
+def decode_picture(file: Path | io.BytesIO, name: object) -> Image.Image:
+    """`load_picture` of a file, or of bytes that came from elsewhere; messages call it `name`."""
     try:
         with warnings.catch_warnings():
             # What matters is raised as an error: our own size limit, the decoder's complaints.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as picture:
-                _refuse_odd_size(path, *picture.size)
+            with Image.open(file, formats=_FORMATS) as picture:
+                _refuse_odd_size(name, *picture.size)
                 return _to_rgb(ImageOps.exif_transpose(picture))
     except UserError:
         raise
     except UnidentifiedImageError:
-        what = "is empty" if path.stat().st_size == 0 else "is not a picture that we know"
-        raise UserError(f"{path} {what}; take it out or replace it") from None
+        size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
+        what = "is empty" if size == 0 else "is not a picture that we know"
+        raise UserError(f"{name} {what}; take it out or replace it") from None
     except PermissionError:
-        raise UserError(f"{path} may not be read; check its permissions") from None
+        raise UserError(f"{name} may not be read; check its permissions") from None
     except Image.DecompressionBombError:
         raise UserError(
-            f"{path} holds more than {MAX_PIXELS:,} pixels; scale it down first"
+            f"{name} holds more than {MAX_PIXELS:,} pixels; scale it down first"
         ) from None
     except Exception as error:  # Pillow's decoders raise whatever they trip over
         raise UserError(
-            f"{path} is broken or cannot be decoded ({_one_line(error)}); take it out or replace it"
+            f"{name} is broken or cannot be decoded ({_one_line(error)}); take it out or replace it"
         ) from error
 
 
@@ -75,14 +82,14 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _refuse_odd_size(path: Path, width: int, height: int) -> None:
+def _refuse_odd_size(name: object, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise UserError(
-            f"{path} holds {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first"
+            f"{name} holds {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(
-            f"{path} is too elongated ({width} x {height} pixels, more than {MAX_ASPECT}:1); "
+            f"{name} is too elongated ({width} x {height} pixels, more than {MAX_ASPECT}:1); "
             "crop it first"
         )
 

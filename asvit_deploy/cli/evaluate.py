@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", type=options.CheckpointPath())
 @click.option(
-    "--data", required=True, help="Folder of class folders (or its val/ folder), or `digits`."
+    "--data",
+    required=True,
+    help="Folder of class folders or of shards (of its val/ where it has one), or `digits`.",
 )
 @click.option("--batch-size", "batches", type=click.IntRange(1), multiple=True, default=(1,),
               show_default=True, help="Images at a time; repeatable.")  # fmt: skip
@@ -110,7 +112,7 @@ def _batches(
     numbers = label_map(source.classes, classes, config.num_classes)
     bar = tqdm(source.validation(size, limit), desc=f"evaluate, batch {size}", disable=None,
                leave=False, unit="batch")  # fmt: skip
-    for images, labels in bar:
+    for images, labels, _ in bar:
         yield images.numpy(), numbers[labels.numpy()]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import refused
+from shard_files import shards_of
 
 from asvit_deploy.training import digits
 
@@ -77,3 +78,19 @@ def test_refusals(cli, folder):
         picture = next((folder / "val" / "3").iterdir())
         (Path("two") / name / "x.png").write_bytes(picture.read_bytes())
     refused(cli("evaluate", "default", "--data", "two"), "2 classes and the model 10")
+
+
+def test_shards_have_the_figures_of_their_folder(cli, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shards_of(folder / "val", Path("shards") / "val", per_shard=9)
+    ours = evaluated(cli, "default", "--data", folder)["rows"][0]
+    theirs = evaluated(cli, "default", "--data", "shards")["rows"][0]
+    assert theirs == ours
+    assert theirs["images"] == 60
+    directly = evaluated(cli, "default", "--data", "shards/val", "--limit", 7)["rows"][0]
+    assert directly["images"] == 7
+    Path("shards/val").rename("shards/train")
+    refused(cli("evaluate", "default", "--data", "shards"), "name shards/train to evaluate")
+    shard = Path("shards/train/00002.tar")
+    shard.write_bytes(shard.read_bytes()[:3000])
+    refused(cli("evaluate", "default", "--data", "shards/train"), str(shard), "damaged")

@@ -1,0 +1,370 @@
+"""Labelled pictures in WebDataset shards: tar files, read by number without unpacking them.
+
+    DIR/train/*.tar  DIR/val/*.tar   (or DIR/*.tar, for training alone)
+    DIR/classes.txt                  a class name a line, in the order of the labels
+    a member KEY.jpg (.jpeg, .png, .webp) and a member KEY.cls, its label in decimal, side by side
+
+A run is resumed, and its batches are shared out, by the numbers of its pictures, so what reads a
+shard must give picture i without having read those before it. webdataset itself streams: where a
+reader stands, and what its shuffle buffer holds, is state; its indexed reader (wids) is not in
+webdataset 1.0 any more. Hugging Face `datasets` either streams likewise or copies everything into
+Arrow files first. But a tar file is its own store: this module notes once where each picture lies
+(18 bytes a picture, in the user's cache), and from then on one `pread` fetches it.
+
+Shards may be of any size, and lie on any mounted file system; none is ever held in memory or
+unpacked. Only headers, pictures and labels are read; nothing in a shard is run or unpickled.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import platform
+import random
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import atomic, make_cache_dir
+from asvit_deploy.images import decode_picture
+
+SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp"))
+GROUP = 8  # shards that are shuffled together: enough to mix, few enough to stay in the page cache
+_FORMAT = 1  # of the index; part of its name
+_ENTRY = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<u2")])
+_MAX_LABEL = 2**16 - 1  # ImageNet-21k has 21,841 classes
+_BLOCK = 512  # bytes: tar's unit
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The tar files of a folder itself, by name; none where there is no such folder.
+
+    Raises:
+        UserError: the folder may not be read.
+    """
+    try:
+        if not folder.is_dir():
+            return []
+        names = sorted(p.name for p in folder.iterdir() if p.suffix == ".tar" and p.name[0] != ".")
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from None
+    return [folder / name for name in names]
+
+
+def class_names(folder: Path) -> list[str]:
+    """The classes of the shards in `folder`: its `classes.txt`, or the one beside it.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it does not hold at least two names, all
+            different.
+    """
+    path = next((p for p in (folder / "classes.txt", folder.parent / "classes.txt") if p.is_file()),
+                folder / "classes.txt")  # fmt: skip
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds shards but no classes.txt; write one with a class name a line, in the "
+            "order of the labels"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no UTF-8 text; write a class name a line into it") from None
+    while names and not names[-1]:
+        names.pop()
+    if len(names) < 2 or "" in names:
+        raise UserError(f"{path} must hold a class name a line, at least two, and no empty line")
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UserError(f"{path} holds the class {twice!r} twice; make the names differ")
+    return names
+
+
+# --- the index ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file and where its index is; both are looked at only when a picture is asked for."""
+
+    path: Path
+    index: Path
+    size: int  # bytes of the tar file, and its time of change, when it was indexed
+    changed: int
+
+    @staticmethod
+    def at(path: Path, cache: Path) -> Shard:
+        """Raises UserError where there is no such file."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
+        key = f"{_FORMAT}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32]
+        return Shard(path, cache / f"{name}.npy", status.st_size, status.st_mtime_ns)
+
+    def entries(self) -> NDArray:
+        """A record (offset, size, label) for each picture, mapped from the index."""
+        return _mapped(self.index)
+
+    def bytes_at(self, offset: int, count: int) -> bytes:
+        """Part of the tar file.
+
+        Raises:
+            UserError: it cannot be read, or is another file than the one indexed.
+        """
+        try:
+            # Opened each time: no handle to share among threads, or to carry through a fork.
+            with open(self.path, "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):
+                    raise UserError(f"the shard {self.path} was changed meanwhile; start again")
+                parts = list(_pread(file, offset, count))
+        except OSError as error:
+            raise UserError(f"cannot read the shard {self.path}: {error.strerror}") from None
+        return b"".join(parts)
+
+
+def _pread(file: BinaryIO, offset: int, count: int) -> Iterator[bytes]:
+    """A system may give less than was asked for."""
+    while count and (part := os.pread(file.fileno(), count, offset)):
+        yield part
+        offset, count = offset + len(part), count - len(part)
+
+
+@functools.lru_cache(maxsize=64)
+def _mapped(index: Path) -> NDArray:
+    try:
+        return np.load(index, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the index {index} is gone or damaged; delete it, start again") from error
+
+
+def indexed(paths: Sequence[Path]) -> list[Shard]:
+    """These tar files with their indices made, in the order given; a bar on stderr meanwhile.
+
+    Raises:
+        UserError: a shard is damaged, or its members are not what this module's heading says; the
+            cache cannot be written.
+    """
+    # By host: nodes that share a home folder must not take one another's temporary files for dead.
+    cache = make_cache_dir(f"shards/{platform.node() or 'host'}")
+    shards = [Shard.at(path, cache) for path in paths]
+    missing = [shard for shard in shards if not shard.index.exists()]
+    # Processes that start together each begin elsewhere, and so share the work.
+    random.Random(os.getpid()).shuffle(missing)
+    bar = tqdm(missing, desc="index shards", unit="shard", file=sys.stderr, disable=None,
+               leave=False)  # fmt: skip
+    for shard in bar:
+        if not shard.index.exists():
+            entries = np.array(list(_scan(shard.path)), _ENTRY)
+            with atomic(shard.index) as temporary, open(temporary, "wb") as file:
+                np.save(file, entries, allow_pickle=False)
+    return shards
+
+
+@dataclass
+class _Sample:
+    """What was seen of one key; members of a key stand side by side."""
+
+    key: str
+    picture: tuple[int, int] | None = None  # offset, size
+    label: int | None = None
+
+
+def _scan(path: Path) -> Iterator[tuple[int, int, int]]:
+    """Offset, size and label of each picture of a tar file, from its headers and labels alone."""
+    sample = _Sample("")
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+                key, suffix = _split(member.name)
+                if not key or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    continue
+                if key != sample.key:
+                    yield from _finished(path, sample)
+                    sample = _Sample(key)
+                _note(path, file, member, suffix, sample)
+            _check_end(path, file, tar.offset)  # first: a cut may have parted the last sample
+            yield from _finished(path, sample)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the shard {path} is damaged or no tar file ({told}); make or copy it again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read the shard {path}: {error.strerror or error}") from None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and suffix as WebDataset has them: parted at the first dot of the last part."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (folder + slash + stem if stem else ""), suffix.lower()
+
+
+def _note(
+    path: Path, file: BinaryIO, member: tarfile.TarInfo, suffix: str, sample: _Sample
+) -> None:
+    if suffix in SUFFIXES:
+        if sample.picture is not None:
+            raise UserError(f"the shard {path} has two pictures {sample.key}; rename one of them")
+        sample.picture = (member.offset_data, member.size)
+    elif suffix == "cls":
+        file.seek(member.offset_data)
+        raw = file.read(min(member.size, 20))
+        if len(raw) < min(member.size, 20):
+            raise EOFError("it ends within a label")
+        text = raw.strip()
+        if not text.isdigit() or member.size > 20 or int(text) > _MAX_LABEL:
+            raise UserError(
+                f"{path}: {member.name} is no label; write a number from 0 to {_MAX_LABEL} into it"
+            )
+        sample.label = int(text)
+
+
+def _finished(path: Path, sample: _Sample) -> Iterator[tuple[int, int, int]]:
+    """The sample's entry; none for members that are neither picture nor label."""
+    if sample.picture is None and sample.label is None:
+        return
+    if sample.picture is None or sample.label is None:
+        lacks = "picture" if sample.picture is None else ".cls"
+        raise UserError(
+            f"{path}: {sample.key} has no {lacks} beside it; a sample is KEY.jpg (or .jpeg, .png, "
+            ".webp) and KEY.cls, one after the other"
+        )
+    yield (*sample.picture, sample.label)
+
+
+def _check_end(path: Path, file: BinaryIO, offset: int) -> None:
+    """A tar file ends with zeros; one cut off between two members, or overwritten, does not."""
+    file.seek(offset)
+    if file.read(_BLOCK) != bytes(_BLOCK):
+        raise UserError(
+            f"the shard {path} is damaged or cut off at byte {offset}; make or copy it again"
+        )
+
+
+# --- pictures by number -------------------------------------------------------------------------
+
+
+class ShardPictures:
+    """The pictures of some shards, by number.
+
+    Args:
+        folder: holds the tar files.
+
+    Raises:
+        UserError: see `class_names` and `indexed`; no picture at all; a label that `classes.txt`
+            has no name for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.classes = class_names(folder)
+        self._shards = indexed(shards_in(folder))
+        counts = []
+        for shard in self._shards:
+            entries = shard.entries()
+            counts.append(len(entries))
+            if len(entries) and (worst := int(entries["label"].max())) >= len(self.classes):
+                raise UserError(
+                    f"the shard {shard.path} holds label {worst}, and classes.txt names "
+                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}; mend one of them"
+                )
+        self.counts = tuple(counts)
+        self._ends = np.cumsum(counts)
+        if not sum(counts):
+            raise UserError(f"the shards in {folder} hold no picture; add some")
+        self.names = [f"{s.path.name}:{s.size}:{n}" for s, n in zip(self._shards, counts)]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, number: int) -> tuple[Shard, np.void]:
+        place = int(np.searchsorted(self._ends, number, "right"))
+        start = int(self._ends[place]) - self.counts[place]
+        shard = self._shards[place]
+        return shard, shard.entries()[number - start]
+
+    def label(self, number: int) -> int:
+        """The class of a picture."""
+        return int(self._find(number)[1]["label"])
+
+    def load(self, number: int) -> Image.Image:
+        """A picture, as `load_picture` gives it.
+
+        Raises:
+            UserError: as `load_picture`, naming shard and member; see `Shard.bytes_at`.
+        """
+        shard, entry = self._find(number)
+        # With the header that stands before it, for its name.
+        data = shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK + int(entry["size"]))
+        return decode_picture(io.BytesIO(data[_BLOCK:]), _member_name(shard, data))
+
+    def name(self, number: int) -> str:
+        """Shard and member, for messages; a long name may be shortened as in its header."""
+        shard, entry = self._find(number)
+        return _member_name(shard, shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK))
+
+
+def _member_name(shard: Shard, header: bytes) -> str:
+    return f"{shard.path}:{tarfile.TarInfo.frombuf(header[:_BLOCK], 'utf-8', 'replace').name}"
+
+
+class ShardOrder:
+    """The endless order in which training sees the pictures of shards.
+
+    In each epoch the shards are permuted, and the pictures of every `GROUP` shards that follow one
+    another are permuted among themselves: reads stay within a few files, and where a picture
+    stands is arithmetic on seed and position.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int) -> None:
+        self._counts, self._seed, self._epoch = np.array(counts), seed, sum(counts)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        # What was asked for last, each replaced whole: another thread may ask for something else.
+        self._shards: tuple[int, NDArray, NDArray] = (-1, self._counts, self._counts)
+        self._group: tuple[tuple[int, int], NDArray] = ((-1, -1), self._counts)
+
+    def __call__(self, position: int) -> int:
+        """The number of the picture that stands there."""
+        epoch, place = divmod(position, self._epoch)
+        shards, ends = self._epoch_order(epoch)
+        group = int(np.searchsorted(ends, place, "right"))
+        first = int(ends[group - 1]) if group else 0
+        inside = int(self._group_order(epoch, group, int(ends[group]) - first)[place - first])
+        own = shards[group * GROUP : (group + 1) * GROUP]
+        before = np.cumsum(self._counts[own])
+        which = int(np.searchsorted(before, inside, "right"))
+        return int(self._starts[own[which]]) + inside - (int(before[which - 1]) if which else 0)
+
+    def _epoch_order(self, epoch: int) -> tuple[NDArray, NDArray]:
+        """The shards of an epoch in their order, and where each group of them ends."""
+        known = self._shards
+        if known[0] != epoch:
+            shards = np.random.default_rng((self._seed, epoch)).permutation(len(self._counts))
+            starts = np.arange(0, len(shards), GROUP)
+            known = (epoch, shards, np.cumsum(np.add.reduceat(self._counts[shards], starts)))
+            self._shards = known
+        return known[1], known[2]
+
+    def _group_order(self, epoch: int, group: int, count: int) -> NDArray:
+        known = self._group
+        if known[0] != (epoch, group):
+            rng = np.random.default_rng((self._seed, epoch, group + 1))
+            known = ((epoch, group), rng.permutation(count))
+            self._group = known
+        return known[1]
