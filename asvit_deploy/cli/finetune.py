@@ -2,83 +2,112 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from asvit_deploy.cli import options
 
 
+def _numbers(kind: type, context: click.Context, parameter: click.Parameter, text: str | None):
+    """`1,2,3` as a tuple."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list such as 1,2,3") from None
+
+
 @click.command()
 @click.option(
     "--data", required=True,
-    help="`digits`, or a folder of class folders (perhaps within train/ and val/).",
+    help="`digits`, or a folder of class folders or of .tar shards (perhaps in train/ and val/).",
 )  # fmt: skip
 @click.option("--arch", "arch_name", help="Architecture [default: the one of --pretrained].")
 @click.option("--pretrained", type=options.CheckpointPath(), help="Weights to start from.")
+@click.option("--teacher", type=options.CheckpointPath(), help="[default: those of --pretrained]")
 @click.option("--dense", is_flag=True, help="Train a dense network, from scratch if need be.")
-@click.option("--budget", type=float, help="MACs as a fraction of the dense [default: 0.65].")
 @click.option("-o", "--output", type=options.PATH, help="`.safetensors` [default: by arch, here].")
 @click.option("--image-size", type=int, help="Another image size than that of the arch.")
-@click.option("--epochs", type=click.IntRange(1), help="Epochs [default: 30].")
+@click.option(
+    "--stages", callback=partial(_numbers, int), help="Blocks before which tokens leave: 3,6,9.",
+)  # fmt: skip
+@click.option(
+    "--recipe", "recipe_file", type=options.PATH,
+    help="TOML file of the options below; those given here win.",
+)  # fmt: skip
+@click.option("--budget", type=float, help="MACs as a fraction of the dense.")
+@click.option("--epochs", type=click.IntRange(1), help="Epochs.")
 @click.option("--steps", type=click.IntRange(1), help="Steps, in place of --epochs.")
 @click.option(
-    "--batch-size", type=click.IntRange(1), default=64, show_default=True,
-    help="Pictures of a step.",
+    "--batch-size", type=click.IntRange(1),
+    help="Pictures of a step, all processes together [default: 64].",
 )  # fmt: skip
 @click.option("--lr", type=float, help="[default: 2e-5 * batch / 512; dense from scratch: 1e-3]")
 @click.option("--min-lr", type=float, help="[default: lr / 10; dense from scratch: lr / 1000]")
-@click.option("--warmup", type=click.IntRange(0), default=0, help="Warm-up steps.")
-@click.option(
-    "--weight-decay", type=float, default=1e-6, show_default=True,
-    help="AdamW's; thresholds have none.",
-)  # fmt: skip
-@click.option("--clip", type=float, default=0.0, help="Clip the gradient's norm; 0 does not.")
-@click.option("--smoothing", type=float, default=0.0, help="Label smoothing.")
+@click.option("--warmup", type=click.IntRange(0), help="Warm-up steps.")
+@click.option("--weight-decay", type=float, help="AdamW's [default: 1e-6]; thresholds have none.")
+@click.option("--clip", type=float, help="Clip the gradient's norm; 0 does not.")
+@click.option("--smoothing", type=float, help="Label smoothing.")
+@click.option("--randaugment", type=float, help="Its magnitude, of 10; 0 is off.")
+@click.option("--mixup", type=float, help="Its alpha; 0 is off.")
+@click.option("--cutmix", type=float, help="Its alpha; 0 is off.")
+@click.option("--erase", type=float, help="Probability of random erasing.")
+@click.option("--repeats", type=click.IntRange(1), help="Copies of a picture in a batch.")
 @click.option("--flops-weight", type=float, help="Of L_flops in Eq. 13, per GMAC [default: 2].")
 @click.option("--distill-weight", type=float, help="Of L_distill in Eq. 13 [default: 0.5].")
+@click.option("--temperature", type=float, help="T of Eq. 9 [default: 10000].")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True,
-    help="Of weights, order and augmentation.",
+    "--thresholds", callback=partial(_numbers, float), help="Where they start: 1e-3,2e-3,3e-3.",
 )  # fmt: skip
-@click.option("--bf16", is_flag=True, help="bfloat16 products; scores and thresholds stay float32.")
+@click.option("--masking", help="`attention` (the method), or `activation`.")
+@click.option("--ema", type=float, help="Decay of a moving average of the weights; 0 keeps none.")
+@click.option(
+    "--amp", help="`bf16` or `fp16` products [default: no]; scores and thresholds stay float32.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), help="Of weights, order and augmentation.")
 @click.option("--save-every", type=click.IntRange(1), default=200, help="Steps between states.")
 @click.option("--log-every", type=click.IntRange(1), default=20, help="Steps between log lines.")
 @click.option("--validation-limit", type=click.IntRange(1), help="Validate on so many pictures.")
+@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that make batches.")
+@click.option(
+    "--skip-limit", type=click.IntRange(0), default=0, help="Unreadable pictures to pass over.",
+)  # fmt: skip
+@click.option("--tensorboard", type=options.PATH, help="Folder for TensorBoard's events.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of this output.")
 @options.force
 def command(
     data: str,
     arch_name: str | None,
     pretrained: Path | None,
+    teacher: Path | None,
     dense: bool,
-    budget: float | None,
     output: Path | None,
     image_size: int | None,
-    epochs: int | None,
-    steps: int | None,
-    batch_size: int,
-    lr: float | None,
-    min_lr: float | None,
-    warmup: int,
-    weight_decay: float,
-    clip: float,
-    smoothing: float,
-    flops_weight: float | None,
-    distill_weight: float | None,
-    seed: int,
-    bf16: bool,
+    stages: tuple[int, ...] | None,
+    recipe_file: Path | None,
     save_every: int,
     log_every: int,
     validation_limit: int | None,
+    workers: int,
+    skip_limit: int,
+    tensorboard: Path | None,
     resume: bool,
     force: bool,
+    **given: Any,
 ) -> None:
     """Train to a MACs budget (Eq. 10-13 of AS-ViT), or train a dense network.
 
     \b
     asvit-deploy finetune --data DIR --pretrained deit_small.pth --budget 0.65
     asvit-deploy finetune --data digits --arch as_deit_mini --dense --steps 4000
+
+    Options that are not given are the paper's, by arch. With several GPUs or machines, start it
+    with `torchrun --nproc-per-node 8 -m asvit_deploy finetune ...` or `accelerate launch`.
 
     A run that was stopped goes on with the same command and --resume.
     """
@@ -88,15 +117,24 @@ def command(
     from asvit_deploy.models.checkpoint import load_checkpoint
     from asvit_deploy.models.registry import arch
     from asvit_deploy.training.data import open_source
-    from asvit_deploy.training.finetune import Interrupted, Intervals, Recipe, finetune
+    from asvit_deploy.training.presets import check_options, read_recipe, recipe_for
+    from asvit_deploy.training.recipe import Running
     from asvit_deploy.training.state import state_path
 
-    given = {"budget": budget, "flops-weight": flops_weight, "distill-weight": distill_weight}
-    for name, value in given.items():
-        if dense and value is not None:
-            raise UserError(f"--dense has no {name}; drop one of --dense and --{name}")
-    if steps is not None and epochs is not None:
-        raise UserError("--steps and --epochs say the same thing; drop one")
+    try:
+        from asvit_deploy.training.finetune import Interrupted, finetune
+    except ModuleNotFoundError as error:
+        if error.name != "accelerate":
+            raise
+        raise UserError('finetune needs accelerate; pip install "asvit-deploy[train]"') from error
+
+    # `torchrun` and `accelerate launch` number their processes; the first one speaks for them all.
+    first = os.environ.get("RANK", "0") == "0"
+    say = options.status if first else lambda text: None
+
+    check_options(dense, given)
+    if dense and teacher is not None:
+        raise UserError("--dense has no teacher; drop one of --dense and --teacher")
     if not dense and pretrained is None:
         raise UserError(
             "adaptive training starts from dense weights: pass --pretrained FILE, "
@@ -104,60 +142,52 @@ def command(
         )
     if arch_name is None and pretrained is None:
         raise UserError("nothing says which network to train; pass --arch or --pretrained")
+    told = read_recipe(recipe_file) if recipe_file else {}
     checkpoint = load_checkpoint(pretrained, image_size, arch_name) if pretrained else None
     config = checkpoint.config if checkpoint else arch(arch_name or "").at(image_size)
+    config = config.with_stages(stages) if stages else config
     target = output or Path(f"{config.name}{'_dense' if dense else ''}.safetensors")
     check_target(target, "checkpoint", force or resume, source=pretrained)
     state = state_path(target)
     if state.exists() and not (resume or force):
         raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")
-    source = open_source(data, config, seed)
+    # Twice: what a batch holds is the recipe's affair, and how long an epoch is the data's.
+    draft = recipe_for(config, dense, checkpoint is None, 1, given, told)
+    source = open_source(data, config, draft.seed, draft.augmentation)
     config = config.at(num_classes=len(source.classes))
-    scratch = checkpoint is None
-    if lr is None:
-        lr = 1e-3 if scratch else 2e-5 * batch_size / 512
-    recipe = Recipe(
-        steps=steps or max(1, (epochs or 30) * source.epoch // batch_size),
-        batch_size=batch_size,
-        budget=None if dense else 0.65 if budget is None else budget,
-        lr=lr,
-        min_lr=min_lr if min_lr is not None else lr / (1000 if scratch else 10),
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        smoothing=smoothing,
-        flops_weight=2.0 if flops_weight is None else flops_weight,
-        distill_weight=0.5 if distill_weight is None else distill_weight,
-        seed=seed,
-        bf16=bf16,
-    )
+    recipe = recipe_for(config, dense, checkpoint is None, source.epoch, given, told)
     identity = {
         "arch": config.name,
         "image_size": config.image_size,
+        "stages": list(config.stages),
         "pretrained": sha256(pretrained) if pretrained else None,
+        "teacher": sha256(teacher) if teacher else None,
     }
-    options.status(
+    say(
         f"{config.name}, {config.image_size} px, {len(source.classes)} classes of {source.name}: "
-        f"{recipe.steps} steps of {batch_size}, learning rate {recipe.lr:g}"
+        f"{recipe.steps} steps of {recipe.batch_size}, learning rate {recipe.lr:g}"
     )
+    running = Running(save_every, log_every, validation_limit, workers, skip_limit, tensorboard)
+    mentor = load_checkpoint(teacher, config.image_size) if teacher else None
     try:
         result = finetune(
-            config, source, checkpoint, recipe, target, identity, resume,
-            Intervals(save_every, log_every), validation_limit, force,
-        )  # fmt: skip
+            config, source, checkpoint, recipe, target, identity, resume, running, force, mentor
+        )
     except Interrupted as stopped:
-        options.status(str(stopped))
+        say(str(stopped))
         click.get_current_context().exit(130)
     if fit := result.fit:
-        options.status(
+        say(
             f"{fit.after:.4f} of the dense MACs on {fit.pictures} training pictures, "
             f"budget {fit.budget:g}"
         )
         if fit.missed:
-            options.status(
+            say(
                 f"missed the budget by {fit.off:+.1%}: these weights' scores are too much alike "
                 "for any thresholds; train longer, or start from better weights"
             )
     if result.validation:
-        options.status(", ".join(f"{n} {value:.4g}" for n, value in result.validation.items()))
-    click.echo(target)
+        numbers = {n: v for n, v in result.validation.items() if not isinstance(v, list)}
+        say(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    if first:
+        click.echo(target)

@@ -14,7 +14,8 @@ from asvit_deploy.models.vit import AdaptiveViT
 
 def config_of(fields: dict[str, Any]) -> ArchConfig:
     """The architecture that a sidecar describes."""
-    return arch(fields["arch"]).at(fields["image_size"], fields["num_classes"])
+    config = arch(fields["arch"]).at(fields["image_size"], fields["num_classes"])
+    return config.with_stages(fields["stages"]) if fields.get("stages") else config
 
 
 def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -> Path:

@@ -94,6 +94,7 @@ def load_checkpoint(
     config = _infer_config(state, metadata.get("arch") if ours else None, arch, refuse)
     if ours:
         _check_told(metadata, config, refuse)
+        config = _staged(metadata, config, refuse)
     adaptive = any(map(_THRESHOLD.match, state))
     state = _checked(state, config, adaptive, refuse)
     if image_size is not None and image_size != config.image_size:
@@ -128,8 +129,9 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
     """Write a model as `.safetensors` and its sidecar, whole or not at all.
 
     Args:
-        metadata: text or JSON, told beside the weights; format, schema, arch, image_size and
-            num_classes are added and cannot be overridden.
+        metadata: text or JSON, told beside the weights; format, schema, arch, image_size,
+            num_classes and, where they are not the arch's own, stages are added and cannot be
+            overridden.
 
     Raises:
         UserError: another suffix than `.safetensors`, a weight or threshold that is not finite, or
@@ -145,6 +147,8 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
         "image_size": str(config.image_size),
         "num_classes": str(config.num_classes),
     }
+    if config.stages != ARCHS[config.name].stages:
+        own["stages"] = json.dumps(config.stages)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if odd := [key for key, value in tensors.items() if not value.isfinite().all()]:
         raise UserError(
@@ -268,6 +272,20 @@ def _check_told(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse)
                 f"says classes {_quoted(metadata['classes'])}, which is no JSON list of "
                 f"{config.num_classes} names; write it again with this tool"
             )
+
+
+def _staged(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) -> ArchConfig:
+    """The architecture with the stages that the file tells, where they are not its usual ones."""
+    if "stages" not in metadata:
+        return config
+    stages = _parsed(metadata["stages"])
+    try:
+        return config.with_stages(stages if isinstance(stages, list) else [])
+    except (UserError, TypeError):
+        refuse(
+            f"says stages {_quoted(metadata['stages'])}, which do not fit {config.name}; write it "
+            "again with this tool"
+        )
 
 
 def _number(text: str) -> float:

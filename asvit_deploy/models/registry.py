@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from asvit_deploy.errors import UserError
@@ -80,6 +82,22 @@ class ArchConfig:
             image_size=size,
             num_classes=self.num_classes if num_classes is None else num_classes,
         )
+
+    def with_stages(self, stages: Sequence[int]) -> ArchConfig:
+        """The same architecture, pruned before other blocks.
+
+        Raises:
+            UserError: they are not rising block numbers of 1 to depth - 1.
+        """
+        whole = all(type(stage) is int for stage in stages)
+        edges = [0, *stages, self.depth]
+        if not stages or not whole or not all(a < b for a, b in pairwise(edges)):
+            raise UserError(
+                f"stages {','.join(map(str, stages))} do not fit {self.name}; pass rising block "
+                f"numbers between 1 and {self.depth - 1}, such as "
+                f"{','.join(map(str, self.stages))}"
+            )
+        return replace(self, stages=tuple(stages))
 
 
 _DIGITS = Preprocessing(

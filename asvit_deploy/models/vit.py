@@ -33,6 +33,9 @@ INITIAL_THRESHOLD = 0.001
 # How the images of a batch go together.
 BatchRule = Literal["exact", "mean-k"]
 
+# What a token that was dropped loses in the training form: the others' attention, or its features.
+Masking = Literal["attention", "activation"]
+
 # (stage, scores float32 [B, N], alive float32 [B, N]) -> keep mask float32 [B, N]
 Selector = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -289,7 +292,11 @@ class AdaptiveViT(nn.Module):
         return self.classify(x.unsqueeze(0) if single else x, key_mask), trace
 
     def forward_masked(
-        self, images: Tensor, temperature: float = TEMPERATURE, selector: Selector | None = None
+        self,
+        images: Tensor,
+        temperature: float = TEMPERATURE,
+        selector: Selector | None = None,
+        masking: Masking = "attention",
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Training form: every token stays in place, dropped ones are hidden from attention.
 
@@ -297,6 +304,8 @@ class AdaptiveViT(nn.Module):
             images: float [B, 3, H, W], normalised.
             temperature: T of Eq. 9.
             selector: another rule in place of the thresholds (random, top-k), for ablations.
+            masking: "activation" multiplies dropped tokens by zero once and lets all attend to
+                them (Table 3's comparison); the inference form is then another function.
 
         Returns:
             logits [B, C], final tokens [B, M, D] after the last norm, and per stage the keep mask
@@ -314,7 +323,11 @@ class AdaptiveViT(nn.Module):
                 else:
                     mask = selector(stage, scores, alive)
                 masks.append(mask)
-                keep = F.pad(mask, (1, 0), value=1.0)
+                padded = F.pad(mask, (1, 0), value=1.0)
+                if masking == "activation":
+                    x = x * padded.unsqueeze(2).to(x.dtype)
+                else:
+                    keep = padded
             x, scores = block(x, keep, self._scored_by(i), masked=True)
-        valid = None if keep is None else keep.detach() > 0.5
+        valid = F.pad(masks[-1].detach(), (1, 0), value=1.0) > 0.5 if masks else None
         return self.classify(x, valid), self.norm(x), masks

@@ -1,7 +1,8 @@
 """Training: a dense network from scratch, or an adaptive one from a dense one, to a budget.
 
-One process. Whatever a step does follows from the options and its number, so a run that was
-stopped, at any moment and in any way, continues from its last state as if nothing had happened.
+One process, or as many as `accelerate launch` or `torchrun` start. Whatever a step does follows
+from the options and its number, so a run that was stopped, at any moment and in any way, continues
+from its last state as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -15,45 +16,46 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from asvit_deploy.artifact import provenance
 from asvit_deploy.errors import UserError
-from asvit_deploy.models import build
-from asvit_deploy.models.checkpoint import Checkpoint, build_model, save_checkpoint
+from asvit_deploy.files import check_writable
+from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from asvit_deploy.models.registry import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import AdaptiveViT, Selector
 from asvit_deploy.training.budget import Fit, check_budget, fit_thresholds, trace_macs
 from asvit_deploy.training.data import Batch, Source
 from asvit_deploy.training.log import Log, log_path
-from asvit_deploy.training.losses import Outputs, Weights, flops_weight, relative_macs, total_loss
 from asvit_deploy.training.recipe import (
-    DEFAULT_INTERVALS,
-    Intervals,
+    DEFAULT_RUNNING,
     Recipe,
+    Running,
     check_memory,
     memory_failures,
     picture_bytes,
-    rate,
 )
 from asvit_deploy.training.state import load_state, save_state, state_path
+from asvit_deploy.training.trainer import (
+    Trainer,
+    accelerator_for,
+    adaptive_start,
+    dense_start,
+    load_teacher,
+)
 
-# The paper's rate, 2e-5, moves a threshold of 0.002 by one per cent a step. Thresholds keep that
-# pace relative to themselves, whatever the weights' rate: trained attention can be so sharp that
-# they belong at 1e-4 or below, where steps of 2e-5 would jump, and cross zero.
-_THRESHOLD_PACE = 0.01
-# Far below any that matters; a checkpoint with a threshold of zero would be refused.
-MIN_THRESHOLD = 1e-9
-_INITIAL_TOKENS = 196  # at which the paper's initial thresholds are meant
 # Thresholds are fitted on as many pictures as were trained on, within these limits.
 _FIT_PICTURES = (64, 2048)
 _FIT_BYTES = 1 << 30
+_VALIDATION_BATCH = 64
 
 
 class Interrupted(Exception):
@@ -63,160 +65,12 @@ class Interrupted(Exception):
         super().__init__(f"stopped after step {step}; {path} holds it, go on with --resume")
 
 
-# --- the two networks ---------------------------------------------------------------------------
+def average_path(output: Path) -> Path:
+    """Where the moving average of the weights goes, beside the weights themselves."""
+    return output.with_name(f"{output.stem}.ema{output.suffix}")
 
 
-def dense_start(config: ArchConfig, pretrained: Checkpoint | None, seed: int) -> AdaptiveViT:
-    """A dense network to train: random, or given weights (with a new head for other classes)."""
-    torch.manual_seed(seed)
-    model = build(config, adaptive=False)
-    if pretrained is not None:
-        given = build_model(pretrained, dense=True).state_dict()
-        if pretrained.config.num_classes != config.num_classes:
-            given = {k: v for k, v in given.items() if not k.startswith(("head.", "aux_head."))}
-        model.load_state_dict(given, strict=False)
-    return model
-
-
-def adaptive_start(config: ArchConfig, pretrained: Checkpoint) -> tuple[AdaptiveViT, AdaptiveViT]:
-    """Student and frozen teacher, both with the weights of a dense (or adaptive) checkpoint.
-
-    Raises:
-        UserError: the checkpoint has another number of classes than the data.
-    """
-    if pretrained.config.num_classes != config.num_classes:
-        raise UserError(
-            f"{pretrained.path} has {pretrained.config.num_classes} classes and the data "
-            f"{config.num_classes}; first fit a head with finetune --dense --pretrained"
-        )
-    teacher = build_model(pretrained, dense=True).requires_grad_(False)
-    student = build(config, adaptive=True)
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    for stage, threshold in enumerate(student.thresholds):
-        if pretrained.adaptive:
-            threshold.data.copy_(pretrained.state[f"thresholds.{stage}"])
-        else:
-            threshold.data.mul_(_INITIAL_TOKENS / config.image_tokens)
-    return student, teacher
-
-
-def _optimizer(
-    model: AdaptiveViT, logarithms: list[torch.nn.Parameter], recipe: Recipe
-) -> torch.optim.Optimizer:
-    """AdamW; matrices are decayed, everything else is not, thresholds have a pace of their own."""
-    weights = dict(model.named_parameters())
-    weights = {k: v for k, v in weights.items() if not k.startswith("thresholds.")}
-    plain = [k for k, v in weights.items() if v.ndim < 2 or k in ("cls_token", "pos_embed")]
-    decayed = [v for k, v in weights.items() if k not in plain]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": recipe.weight_decay, "pace": 1.0},
-        {"params": [weights[k] for k in plain], "weight_decay": 0.0, "pace": 1.0},
-    ]
-    if logarithms:
-        pace = _THRESHOLD_PACE / recipe.lr
-        groups.append({"params": logarithms, "weight_decay": 0.0, "pace": pace})
-    return torch.optim.AdamW(groups, lr=recipe.lr)
-
-
-# --- one step -----------------------------------------------------------------------------------
-
-
-def run_masked(model: AdaptiveViT, images: Tensor, bf16: bool) -> Outputs:
-    """Training form of a network on a batch; weights' products in bfloat16 where asked."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        logits, tokens, masks = model.forward_masked(images)
-        aux_head = getattr(model, "aux_head", None)
-        votes = None if aux_head is None else aux_head(tokens[:, 1:])
-    return Outputs(logits, votes, masks)
-
-
-class Trainer:
-    """A network in training, its teacher where there is one, and the optimiser.
-
-    Args:
-        from_scratch: learn the statistics of a convolutional stem too. Those of given weights stay
-            frozen: they come from more pictures than a fine-tuning batch holds, and a student's
-            must remain its teacher's.
-    """
-
-    def __init__(
-        self,
-        model: AdaptiveViT,
-        teacher: AdaptiveViT | None,
-        recipe: Recipe,
-        from_scratch: bool = False,
-    ) -> None:
-        self.model, self.teacher, self.recipe = model, teacher, recipe
-        # The network has no dropout, so the mode decides about those statistics alone.
-        model.train(from_scratch)
-        self._logarithms = [torch.nn.Parameter(t.detach().log()) for t in model.thresholds]
-        self.optimizer = _optimizer(model, self._logarithms, recipe)
-        flops, distill = flops_weight(model.config, recipe.flops_weight), recipe.distill_weight
-        self.weights = Weights(flops, distill, distill, recipe.smoothing)
-
-    def step(self, number: int, batch: Batch) -> dict[str, Any]:
-        """One update; the figures that the log keeps.
-
-        Raises:
-            UserError: the loss or its gradient is not finite.
-        """
-        images, labels = batch
-        recipe, config = self.recipe, self.model.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate(recipe, number) * group["pace"]
-        teacher = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher = run_masked(self.teacher, images, recipe.bf16)
-        student = run_masked(self.model, images, recipe.bf16)
-        loss, parts = total_loss(config, student, teacher, labels, recipe.budget, self.weights)
-        self.model.zero_grad()
-        loss.backward()
-        self._check(number, loss)
-        self._update()
-        return self._figures(loss, parts, student, labels)
-
-    def _check(self, number: int, loss: Tensor) -> None:
-        """Clip the weights' gradient; refuse a loss or a gradient that is not finite."""
-        # Apart from the weights: in their own unit, thresholds have gradients 1e4 times as large.
-        weights = [p for k, p in self.model.named_parameters() if not k.startswith("thresholds.")]
-        norm = torch.nn.utils.clip_grad_norm_(weights, self.recipe.clip or math.inf)
-        slopes = [t.grad.abs() for t in self.model.thresholds if t.grad is not None]
-        if not math.isfinite(loss.item() + norm.item() + sum(slope.item() for slope in slopes)):
-            first = number * self.recipe.batch_size
-            raise UserError(
-                f"training diverged at step {number}, on pictures {first} to "
-                f"{first + self.recipe.batch_size - 1} of the run: the loss is {loss.item():g}, "
-                f"its gradient {norm.item():g}; start over with --force and a lower --lr "
-                f"(it was {self.recipe.lr:g})"
-            )
-
-    @torch.no_grad()
-    def _update(self) -> None:
-        """AdamW on the weights and on the logarithms of the thresholds, which stay positive."""
-        for logarithm, threshold in zip(self._logarithms, self.model.thresholds):
-            # Derived anew each time, so that the thresholds alone are the state of a run.
-            logarithm.copy_(threshold.log())
-            logarithm.grad = threshold.grad * threshold
-        self.optimizer.step()
-        for logarithm, threshold in zip(self._logarithms, self.model.thresholds):
-            threshold.copy_(logarithm.exp().clamp(min=MIN_THRESHOLD))
-
-    def _figures(
-        self, loss: Tensor, parts: dict[str, Tensor], student: Outputs, labels: Tensor
-    ) -> dict[str, Any]:
-        right = (student.logits.argmax(1) == labels).float().mean().item()
-        figures: dict[str, Any] = {"loss": loss.item()}
-        figures |= {name: part.item() for name, part in parts.items()}
-        figures |= {"top1": right, "lr": self.optimizer.param_groups[0]["lr"]}
-        if student.masks:
-            figures["macs"] = relative_macs(self.model.config, student.masks).mean().item()
-            figures["kept"] = [mask.detach().sum(1).mean().item() for mask in student.masks]
-            figures["thresholds"] = [threshold.item() for threshold in self.model.thresholds]
-        return figures
-
-
-# --- the run ------------------------------------------------------------------------------------
+# --- batches ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -243,15 +97,91 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _batches(source: Source, first: int, recipe: Recipe) -> Iterator[tuple[int, Batch]]:
-    """Numbered batches, each made while the one before is trained on."""
+class _Numbered(Dataset):
+    """Batch number `step` as item `step`: what worker processes of a `DataLoader` ask for."""
+
+    def __init__(self, source: Source, size: int, part: range) -> None:
+        self._source, self._size, self._part = source, size, part
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._source.train_batch(step, self._size, self._part)
+
+
+def _batches(
+    source: Source, first: int, recipe: Recipe, part: range, workers: int
+) -> Iterator[tuple[int, Batch]]:
+    """Numbered batches, made ahead: by worker processes, or the next one by a thread."""
+    steps, numbered = range(first, recipe.steps), _Numbered(source, recipe.batch_size, part)
+    if workers:
+        loader: DataLoader[Batch] = DataLoader(
+            numbered, batch_size=None, sampler=steps, num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        yield from zip(steps, loader)
+        return
     with ThreadPoolExecutor(1) as worker:
-        ahead = worker.submit(source.train_batch, first, recipe.batch_size)
-        for step in range(first, recipe.steps):
+        ahead = worker.submit(numbered.__getitem__, first)
+        for step in steps:
             batch = ahead.result()
             if step + 1 < recipe.steps:
-                ahead = worker.submit(source.train_batch, step + 1, recipe.batch_size)
+                ahead = worker.submit(numbered.__getitem__, step + 1)
             yield step, batch
+
+
+def _share(accelerator: Accelerator, recipe: Recipe) -> range:
+    """The pictures of each batch that this process sees.
+
+    Raises:
+        UserError: the batch does not divide among the processes.
+    """
+    size, processes = recipe.batch_size, accelerator.num_processes
+    if size % processes:
+        raise UserError(
+            f"--batch-size {size} is that of all processes together and does not divide by their "
+            f"{processes}; try {math.ceil(size / processes) * processes}"
+        )
+    own = size // processes
+    return range(accelerator.process_index * own, (accelerator.process_index + 1) * own)
+
+
+@dataclass
+class _Skipped:
+    """Pictures that could not be read, and how many may be."""
+
+    limit: int
+    names: set[str] = field(default_factory=set)
+
+    def add(self, names: tuple[str, ...]) -> None:
+        """Raises UserError once there are more than the limit."""
+        self.names.update(names)
+        if len(self.names) > self.limit:
+            raise UserError(
+                f"{len(self.names)} pictures cannot be read, such as {min(self.names)}, and "
+                f"{self.limit} may be skipped; mend them, or raise --skip-limit"
+            )
+
+
+@dataclass
+class _Means:
+    """Means of a step's figures since they were last taken."""
+
+    steps: int = 0
+    sums: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, figures: dict[str, Any]) -> None:
+        self.steps += 1
+        for name, value in figures.items():
+            values = value if isinstance(value, list) else [value]
+            before = self.sums.get(name, [0.0] * len(values))
+            self.sums[name] = [a + b for a, b in zip(before, values)]
+
+    def take(self) -> dict[str, Any]:
+        means = {name: [v / self.steps for v in sums] for name, sums in self.sums.items()}
+        self.steps, self.sums = 0, {}
+        return {name: v if len(v) > 1 else v[0] for name, v in means.items()}
+
+
+# --- the run ------------------------------------------------------------------------------------
 
 
 def train(
@@ -260,7 +190,7 @@ def train(
     output: Path,
     identity: dict[str, Any],
     resume: bool = False,
-    intervals: Intervals = DEFAULT_INTERVALS,
+    running: Running = DEFAULT_RUNNING,
     force: bool = False,
 ) -> Log:
     """Run all the steps, from the start or from the saved state.
@@ -272,65 +202,122 @@ def train(
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM, after saving.
-        UserError: the loss diverged, a picture cannot be read, there is nothing to resume, or the
-            log would replace another file.
+        UserError: the loss diverged, too many pictures cannot be read, the batch does not divide
+            among the processes, there is nothing to resume, or the log would replace another file.
     """
-    recipe, state = trainer.recipe, state_path(output)
+    recipe, state, accelerator = trainer.recipe, state_path(output), trainer.accelerator
+    part, skipped, means = _share(accelerator, recipe), _Skipped(running.skip_limit), _Means()
     # Data first: with other pictures the number of steps may differ too, which says less.
     known = {**identity, **asdict(recipe)}
-    first = load_state(state, trainer.model, trainer.optimizer, known) if resume else 0
-    log, started = Log(log_path(output), known, first, force), time.monotonic()
+    first = load_state(state, trainer, known) if resume else 0
+    main = accelerator.is_main_process
+    log = Log(log_path(output), known, first, force, running.tensorboard, quiet=not main)
+    started, size = time.monotonic(), recipe.batch_size
 
     def save(step: int) -> None:
-        save_state(state, step, trainer.model, trainer.optimizer, known)
+        if main:
+            save_state(state, step, trainer, known)
 
     with (
-        _stop_signals() as stop,
-        tqdm(total=recipe.steps * recipe.batch_size, initial=first * recipe.batch_size,
-             unit="img", file=sys.stderr, mininterval=1.0) as bar,
+        _stop_signals() as signals,
+        tqdm(total=recipe.steps * size, initial=first * size, unit="img", file=sys.stderr,
+             mininterval=1.0, disable=not main) as bar,
     ):  # fmt: skip
-        for step, batch in _batches(source, first, recipe):
+        for step, batch in _batches(source, first, recipe, part, running.workers):
+            skipped.add(batch.skipped)
             figures = trainer.step(step, batch)
-            done = step + 1
-            bar.update(recipe.batch_size)
-            if done % intervals.log == 0 or done == recipe.steps:
-                speed = (done - first) * recipe.batch_size / (time.monotonic() - started)
+            done, stop = step + 1, _any(accelerator, bool(signals))
+            means.add(figures)
+            bar.update(size)
+            last = done == recipe.steps
+            if done % running.log == 0 or last:
+                speed = (done - first) * size / (time.monotonic() - started)
                 log.write({"step": done, **figures, "images_per_s": speed})
                 shown = {k: figures[k] for k in ("loss", "top1", "macs") if k in figures}
                 bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
-            if stop or done % intervals.save == 0 or done == recipe.steps:
+            epoch = done * size // source.epoch
+            ended = epoch > step * size // source.epoch
+            if ended:
+                _end_epoch(trainer, source, log, epoch, done, means, skipped, running)
+            if stop or ended or done % running.save == 0 or last:
                 save(done)
-            if stop and done < recipe.steps:
+            if stop and not last:
                 raise Interrupted(done, state)
     return log
 
 
+def _any(accelerator: Accelerator, here: bool) -> bool:
+    """Whether it is so in any process; they must stop after the same step."""
+    if accelerator.num_processes == 1:
+        return here
+    flag = torch.tensor(float(here), device=accelerator.device)
+    return accelerator.reduce(flag, reduction="sum").item() > 0  # type: ignore[union-attr]
+
+
+def _end_epoch(
+    trainer: Trainer, source: Source, log: Log, epoch: int, done: int, means: _Means,
+    skipped: _Skipped, running: Running,
+) -> None:  # fmt: skip
+    """Log the epoch's means (since a resumed run went on) and what validation says."""
+    steps, figures = means.steps, means.take()
+    for name in ("lr", "thresholds"):  # where they are now says more than where they were
+        figures.pop(name, None)
+    held_out = validate(trainer.model, source, running.validation_limit, trainer.accelerator)
+    log.write({
+        "event": "epoch", "epoch": epoch, "step": done, "steps": steps, **figures,
+        "skipped": len(skipped.names), "thresholds": trainer.model.threshold_values(),
+        "validation": held_out,
+    })  # fmt: skip
+
+
 @torch.inference_mode()
-def validate(model: AdaptiveViT, source: Source, limit: int | None = None) -> dict[str, Any]:
-    """Top-1 and, for an adaptive network, MACs / teacher, in the inference form; {} if no data."""
-    model = copy.deepcopy(model).eval()
-    right, macs = [], []
-    for images, labels in source.validation(64, limit):
-        logits, trace = model(images)
-        right.append((logits.argmax(1) == labels).float())
-        if model.adaptive:
-            macs.append(trace_macs(model.config, trace))
-    if not right:
+def validate(
+    model: AdaptiveViT,
+    source: Source,
+    limit: int | None = None,
+    accelerator: Accelerator | None = None,
+) -> dict[str, Any]:
+    """Held-out figures of the inference form, each process with its share; {} if no data.
+
+    Returns:
+        `images`, `top1` and, for an adaptive network, mean `macs` / teacher and image tokens
+        `kept` after each stage.
+    """
+    rank = accelerator.process_index if accelerator else 0
+    world = accelerator.num_processes if accelerator else 1
+    model, device = copy.deepcopy(model).eval(), model.pos_embed.device
+    stages = len(model.thresholds)
+    sums = torch.zeros(3 + stages, dtype=torch.float64)  # images, right, MACs, kept per stage
+    for images, labels, *_ in source.validation(_VALIDATION_BATCH, limit, rank, world):
+        logits, trace = model(images.to(device))
+        right = (logits.argmax(1).cpu() == labels).sum()
+        macs = trace_macs(model.config, trace).sum().cpu() if stages else torch.tensor(0.0)
+        kept = [(length - 1).sum().cpu() for length in trace.length]
+        sums += torch.stack([torch.tensor(len(labels)), right, macs, *kept]).double()
+    if accelerator and world > 1:
+        sums = accelerator.reduce(sums.to(device), reduction="sum").cpu()  # type: ignore[union-attr]
+    count = int(sums[0])
+    if not count:
         return {}
-    figures = {"images": sum(map(len, right)), "top1": torch.cat(right).mean().item()}
-    return figures | ({"macs": torch.cat(macs).mean().item()} if macs else {})
+    _, top1, macs, *kept = (sums / count).tolist()
+    figures = {"images": count, "top1": top1}
+    return figures | ({"macs": macs, "kept": kept} if stages else {})
 
 
-def _land_on_budget(trainer: Trainer, source: Source, log: Log) -> Fit | None:
-    """Thresholds onto the budget, over pictures that come after those trained on."""
-    recipe, config = trainer.recipe, trainer.model.config
+def _land_on_budget(
+    model: AdaptiveViT, trainer: Trainer, source: Source, log: Log, what: str
+) -> Fit | None:
+    """Thresholds onto the budget, over training pictures as evaluation sees them."""
+    recipe, config = trainer.recipe, model.config
     if recipe.budget is None:
         return None
     seen, (fewest, most) = recipe.steps * recipe.batch_size, _FIT_PICTURES
     size = min(max(seen, fewest), most, _FIT_BYTES // picture_bytes(config))
-    images, _ = source.train_batch(math.ceil(seen / size), size)
-    fit = fit_thresholds(trainer.model, images, recipe.budget)
-    log.write({"event": "thresholds scaled to the budget", **asdict(fit), "missed": fit.missed})
+    fit = fit_thresholds(model, source.fitting(size, after=seen), recipe.budget)
+    # Processes may round differently; the first one's is what is written.
+    for threshold in model.thresholds:
+        threshold.data = broadcast(threshold.data)
+    log.write({"event": f"{what} scaled to the budget", **asdict(fit), "missed": fit.missed})
     return fit
 
 
@@ -343,7 +330,7 @@ class Result:
 
 
 def _start(
-    config: ArchConfig, pretrained: Checkpoint | None, recipe: Recipe
+    config: ArchConfig, pretrained: Checkpoint | None, teacher: Checkpoint | None, recipe: Recipe
 ) -> tuple[AdaptiveViT, AdaptiveViT | None]:
     """The network to train and its teacher, once it is sure that the run can be made."""
     check_memory(config, recipe.batch_size)
@@ -352,7 +339,10 @@ def _start(
     if pretrained is None:
         raise UserError("adaptive training starts from dense weights; pass --pretrained")
     check_budget(config, recipe.budget)
-    return adaptive_start(config, pretrained)
+    student, own = adaptive_start(config, pretrained, recipe.thresholds)
+    if not recipe.distill_weight:
+        return student, None
+    return student, own if teacher is None else load_teacher(config, teacher)
 
 
 def finetune(
@@ -363,9 +353,10 @@ def finetune(
     output: Path,
     identity: dict[str, Any],
     resume: bool = False,
-    intervals: Intervals = DEFAULT_INTERVALS,
-    validation_limit: int | None = None,
+    running: Running = DEFAULT_RUNNING,
     force: bool = False,
+    teacher: Checkpoint | None = None,
+    selector: Selector | None = None,
 ) -> Result:
     """Train and write `output`, whole, and only at the end.
 
@@ -373,25 +364,51 @@ def finetune(
         config: with the data's number of classes.
         pretrained: starting weights; needed where the recipe has a budget.
         identity, force: see `train`; the data's own identity is added.
+        teacher: dense weights to learn from; by default those it starts from.
+        selector: see `Trainer`; the thresholds are then left as they are.
 
     Raises:
         Interrupted, UserError: see `train`; a budget out of reach; a batch that does not fit into
-            memory.
+            memory; a teacher of another kind.
     """
-    model, teacher = _start(config, pretrained, recipe)
+    accelerator = accelerator_for(recipe.amp)
+    if recipe.ema and accelerator.is_main_process:
+        check_writable(average_path(output), force or resume)
+    model, mentor = _start(config, pretrained, teacher, recipe)
     identity = {**source.identity, **identity}
-    trainer = Trainer(model, teacher, recipe, from_scratch=pretrained is None)
+    trainer = Trainer(
+        model, mentor, recipe, from_scratch=pretrained is None, accelerator=accelerator,
+        selector=selector,
+    )  # fmt: skip
     with memory_failures(recipe.batch_size):
-        log = train(trainer, source, output, identity, resume, intervals, force)
-        fit = _land_on_budget(trainer, source, log)
-    figures = validate(model, source, validation_limit)
+        log = train(trainer, source, output, identity, resume, running, force)
+        fit = None
+        if selector is None:
+            fit = _land_on_budget(model, trainer, source, log, "thresholds")
+    figures = validate(model, source, running.validation_limit, accelerator)
     log.write({"event": "validation", **figures})
-    metadata = {"classes": json.dumps(source.classes), "provenance": json.dumps(
-        {**provenance(("torch", "mlxtend")), "recipe": asdict(recipe), **identity, **figures}
-    )}  # fmt: skip
-    if fit is not None:
-        metadata["budget"] = str(recipe.budget)
-        metadata["budget_fit"] = json.dumps({**asdict(fit), "missed": fit.missed})
-    save_checkpoint(output, model, metadata)
-    state_path(output).unlink(missing_ok=True)
+    described = {**provenance(("torch", "accelerate")), "recipe": asdict(recipe), **identity}
+
+    def write(path: Path, network: AdaptiveViT, fit: Fit | None, figures: dict[str, Any]) -> None:
+        metadata = {
+            "classes": json.dumps(source.classes),
+            "provenance": json.dumps({**described, **figures}),
+        }
+        if fit is not None:
+            metadata["budget"] = str(recipe.budget)
+            metadata["budget_fit"] = json.dumps({**asdict(fit), "missed": fit.missed})
+        if accelerator.is_main_process:
+            save_checkpoint(path, network, metadata)
+
+    average = trainer.averaged()
+    if average is not None:
+        what = "thresholds of the average"
+        mean_fit = _land_on_budget(average, trainer, source, log, what)
+        mean_figures = validate(average, source, running.validation_limit, accelerator)
+        log.write({"event": "validation of the average", **mean_figures})
+        write(average_path(output), average, mean_fit, mean_figures)
+    write(output, model, fit, figures)
+    if accelerator.is_main_process:
+        state_path(output).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
     return Result(figures, fit)

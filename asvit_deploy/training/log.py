@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from asvit_deploy.errors import UserError
 from asvit_deploy.files import check_writable, write_text
 
 
@@ -27,12 +28,25 @@ class Log:
         known: what decides the run's result; a log of the same is this run's own.
         step: where the run goes on, 0 for a new one.
         force: replace a log that is not this run's own.
+        tensorboard: a folder for TensorBoard's events, which get the same numbers.
+        quiet: write nothing at all; for all processes of a run but one.
 
     Raises:
         UserError: another file is in its place and `force` is off.
     """
 
-    def __init__(self, path: Path, known: dict[str, Any], step: int, force: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        known: dict[str, Any],
+        step: int,
+        force: bool,
+        tensorboard: Path | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self._quiet, self._board = quiet, None
+        if quiet:
+            return
         start = {"event": "start", "run": _digest(known)}
         before = list(_events(path)) if step else []
         own = before[:1] == [start]
@@ -40,14 +54,53 @@ class Log:
         kept = [event for event in before[1:] if event.get("step", math.inf) <= step]
         self._path = path
         self._head: list[dict[str, Any]] | None = [start, *(kept if own else [])]
+        if tensorboard is not None:
+            self._board = _board(tensorboard, step)
 
     def write(self, figures: dict[str, Any]) -> None:
+        """Add one line; to TensorBoard too, where it has a step."""
+        if self._quiet:
+            return
         rounded = json.loads(json.dumps(figures), parse_float=lambda x: float(f"{float(x):.6g}"))
         if self._head is not None:
             write_text(self._path, "".join(json.dumps(event) + "\n" for event in self._head))
             self._head = None
         with open(self._path, "a") as file:
             file.write(json.dumps(rounded) + "\n")
+        if self._board is not None and "step" in figures:
+            prefix = f"{figures['event']}/" if "event" in figures else ""
+            for name, value in _numbers(rounded):
+                self._board.add_scalar(prefix + name, value, figures["step"])
+            self._board.flush()
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, which hides what an earlier run wrote beyond `step`.
+
+    Raises:
+        UserError: tensorboard is not installed, or the folder cannot be written.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            '--tensorboard needs tensorboard; pip install "asvit-deploy[train]"'
+        ) from error
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; name another folder") from error
+
+
+def _numbers(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers among figures, those of lists and of objects in them by a name of their own."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield from _numbers({f"{name}.{i}": item for i, item in enumerate(value)}, prefix)
+        elif isinstance(value, int | float) and name not in ("step", "epoch"):
+            yield prefix + name, value
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,13 @@ from asvit_deploy.models.registry import ArchConfig, arch
 # the pull that DeiT-S has. In short trials on the default arch (200 steps) the literal weight met
 # the budget too, but the tokens kept then did not follow the size of what is on the picture.
 PAPER_WEIGHT = 2.0
+
+# A number's mean over all processes; where there is one process, the number.
+Mean = Callable[[Tensor], Tensor]
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value
 
 
 def flops_weight(config: ArchConfig, per_gmac: float = PAPER_WEIGHT) -> float:
@@ -37,9 +44,16 @@ def relative_macs(config: ArchConfig, masks: Sequence[Tensor]) -> Tensor:
     return model_macs(config, lengths) / teacher_macs(config)
 
 
-def flops_loss(config: ArchConfig, masks: Sequence[Tensor], budget: float) -> Tensor:
-    """(10) | mean_b FLOPs(x_b) - t | / teacher, with t = budget * teacher."""
-    return (relative_macs(config, masks).mean() - budget).abs()
+def flops_loss(
+    config: ArchConfig, masks: Sequence[Tensor], budget: float, mean: Mean = _alone
+) -> Tensor:
+    """(10) | mean_b FLOPs(x_b) - t | / teacher, with t = budget * teacher.
+
+    The mean is over the pictures of all processes and stands inside the absolute value: each
+    process's gradient is that of its own pictures, with the sign of them all.
+    """
+    own = relative_macs(config, masks).mean()
+    return (own - own.detach() + mean(own.detach()) - budget).abs()
 
 
 def distillation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -56,7 +70,9 @@ def distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
-def token_distillation(student: Tensor, teacher: Tensor, alive: Tensor) -> Tensor:
+def token_distillation(
+    student: Tensor, teacher: Tensor, alive: Tensor, mean: Mean = _alone
+) -> Tensor:
     """(12), LV-ViT's second part: the same KL over the tokens that the last stage kept.
 
     Args:
@@ -64,7 +80,9 @@ def token_distillation(student: Tensor, teacher: Tensor, alive: Tensor) -> Tenso
         alive: keep mask of the last stage, float32 [B, N].
     """
     rows = alive.detach() > 0.5
-    return distillation(student[rows], teacher[rows])
+    # Every token weighs the same, in whatever process it is.
+    share = rows.sum() / mean(rows.sum().float())
+    return distillation(student[rows], teacher[rows]) * share
 
 
 @dataclass(frozen=True)
@@ -93,22 +111,27 @@ def total_loss(
     labels: Tensor,
     budget: float | None,
     weights: Weights,
+    mean: Mean = _alone,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(13) L = L_ce + w_flops L_flops + w_distill L_distill (+ w_token L_token), and its parts.
 
     Without a teacher or a budget the parts that need them are left out.
+
+    Args:
+        labels: int64 [B], or float32 [B, C] where pictures were mixed.
+        mean: over all processes.
     """
     logits = student.logits.float()
     parts = {"ce": F.cross_entropy(logits, labels, label_smoothing=weights.smoothing)}  # (11)
     loss = parts["ce"]
     if budget is not None:
-        parts["flops"] = flops_loss(config, student.masks, budget)
+        parts["flops"] = flops_loss(config, student.masks, budget, mean)
         loss = loss + weights.flops * parts["flops"]
     if teacher is not None:
         parts["distill"] = distillation(logits, teacher.logits)
         loss = loss + weights.distill * parts["distill"]
         if student.tokens is not None and teacher.tokens is not None:
             alive = student.masks[-1] if student.masks else torch.ones_like(student.tokens[:, :, 0])
-            parts["token"] = token_distillation(student.tokens, teacher.tokens, alive)
+            parts["token"] = token_distillation(student.tokens, teacher.tokens, alive, mean)
             loss = loss + weights.token * parts["token"]
     return loss, {name: part.detach() for name, part in parts.items()}

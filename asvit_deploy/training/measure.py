@@ -6,48 +6,23 @@ Intervals are 95 % bootstrap intervals over placements, paired where two network
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from asvit_deploy.models.vit import AdaptiveViT
-from asvit_deploy.reduction.threshold import compact_masked
 from asvit_deploy.training.budget import trace_macs
 from asvit_deploy.training.data import normalise
 from asvit_deploy.training.digits import ClutteredDigits
+from asvit_deploy.training.selection import forward_selected, random_k
 
 _BATCH = 50
 _RESAMPLES = 2000
 _RANK_RESAMPLES = 500  # every one of them sorts
-
-
-@torch.inference_mode()
-def forward_random(
-    model: AdaptiveViT, images: Tensor, lengths: Sequence[Tensor], generator: torch.Generator
-) -> Tensor:
-    """Logits [B, C] when chance picks the tokens, as many as the thresholds would.
-
-    Args:
-        images: float32 [B, 3, H, W], normalised.
-        lengths: int64 [B] for each stage, rows to keep with the class token.
-    """
-    x, valid = model.embed(images), None
-    for i, block in enumerate(model.blocks):
-        if i in model.config.stages:
-            count = lengths[model.config.stages.index(i)] - 1
-            lots = torch.rand(x.shape[0], x.shape[1] - 1, generator=generator)
-            if valid is not None:
-                lots = lots.masked_fill(~valid[:, 1:], -1.0)
-            rank = lots.argsort(1, descending=True).argsort(1)
-            x, index, _ = compact_masked(x, rank < count[:, None])
-            valid = index >= 0
-        x, _ = block(x, valid, False)
-    return model.classify(x, valid)
 
 
 @dataclass(frozen=True)
@@ -85,7 +60,8 @@ def record(
         placed = stream.batch(np.arange(start, min(start + _BATCH, count)))
         images, labels = normalise(placed.images, rules), torch.from_numpy(placed.labels)
         logits, trace = model(images)
-        all_logits = [logits, forward_random(model, images, trace.length, generator)]
+        rule = random_k([length - 1 for length in trace.length], generator)
+        all_logits = [logits, forward_selected(model, images, rule)]
         all_logits += [network(images)[0] for network in (twin, dense) if network is not None]
         hits = torch.stack([one.argmax(1) == labels for one in all_logits], 1)
         kept = torch.stack(trace.length, 1) - 1

@@ -7,10 +7,17 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.vit import Masking
+from asvit_deploy.reduction.threshold import TEMPERATURE
+from asvit_deploy.training.augment import Augmentation
+
+# What products are computed in; weights, scores and thresholds stay float32.
+Amp = Literal["no", "bf16", "fp16"]
 
 _WHOLE = 2**53  # above it, floats skip whole numbers
 # What each number may be. Comparisons alone: they are false for NaN, and hold for any size.
@@ -27,8 +34,21 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "distill_weight": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
     "flops_weight": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
     "seed": (lambda x: 0 <= x < 2**63, "a whole number of at least 0 and below 2^63"),
+    "temperature": (lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "ema": (lambda x: 0 <= x < 1, "a decay of at least 0 and below 1; 0 keeps no average"),
+    "randaugment": (lambda x: 0 <= x < 10, "a magnitude of at least 0 and below 10; 0 is off"),
+    "mixup": (lambda x: 0 <= x < math.inf, "a finite number of at least 0; 0 is off"),
+    "cutmix": (lambda x: 0 <= x < math.inf, "a finite number of at least 0; 0 is off"),
+    "erase": (lambda x: 0 <= x <= 1, "a probability"),
+    "repeats": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
+    "amp": (lambda x: x in get_args(Amp), f"one of {', '.join(get_args(Amp))}"),
+    "masking": (lambda x: x in get_args(Masking), f"one of {', '.join(get_args(Masking))}"),
+    "thresholds": (lambda x: all(0 < t < math.inf for t in x), "finite numbers above 0"),
     "save": (lambda x: x >= 1, "a whole number of at least 1"),
     "log": (lambda x: x >= 1, "a whole number of at least 1"),
+    "validation_limit": (lambda x: x >= 1, "a whole number of at least 1"),
+    "workers": (lambda x: x >= 0, "a whole number of at least 0"),
+    "skip_limit": (lambda x: x >= 0, "a whole number of at least 0"),
 }
 
 
@@ -49,8 +69,10 @@ class Recipe:
     """Everything that decides a run's result beside data and starting weights.
 
     `budget` is None for a dense run; `clip` 0 means no clipping; `lr` and `min_lr` are per step at
-    this batch size; `warmup` is in steps. `flops_weight` (per GMAC) and `distill_weight` are the
-    factors of Eq. 13, for adaptive runs.
+    this batch size, all processes together; `warmup` is in steps. `flops_weight` (per GMAC) and
+    `distill_weight` are the factors of Eq. 13, `temperature` is T of Eq. 9, `thresholds` are where
+    they start, and `masking` is what a dropped token loses (Table 3), for adaptive runs. `ema` is
+    the decay of a moving average of the weights; `randaugment` to `repeats` are `Augmentation`'s.
 
     Raises:
         UserError: a number is out of its range or not finite, or `min_lr` is above `lr`.
@@ -67,31 +89,53 @@ class Recipe:
     smoothing: float = 0.0
     distill_weight: float = 0.5
     flops_weight: float = 2.0
+    temperature: float = TEMPERATURE
+    thresholds: tuple[float, ...] | None = None
+    masking: Masking = "attention"
+    ema: float = 0.0
+    randaugment: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    erase: float = 0.0
+    repeats: int = 1
+    amp: Amp = "no"
     seed: int = 0
-    bf16: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; lower it")
 
+    @property
+    def augmentation(self) -> Augmentation:
+        """What happens to training pictures."""
+        return Augmentation(**{f.name: getattr(self, f.name) for f in fields(Augmentation)})
+
 
 @dataclass(frozen=True)
-class Intervals:
-    """How often, in steps, the state is saved and a log line written.
+class Running:
+    """How a run goes on, none of which changes its result.
+
+    `save` and `log` are steps between states and log lines; `workers` are processes that make
+    batches (0: a thread); `skip_limit` is how many unreadable pictures are passed over;
+    `tensorboard` is a folder for its events.
 
     Raises:
-        UserError: one is below 1.
+        UserError: a number is out of its range.
     """
 
     save: int = 200
     log: int = 20
+    validation_limit: int | None = None
+    workers: int = 0
+    skip_limit: int = 0
+    tensorboard: Path | None = None
 
     def __post_init__(self) -> None:
         _check(self)
 
 
-DEFAULT_INTERVALS = Intervals()
+DEFAULT_RUNNING = Running()
 
 
 def rate(recipe: Recipe, step: int) -> float:

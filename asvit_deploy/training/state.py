@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic
+
+if TYPE_CHECKING:
+    from asvit_deploy.training.trainer import Trainer
 
 
 def state_path(output: Path) -> Path:
@@ -16,13 +19,7 @@ def state_path(output: Path) -> Path:
     return output.with_name(output.name + ".unfinished.pt")
 
 
-def save_state(
-    path: Path,
-    step: int,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: dict[str, Any],
-) -> None:
+def save_state(path: Path, step: int, trainer: Trainer, recipe: dict[str, Any]) -> None:
     """Replace the state by that after `step` steps.
 
     Raises:
@@ -30,8 +27,10 @@ def save_state(
     """
     content = {
         "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scaler": trainer.scaler.state_dict(),
+        "average": trainer.average.state_dict() if trainer.average is not None else {},
         "rng": torch.get_rng_state(),
         "recipe": recipe,
     }
@@ -39,12 +38,7 @@ def save_state(
         torch.save(content, temporary)
 
 
-def load_state(
-    path: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: dict[str, Any],
-) -> int:
+def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
     """Put a state back and return its step.
 
     Raises:
@@ -57,15 +51,20 @@ def load_state(
         step, saved = int(content["step"]), dict(content["recipe"])
     except Exception as error:  # torch answers to bad bytes with nearly any exception
         raise UserError(f"{path} is damaged; delete it and start over") from error
-    for key in recipe:
-        if saved.get(key) != recipe[key]:
-            raise UserError(
-                f"{path} belongs to a run with {key} {saved.get(key)}, not {recipe[key]}; "
-                "use the same options and data, or --force without --resume to start over"
-            )
+    changed = [key for key in recipe if saved.get(key) != recipe[key]]
+    if changed:
+        told = ", ".join(f"{key} {saved.get(key)}, not {recipe[key]}" for key in changed)
+        raise UserError(
+            f"{path} belongs to a run with {told}; "
+            "use the same options and data, or --force without --resume to start over"
+        )
     try:
-        model.load_state_dict(content["model"])
-        optimizer.load_state_dict(content["optimizer"])
+        trainer.model.load_state_dict(content["model"])
+        trainer.optimizer.load_state_dict(content["optimizer"])
+        if trainer.scaler.is_enabled():
+            trainer.scaler.load_state_dict(content["scaler"])
+        if trainer.average is not None:
+            trainer.average.load_state_dict(content["average"])
         torch.set_rng_state(content["rng"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not fit this network; delete it and start over") from error

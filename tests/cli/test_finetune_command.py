@@ -169,8 +169,10 @@ def stopped(cli, data) -> list[object]:
 def test_a_stopped_run_goes_on_where_the_data_are_the_same(cli, stopped):
     result = cli(*stopped, "--resume")
     assert result.code == 0, result.err
-    steps = [json.loads(line).get("step") for line in log_path(OUTPUT).read_text().splitlines()]
+    events = [json.loads(line) for line in log_path(OUTPUT).read_text().splitlines()]
+    steps = [event.get("step") for event in events if event.get("event") != "epoch"]
     assert steps == [None, *range(1, 17), None]  # start, steps, validation: nothing lost or twice
+    assert [event["step"] for event in events if event.get("event") == "epoch"] == [8, 16]
 
 
 def test_resume_notices_an_added_class(cli, data, stopped):
@@ -224,13 +226,13 @@ def test_the_budget_it_landed_on_is_told(cli, data, dense):
         "--flops-weight", 3, "--distill-weight", 0.25,
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert "of the dense MACs on 64 training pictures, budget 0.65" in result.err
+    assert "of the dense MACs on 16 training pictures, budget 0.65" in result.err
     assert "missed the budget" not in result.err
     fields = artifact.read(OUTPUT)
     fit = fields["budget_fit"]
     assert not fit["missed"]
     assert fit["after"] == pytest.approx(0.65, rel=0.01)
-    assert events("thresholds scaled to the budget")[0]["pictures"] == fit["pictures"] == 64
+    assert events("thresholds scaled to the budget")[0]["pictures"] == fit["pictures"] == 16
     recipe = fields["provenance"]["recipe"]
     assert (recipe["flops_weight"], recipe["distill_weight"]) == (3.0, 0.25)
 

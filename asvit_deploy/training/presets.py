@@ -1,0 +1,133 @@
+"""Where a run's options come from: the command line, then a TOML file, then the arch's preset."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.training.recipe import Recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# AS-ViT's fine-tuning. Colour jitter of 0.4 is among its options too, but does nothing beside
+# RandAugment in timm, which applied them. The average is of no use to a dense start.
+_PAPER = {
+    "epochs": 30, "weight_decay": 1e-6, "smoothing": 0.1, "randaugment": 9.0, "mixup": 0.8,
+    "cutmix": 1.0, "erase": 0.25, "repeats": 3, "ema": 0.99996,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "as_deit_tiny": {**_PAPER, "budget": 0.65},
+    "as_deit_small": {**_PAPER, "budget": 0.65},
+    "as_deit_base": {**_PAPER, "budget": 0.65},
+    "as_lvvit_s": {**_PAPER, "budget": 0.7},
+    "as_lvvit_m": {**_PAPER, "budget": 0.76},
+    # Digits on clutter: never mirrored, and there is no end of them.
+    "as_deit_mini": {"epochs": 30, "budget": 0.65},
+}
+# What only adaptive training knows.
+_ADAPTIVE = (
+    "budget", "flops_weight", "distill_weight", "temperature", "thresholds", "masking", "ema",
+)  # fmt: skip
+_PAPER_LR, _PAPER_BATCH = 2e-5, 512  # the rate grows with the batch
+_SCRATCH_LR = 1e-3
+
+_KNOWN = {field.name for field in fields(Recipe)} | {"epochs"}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The options in a TOML file, named as on the command line, with - or _.
+
+    Raises:
+        UserError: it cannot be read, is no TOML, or holds an option that there is not.
+    """
+    try:
+        told = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check the path") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; name a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no TOML: {error}; mend it there") from error
+    given = {name.replace("-", "_"): value for name, value in told.items()}
+    for name, value in given.items():
+        if name not in _KNOWN:
+            known = ", ".join(sorted(_KNOWN)).replace("_", "-")
+            raise UserError(f"{path} has an option {name!r} that there is not; it knows {known}")
+        parts, kinds = ([value], _kinds(name)) if name != "thresholds" else (value, (int, float))
+        if not isinstance(parts, list) or not all(type(part) in kinds for part in parts):
+            raise UserError(f"{path} says {name} = {value!r}, which it cannot be; mend it there")
+    return given
+
+
+def _kinds(name: str) -> tuple[type, ...]:
+    """What an option's value may be in a file."""
+    if name in ("amp", "masking"):
+        return (str,)
+    whole = name in ("steps", "epochs", "batch_size", "warmup", "repeats", "seed")
+    return (int,) if whole else (int, float)
+
+
+def check_options(dense: bool, given: Mapping[str, Any]) -> None:
+    """Refuse options that contradict one another; those that are None were not given.
+
+    Raises:
+        UserError: it names two of them.
+    """
+    named = {name for name, value in given.items() if value is not None}
+    if {"steps", "epochs"} <= named:
+        raise UserError("--steps and --epochs say the same thing; drop one")
+    for name in _ADAPTIVE:
+        if dense and name in named:
+            option = name.replace("_", "-")
+            raise UserError(f"--dense has no {option}; drop one of --dense and --{option}")
+
+
+def recipe_for(
+    config: ArchConfig,
+    dense: bool,
+    scratch: bool,
+    epoch: int,
+    given: Mapping[str, Any],
+    told: Mapping[str, Any],
+) -> Recipe:
+    """The recipe of a run.
+
+    Args:
+        scratch: it starts from random weights.
+        epoch: pictures in one.
+        given, told: options of the command line and of a file by their name; None where not given.
+
+    Raises:
+        UserError: two of them contradict one another, or see `Recipe`.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    check_options(dense, given)
+    check_options(False, told)
+    # Steps of a file stand above the preset's epochs, those of the command line above both.
+    length: dict[str, Any] = {}
+    for options in (PRESETS[config.name], told, given):
+        length = {k: options[k] for k in ("steps", "epochs") if k in options} or length
+    merged = {**PRESETS[config.name], **told, **given}
+    merged = {k: v for k, v in merged.items() if k not in ("steps", "epochs")}
+    if dense:
+        merged = {name: value for name, value in merged.items() if name not in _ADAPTIVE}
+    if "thresholds" in merged:
+        merged["thresholds"] = tuple(float(value) for value in merged["thresholds"])
+    batch = merged.setdefault("batch_size", 64)
+    if "lr" not in merged:
+        merged["lr"] = _SCRATCH_LR if scratch else _PAPER_LR * batch / _PAPER_BATCH
+    merged.setdefault("min_lr", merged["lr"] / (1000 if scratch else 10))
+    if "steps" not in length:
+        epochs = length["epochs"]
+        if epochs < 1:
+            raise UserError(f"--epochs {epochs} cannot be used; pass a whole number of at least 1")
+        length = {"steps": max(1, epochs * epoch // max(batch, 1))}
+    return Recipe(**length, **merged)

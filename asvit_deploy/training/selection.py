@@ -1,0 +1,96 @@
+"""Other rules of which tokens stay, at given counts: what the learned thresholds are held against.
+
+Rules see the scores and which tokens are still there, and return which of these stay. None of them
+revives a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from asvit_deploy.models.macs import model_macs, teacher_macs
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.vit import AdaptiveViT, Selector
+from asvit_deploy.reduction.threshold import compact_masked
+
+_SLACK = 2
+
+# (stage, scores float32 [B, N], alive bool [B, N]) -> bool [B, N]
+Rule = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def highest(scores: Tensor, alive: Tensor, count: Tensor) -> Tensor:
+    """The `count` (int64 [B]) highest of the tokens alive, the first of equals; bool [B, N]."""
+    order = scores.masked_fill(~alive, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(1)
+    return (rank < count[:, None]) & alive
+
+
+def top_k(counts: Sequence[Tensor]) -> Rule:
+    """The highest scores; counts int64 [B] for each stage."""
+    return lambda stage, scores, alive: highest(scores, alive, counts[stage])
+
+
+def min_k(counts: Sequence[Tensor]) -> Rule:
+    """The lowest scores (Table 8)."""
+    return lambda stage, scores, alive: highest(-scores, alive, counts[stage])
+
+
+def random_k(counts: Sequence[Tensor], generator: torch.Generator) -> Rule:
+    """Chance picks (Table 8)."""
+
+    def rule(stage: int, scores: Tensor, alive: Tensor) -> Tensor:
+        return highest(torch.rand(scores.shape, generator=generator), alive, counts[stage])
+
+    return rule
+
+
+@torch.inference_mode()
+def forward_selected(model: AdaptiveViT, images: Tensor, rule: Rule) -> Tensor:
+    """Inference form of an adaptive network with another rule; logits [B, C].
+
+    Args:
+        images: float32 [B, 3, H, W], normalised.
+    """
+    x, valid, scores = model.embed(images), None, torch.empty(0)
+    stages = model.config.stages
+    for i, block in enumerate(model.blocks):
+        if i in stages:
+            alive = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid[:, 1:]
+            keep = rule(stages.index(i), scores, alive)
+            x, index, _ = compact_masked(x, keep)
+            valid = index >= 0
+        x, scores = block(x, valid, i + 1 in stages)
+    return model.classify(x, valid)
+
+
+def ratio_counts(config: ArchConfig, budget: float) -> list[int]:
+    """Image tokens after each stage when every stage keeps the same share, at that budget.
+
+    Whole tokens fit a budget only roughly, so each count may differ by a few from the share's.
+    """
+    tokens, stages = config.image_tokens, range(1, len(config.stages) + 1)
+
+    def miss(counts: Sequence[int]) -> float:
+        macs = model_macs(config, [1 + count for count in counts])
+        return abs(float(macs) / teacher_macs(config) - budget)
+
+    shares = (i / 2000 for i in range(1, 2001))
+    start = min(([max(1, round(tokens * s**stage)) for stage in stages] for s in shares), key=miss)
+    around = product(*(range(max(1, count - _SLACK), count + _SLACK + 1) for count in start))
+    falling = (list(counts) for counts in around if sorted(counts, reverse=True) == list(counts))
+    return min((counts for counts in falling if counts[0] <= tokens), key=miss)
+
+
+def static_top_k(counts: Sequence[int]) -> Selector:
+    """`top_k` with the same counts for every image, in the training form (Table 2)."""
+
+    def select(stage: int, scores: Tensor, alive: Tensor) -> Tensor:
+        count = torch.full((len(scores),), counts[stage], device=scores.device)
+        return highest(scores.detach(), alive > 0.5, count).float()
+
+    return select

