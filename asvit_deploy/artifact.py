@@ -17,7 +17,7 @@ from typing import Any
 
 from asvit_deploy import __version__
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic, check_writable, sha256
+from asvit_deploy.files import atomic_together, check_writable, sha256
 
 SCHEMA = 1
 # Artefacts by the ending of their file name.
@@ -85,10 +85,9 @@ def write(artifact: Path, data: bytes, fields: dict[str, Any]) -> None:
         UserError: the folder cannot be written.
     """
     text = signed({**fields, "sha256": hashlib.sha256(data).hexdigest()})
-    # Nested, so that both are complete on disk before either takes its place.
-    with atomic(sidecar_path(artifact)) as sidecar, atomic(artifact) as file:
-        sidecar.write_text(text)
+    with atomic_together(artifact, sidecar_path(artifact)) as (file, sidecar):
         file.write_bytes(data)
+        sidecar.write_text(text)
 
 
 def read(artifact: Path) -> dict[str, Any]:

@@ -111,25 +111,41 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder does not exist or cannot be written.
     """
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; name a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _sweep(path)
-        temporary.touch()
-        _changed_by_us(path.parent)
+    with atomic_together(path) as (temporary,):
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _changed_by_us(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_together(*paths: Path) -> Iterator[list[Path]]:
+    """As `atomic`, for several files: all are whole on disk before the first takes its place.
+
+    They take their places in the order given.
+    """
+    for path in paths:
+        if not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder; name a file")
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths}
+    current = paths[0]
+    try:
+        for current in paths:
+            _sweep(current)
+            temporary[current].touch()
+            _changed_by_us(current.parent)
+        yield list(temporary.values())
+        for current in paths:
+            with open(temporary[current], "rb") as file:
+                os.fsync(file.fileno())
+        for current in paths:
+            os.replace(temporary[current], current)
+            _changed_by_us(current.parent)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {current}: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for leftover in temporary.values():
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
 
 @contextlib.contextmanager
@@ -148,22 +164,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
         _sweep(path)
+        for leftover in (temporary, old):  # of a killed run that had our number
+            _remove(leftover)
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
-        if path.exists():
-            path.rename(old)
         try:
+            if path.exists():
+                path.rename(old)
             temporary.rename(path)
-        except OSError:
-            old.rename(path)
+        except BaseException:  # Ctrl-C too: what was there comes back
+            if old.exists() and not path.exists():
+                old.rename(path)
             raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        for leftover in (temporary, old):
+        for leftover in (temporary, old) if path.exists() else (temporary,):
             with contextlib.suppress(OSError):
                 _remove(leftover)
 

@@ -28,6 +28,8 @@ from asvit_deploy.models.vit import AdaptiveViT
 def _deterministic() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    # On a GPU a float32 convolution would otherwise be less than that.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def sharpened(config: ArchConfig, images: ImageSet, keep: tuple[float, ...] = (0.7, 0.7, 0.7),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -93,4 +95,23 @@ def test_killed_before_each_rename(tmp_path: Path, renames: int) -> None:
         assert "\n" not in str(error.value)
     artifact.write(path, b"newer", {"kind": "onnx", "text": "newer"})  # and the next one mends it
     assert artifact.read(path)["text"] == "newer"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.onnx", "x.onnx.json"]
+
+
+def test_disk_full_at_the_last_moment_leaves_the_old_pair(tmp_path, monkeypatch) -> None:
+    """Some file systems find out only when a file is synced: here the second of the two."""
+    path = tmp_path / "x.onnx"
+    artifact.write(path, b"old", {"kind": "onnx", "text": "old"})
+    real, synced = os.fsync, []
+
+    def fsync(file: int) -> None:
+        synced.append(file)
+        if len(synced) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(UserError, match="No space left"):
+        artifact.write(path, b"new", {"kind": "onnx", "text": "new"})
+    assert artifact.read(path)["text"] == "old"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.onnx", "x.onnx.json"]

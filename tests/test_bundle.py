@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +106,34 @@ def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
     mine.mkdir()  # of a run that is alive
     bundle.write(folder, FILES, {"kind": "bucketed"})
     assert {p.name for p in folder.parent.iterdir()} == {"m.bucketed", mine.name}
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_ctrl_c_between_the_two_renames_leaves_the_old_folder(folder, monkeypatch, renamed):
+    """Before the new folder took its place, or in the moment after the old one left."""
+    real, calls = Path.rename, []
+
+    def rename(self, target):
+        calls.append(target)
+        if len(calls) == 2 - renamed:
+            if renamed:
+                real(self, target)
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.write(folder, {"c.bin": b"three"}, {"kind": "bucketed"})
+    assert set(bundle.read(folder)["files"]) == set(FILES)
+    assert [p.name for p in folder.parent.iterdir()] == ["m.bucketed"]
+
+
+def test_what_a_killed_run_of_our_own_number_left_is_no_obstacle(folder):
+    """In a container every run may be process 1."""
+    for ending in ("tmp", "old.tmp"):
+        left = folder.with_name(f".m.bucketed.{os.getpid()}.{ending}")
+        left.mkdir()
+        (left / "a.bin").touch()
+    bundle.write(folder, {"c.bin": b"three"}, {"kind": "bucketed"})
+    assert list(bundle.read(folder)["files"]) == ["c.bin"]
+    assert [p.name for p in folder.parent.iterdir()] == ["m.bucketed"]

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 
+from asvit_deploy.engine.flavour import FLAVOURS
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import trt_library
 from asvit_deploy.ops.library import build_ort, find_compiler
@@ -155,7 +156,7 @@ def test_what_is_not_installed_is_skipped_with_a_reason(suite, built):
 
     expected = {
         "bucketed": not torch.cuda.is_available(),
-        "tensorrt": not any(map(importlib.util.find_spec, ("tensorrt", "tensorrt_rtx"))),
+        "tensorrt": not any(flavour.module for flavour in FLAVOURS.values()),
         "memcheck": not has_gpu(),
     }
     for name in [name for name, skipped in expected.items() if skipped]:
@@ -192,8 +193,32 @@ def test_command_that_fails_fails_the_part_in_one_line(suite, tmp_path):
 @pytest.mark.slow
 def test_bucketed_part_runs_without_graphs_on_a_cpu(suite):
     """DeiT-S itself: bucketed equals the model, and every number of a row is there."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = True
     (row,) = suite.bucketed_at(224, "cpu", (1,), 1)
+    assert not torch.backends.cudnn.allow_tf32, "the comparison is in float32"
     assert row["pixels"] == 224
     assert row["macs_ratio"] > 1.1
     assert row["bucketed_over_top_k"] > 0
     assert all(2 <= bucket <= 197 for bucket in row["mean_buckets"])
+
+
+def test_some_parts_replace_no_whole_report(suite, tmp_path):
+    assert suite.report_path("90", None, None).name == "gpu_suite_sm90.json"
+    assert suite.report_path("90", ["speed"], None) is None
+    assert suite.report_path("90", ["speed"], tmp_path / "x.json") == tmp_path / "x.json"
+
+
+@pytest.mark.slow
+def test_a_mode_that_fails_keeps_what_the_others_gave(suite, tmp_path, rtx, monkeypatch):
+    """Without a GPU every mode fails, and in its second step: each says so of itself."""
+    if has_gpu():
+        pytest.skip("there is a GPU")
+    build_trt(twin=True)
+    outcome = suite.attempt(suite.tensorrt, {"driver": tmp_path / "driver"})
+    assert outcome["outcome"] == "failed", outcome
+    modes = [f"tensorrt-rtx {mode}" for mode in ("dynamic", "padded", "bucketed")]
+    for mode in modes:
+        assert "check ended with 2" in outcome["result"][mode]["failed"]
+        assert mode in outcome["reason"]

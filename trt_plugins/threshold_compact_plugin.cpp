@@ -146,7 +146,7 @@ int32_t ThresholdCompactPlugin::onShapeChange(PluginTensorDesc const*, int32_t, 
     return 0;
 }
 
-int32_t ThresholdCompactPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*,
+int32_t ThresholdCompactPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* outputDesc,
                                         void const* const* inputs, void* const* outputs, void* workspace,
                                         cudaStream_t stream) noexcept
 {
@@ -156,7 +156,8 @@ int32_t ThresholdCompactPlugin::enqueue(PluginTensorDesc const* inputDesc, Plugi
     call.rows = tokens.dims.d[1];
     call.width = tokens.dims.d[2];
     call.elementBytes = tokens.type == DataType::kFLOAT ? 4 : 2;
-    call.sizeBytes = kSIZE_TYPE == DataType::kINT64 ? 8 : 4;
+    // An engine keeps the type it was built with, which another version's headers than ours may have chosen.
+    call.sizeBytes = outputDesc[kSIZE].type == DataType::kINT64 ? 8 : 4;
     call.tokens = inputs[kTOKENS];
     call.scores = static_cast<float const*>(inputs[kSCORES]);
     call.threshold = static_cast<float const*>(inputs[kTHRESHOLD]);

@@ -22,7 +22,7 @@ enum Tensor : int32_t
     kOUTPUTS
 };
 
-// NVIDIA's samples have int32 up to TensorRT 10.14 and int64 from 10.15 on.
+// What engines are built with: NVIDIA's samples have int32 up to TensorRT 10.14 and int64 from 10.15 on.
 #if NV_TENSORRT_MAJOR > 10 || (NV_TENSORRT_MAJOR == 10 && NV_TENSORRT_MINOR >= 15)
 constexpr nvinfer1::DataType kSIZE_TYPE = nvinfer1::DataType::kINT64;
 #else

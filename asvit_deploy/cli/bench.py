@@ -58,12 +58,21 @@ def command(
         files.check_writable(output, force)
     counts = {"1": [1], "all": [0], "both": [1, 0]}[threads]
     found = find_op_library(library)
-    reports = []
+    reports: list[dict[str, Any]] = []
+    failures: list[UserError] = []
     for path in _chosen(models):
-        if is_engine(path):
-            reports.append(_bench_engine(path, images, limit, runs, warmup))
-        else:
-            reports += _bench(path, images, limit, runs, warmup, counts, found)
+        try:
+            if is_engine(path):
+                reports.append(_bench_engine(path, images, limit, runs, warmup))
+            else:
+                reports += _bench(path, images, limit, runs, warmup, counts, found)
+        except UserError as error:
+            if models:
+                raise
+            options.status(f"not run: {error}")
+            failures.append(error)
+    if failures and not reports:
+        raise failures[0]
     text = json.dumps(reports, indent=2)
     if output is not None:
         files.write_text(output, text + "\n")
@@ -81,11 +90,27 @@ def _chosen(models: tuple[Path, ...]) -> list[Path]:
     if models:
         return list(models)
     found = options.artefacts((), "onnx", several=True)
-    adaptive = [path for path in found if artifact.read(path)["adaptive"]] or found
+    readable = {path: fields for path in found if (fields := _fields(path, len(found) > 1))}
+    adaptive = [path for path, fields in readable.items() if fields["adaptive"]] or list(readable)
+    if not adaptive:
+        artifact.read(found[0])  # raises: none of them can be read
     if len(adaptive) > 1:
         names = ", ".join(map(str, adaptive))
         raise UserError(f"several artefacts here, name the ones to bench: {names}")
     return [*adaptive, *_engines_beside(adaptive[0])]
+
+
+def _fields(path: Path, several: bool) -> dict[str, Any] | None:
+    """A sidecar; of several, one that cannot be read costs a line and no more."""
+    from asvit_deploy import artifact
+
+    try:
+        return artifact.read(path)
+    except UserError as error:
+        if not several:
+            raise
+        options.status(f"not run: {error}")
+        return None
 
 
 def _engines_beside(onnx: Path) -> list[Path]:
@@ -94,7 +119,7 @@ def _engines_beside(onnx: Path) -> list[Path]:
 
     from asvit_deploy.evaluate.engine_session import engines_of
 
-    engines = engines_of(Path(), onnx)
+    engines = engines_of(Path(), onnx, lambda reason: options.status(f"not run: {reason}"))
     if engines and not torch.cuda.is_available():
         names = ", ".join(map(str, engines))
         options.status(f"not run, for want of an NVIDIA GPU that PyTorch sees: {names}")
@@ -206,7 +231,7 @@ def _print_engine(report: dict[str, Any]) -> None:
     for row in report["rows"]:
         gain = row.get("speedup")
         clocks = [
-            f"{row[f'{c}_ms'][p]:.3f}"
+            f"{row[f'{c}_ms'][p]:.3f}" if f"{c}_ms" in row else "-"
             for c, p in (
                 ("gpu", "p50"),
                 ("wall", "p50"),

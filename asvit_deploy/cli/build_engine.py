@@ -106,6 +106,8 @@ def command(
     path = options.artefacts((model,) if model else (), "onnx")[0]
     if fp16 and bf16:
         raise UserError("--fp16 and --bf16 exclude each other; pass one of them")
+    if buckets is not None and mode != "bucketed":
+        raise UserError("--buckets needs --mode bucketed")
     from asvit_deploy.engine.flavour import find_flavour
 
     found = find_flavour(flavour)
@@ -124,7 +126,7 @@ def command(
         "fp16" if fp16 else "bf16" if bf16 else None,
         mode, batch, target_sms, workspace, level, plugin, embed_plugin, layers,
         version_compatible, hardware_compatible, images, limit, not no_check,
-        parse_buckets(buckets) if buckets else None,
+        None if buckets is None else parse_buckets(buckets),
     )  # fmt: skip
     refuse_misfits(found, wanted)
     target = output or default_output(path, wanted)
@@ -150,14 +152,20 @@ def _with_plugin(wanted: Options, flavour: Flavour) -> Options:
     """The options with the op's library: the one named, the one built before, or built now."""
     from dataclasses import replace
 
+    from asvit_deploy.ops.trt_library import build_trt, find_trt_plugin, runs_on_gpus
+
     if wanted.plugin is not None:
         if not wanted.plugin.is_file():
             raise UserError(
                 f"{wanted.plugin} does not exist; `asvit-deploy build-plugins trt` makes the plugin"
             )
+        if (flavour.enterprise or wanted.embed_plugin) and not runs_on_gpus(wanted.plugin):
+            why = "--embed-plugin" if wanted.embed_plugin else flavour.title
+            raise UserError(
+                f"{wanted.plugin} holds no CUDA code (a host twin, for building only) and {why} "
+                "needs it; `asvit-deploy build-plugins trt` makes a plugin that has it"
+            )
         return wanted
-    from asvit_deploy.ops.trt_library import build_trt, find_trt_plugin
-
     if found := find_trt_plugin():
         return replace(wanted, plugin=found)
     try:
@@ -197,7 +205,8 @@ def _report(built: Built, title: str) -> None:
         options.status(f"TensorRT warns: {warning}")
     sms = ", ".join(f"SM{sm}" for sm in fields["target_sms"])
     options.status(
-        f"{title} {fields['flavour_version']}: {fields['mode']}, {fields['precision']}"
+        f"{title} {fields['flavour_version']}: {fields['mode']}"
+        + (f", {fields['precision']}" if fields["precision"] else "")
         + (f", for {sms}" if sms else "")
         + (f", buckets {', '.join(map(str, fields['buckets']))}" if "buckets" in fields else "")
         + f", {fields['plugin_layers']} plugin layers, {fields['build_seconds']} s"

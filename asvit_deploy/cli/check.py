@@ -44,7 +44,8 @@ def command(
 
     Without MODELS, every ONNX artefact in the current folder. Each is run with its function and,
     where the op's library is built, with that; a dynamic-batch model also in batches of 8. An
-    engine, or a bucketed folder of them, runs on this machine's GPU.
+    engine, or a bucketed folder of them, runs on this machine's GPU, with and without CUDA graphs
+    where its mode allows both.
     """
     from asvit_deploy.evaluate.session import find_op_library
 
@@ -80,7 +81,10 @@ def _open(path: Path, other: Path | None, library: Path | None) -> Opened:
         if other is not None:
             raise UserError(f"{path} is an engine, which is compared with PyTorch; leave "
                             "--reference out")  # fmt: skip
-        return engine, TorchRunner(engine.reference), {"engine": engine.runner()}
+        ways: dict[str, Runner] = {"engine": engine.runner()}
+        if engine.graphs:
+            ways["engine, CUDA graph"] = engine.runner(graph=True)
+        return engine, TorchRunner(engine.reference), ways
     session = Session(path, library)
     if other is None:
         reference = TorchRunner(session.reference)

@@ -73,11 +73,17 @@ def _check(
     source: Source, graph: onnx.ModelProto, buckets: Sequence[int], options: Options,
     say: Callable[[str], None],
 ) -> Checked:  # fmt: skip
-    """The stages in float32 against the reference, and the precision on the graph as a whole."""
+    """The stages in float32 against the reference, and the precision on the graph as a whole.
+
+    The half stages run too where they can: ONNX Runtime has no bfloat16 on a CPU.
+    """
     limit = min(options.limit, FEW_IMAGES) if options.precision else options.limit
     say(f"comparing the stages on up to {limit} images")
     cut = ort_runner(source.model, buckets, str(source.path))
     checked = check(source, source.model, None, options.images, limit, cut)
+    if options.precision == "fp16":
+        half = ort_runner(graph, buckets, str(source.path))
+        check(source, graph, options.precision, options.images, limit, half)
     if options.precision:
         say(f"comparing the graph on up to {options.limit} images")
         checked = check(source, graph, options.precision, options.images, options.limit)

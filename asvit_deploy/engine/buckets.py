@@ -24,7 +24,7 @@ def parse_buckets(text: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(
-            f"--buckets {text} is no list of numbers; write --buckets 64,128,197, or auto"
+            f"--buckets {text!r} is no list of numbers; write --buckets 64,128,197, or auto"
         ) from None
 
 

@@ -96,7 +96,7 @@ def refuse_misfits(flavour: Flavour, options: Options) -> None:
         for name, value in whole.items():
             if value:
                 raise UserError(f"{name} does not go with --mode bucketed; leave it out")
-    elif options.buckets:
+    elif options.buckets is not None:
         raise UserError("--buckets needs --mode bucketed")
     if flavour.enterprise:
         if options.target_sms:
@@ -255,14 +255,19 @@ def describe(
 ) -> dict[str, Any]:
     """A sidecar's fields: the model as its ONNX describes it, and what the build added."""
     model = {key: value for key, value in source.fields.items() if key not in _OF_THE_FILE}
+    precision = NAMES[options.precision] if options.precision else "float32"
     own = {
         "kind": "engine",
         "flavour": flavour.name,
         "flavour_version": outcome.version,
-        "precision": NAMES[options.precision] if options.precision else "float32",
+        "precision": precision if source.session else None,  # a foreign file's is not known
         "mode": options.mode if source.adaptive else "dense" if source.session else "foreign",
         "ops": source.fields.get("ops") if options.mode == "dynamic" else "standard",
         "target_sms": list(options.target_sms),
+        "level": options.level,
+        "workspace": options.workspace,
+        "version_compatible": options.version_compatible,
+        "hardware_compatible": options.hardware_compatible,
         "layers": outcome.layers,
         "plugin_layers": outcome.plugin_layers,
         "build_seconds": round(seconds, 2),

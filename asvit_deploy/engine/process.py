@@ -6,17 +6,18 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from asvit_deploy import child
 from asvit_deploy.engine.flavour import Flavour
 from asvit_deploy.engine.job import Job
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import FULL
+from asvit_deploy.ops import onnx_op
 
 # (phase, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -50,13 +51,16 @@ def run(job: Job, flavour: Flavour, folder: Path, name: str, progress: Progress)
     stage = "starting"
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "asvit_deploy.engine.worker", str(path)],
+            child.command("from asvit_deploy.engine.worker import main; main()", str(path)),
             stdout=subprocess.PIPE, stderr=errors, env=flavour.environment(folder), text=True,
         )  # fmt: skip
         try:
             assert process.stdout is not None
             for line in process.stdout:
-                last = json.loads(line)
+                try:
+                    last = json.loads(line)
+                except ValueError:  # its last words, cut off
+                    last = {"event": "none"}
                 if last["event"] == "stage":
                     stage = last["name"]
                 elif last["event"] == "warning":
@@ -83,11 +87,18 @@ def _line(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
+# Where the parser stood and what the node looked like, which it logs before the cause.
+_PLACE = re.compile(r"While parsing|---")
+_CAUSE = re.compile(r"ERROR:|Assertion|not found")
+
+
 def _reason(error: dict[str, Any]) -> str:
     """The first error that TensorRT logged says more than what came of it."""
     log = [message for message in error["log"] if "cudaError" not in message]
+    if len(rest := [message for message in log if not _PLACE.search(message)]) < len(log):
+        log = [message for message in rest if _CAUSE.search(message)] or rest
     text = _line(log[0] if log else error["message"])
-    if "Plugin not found" in text or "getPluginCreator" in text:
+    if onnx_op.OP_TYPE in text:
         text += "; build the plugin with `asvit-deploy build-plugins trt`"
     return text
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx.numpy_helper
 
 from asvit_deploy import artifact
 from asvit_deploy.errors import UserError
@@ -49,6 +52,7 @@ def open_source(path: Path) -> Source:
     if artifact.sidecar_path(path).is_file():
         session = Session(path)
         _check_nodes(path, session.model, len(session.fields["stages"]))
+        _check_thresholds(path, session.model, session.fields["thresholds"])
         return Source(path, session.model, session)
     model = load_model(path)
     foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
@@ -90,5 +94,26 @@ def _check_nodes(path: Path, model: onnx.ModelProto, stages: int) -> None:
                 f"{path}: node {node.name} has {len(node.input)} inputs and {len(node.output)} "
                 f"outputs, {len(onnx_op.INPUTS)} and {len(onnx_op.OUTPUTS)} must be; {export}"
             )
+        if empty := [known for known, name in zip(onnx_op.INPUTS, node.input) if not name]:
+            raise UserError(f"{path}: node {node.name} has no {empty[0]}; {export}")
     if ours and len(ours) != stages:
         raise UserError(f"{path} holds {len(ours)} op nodes, its sidecar says {stages}; {export}")
+
+
+def _check_thresholds(path: Path, model: onnx.ModelProto, thresholds: Sequence[float]) -> None:
+    """Raise UserError where a node does not compare with what the sidecar says of its stage."""
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = onnx_op.nodes_of(model.graph)
+    for node, threshold in zip(nodes, thresholds):
+        tensor = values.get(node.input[2])
+        if tensor is None or tensor.dims or tensor.data_type != onnx.TensorProto.FLOAT:
+            raise UserError(
+                f"{path}: the threshold of node {node.name} is no float32 number in the file; "
+                "export it again"
+            )
+        found = onnx.numpy_helper.to_array(tensor).item()
+        if found != np.float32(threshold):
+            raise UserError(
+                f"{path}: the threshold of node {node.name} is {found:.8g}, its sidecar says "
+                f"{threshold:.8g}; export it again"
+            )

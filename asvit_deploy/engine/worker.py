@@ -1,4 +1,4 @@
-"""The builder's own process: `python -m asvit_deploy.engine.worker JOB`.
+"""The builder's own process, which `process` starts: one argument, the job's file.
 
 TensorRT ends the process on some faults, and Polygraphy's switch to RTX holds for a whole process:
 so a build gets one of its own. It speaks in JSON lines on what was its stdout; what libraries print
@@ -197,7 +197,7 @@ def build(job: Job, tell: Tell) -> None:
 def _inspect(trt: Any, plan: bytes, job: Job) -> None:
     """Enterprise only, not executed yet: the engine's layers as JSON. Needs the GPU."""
     runtime = trt.Runtime(_logger(trt, lambda *_, **__: None, []))
-    if job.embed_plugin:
+    if job.embed_plugin or job.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
@@ -215,7 +215,3 @@ def main() -> None:
     # Destructors of a half-built network may crash; everything is written by now.
     sys.stderr.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,8 @@ class Scored:
     """One row per image.
 
     Attributes:
-        rank: place of the true class among the logits, 0 the highest: int64 [P].
+        rank: place of the true class among the logits, 0 the highest: int64 [P]. It stands behind
+            whatever is not below it, NaN too; where it is NaN itself, behind all C.
         kept: image tokens left after each stage: int64 [P, stages], no columns when dense.
         macs: float64 [P].
     """
@@ -45,8 +46,7 @@ def score(runner: Runner, batches: Iterable[Batch], config: ArchConfig) -> Score
     ranks, kept = [], []
     for images, labels in batches:
         prediction = runner(images)
-        true = np.take_along_axis(prediction.logits, labels[:, None], 1)
-        ranks.append((prediction.logits > true).sum(1))
+        ranks.append(_rank(prediction.logits, labels))
         kept.append(np.array(prediction.lengths, np.int64).reshape(-1, len(labels)).T - 1)
     if not ranks:
         raise UserError("there is no picture to evaluate on")
@@ -54,6 +54,13 @@ def score(runner: Runner, batches: Iterable[Batch], config: ArchConfig) -> Score
     lengths = list((tokens + 1).astype(np.float64).T)
     macs = model_macs(config, lengths) if lengths else np.full(len(rank), float(dense_macs(config)))
     return Scored(rank, tokens, np.asarray(macs, np.float64))
+
+
+def _rank(logits: NDArray, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """As `Scored.rank`: a model that says the same of every class has told nothing."""
+    true = np.take_along_axis(logits, labels[:, None], 1)
+    before = (~(logits < true)).sum(1) - 1  # less the true class itself
+    return np.where(np.isnan(true[:, 0]), logits.shape[1], before)
 
 
 def wilson(hits: int, total: int) -> dict[str, float]:

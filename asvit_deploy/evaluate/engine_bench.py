@@ -21,6 +21,7 @@ from asvit_deploy.evaluate.engine_session import PARITY, EngineSession
 from asvit_deploy.images import ImageSet
 
 if TYPE_CHECKING:
+    from asvit_deploy.engine.build import Options
     from asvit_deploy.runners.tensorrt import Times
 
 CLOCKS = ("gpu", "enqueue", "wall")
@@ -29,15 +30,24 @@ _NOT_OF_THE_MODEL = ("schema", "sha256", "digest")
 
 @dataclass(frozen=True)
 class EngineVariant:
-    """One row: what it is called, "adaptive", "dense" or "top-k", and how one image is timed."""
+    """One row: what it is called, "adaptive", "dense" or "top-k", and how one image is timed.
+
+    Attributes:
+        clocks: those of `Times` that mean for it what they mean for the others.
+    """
 
     name: str
     kind: str
     timed: Callable[[NDArray[np.float32]], Times]
+    clocks: tuple[str, ...] = CLOCKS
 
 
 def bucketed_times(runner: Any) -> Callable[[NDArray[np.float32]], Times]:
-    """A bucketed runner with a clock; its GPU time holds the host's reads between the stages."""
+    """A bucketed runner with a clock, of which only the wall's counts.
+
+    Between the stages the host reads how many rows stay, so there is no time of the GPU alone, and
+    the host is free again only at the end.
+    """
     from asvit_deploy.runners.tensorrt import timed
 
     return lambda image: timed(lambda: None, lambda: runner.infer(image), lambda: None)
@@ -58,11 +68,13 @@ def variants_of(
 
     variants = []
     mode = session.fields["mode"]
-    for graph in (False,) if mode == "dynamic" else (False, True):
-        runner = session.runner(graph)
-        timed = runner.timed if isinstance(runner, TensorRTRunner) else bucketed_times(runner)
-        kind = "adaptive" if session.adaptive else "dense"
-        variants.append(EngineVariant(f"{mode}{_graph(graph)}", kind, timed))
+    kind = "adaptive" if session.adaptive else "dense"
+    for graph in (False, True) if session.graphs else (False,):
+        runner, name = session.runner(graph), f"{mode}{_graph(graph)}"
+        if isinstance(runner, TensorRTRunner):
+            variants.append(EngineVariant(name, kind, runner.timed))
+        else:
+            variants.append(EngineVariant(name, kind, bucketed_times(runner), ("wall",)))
     if not session.adaptive:
         return variants
     kept = [max(1, round(float(n) - 1)) for n in lengths.mean(axis=0)]
@@ -82,7 +94,7 @@ def _graph(graph: bool) -> str:
 
 
 def dense_peer(session: EngineSession, pictures: ImageSet, folder: Path) -> Path:
-    """The dense twin of the engine's checkpoint as an engine."""
+    """The dense twin of the engine's checkpoint as an engine for the same batches."""
     from asvit_deploy.evaluate.reference import source_file
     from asvit_deploy.export.pipeline import export
     from asvit_deploy.models.checkpoint import load_checkpoint
@@ -93,7 +105,7 @@ def dense_peer(session: EngineSession, pictures: ImageSet, folder: Path) -> Path
         path, session.fields["image_size"], session.fields["arch"], record.get("ema", False)
     )
     onnx = folder / "dense.onnx"
-    export(checkpoint, onnx, pictures[:2], dense=True)
+    export(checkpoint, onnx, pictures[:2], session.fields["batch"], dense=True)
     return _build(session, onnx, PARITY[session.fields["precision"]])
 
 
@@ -114,17 +126,31 @@ def topk_peer(session: EngineSession, kept: Sequence[int], folder: Path) -> Path
 
 
 def _build(session: EngineSession, onnx: Path, precision: str) -> Path:
-    from asvit_deploy.engine.build import Options, build_engine
+    from asvit_deploy.engine.build import build_engine
     from asvit_deploy.engine.flavour import FLAVOURS
     from asvit_deploy.engine.source import open_source
 
-    options = Options(
-        None if precision == "float32" else precision,  # type: ignore[arg-type]
-        target_sms=tuple(session.fields["target_sms"]), checked=False,
-    )  # fmt: skip
+    options = peer_options(session.fields, precision)
     output = onnx.with_suffix(".engine")
     build_engine(open_source(onnx), output, FLAVOURS[session.fields["flavour"]], options)
     return output
+
+
+def peer_options(fields: dict[str, Any], precision: str) -> Options:
+    """What an engine was built with, as its sidecar says, less what belongs to its own mode."""
+    from asvit_deploy.engine.build import Options
+
+    profile = (fields.get("profile") or {}).get("images")
+    return Options(
+        None if precision == "float32" else precision,  # type: ignore[arg-type]
+        batch=tuple(shape[0] for shape in profile) if profile else None,  # type: ignore[arg-type]
+        target_sms=tuple(fields["target_sms"]),
+        workspace=fields.get("workspace"),
+        level=fields.get("level"),
+        version_compatible=fields.get("version_compatible", False),
+        hardware_compatible=fields.get("hardware_compatible", False),
+        checked=False,
+    )
 
 
 def measure(
@@ -133,14 +159,14 @@ def measure(
 ) -> dict[str, dict[str, NDArray[np.float64]]]:  # fmt: skip
     """Milliseconds [runs] by variant and clock; round r takes image r modulo their number."""
     order, rng = list(variants), random.Random(seed)
-    times = {v.name: {clock: np.zeros(runs) for clock in CLOCKS} for v in variants}
+    times = {v.name: {clock: np.zeros(runs) for clock in v.clocks} for v in variants}
     for r in range(-warmup, runs):
         image = images[r % len(images)][None]
         rng.shuffle(order)
         for variant in order:
             took = asdict(variant.timed(image))
             if r >= 0:
-                for clock in CLOCKS:
+                for clock in variant.clocks:
                     times[variant.name][clock][r] = took[clock]
         progress()
     return times
@@ -180,7 +206,8 @@ def against_kept(
         image = np.arange(len(values["wall"])) % len(lengths)
         points[variant.name] = [
             {"kept": (lengths[i] - 1).tolist(),
-             **{f"{c}_ms": float(np.median(values[c][image == i])) for c in ("gpu", "wall")}}
+             **{f"{c}_ms": float(np.median(values[c][image == i]))
+                for c in ("gpu", "wall") if c in values}}
             for i in range(len(lengths)) if (image == i).any()
         ]  # fmt: skip
     return points

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +26,23 @@ def is_engine(path: Path) -> bool:
     return artifact.KINDS.get(path.suffix) == "engine" or path.suffix in bundle.KINDS
 
 
-def engines_of(folder: Path, onnx: Path) -> list[Path]:
-    """The engines of a folder that were built from an ONNX file there, in name order."""
+def engines_of(folder: Path, onnx: Path, say: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """The engines of a folder that were built from an ONNX file there, in name order.
+
+    Args:
+        say: is told, in one line, why one that is there could not be read.
+    """
     bundles = [path for path in folder.iterdir() if path.suffix in bundle.KINDS and path.is_dir()]
     found = [*artifact.find(folder, "engine"), *sorted(bundles)]
-    return [path for path in found if EngineSession(path).built_from(onnx)]
+    artifact.read(onnx)  # one that cannot be read is no engine's fault
+    engines = []
+    for path in found:
+        try:
+            if EngineSession(path).built_from(onnx):
+                engines.append(path)
+        except UserError as error:
+            say(str(error))
+    return engines
 
 
 @dataclass
@@ -68,6 +81,11 @@ class EngineSession:
     def parity(self) -> str:
         """Which of `evaluate.parity.LIMITS` holds."""
         return PARITY[self.fields["precision"]]
+
+    @property
+    def graphs(self) -> bool:
+        """Whether CUDA graphs can hold it: no shape depends on the data."""
+        return self.fields["mode"] != "dynamic"
 
     def built_from(self, onnx: Path) -> bool:
         """Whether that ONNX artefact, as it is now, is its source."""

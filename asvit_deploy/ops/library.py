@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from asvit_deploy import files
+from asvit_deploy import child, files
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, make_cache_dir
 from asvit_deploy.ops.headers import (
@@ -250,7 +250,7 @@ def check_library(path: Path) -> str | None:
     if not path.is_file():
         return "there is no such file"
     done = subprocess.run(
-        [sys.executable, "-c", _PROBE, str(path.resolve())],
+        child.command(_PROBE, str(path.resolve())),
         capture_output=True, text=True, errors="replace",
     )  # fmt: skip
     if done.returncode == 0:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from asvit_deploy import files
+from asvit_deploy import child, files
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, make_cache_dir
 from asvit_deploy.ops.headers import Say, silent
@@ -186,6 +186,11 @@ def find_trt_plugin() -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def runs_on_gpus(library: Path) -> bool:
+    """Whether a library holds CUDA code; the host twin, under any name, does not."""
+    return b".nv_fatbin" in library.read_bytes()
+
+
 def compile_command(
     headers: TrtHeaders, entry: str, targets: Sequence[str], nvcc: Path | None
 ) -> list[str]:
@@ -267,8 +272,9 @@ def check_trt_library(path: Path) -> str | None:
     """Why `path` is no library for TensorRT's plugin registry, in one line; None when it is."""
     if not path.is_file():
         return "there is no such file"
-    command = [sys.executable, "-c", _PROBE, str(path.resolve())]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        child.command(_PROBE, str(path.resolve())), capture_output=True, text=True, errors="replace"
+    )
     if done.returncode == 0:
         return None
     if done.returncode < 0:

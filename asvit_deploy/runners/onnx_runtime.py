@@ -13,6 +13,9 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 
+# Float32 means float32 on every backend.
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+
 
 def import_onnxruntime():
     """The module, or a line that says how to get it."""
@@ -146,7 +149,8 @@ class OrtRunner(RunnerBase):
             if library is not None:
                 options.register_custom_ops_library(str(library))
             data = (with_stage_outputs(model) if self._record else model).SerializeToString()
-            self.session = ort.InferenceSession(data, options, providers=[provider])
+            chosen = (provider, PROVIDER_OPTIONS.get(provider, {}))
+            self.session = ort.InferenceSession(data, options, providers=[chosen])
         except Exception as error:
             raise UserError(_load_failure(name, library, str(error))) from None
         self._names = [output.name for output in self.session.get_outputs()]

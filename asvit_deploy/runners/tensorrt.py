@@ -76,25 +76,81 @@ def import_flavour(name: str) -> tuple[Flavour, Any]:
 def plugin_for(fields: dict[str, Any], name: str) -> Path | None:
     """The plugin library to load before a plan: None where the plan needs or carries none.
 
-    The one that this machine built comes first: the engine's may have been the host twin.
+    The one that it was built with, as long as that is unchanged and no host twin; else the one that
+    this machine built.
 
     Raises:
         UserError: there is none, or the recorded one has changed.
     """
-    from asvit_deploy.ops.trt_library import find_trt_plugin
+    from asvit_deploy.ops.trt_library import find_trt_plugin, runs_on_gpus
 
     recorded = fields.get("plugin")
     if recorded is None or recorded["embedded"]:
         return None
+    path = Path(recorded["path"])
+    changed = path.is_file() and sha256(path) != recorded["sha256"]
+    if path.is_file() and not changed and runs_on_gpus(path):
+        return path
     if (here := find_trt_plugin()) is not None:
         return here
-    path = Path(recorded["path"])
     build = "run `asvit-deploy build-plugins trt`"
-    if not path.is_file() or path.stem.endswith("_host"):
-        raise UserError(f"{name} needs the TensorRT plugin, which is not built here; {build}")
-    if sha256(path) != recorded["sha256"]:
+    if changed:
         raise UserError(f"{path} changed since {name} was built with it; {build}")
-    return path
+    raise UserError(f"{name} needs the TensorRT plugin, which is not built here; {build}")
+
+
+@functools.cache
+def logger_of(trt: Any) -> Any:
+    """The process's logger, of which TensorRT takes but one: it keeps errors and prints nothing."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()
+
+
+def _said(logger: Any) -> str:
+    """What TensorRT logged since it was last asked, in brackets, or nothing."""
+    errors, logger.errors = logger.errors, []
+    return f" ({' '.join(errors[0].split())[:200]})" if errors else ""
+
+
+def load_plan(
+    trt: Any, flavour: Flavour, plan: bytes, fields: dict[str, Any], name: str
+) -> tuple[Any, Any]:
+    """The runtime, which must outlive the engine, and the engine; its plugin is loaded too.
+
+    Raises:
+        UserError: the plugin is missing, or TensorRT does not take it or the plan.
+    """
+    logger = logger_of(trt)
+    logger.errors = []
+    runtime = trt.Runtime(logger)  # first: before it, errors go to a logger that prints them
+    if library := plugin_for(fields, name):
+        _load_plugin(trt, str(library.resolve()))
+    # Such plans carry code: the plugin's library, or the runtime of their own version.
+    if (fields.get("plugin") or {}).get("embedded") or fields.get("version_compatible"):
+        runtime.engine_host_code_allowed = True
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise UserError(
+            f"{flavour.title} {trt.__version__} cannot load {name}, which "
+            f"{fields['flavour_version']} built for {_built_for(flavour, fields)}"
+            f"{_said(logger)}; run `asvit-deploy build-engine` on this machine"
+        )
+    return runtime, engine
+
+
+def _built_for(flavour: Flavour, fields: dict[str, Any]) -> str:
+    if fields["target_sms"]:
+        return ", ".join(f"SM {sm}" for sm in fields["target_sms"])
+    return "the GPU it found" if flavour.enterprise else "the GPUs of its own list"
 
 
 class Engine:
@@ -113,21 +169,9 @@ class Engine:
     def __init__(self, plan: bytes, fields: dict[str, Any], name: str) -> None:
         require_gpu(name)
         self.flavour, self.trt = import_flavour(fields["flavour"])
-        self._logger = self.trt.Logger(self.trt.Logger.ERROR)
-        if library := plugin_for(fields, name):
-            _load_plugin(self.trt, str(library.resolve()))
-        runtime = self.trt.Runtime(self._logger)
-        if (fields.get("plugin") or {}).get("embedded"):
-            runtime.engine_host_code_allowed = True
-        self.engine = runtime.deserialize_cuda_engine(plan)
-        if self.engine is None:
-            raise UserError(
-                f"{self.flavour.title} {self.trt.__version__} cannot load {name}, which "
-                f"{fields['flavour_version']} built for "
-                f"{', '.join(f'SM {sm}' for sm in fields['target_sms']) or 'the GPU it found'}; "
-                "run `asvit-deploy build-engine` on this machine"
-            )
-        self._runtime = runtime  # must outlive the engine
+        self.name, self._logger = name, logger_of(self.trt)
+        self._runtime, self.engine = load_plan(self.trt, self.flavour, plan, fields, name)
+        self._cache: Any = None
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         mode = self.trt.TensorIOMode.INPUT
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == mode]
@@ -154,16 +198,39 @@ class Engine:
             return ()
         config = self.engine.create_runtime_config()
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        # Contexts of one engine share what was compiled: bucketed mode has one for each bucket.
+        if hasattr(config, "create_runtime_cache"):
+            if self._cache is None:
+                self._cache = config.create_runtime_cache()
+            if not config.set_runtime_cache(self._cache):
+                raise RuntimeError(f"{self.flavour.title} took no runtime cache{self.said()}")
         return (config,)
 
     def context(self, profile: int = 0) -> Any:
-        """An execution context on that optimisation profile."""
+        """An execution context on that optimisation profile.
+
+        Raises:
+            UserError: there is no memory for it, or no such profile.
+        """
         context = self.engine.create_execution_context(*self._runtime_config())
+        if context is None:
+            raise UserError(
+                f"{self.flavour.title} cannot make an execution context for {self.name}"
+                f"{self.said()}; free GPU memory, or build it again on this machine"
+            )
         if self.engine.num_optimization_profiles > 1:
             stream = torch.cuda.current_stream()
-            context.set_optimization_profile_async(profile, stream.cuda_stream)
+            if not context.set_optimization_profile_async(profile, stream.cuda_stream):
+                raise UserError(
+                    f"{self.name} has no optimisation profile {profile}{self.said()}; build it "
+                    "again"
+                )
             stream.synchronize()
         return context
+
+    def said(self) -> str:
+        """What TensorRT logged since it was last asked, in brackets, or nothing."""
+        return _said(self._logger)
 
 
 @functools.cache
@@ -172,8 +239,15 @@ def _load_plugin(trt: Any, path: str) -> None:
     registry = trt.get_plugin_registry()
     if any(creator.name == onnx_op.OP_TYPE for creator in registry.all_creators):
         return
-    if registry.load_library(path) is None:
-        raise UserError(f"{path} cannot be loaded; run `asvit-deploy build-plugins trt --force`")
+    build = "run `asvit-deploy build-plugins trt --force`"
+    try:
+        handle = registry.load_library(path)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be loaded ({' '.join(str(error).split())}); {build}"
+        ) from None
+    if handle is None:
+        raise UserError(f"{path} cannot be loaded{_said(logger_of(trt))}; {build}")
 
 
 class Bound:
@@ -184,6 +258,7 @@ class Bound:
 
     Raises:
         UserError: a shape does not fit the profile.
+        RuntimeError: TensorRT takes no buffer, or does not tell how large one must be.
     """
 
     def __init__(self, engine: Engine, context: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -193,7 +268,8 @@ class Bound:
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise UserError(
-                    f"the engine takes no {name} of shape {list(shape)}; build it again"
+                    f"{engine.name} takes no {name} of shape {list(shape)}{engine.said()}; build "
+                    "it again"
                 )
             self._bind(name, torch.zeros(shape, dtype=engine.dtype(name), device="cuda"))
         for name in engine.outputs:
@@ -201,14 +277,19 @@ class Bound:
             dtype = engine.dtype(name)
             if min(shape, default=0) < 0:
                 self.ragged[name] = list(shape)
-                count = context.get_max_output_size(name) // dtype.itemsize
+                size = context.get_max_output_size(name)
+                if size < 0:
+                    raise RuntimeError(f"{engine.name}: no largest size of {name}{engine.said()}")
+                count = size // dtype.itemsize
                 self._bind(name, torch.zeros(count, dtype=dtype, device="cuda"))
             else:
                 self._bind(name, torch.zeros(shape, dtype=dtype, device="cuda"))
 
     def _bind(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = tensor
-        self.context.set_tensor_address(name, tensor.data_ptr())
+        if not self.context.set_tensor_address(name, tensor.data_ptr()):
+            engine = self.engine
+            raise RuntimeError(f"{engine.name} takes no buffer for {name}{engine.said()}")
 
     def rebind(self, name: str, tensor: Tensor) -> None:
         """Read or write `tensor`, of the same shape and type, in place of our own buffer."""
@@ -225,9 +306,27 @@ class Bound:
         if stream is not current:
             stream.wait_stream(current)
         if not self.context.execute_async_v3(stream.cuda_stream):
-            raise RuntimeError(f"{self.engine.flavour.title} could not enqueue the engine")
+            engine = self.engine
+            raise RuntimeError(f"{engine.flavour.title} cannot run {engine.name}{engine.said()}")
         if stream is not current:
             current.wait_stream(stream)
+
+    def require_capturable(self) -> None:
+        """Run once, which compiles what RTX has left to do, and ask whether a graph can hold it.
+
+        Raises:
+            UserError: it cannot.
+        """
+        ask = getattr(self.context, "is_stream_capturable", None)
+        if ask is None:
+            return
+        self.enqueue()
+        torch.cuda.synchronize()
+        if not ask(_side_stream().cuda_stream):
+            raise UserError(
+                f"no CUDA graph can hold {self.engine.name}{self.engine.said()}; build it again "
+                "on this machine"
+            )
 
 
 @functools.cache
@@ -265,6 +364,9 @@ class TensorRTRunner(RunnerBase):
         if batch not in self._bound:
             shape = (batch, *self.engine.largest("images")[1:])
             bound = Bound(self.engine, self.engine.context(), {"images": shape})
+
+            if self.graph:
+                bound.require_capturable()
 
             def execute(*_: Tensor) -> Outputs:
                 bound.enqueue()
@@ -369,7 +471,7 @@ class TensorRTStages(DeviceStages):
             fields["thresholds"], fields["buckets"], shape[2], fields["image_size"], 1,
             first.dtype("tokens"), first.dtype("images"), "cuda",
         )  # fmt: skip
-        self.fields = fields
+        self.fields, self.wanted = fields, graphs
         self.capture(self._function(0, 0), lambda s, bucket: self._function(s, bucket), graphs)
 
     def _function(self, stage: int, bucket: int) -> Any:
@@ -384,6 +486,8 @@ class TensorRTStages(DeviceStages):
         bound = Bound(engine, engine.context(profile), shapes)
         for name, tensor in given.items():
             bound.rebind(name, tensor)
+        if self.wanted:
+            bound.require_capturable()
         last = stage == len(self.engines) - 1
         names = ("logits",) if last else ("tokens", "scores")
 

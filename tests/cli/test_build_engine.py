@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import conftest
+import numpy as np
 import onnx
+import onnx.numpy_helper
 import pytest
 
 from asvit_deploy import artifact, bundle
@@ -138,6 +140,9 @@ def test_no_tensorrt(cli, model, monkeypatch):
     [
         (["--fp16", "--bf16"], ["exclude each other"]),
         (["--buckets", "16,197"], ["--buckets needs --mode bucketed"]),
+        (["--buckets", "auto"], ["--buckets needs --mode bucketed"]),
+        (["--buckets", ""], ["--buckets needs --mode bucketed"]),
+        (["--mode", "bucketed", "--buckets", ""], ["--buckets ''", "--buckets 64,128,197"]),
         (["--mode", "bucketed", "--buckets", "16,32"], ["16,32", "as_deit_s.onnx", "add 197"]),
         (["--mode", "bucketed", "--buckets", "16,198"], ["198", "2 to 197 rows"]),
         (["--mode", "bucketed", "--buckets", "few"], ["few", "--buckets 64,128,197"]),
@@ -157,6 +162,15 @@ def test_no_tensorrt(cli, model, monkeypatch):
 )
 def test_refused(cli, model, args, words):
     refused(cli("build-engine", *args), *words)
+
+
+@rtx
+@pytest.mark.parametrize("name", ["libasvit_trt_host.so", "renamed.so"])
+def test_the_host_twin_is_not_put_into_an_engine(cli, model, trt_plugin, name):
+    shutil.copy(trt_plugin, name)
+    refused(cli("build-engine", "--plugin", name, "--embed-plugin"), name, "holds no CUDA code",
+            "--embed-plugin needs it", "build-plugins trt")  # fmt: skip
+    assert cli("build-engine", "--plugin", name).code == 0, "to build with it is its purpose"
 
 
 @rtx
@@ -215,6 +229,33 @@ def _no_attributes(proto):
     del next(node for node in proto.graph.node if node.domain == "asvit").attribute[:]
 
 
+def _threshold_of(proto, stage=0):
+    """The op node of a stage and its threshold."""
+    node = [node for node in proto.graph.node if node.domain == "asvit"][stage]
+    return node, next(t for t in proto.graph.initializer if t.name == node.input[2])
+
+
+def _other_threshold(proto):
+    _, tensor = _threshold_of(proto, 1)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(0.25, np.float32), tensor.name))
+
+
+def _threshold_in_a_list(proto):
+    _, tensor = _threshold_of(proto)
+    value = onnx.numpy_helper.to_array(tensor).astype(np.float32).reshape(1)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+
+
+def _computed_threshold(proto):
+    node, tensor = _threshold_of(proto)
+    proto.graph.node.insert(0, onnx.helper.make_node("Identity", [tensor.name], ["computed"]))
+    node.input[2] = "computed"
+
+
+def _no_scores(proto):
+    _threshold_of(proto)[0].input[1] = ""
+
+
 def _fewer_stages(proto):
     del proto.functions[:]
     del proto.graph.node[:]
@@ -240,6 +281,22 @@ def test_tampered_graph(cli, tmp_path, mini_artifacts, change, words):
 
 
 @rtx
+@pytest.mark.parametrize("mode", ["dynamic", "padded", "bucketed"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_other_threshold, ["is 0.25, its sidecar says", "export it again"]),
+        (_threshold_in_a_list, ["no float32 number in the file", "export it again"]),
+        (_computed_threshold, ["no float32 number in the file", "export it again"]),
+        (_no_scores, ["t.onnx"]),  # by ONNX's checker, or by us
+    ],
+)
+def test_threshold_that_is_not_the_sidecars(cli, tmp_path, mini_artifacts, mode, change, words):
+    place(mini_artifacts["1", "auto"], tmp_path / "t.onnx", change)
+    refused(cli("build-engine", "--mode", mode, "--no-check"), "t.onnx", *words)
+
+
+@rtx
 def test_tampered_file_and_lost_sidecar(cli, model):
     shutil.copy(model, "lost.onnx")
     refused(cli("build-engine", "--onnx", "lost.onnx"), "lost.onnx", "no sidecar")
@@ -259,7 +316,8 @@ def test_foreign_model(cli):
     result = cli("build-engine", "--onnx", "foreign.onnx")
     assert result.code == 0, result.err
     assert "foreign.onnx is not an artefact of ours" in result.err
-    assert artifact.read(Path("foreign.engine"))["mode"] == "foreign"
+    fields = artifact.read(Path("foreign.engine"))
+    assert (fields["mode"], fields["precision"]) == ("foreign", None)
 
 
 @rtx

@@ -90,6 +90,10 @@ def test_workspace_level_and_progress(rtx, mini_artifacts, tmp_path):
         open_source(mini_artifacts["1", "auto"]), tmp_path / "x.engine", rtx, options,
         progress=lambda *step: seen.append(step),
     )  # fmt: skip
+    fields = artifact.read(tmp_path / "x.engine")
+    assert (fields["workspace"], fields["level"]) == (256, 2)
+    assert not fields["version_compatible"]
+    assert not fields["hardware_compatible"]
     phases = {phase for phase, _, _ in seen}
     assert len(phases) == 1
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)

@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import onnx
 import pytest
 
+import asvit_deploy
+from asvit_deploy import child
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.flavour import RTX
 from asvit_deploy.engine.source import open_source
@@ -20,6 +23,21 @@ _LIBRARIES = {
     "aborts": "#include <exception>\nstatic int x = (std::terminate(), 0);",
     "crashes": "#include <csignal>\nstatic int x = raise(SIGSEGV);",
     "empty": "int nothing;",
+    # Half a message on the channel, which is the one pipe that it can write to, and dead.
+    "cut": """
+#include <csignal>
+#include <sys/stat.h>
+#include <unistd.h>
+static int cut()
+{
+    struct stat is;
+    for (int fd = 0; fd < 64; ++fd)
+        if (fstat(fd, &is) == 0 && S_ISFIFO(is.st_mode) && write(fd, "{\\"event\\": \\"do", 13) < 0)
+            continue;
+    return raise(SIGKILL);
+}
+static int x = cut();
+""",
     "talks": '#include <cstdio>\nstatic int x = (puts("hello"), fflush(stdout), 0);',
 }
 
@@ -39,6 +57,7 @@ def library(request, compiler, tmp_path):
     [
         ("aborts", "ended by SIGABRT while loading the plugin: {}"),
         ("crashes", "ended by SIGSEGV while loading the plugin: {}"),
+        ("cut", "ended by SIGKILL while loading the plugin: {}"),
         ("empty", "the plugin library {} cannot be loaded"),
         ("talks", "the plugin library {} cannot be loaded"),
     ],
@@ -52,6 +71,52 @@ def test_library_that_is_no_plugin(rtx, mini_artifacts, tmp_path, library, words
     assert words.format(library) in message
     assert "\n" not in message
     assert [path.name for path in tmp_path.iterdir()] == [library.name]
+
+
+@pytest.mark.parametrize("name", ["polygraphy", "json", "asvit_deploy"])
+def test_builder_imports_nothing_from_the_current_folder(
+    rtx, mini_artifacts, tmp_path, monkeypatch, name
+):
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    (folder / f"{name}.py").write_text("open('executed', 'w').close()\nraise SystemExit(1)\n")
+    monkeypatch.chdir(folder)
+    options = Options(mode="padded", target_sms=("86",), checked=False)
+    build_engine(open_source(mini_artifacts["1", "auto"]), tmp_path / "x.engine", rtx, options)
+    assert [path.name for path in folder.iterdir()] == [f"{name}.py"]
+
+
+@pytest.mark.parametrize("check", ["trt", "ort"])
+def test_probes_import_nothing_from_the_current_folder(tmp_path, monkeypatch, check):
+    from asvit_deploy.ops.library import check_library
+    from asvit_deploy.ops.trt_library import check_trt_library
+
+    (tmp_path / "no.so").write_text("not a library")
+    for name in ("ctypes", "onnx"):
+        (tmp_path / f"{name}.py").write_text("open('executed', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    assert {"trt": check_trt_library, "ort": check_library}[check](Path("no.so"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ctypes.py", "no.so", "onnx.py"]
+
+
+def test_a_child_keeps_pythonpath_and_finds_the_package(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("x = 'mine'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = "import sys, mine, asvit_deploy; print(mine.x, asvit_deploy.__file__, sys.argv[1])"
+    done = subprocess.run(child.command(code, "a"), capture_output=True, text=True, cwd="/")
+    assert done.stdout.split() == ["mine", asvit_deploy.__file__, "a"], done.stderr
+
+
+def test_the_cause_of_a_parser_error_is_told(rtx, tmp_path):
+    """TensorRT logs the place, the node and then the cause."""
+    path = tmp_path / "det.onnx"
+    onnx.save(onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[8,8] x) => (float y) { y = Det (x) }'
+    ), path)  # fmt: skip
+    with pytest.raises(UserError, match=r"cannot build .*det\.onnx: .*ERROR: .*Det") as error:
+        build_engine(open_source(path), tmp_path / "x.engine", rtx, Options())
+    assert "While parsing" not in str(error.value)
+    assert "build-plugins" not in str(error.value), "no plugin of ours would help"
 
 
 def test_file_that_is_no_library(rtx, mini_artifacts, tmp_path):

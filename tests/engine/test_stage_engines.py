@@ -11,6 +11,7 @@ from asvit_deploy.engine.build import Options
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.export.stages import split_stages
+from asvit_deploy.runners.onnx_runtime import precision_of
 
 ALL_SMS = ("86", "89", "120")
 
@@ -76,6 +77,25 @@ def test_stages_without_their_masks_are_not_built(rtx, mini_artifacts, tmp_path,
     source = open_source(mini_artifacts["1", "auto"])
     with pytest.raises(CheckFailed, match="does not match PyTorch"):
         build_bucketed(source, tmp_path / "m.bucketed", rtx, Options(None, "bucketed", limit=12))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_half_cut_runs_before_the_build(rtx, mini_artifacts, tmp_path, monkeypatch):
+    """A fault that only the half stages have: the mask of float32 is right."""
+
+    def unmasked(model, name="model"):
+        stages = split_stages(model, name)
+        for stage in stages if precision_of(model) == "float16" else ():
+            for mask in [n for n in stage.graph.node if n.name.endswith("_hidden")]:
+                user = next(n for n in stage.graph.node if mask.output[0] in n.input)
+                user.input[0] = mask.input[1]
+        return stages
+
+    monkeypatch.setattr(bucketed, "split_stages", unmasked)
+    source = open_source(mini_artifacts["1", "auto"])
+    options = Options("fp16", "bucketed", limit=4, buckets=(197,))
+    with pytest.raises(CheckFailed, match=r"the fp16 graph of .* does not match PyTorch"):
+        build_bucketed(source, tmp_path / "m.bucketed", rtx, options)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,6 +9,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.evaluate.accuracy import label_map, score, summarise, wilson
 from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
 from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.runners.base import Prediction
 from asvit_deploy.runners.pytorch import TorchRunner
 
 
@@ -90,3 +91,15 @@ def test_classes_are_matched_by_name_or_by_order():
         label_map(["a", "z"], ["a", "b"], 2)
     with pytest.raises(UserError, match="2 classes and the model 1000"):
         label_map(["a", "z"], None, 1000)
+
+
+def test_a_model_that_says_nothing_is_not_right(mini):
+    """Equal logits and NaN are no answer: the true class stands behind them all."""
+    nan = float("nan")
+    rows = [[2, 1, 0], [1, 1, 0], [1, 1, 1], [1, nan, 0], [nan, 1, 0], [nan, nan, nan]]
+
+    def says(images):
+        return Prediction(np.array(rows, np.float32), [])
+
+    batch = [(np.zeros((len(rows), 3, 1, 1), np.float32), np.zeros(len(rows), np.int64))]
+    assert score(says, batch, mini.config).rank.tolist() == [0, 1, 2, 1, 3, 3]

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import refused
 
-from asvit_deploy import artifact
+from asvit_deploy import artifact, files
+from asvit_deploy.cli import bench
 from asvit_deploy.engine.bucketed import build_bucketed
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.source import open_source
+from asvit_deploy.errors import UserError
 from asvit_deploy.evaluate import engine_bench
 from asvit_deploy.evaluate.engine_bench import EngineVariant
 from asvit_deploy.evaluate.engine_session import EngineSession, engines_of, is_engine
 from asvit_deploy.images import open_images
+from asvit_deploy.ops import trt_library
 from asvit_deploy.runners.onnx_runtime import OrtRunner
-from asvit_deploy.runners.tensorrt import Times, plugin_for
+from asvit_deploy.runners.tensorrt import Times, load_plan, plugin_for
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -70,7 +76,9 @@ def test_measure_summarise_and_verdict(mini_artifacts, mini, photos):
     assert gain["value"] == pytest.approx(
         rows[1]["wall_ms"]["p50"] / rows[0]["wall_ms"]["p50"], rel=1e-6
     )
-    assert engine_bench.verdict(rows).startswith("dynamic wins over the fastest dense engine")
+    # Made up: a busy machine's interval may well hold 1.
+    fast_rows = [{**rows[0], "speedup": {"value": 2.0, "low": 1.5, "high": 2.5}}, rows[1]]
+    assert engine_bench.verdict(fast_rows).startswith("dynamic wins over the fastest dense engine")
     slow = [{**rows[0], "speedup": {"value": 0.8, "low": 0.7, "high": 0.9}}, rows[1]]
     assert engine_bench.verdict(slow).startswith("dense wins")
     assert "nothing to compare" in engine_bench.verdict(rows[1:])
@@ -108,6 +116,7 @@ def test_the_session_knows_where_an_engine_comes_from(engine, mini_artifacts):
     assert is_engine(engine)
     assert not is_engine(onnx)
     assert session.parity == "fp16"
+    assert not session.graphs
     assert session.built_from(onnx)
     assert session.onnx.samefile(onnx)
     assert len(session.reference.thresholds) == 3
@@ -119,7 +128,8 @@ def test_bundles_are_found_too(rtx, engine):
     build_bucketed(open_source(Path("mini.onnx")), Path("mini.bucketed"), rtx, options)
     assert engines_of(Path(), Path("mini.onnx")) == [Path("mini.fp16.engine"),
                                                      Path("mini.bucketed")]  # fmt: skip
-    assert EngineSession(Path("mini.bucketed")).parity == "float32"
+    session = EngineSession(Path("mini.bucketed"))
+    assert (session.parity, session.graphs) == ("float32", True)
 
 
 @no_gpu
@@ -138,8 +148,6 @@ def test_the_third_line_says_which_engines_it_did_not_run(cli, engine):
 
 
 def test_the_host_twin_is_no_plugin_to_run_with(engine, tmp_path, monkeypatch):
-    from asvit_deploy.errors import UserError
-
     fields = artifact.read(engine)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"plugin, which is not built here; run .*build-plugins"):
@@ -151,3 +159,109 @@ def test_the_host_twin_is_no_plugin_to_run_with(engine, tmp_path, monkeypatch):
     changed = {**fields, "plugin": {**fields["plugin"], "path": str(other)}}
     with pytest.raises(UserError, match="changed since x was built with it"):
         plugin_for(changed, "x")
+
+
+def test_the_plugin_that_an_engine_was_built_with_comes_first(engine, tmp_path, monkeypatch):
+    """It is the one whose size tensor and version fit, whatever was built after it."""
+    library = tmp_path / "libmine.so"
+    library.write_bytes(b"\x7fELF .nv_fatbin")
+    record = {"path": str(library), "sha256": files.sha256(library), "embedded": False}
+    newest = tmp_path / "libnewest.so"
+    monkeypatch.setattr(trt_library, "find_trt_plugin", lambda: newest)
+    fields = {**artifact.read(engine), "plugin": record}
+    assert plugin_for(fields, "x") == library
+    assert plugin_for(artifact.read(engine), "x") == newest, "the host twin runs nothing"
+    library.write_bytes(b"\x7fELF .nv_fatbin, but another")
+    assert plugin_for(fields, "x") == newest
+    library.unlink()
+    assert plugin_for(fields, "x") == newest
+
+
+@no_gpu
+def test_what_is_odd_in_the_folder_costs_a_line_each(cli, engine, rtx):
+    """An engine of a foreign file, one without its source's file, an empty bundle, other JSON."""
+    onnx.save(onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[1,8] x) => (float[1,8] y)'
+        "{ y = Relu (x) }"
+    ), "foreign.onnx")  # fmt: skip
+    build_engine(open_source(Path("foreign.onnx")), Path("foreign.engine"), rtx, Options())
+    Path("foreign.onnx").unlink()
+    Path("other.engine").write_bytes(b"somebody else's")
+    Path("other.engine.json").write_text("{}")
+    Path("odd.bucketed").mkdir()
+    said = []
+    assert engines_of(Path(), Path("mini.onnx"), said.append) == [Path("mini.fp16.engine")]
+    words = ["foreign.engine was built from a foreign", "other.engine.json is not a sidecar",
+             "odd.bucketed holds no manifest.json"]  # fmt: skip
+    assert len(said) == len(words)
+    for line, word in zip(said, words):
+        assert word in line
+    shutil.copy("mini.onnx", "broken.onnx")
+    Path("broken.onnx.json").write_text("{}")
+    result = cli("bench", "--runs", 10, "--warmup", 0, "--limit", 2, "--threads", "1", "--json")
+    assert result.code == 0, result.err
+    for word in (*words, "not run: broken.onnx.json is not a sidecar"):
+        assert word in result.err
+    assert [Path(report["model"]).name for report in json.loads(result.out)] == ["mini.onnx"]
+    refused(cli("bench", "odd.bucketed"), "odd.bucketed holds no manifest.json")
+    Path("mini.onnx.json").write_text("{}")
+    refused(cli("bench"), "broken.onnx.json is not a sidecar")
+
+
+def test_bucketed_has_one_clock_that_means_what_the_others_mean(capsys):
+    def timed(image):
+        return Times(1.0, 1.0, 2.0)
+
+    variants = [EngineVariant("bucketed", "adaptive", timed, ("wall",)),
+                EngineVariant("dense", "dense", timed)]  # fmt: skip
+    times = engine_bench.measure(variants, [np.zeros((3, 2, 2), np.float32)], 0, 10)
+    assert list(times["bucketed"]) == ["wall"]
+    rows = engine_bench.summarise(variants, times)
+    assert "gpu_ms" not in rows[0]
+    points = engine_bench.against_kept(variants, times, np.array([[10, 5]]))
+    assert points == {"bucketed": [{"kept": [9, 4], "wall_ms": 2.0}]}
+    report = {"model": "x", "flavour": "f", "version": "1", "precision": "float16", "gpu": "g",
+              "runs": 10, "image_count": 1, "rows": rows, "verdict": "none"}  # fmt: skip
+    bench._print_engine(report)
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-2]]
+             for line in capsys.readouterr().out.splitlines() if line.startswith("|")}  # fmt: skip
+    assert cells["bucketed"] == ["-", "2.000", "2.000", "2.000", "-"]
+    assert cells["dense"] == ["1.000", "2.000", "2.000", "2.000", "1.000"]
+
+
+@pytest.mark.slow
+def test_a_dense_peer_is_built_like_the_engine(rtx, trt_plugin, mini_artifacts, tmp_path):
+    options = Options("fp16", batch=(1, 2, 4), plugin=trt_plugin, target_sms=("86",), level=2,
+                      workspace=512, checked=False)  # fmt: skip
+    path = tmp_path / "x.engine"
+    build_engine(open_source(mini_artifacts["dynamic", "auto"]), path, rtx, options)
+    session = EngineSession(path)
+    photos = open_images(None, session.config, limit=2)
+    peer = artifact.read(engine_bench.dense_peer(session, photos, tmp_path))
+    assert (peer["mode"], peer["level"], peer["workspace"]) == ("dense", 2, 512)
+    assert peer["profile"] == session.fields["profile"]
+
+
+def test_peers_of_an_engine_keep_what_its_sidecar_says():
+    fields = {"target_sms": [], "level": 4, "workspace": 64, "version_compatible": True,
+              "hardware_compatible": True, "profile": None}  # fmt: skip
+    options = engine_bench.peer_options(fields, "bf16")
+    assert options == Options("bf16", workspace=64, level=4, version_compatible=True,
+                              hardware_compatible=True, checked=False)  # fmt: skip
+    assert engine_bench.peer_options({"target_sms": ["86"]}, "float32") == Options(
+        target_sms=("86",), checked=False
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"version_compatible": True, "hardware_compatible": True}])
+def test_a_plan_that_is_not_taken_costs_one_line_and_prints_nothing(rtx, capfd, more):
+    trt = importlib.import_module(rtx.module)
+    fields = {"flavour_version": "1.2", "target_sms": [], "plugin": None, **more}
+    with pytest.raises(UserError) as error:
+        load_plan(trt, rtx, b"no plan" * 100, fields, "x.engine")
+    message = str(error.value)
+    assert "cannot load x.engine, which 1.2 built for the GPUs of its own list (" in message
+    assert "\n" not in message
+    with pytest.raises(UserError, match=r"built for SM 86, SM 89"):
+        load_plan(trt, rtx, b"", {**fields, "target_sms": ["86", "89"]}, "x.engine")
+    assert capfd.readouterr() == ("", "")

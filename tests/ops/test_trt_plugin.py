@@ -104,10 +104,10 @@ def call_of(case: Case, dtype: type, offset: int = 0) -> Call:
     return Call(case.tokens.astype(dtype), case.scores, case.threshold, offset)
 
 
-def enqueue(driver: Path, library: Path, calls: list[Call], order: int = 0):
+def enqueue(driver: Path, library: Path, calls: list[Call], order: int = 0, command: str = "run"):
     """Status, and what each whole output buffer holds, per call."""
     done = subprocess.run(
-        [driver, library, "run"], input=b"".join(call.record() for call in calls),
+        [driver, library, command], input=b"".join(call.record() for call in calls),
         capture_output=True, env=os.environ | {"ASVIT_ORDER": str(order)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
@@ -120,9 +120,12 @@ def enqueue(driver: Path, library: Path, calls: list[Call], order: int = 0):
     assert not stream.read()
 
 
-def check(driver: Path, library: Path, calls: list[Call], order: int = 0) -> None:
+def check(
+    driver: Path, library: Path, calls: list[Call], order: int = 0, command: str = "run"
+) -> None:
     """Every call succeeds, fills what the oracle says, and touches nothing behind it."""
-    for call, (status, outputs) in zip(calls, enqueue(driver, library, calls, order), strict=True):
+    results = enqueue(driver, library, calls, order, command)
+    for call, (status, outputs) in zip(calls, results, strict=True):
         assert status == 0, str(call)
         wanted = threshold_compact(call.tokens, call.scores, call.threshold)
         size = wanted.size.astype({4: np.int32, 8: np.int64}[len(outputs[3])])
@@ -194,6 +197,17 @@ def test_ends_of_the_range(driver, libraries, kernel, dtype):
         plain((2, 40, 768), dtype, 0.5, step), plain((2, 40, 768), dtype, 0.5, 2 * step),
     ]  # fmt: skip
     check(driver, libraries[kernel], calls)
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_size_has_the_type_that_the_engine_was_built_with(driver, libraries, kernel, bits):
+    """Whichever headers this library knows: TensorRT's buffer is as wide as the engine says."""
+    calls = [call_of(case, np.float16) for case in CASES]
+    check(driver, libraries[kernel], calls, command=f"run{bits}")
+    widths = {len(outputs[3]) for _, outputs in
+              enqueue(driver, libraries[kernel], calls, command=f"run{bits}")}  # fmt: skip
+    assert widths == {bits // 8}
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64), (1, 4097, 4), (2, 1, 0)])

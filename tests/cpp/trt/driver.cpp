@@ -2,6 +2,7 @@
 //
 //   driver LIBRARY contract         checks names, types, shapes and copies; says what is wrong
 //   driver LIBRARY run < cases      runs the cases and writes what every output buffer holds to stdout
+//   driver LIBRARY run32, run64     the same for an engine whose size tensor is int32 or int64
 //
 // Buffers have exactly the size that TensorRT would give them (the upper bound of each output) and are poisoned.
 #include <dlfcn.h>
@@ -262,7 +263,7 @@ private:
 
 // A case is images, rows, width, type (0 float, 1 half, 2 bfloat16) and offset as int64, then the inputs. Its result is
 // the status and the bytes of `size` as int64, then the four output buffers.
-void runCases(IPluginCreatorV3One& creator)
+void runCases(IPluginCreatorV3One& creator, std::string const& what)
 {
     constexpr std::array kPAYLOADS{DataType::kFLOAT, DataType::kHALF, DataType::kBF16};
     Plugin const plugin(creator.createPlugin("node", nullptr, TensorRTPhase::kRUNTIME));
@@ -276,7 +277,11 @@ void runCases(IPluginCreatorV3One& creator)
         {
             now[i] = all[i].desc;
         }
-        int64_t const sizeBytes = all[kIN + 3].desc.type == DataType::kINT64 ? 8 : 4;
+        if (what != "run")
+        {
+            now[kIN + 3].type = what == "run64" ? DataType::kINT64 : DataType::kINT32;
+        }
+        int64_t const sizeBytes = now[kIN + 3].type == DataType::kINT64 ? 8 : 4;
         size_t const places = images * rows;
         size_t const payload = places * width * (type == 0 ? 4 : 2);
         std::array<Buffer, kIN> in{Buffer(payload, offset), Buffer((places - images) * 4, 0), Buffer(4, 0)};
@@ -308,6 +313,7 @@ int main(int count, char** arguments)
     require(count == 3, "give a library, and contract or run");
     IPluginCreatorV3One* const creator = creatorOf(arguments[1]);
     std::string const what = arguments[2];
-    require(what == "contract" || what == "run", "what to do is contract or run");
-    what == "contract" ? checkContract(*creator) : runCases(*creator);
+    require(what == "contract" || what == "run" || what == "run32" || what == "run64",
+            "what to do is contract, run, run32 or run64");
+    what == "contract" ? checkContract(*creator) : runCases(*creator, what);
 }
