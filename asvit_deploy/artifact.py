@@ -25,16 +25,22 @@ KINDS = {".onnx": "onnx", ".engine": "engine", ".safetensors": "checkpoint"}
 
 
 def sidecar_path(artifact: Path) -> Path:
-    """`as_deit_s.onnx` -> `as_deit_s.onnx.json`."""
+    """`as_deit_s.onnx` -> `as_deit_s.onnx.json`.
+
+    Raises:
+        UserError: a path without a name, such as the current folder.
+    """
+    if not artifact.name:
+        raise UserError(f"{artifact} names no file; give it a name")
     return artifact.with_name(artifact.name + ".json")
 
 
-def check_target(path: Path, kind: str, force: bool, source: Path | None = None) -> None:
+def check_target(path: Path, kind: str, force: bool, *sources: Path | None) -> None:
     """Find out before the work whether an artefact and its sidecar could be put at `path`.
 
     Args:
         kind: a value of `KINDS`; `find` knows artefacts by the ending that goes with it.
-        source: the work's own input, never to be replaced.
+        sources: the work's own inputs, never to be replaced.
 
     Raises:
         UserError: another ending than that of `kind`, or `files.check_writable` refuses the
@@ -45,7 +51,7 @@ def check_target(path: Path, kind: str, force: bool, source: Path | None = None)
         noun = "ONNX file" if kind == "onnx" else kind
         raise UserError(f"{path} cannot be written: give the {noun} a name in {suffix}")
     for file in (path, sidecar_path(path)):
-        check_writable(file, force, source)
+        check_writable(file, force, *sources)
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -97,6 +103,8 @@ def read(artifact: Path) -> dict[str, Any]:
         UserError: the artefact or its sidecar is missing, unreadable, edited, or of a newer schema,
             or they do not belong together.
     """
+    if artifact.is_dir():
+        raise UserError(f"{artifact} is a folder; name a file in it that this tool made")
     path = sidecar_path(artifact)
     if not artifact.is_file():
         raise UserError(f"{artifact} does not exist; name an artefact that this tool made")

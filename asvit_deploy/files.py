@@ -26,6 +26,10 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _no_folder(path: Path) -> UserError:
+    return UserError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
+
+
 def check_parent(path: Path) -> None:
     """Find out before the work whether anything could be put at `path` at all.
 
@@ -34,25 +38,26 @@ def check_parent(path: Path) -> None:
     """
     folder = path.parent
     if not folder.is_dir():
-        raise UserError(f"cannot write {path}: the folder {folder} does not exist")
+        raise _no_folder(path)
     # Before anything is asked about `path`: in a folder that may not be searched that fails too.
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: no permission to write in {folder.resolve()}")
 
 
-def check_writable(path: Path, force: bool, source: Path | None = None) -> None:
+def check_writable(path: Path, force: bool, *sources: Path | None) -> None:
     """Find out before the work whether its result could be put at `path`.
 
     Raises:
-        UserError: `path` exists and `force` is off, is a folder, is the work's own `source`, or
-            cannot be written.
+        UserError: `path` exists and `force` is off, is a folder, is one of the work's own
+            `sources`, or cannot be written.
     """
     check_parent(path)
-    if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise UserError(f"{path} is the input itself; name another output")
+    for source in sources:
+        if source is not None and path.exists() and source.exists() and path.samefile(source):
+            raise UserError(f"{path} is the input itself; name another output")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:  # a link that leads nowhere would be replaced too
         raise UserError(f"{path} exists already; pass --force to replace it")
 
 
@@ -123,7 +128,7 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
     """
     for path in paths:
         if not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
+            raise _no_folder(path)
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder; name a file")
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths}
@@ -159,7 +164,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         UserError: the parent folder does not exist or cannot be written.
     """
     if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: the folder {path.parent} does not exist")
+        raise _no_folder(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:

@@ -47,7 +47,7 @@ def load_picture(path: Path) -> Image.Image:
     """
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
-        raise UserError(f"cannot read the picture {path}: {what}")
+        raise UserError(f"cannot read the picture {path}: {what}; check the path")
     return decode_picture(path, path)
 
 
@@ -219,11 +219,12 @@ def open_images(folder: Path | None, config: ArchConfig, limit: int | None = Non
         load_picture(folder)  # the one picture: refuse it now, not at its first use
         return ImageSet([View(folder.name, folder)], f"the picture {folder}", config)
     if not folder.is_dir():
-        raise UserError(f"the image folder {folder} does not exist")
+        raise UserError(f"the image folder {folder} does not exist; check the path")
     paths = pictures_in(folder)
     if not paths:
         raise UserError(
-            f"the folder {folder} holds no picture (looked for {', '.join(sorted(SUFFIXES))})"
+            f"the folder {folder} holds no picture (looked for {', '.join(sorted(SUFFIXES))}); "
+            "put some into it"
         )
     taken = thinned(paths, limit)
     views = [View(path.relative_to(folder).as_posix(), path) for path in taken]

@@ -51,11 +51,13 @@ def command(
     is what counts. Without MODELS, the adaptive artefact that the current folder's sidecars name,
     and on a machine with a GPU the engines that were built from it.
     """
+    from asvit_deploy.artifact import sidecar_path
     from asvit_deploy.evaluate.engine_session import is_engine
     from asvit_deploy.evaluate.session import find_op_library
 
     if output is not None:
-        files.check_writable(output, force)
+        chosen = [path for path in models if path.is_file()]
+        files.check_writable(output, force, *chosen, *map(sidecar_path, chosen))
     counts = {"1": [1], "all": [0], "both": [1, 0]}[threads]
     found = find_op_library(library)
     reports: list[dict[str, Any]] = []

@@ -133,7 +133,7 @@ def command(
     if mode == "bucketed":
         bundle.check_target(target, "bucketed", force)
     else:
-        artifact.check_target(target, "engine", force, source=path)
+        artifact.check_target(target, "engine", force, path)
     if layers is not None:
         check_writable(layers, force)
     source = open_source(path)

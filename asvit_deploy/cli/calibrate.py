@@ -71,7 +71,7 @@ def command(
 
     stem = Path(ckpt.name.removesuffix(".tar")).stem
     target = output or Path(f"{stem}.calibrated.safetensors")
-    check_target(target, "checkpoint", force, source=ckpt)
+    check_target(target, "checkpoint", force, ckpt)
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema)
     config = checkpoint.config
     pictures = open_images(images, config, limit or (256 if images else 64))

@@ -58,12 +58,13 @@ def command(
     """
     import torch
 
+    from asvit_deploy.artifact import sidecar_path
     from asvit_deploy.evaluate.accuracy import score, summarise
     from asvit_deploy.evaluate.machine import machine
     from asvit_deploy.files import check_writable, write_text
 
     if output is not None:
-        check_writable(output, force, model)
+        check_writable(output, force, model, sidecar_path(model))
     torch.set_num_threads(1)
     runner, config, classes = _open(model, batch_rule, dense, library)
     rows = []

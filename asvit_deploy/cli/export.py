@@ -59,7 +59,7 @@ def command(
     if not dense:
         pipeline.require_adaptive(checkpoint)
     target = output or pipeline.default_output(ckpt, dense)
-    check_target(target, "onnx", force, source=ckpt)
+    check_target(target, "onnx", force, ckpt)
     pictures = open_images(images, checkpoint.config, limit=16)
     config = checkpoint.config
     kind = "dense" if dense else "adaptive"

@@ -147,7 +147,7 @@ def command(
     config = checkpoint.config if checkpoint else arch(arch_name or "").at(image_size)
     config = config.with_stages(stages) if stages else config
     target = output or Path(f"{config.name}{'_dense' if dense else ''}.safetensors")
-    check_target(target, "checkpoint", force or resume, source=pretrained)
+    check_target(target, "checkpoint", force or resume, pretrained, teacher)
     state = state_path(target)
     if state.exists() and not (resume or force):
         raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")
@@ -156,6 +156,7 @@ def command(
     source = open_source(data, config, draft.seed, draft.augmentation)
     config = config.at(num_classes=len(source.classes))
     recipe = recipe_for(config, dense, checkpoint is None, source.epoch, given, told)
+    mentor = load_checkpoint(teacher, config.image_size) if teacher else None
     identity = {
         "arch": config.name,
         "image_size": config.image_size,
@@ -168,7 +169,6 @@ def command(
         f"{recipe.steps} steps of {recipe.batch_size}, learning rate {recipe.lr:g}"
     )
     running = Running(save_every, log_every, validation_limit, workers, skip_limit, tensorboard)
-    mentor = load_checkpoint(teacher, config.image_size) if teacher else None
     try:
         result = finetune(
             config, source, checkpoint, recipe, target, identity, resume, running, force, mentor

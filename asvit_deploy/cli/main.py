@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn
 
 import click
+from click.utils import PacifyFlushWrapper
 
 from asvit_deploy import __version__
 from asvit_deploy.errors import CheckFailed, UserError
@@ -59,7 +60,7 @@ def group() -> None:
 def _access_failure(error: OSError) -> str | None:
     """One line for what the system refuses; None where it is a defect of ours."""
     if error.errno in FULL:
-        where = error.filename or "a temporary file"
+        where = error.filename or "the output, or a temporary file"
         return f"cannot write {where}: {error.strerror}; free space, or set TMPDIR to another disk"
     if error.filename is None:
         return None
@@ -79,22 +80,33 @@ def _end_interrupted() -> NoReturn:
     sys.exit(130)
 
 
+def _refuse(reason: str) -> NoReturn:
+    """One line, whatever a file's name holds."""
+    click.echo(f"Error: {' '.join(reason.splitlines())}", err=True)
+    sys.exit(2)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command; exit 0 when good, 1 when a check failed, 2 on bad input."""
     try:
         code = group.main(args, prog_name="asvit-deploy", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        context = getattr(error, "ctx", None)
+        where = f" ({context.command_path} --help lists the options)" if context else ""
+        _refuse(error.format_message().rstrip(".") + where)
     except UserError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except SystemExit:
+        # click answers to a closed pipe with exit code 1, which is a failed check's here. Whoever
+        # reads, such as `head`, has seen enough.
+        if type(sys.stdout) is PacifyFlushWrapper:
+            sys.exit(141)
+        raise
     except OSError as error:
         line = _access_failure(error)
         if line is None:
             raise
-        click.echo(f"Error: {line}", err=True)
-        sys.exit(2)
+        _refuse(line)
     except CheckFailed as error:
         click.echo(f"Failed: {error}", err=True)
         sys.exit(1)

@@ -20,6 +20,8 @@ class CheckpointPath(click.ParamType):
             from asvit_deploy.checkpoints import default_checkpoint
 
             return default_checkpoint()
+        if str(value) == "":
+            self.fail("an empty path names nothing", param, ctx)
         return Path(value)
 
 
@@ -62,8 +64,17 @@ def target_sms(text: str, all_too: bool = False) -> Any:
     )  # fmt: skip
 
 
+class _Path(click.Path):
+    """A path; an empty one would silently be the current folder."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if str(value) == "":
+            self.fail("an empty path names nothing", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 # Not readable=True: it would ask that of outputs too, and say less than the one who reads.
-PATH = click.Path(path_type=Path, readable=False)
+PATH = _Path(path_type=Path, readable=False)
 
 checkpoint = click.option(
     "--ckpt", "ckpt", required=True, type=CheckpointPath(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from asvit_deploy import artifact, bundle
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluate.reference import config_of, reference_model, source_file
+from asvit_deploy.evaluate.reference import check_fields, config_of, reference_model, source_file
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
 
@@ -68,6 +68,7 @@ class EngineSession:
                 f"{self.path} was built from a foreign ONNX file, of which nothing is known; "
                 "trtexec can run it"
             )
+        check_fields(self.path, self.fields)
 
     @property
     def config(self) -> ArchConfig:

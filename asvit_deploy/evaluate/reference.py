@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.models.checkpoint import build_model, load_checkpoint
-from asvit_deploy.models.registry import ArchConfig, arch
+from asvit_deploy.models.registry import ARCHS, ArchConfig, arch
 from asvit_deploy.models.vit import AdaptiveViT
+
+_KINDS: dict[str, type] = {
+    "arch": str, "adaptive": bool, "image_size": int, "num_classes": int, "stages": list,
+    "thresholds": list, "batch": str, "precision": str, "preprocessing": dict, "source": dict,
+}  # fmt: skip
+
+
+def check_fields(artifact: Path, fields: dict[str, Any]) -> None:
+    """Refuse a sidecar whose fields are not what every step relies on.
+
+    Raises:
+        UserError: it names the first such field.
+    """
+
+    def refuse(name: str) -> NoReturn:
+        told = repr(fields.get(name))[:60]
+        raise UserError(f"the sidecar of {artifact} says {name} {told}; make {artifact} again")
+
+    for name, kind in _KINDS.items():
+        if type(fields.get(name)) is not kind:
+            refuse(name)
+    if fields["arch"] not in ARCHS:
+        refuse("arch")
+    thresholds, classes, source = fields["thresholds"], fields.get("classes"), fields["source"]
+    if len(thresholds) != len(fields["stages"]) or not all(type(t) is float for t in thresholds):
+        refuse("thresholds")
+    if classes is not None and (
+        not isinstance(classes, list)
+        or len(classes) != fields["num_classes"]
+        or not all(type(name) is str for name in classes)
+    ):
+        refuse("classes")
+    if not all(type(source.get(key)) is str for key in ("path", "sha256")):
+        refuse("source")
 
 
 def config_of(fields: dict[str, Any]) -> ArchConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ import onnx
 
 from asvit_deploy import artifact
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluate.reference import config_of, reference_model
+from asvit_deploy.evaluate.reference import check_fields, config_of, reference_model
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops import onnx_op
@@ -36,12 +37,18 @@ class Session:
     fields: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.path.is_file() and self.path.suffix != ".onnx":
+            raise UserError(
+                f"{self.path} is no ONNX file; name one in .onnx, or make it with "
+                "`asvit-deploy export --ckpt FILE`"
+            )
         self.fields = artifact.read(self.path)
         if self.fields.get("kind") != "onnx":
             raise UserError(
                 f"{self.path} is no ONNX file but of kind {self.fields.get('kind')}; name an "
                 ".onnx file"
             )
+        check_fields(self.path, self.fields)
 
     def refuse_other_network(self, other: Session) -> None:
         """Raise UserError where `other` is no reference for this one, in one line that says why."""
@@ -109,7 +116,12 @@ def find_op_library(named: Path | None) -> Path | None:
     from asvit_deploy.ops.library import check_library, find_library
 
     if named is None:
-        return find_library()
+        try:
+            return find_library()
+        except PermissionError as error:
+            # It is an addition: what it does, the function in the file does too.
+            print(f"no library, {error.filename} may not be read", file=sys.stderr)
+            return None
     # A library without the op would load, and the function would silently run in its place.
     if reason := check_library(named):
         raise UserError(

@@ -32,7 +32,7 @@ from asvit_deploy.models.registry import arch as arch_by_name
 from asvit_deploy.models.vit import AdaptiveViT
 
 FORMAT = "asvit-deploy"
-SCHEMA = 1
+SCHEMA = 2  # 2 tells stages of its own, which 1 did not know
 # Under these keys a training script keeps its weights, and a moving average of them.
 _WEIGHTS, _EMA = ("model", "state_dict"), ("model_ema", "state_dict_ema")
 _FOREIGN_THRESHOLD = re.compile(r"^score_predictor\.(\d+)\.keep_threshold$")
@@ -142,13 +142,13 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
         raise UserError(f"{path} cannot be written: give the checkpoint a name in .safetensors")
     own = {
         "format": FORMAT,
-        "schema": str(SCHEMA),
+        "schema": "1",
         "arch": config.name,
         "image_size": str(config.image_size),
         "num_classes": str(config.num_classes),
     }
     if config.stages != ARCHS[config.name].stages:
-        own["stages"] = json.dumps(config.stages)
+        own |= {"schema": "2", "stages": json.dumps(config.stages)}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if odd := [key for key, value in tensors.items() if not value.isfinite().all()]:
         raise UserError(
@@ -176,6 +176,8 @@ def _read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str]]:
     """The objects in a file, and the metadata of a `.safetensors`; told apart by content."""
     if path.is_dir():
         refuse("is a folder; name the checkpoint file in it")
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        refuse("is no regular file; name a checkpoint file")
     try:
         with open(path, "rb") as file:
             head = file.read(9)

@@ -69,7 +69,8 @@ def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
 
 @torch.inference_mode()
 def _run(model: AdaptiveViT, images: Sequence[Tensor]) -> tuple[float, list[Trace]]:
-    traces = [model(batch)[1] for batch in images]
+    device = model.pos_embed.device
+    traces = [model(batch.to(device))[1] for batch in images]
     macs = torch.cat([trace_macs(model.config, trace) for trace in traces])
     return macs.mean().item(), traces
 

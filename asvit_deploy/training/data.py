@@ -179,7 +179,7 @@ class DigitsSource:
         if config.image_size != CANVAS:
             raise UserError(
                 f"digits are {CANVAS}x{CANVAS} pixels and {config.name} takes "
-                f"{config.image_size}; use --arch as_deit_mini"
+                f"{config.image_size}; use as_deit_mini at its own image size"
             )
         self.name, self.classes, self.epoch = "digits", list(CLASSES), DIGITS_EPOCH
         self.identity = {"data": self.name, "classes": _fingerprint(self.classes)}
@@ -270,15 +270,27 @@ class FolderPictures:
 
 
 class LabelledPictures:
-    """Pictures in the arch's own preprocessing, for evaluation; an unreadable one is refused."""
+    """Pictures in the arch's own preprocessing, for evaluation.
 
-    def __init__(self, pictures: Pictures, config: ArchConfig) -> None:
-        self.classes = pictures.classes
+    Args:
+        skip: leave unreadable pictures out and name them; by default one is refused.
+    """
+
+    def __init__(self, pictures: Pictures, config: ArchConfig, skip: bool = False) -> None:
+        self.classes, self._skip = pictures.classes, skip
         self._pictures, self._config, self._threads = pictures, config, _Threads()
 
     def image(self, number: int) -> np.ndarray:
         """float32 [3, H, W]."""
         return preprocess(self._pictures.load(number), self._config)
+
+    def _image_or_none(self, number: int) -> np.ndarray | None:
+        try:
+            return self.image(number)
+        except UserError:
+            if not self._skip:
+                raise
+            return None
 
     def validation(
         self, size: int, limit: int | None = None, rank: int = 0, world: int = 1
@@ -288,8 +300,13 @@ class LabelledPictures:
         own = thinned(range(len(self._pictures)), limit)[rank::world]
         for start in range(0, len(own), size):
             numbers = own[start : start + size]
-            images = torch.from_numpy(np.stack(self._threads.map(self.image, numbers)))
-            yield Batch(images, torch.tensor([self._pictures.label(n) for n in numbers]))
+            found = dict(zip(numbers, self._threads.map(self._image_or_none, numbers)))
+            read = {number: image for number, image in found.items() if image is not None}
+            skipped = tuple(self._pictures.name(n) for n in numbers if n not in read)
+            side = self._config.image_size
+            images = np.stack([*read.values()]) if read else np.empty((0, 3, side, side), "f4")
+            labels = torch.tensor([self._pictures.label(n) for n in read], dtype=torch.int64)
+            yield Batch(torch.from_numpy(images), labels, skipped)
 
 
 class _Shuffled:
@@ -337,7 +354,7 @@ class PictureSource:
             "pictures": _fingerprint(train.names),
         }
         self._train, self._order, self._threads = train, order, _Threads()
-        self._held_out = None if held_out is None else LabelledPictures(held_out, config)
+        self._held_out = None if held_out is None else LabelledPictures(held_out, config, True)
         self._config, self._seed, self._augmentation = config, seed, augmentation
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
@@ -441,6 +458,8 @@ def _fingerprint(names: Iterable[str]) -> str:
 
 
 def _pictures_by_class(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; name the folder of class folders or of shards")
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist; pass a folder, or `digits`")
     try:

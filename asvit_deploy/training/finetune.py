@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -26,7 +28,7 @@ from accelerate.utils import broadcast
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from asvit_deploy.artifact import provenance
+from asvit_deploy.artifact import check_target, provenance
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import check_writable
 from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint
@@ -103,8 +105,12 @@ class _Numbered(Dataset):
     def __init__(self, source: Source, size: int, part: range) -> None:
         self._source, self._size, self._part = source, size, part
 
-    def __getitem__(self, step: int) -> Batch:
-        return self._source.train_batch(step, self._size, self._part)
+    def __getitem__(self, step: int) -> Batch | UserError:
+        """A refusal is returned: a worker process would wrap it in a traceback of its own."""
+        try:
+            return self._source.train_batch(step, self._size, self._part)
+        except UserError as error:
+            return error
 
 
 def _batches(
@@ -113,19 +119,26 @@ def _batches(
     """Numbered batches, made ahead: by worker processes, or the next one by a thread."""
     steps, numbered = range(first, recipe.steps), _Numbered(source, recipe.batch_size, part)
     if workers:
-        loader: DataLoader[Batch] = DataLoader(
+        loader: DataLoader[Batch | UserError] = DataLoader(
             numbered, batch_size=None, sampler=steps, num_workers=workers,
             pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
-        yield from zip(steps, loader)
+        for step, batch in zip(steps, loader):
+            yield step, _sound(batch)
         return
     with ThreadPoolExecutor(1) as worker:
         ahead = worker.submit(numbered.__getitem__, first)
         for step in steps:
-            batch = ahead.result()
+            batch = _sound(ahead.result())
             if step + 1 < recipe.steps:
                 ahead = worker.submit(numbered.__getitem__, step + 1)
             yield step, batch
+
+
+def _sound(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 def _share(accelerator: Accelerator, recipe: Recipe) -> range:
@@ -146,18 +159,21 @@ def _share(accelerator: Accelerator, recipe: Recipe) -> range:
 
 @dataclass
 class _Skipped:
-    """Pictures that could not be read, and how many may be."""
+    """Pictures that this process could not read since it started, and how many may be."""
 
     limit: int
     names: set[str] = field(default_factory=set)
 
-    def add(self, names: tuple[str, ...]) -> None:
+    @property
+    def over(self) -> bool:
+        return len(self.names) > self.limit
+
+    def check(self) -> None:
         """Raises UserError once there are more than the limit."""
-        self.names.update(names)
-        if len(self.names) > self.limit:
+        if self.over:
             raise UserError(
-                f"{len(self.names)} pictures cannot be read, such as {min(self.names)}, and "
-                f"{self.limit} may be skipped; mend them, or raise --skip-limit"
+                f"cannot read {min(self.names)}, which makes {len(self.names)} where "
+                f"--skip-limit allows {self.limit}; mend or remove it, or raise the limit"
             )
 
 
@@ -209,9 +225,10 @@ def train(
     part, skipped, means = _share(accelerator, recipe), _Skipped(running.skip_limit), _Means()
     # Data first: with other pictures the number of steps may differ too, which says less.
     known = {**identity, **asdict(recipe)}
-    first = load_state(state, trainer, known) if resume else 0
     main = accelerator.is_main_process
-    log = Log(log_path(output), known, first, force, running.tensorboard, quiet=not main)
+    with _together(accelerator):
+        first = load_state(state, trainer, known) if resume else 0
+        log = Log(log_path(output), known, first, force, running.tensorboard, quiet=not main)
     started, size = time.monotonic(), recipe.batch_size
 
     def save(step: int) -> None:
@@ -224,9 +241,9 @@ def train(
              mininterval=1.0, disable=not main) as bar,
     ):  # fmt: skip
         for step, batch in _batches(source, first, recipe, part, running.workers):
-            skipped.add(batch.skipped)
+            skipped.names.update(batch.skipped)
             figures = trainer.step(step, batch)
-            done, stop = step + 1, _any(accelerator, bool(signals))
+            done, stop = step + 1, _any(accelerator, bool(signals) or skipped.over)
             means.add(figures)
             bar.update(size)
             last = done == recipe.steps
@@ -241,6 +258,7 @@ def train(
                 _end_epoch(trainer, source, log, epoch, done, means, skipped, running)
             if stop or ended or done % running.save == 0 or last:
                 save(done)
+            skipped.check()
             if stop and not last:
                 raise Interrupted(done, state)
     return log
@@ -254,6 +272,21 @@ def _any(accelerator: Accelerator, here: bool) -> bool:
     return accelerator.reduce(flag, reduction="sum").item() > 0  # type: ignore[union-attr]
 
 
+@contextlib.contextmanager
+def _together(accelerator: Accelerator) -> Iterator[None]:
+    """Where one process refuses to start, all end, each with one line."""
+    refusal = None
+    try:
+        yield
+    except UserError as error:
+        refusal = error
+    anywhere = _any(accelerator, refusal is not None)
+    if refusal is not None:
+        raise refusal
+    if anywhere:
+        raise UserError("another process of this run refused to start; its own line says why")
+
+
 def _end_epoch(
     trainer: Trainer, source: Source, log: Log, epoch: int, done: int, means: _Means,
     skipped: _Skipped, running: Running,
@@ -262,7 +295,9 @@ def _end_epoch(
     steps, figures = means.steps, means.take()
     for name in ("lr", "thresholds"):  # where they are now says more than where they were
         figures.pop(name, None)
-    held_out = validate(trainer.model, source, running.validation_limit, trainer.accelerator)
+    held_out = validate(
+        trainer.model, source, running.validation_limit, trainer.accelerator, skipped.names
+    )
     log.write({
         "event": "epoch", "epoch": epoch, "step": done, "steps": steps, **figures,
         "skipped": len(skipped.names), "thresholds": trainer.model.threshold_values(),
@@ -276,8 +311,12 @@ def validate(
     source: Source,
     limit: int | None = None,
     accelerator: Accelerator | None = None,
+    skipped: set[str] | None = None,
 ) -> dict[str, Any]:
     """Held-out figures of the inference form, each process with its share; {} if no data.
+
+    Args:
+        skipped: gets the names of pictures that could not be read.
 
     Returns:
         `images`, `top1` and, for an adaptive network, mean `macs` / teacher and image tokens
@@ -288,7 +327,11 @@ def validate(
     model, device = copy.deepcopy(model).eval(), model.pos_embed.device
     stages = len(model.thresholds)
     sums = torch.zeros(3 + stages, dtype=torch.float64)  # images, right, MACs, kept per stage
-    for images, labels, *_ in source.validation(_VALIDATION_BATCH, limit, rank, world):
+    for images, labels, unreadable in source.validation(_VALIDATION_BATCH, limit, rank, world):
+        if skipped is not None:
+            skipped.update(unreadable)
+        if not len(labels):
+            continue
         logits, trace = model(images.to(device))
         right = (logits.argmax(1).cpu() == labels).sum()
         macs = trace_macs(model.config, trace).sum().cpu() if stages else torch.tensor(0.0)
@@ -330,10 +373,12 @@ class Result:
 
 
 def _start(
-    config: ArchConfig, pretrained: Checkpoint | None, teacher: Checkpoint | None, recipe: Recipe
-) -> tuple[AdaptiveViT, AdaptiveViT | None]:
+    config: ArchConfig, pretrained: Checkpoint | None, teacher: Checkpoint | None, recipe: Recipe,
+    accelerator: Accelerator,
+) -> tuple[AdaptiveViT, AdaptiveViT | None]:  # fmt: skip
     """The network to train and its teacher, once it is sure that the run can be made."""
-    check_memory(config, recipe.batch_size)
+    if accelerator.device.type == "cpu":  # a GPU says itself when it is full
+        check_memory(config, recipe.batch_size, accelerator.num_processes)
     if recipe.budget is None:
         return dense_start(config, pretrained, recipe.seed), None
     if pretrained is None:
@@ -341,8 +386,44 @@ def _start(
     check_budget(config, recipe.budget)
     student, own = adaptive_start(config, pretrained, recipe.thresholds)
     if not recipe.distill_weight:
+        if teacher is not None:
+            raise UserError("--distill-weight 0 needs no teacher; drop one of it and --teacher")
         return student, None
     return student, own if teacher is None else load_teacher(config, teacher)
+
+
+@contextlib.contextmanager
+def _claimed(output: Path, replace: bool) -> Iterator[None]:
+    """No other run makes the same output meanwhile; the claim ends with the process at the latest.
+
+    Raises:
+        UserError: another one does, or has just done so and `replace` is off.
+    """
+    path = output.with_name(f".{output.name}.lock")
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is making {output}; wait for it, or name another output"
+            ) from None
+        ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        if not ours:  # its last owner removed it
+            raise UserError(f"another run has just made {output}; start again")
+        try:
+            check_target(output, "checkpoint", replace)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _kept(output: Path, recipe: Recipe) -> Iterator[None]:
+    """Ctrl-C after the last step loses nothing either: the state of that step is saved."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(recipe.steps, state_path(output)) from None
 
 
 def finetune(
@@ -372,43 +453,52 @@ def finetune(
             memory; a teacher of another kind.
     """
     accelerator = accelerator_for(recipe.amp)
-    if recipe.ema and accelerator.is_main_process:
-        check_writable(average_path(output), force or resume)
-    model, mentor = _start(config, pretrained, teacher, recipe)
+    main = accelerator.is_main_process
+    model, mentor = _start(config, pretrained, teacher, recipe, accelerator)
     identity = {**source.identity, **identity}
     trainer = Trainer(
         model, mentor, recipe, from_scratch=pretrained is None, accelerator=accelerator,
         selector=selector,
     )  # fmt: skip
-    with memory_failures(recipe.batch_size):
+    with contextlib.ExitStack() as stack:
+        with _together(accelerator):
+            if main:
+                stack.enter_context(_claimed(output, force or resume))
+            if main and recipe.ema:
+                inputs = [given.path for given in (pretrained, teacher) if given is not None]
+                check_writable(average_path(output), force or resume, *inputs)
+        stack.enter_context(memory_failures(recipe.batch_size))
         log = train(trainer, source, output, identity, resume, running, force)
-        fit = None
-        if selector is None:
-            fit = _land_on_budget(model, trainer, source, log, "thresholds")
-    figures = validate(model, source, running.validation_limit, accelerator)
-    log.write({"event": "validation", **figures})
-    described = {**provenance(("torch", "accelerate")), "recipe": asdict(recipe), **identity}
+        stack.enter_context(_kept(output, recipe))
 
-    def write(path: Path, network: AdaptiveViT, fit: Fit | None, figures: dict[str, Any]) -> None:
-        metadata = {
-            "classes": json.dumps(source.classes),
-            "provenance": json.dumps({**described, **figures}),
-        }
-        if fit is not None:
-            metadata["budget"] = str(recipe.budget)
-            metadata["budget_fit"] = json.dumps({**asdict(fit), "missed": fit.missed})
-        if accelerator.is_main_process:
-            save_checkpoint(path, network, metadata)
+        def finish(path: Path, network: AdaptiveViT, of: str) -> Result:
+            """Thresholds onto the budget, held-out figures, and the file."""
+            fit = None
+            if selector is None:
+                fit = _land_on_budget(network, trainer, source, log, f"thresholds{of}")
+            figures = validate(network, source, running.validation_limit, accelerator)
+            log.write({"event": f"validation{of}", **figures})
+            if main:
+                _save(path, network, source, recipe, identity, Result(figures, fit))
+            return Result(figures, fit)
 
-    average = trainer.averaged()
-    if average is not None:
-        what = "thresholds of the average"
-        mean_fit = _land_on_budget(average, trainer, source, log, what)
-        mean_figures = validate(average, source, running.validation_limit, accelerator)
-        log.write({"event": "validation of the average", **mean_figures})
-        write(average_path(output), average, mean_fit, mean_figures)
-    write(output, model, fit, figures)
-    if accelerator.is_main_process:
-        state_path(output).unlink(missing_ok=True)
+        if (average := trainer.averaged()) is not None:
+            finish(average_path(output), average, " of the average")
+        result = finish(output, model, "")
+        if main:
+            state_path(output).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    return Result(figures, fit)
+    return result
+
+
+def _save(
+    path: Path, network: AdaptiveViT, source: Source, recipe: Recipe, identity: dict[str, Any],
+    result: Result,
+) -> None:  # fmt: skip
+    made = provenance(("torch", "accelerate", "kornia", "mlxtend"))
+    made |= {"recipe": asdict(recipe), **identity, **result.validation}
+    metadata = {"classes": json.dumps(source.classes), "provenance": json.dumps(made)}
+    if result.fit is not None:
+        metadata["budget"] = str(recipe.budget)
+        metadata["budget_fit"] = json.dumps({**asdict(result.fit), "missed": result.fit.missed})
+    save_checkpoint(path, network, metadata)

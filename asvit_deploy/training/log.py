@@ -51,7 +51,7 @@ class Log:
         before = list(_events(path)) if step else []
         own = before[:1] == [start]
         check_writable(path, force or own)
-        kept = [event for event in before[1:] if event.get("step", math.inf) <= step]
+        kept = [event for event in before[1:] if _step(event) <= step]
         self._path = path
         self._head: list[dict[str, Any]] | None = [start, *(kept if own else [])]
         if tensorboard is not None:
@@ -111,6 +111,12 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
             event = json.loads(line)
             if isinstance(event, dict):
                 yield event
+
+
+def _step(event: dict[str, Any]) -> float:
+    """Where in the run an event belongs; after its end where it does not say."""
+    step = event.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 def _digest(known: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,11 +10,6 @@ from typing import Any
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.training.recipe import Recipe
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # AS-ViT's fine-tuning. Colour jitter of 0.4 is among its options too, but does nothing beside
 # RandAugment in timm, which applied them. The average is of no use to a dense start.
@@ -49,14 +43,25 @@ def read_recipe(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, is no TOML, or holds an option that there is not.
     """
     try:
-        told = tomllib.loads(path.read_text())
+        import tomllib
+    except ModuleNotFoundError:  # before Python 3.11
+        try:
+            import tomli as tomllib
+        except ModuleNotFoundError as error:
+            raise UserError(
+                '--recipe needs tomli; run: pip install "asvit-deploy[train]"'
+            ) from error
+    try:
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; name a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
         raise UserError(f"{path} is no TOML: {error}; mend it there") from error
     given = {name.replace("-", "_"): value for name, value in told.items()}
+    if len(given) < len(told):
+        raise UserError(f"{path} has an option twice, once with - and once with _; drop one")
     for name, value in given.items():
         if name not in _KNOWN:
             known = ", ".join(sorted(_KNOWN)).replace("_", "-")

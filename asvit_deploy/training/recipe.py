@@ -25,7 +25,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "steps": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
     "batch_size": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
     "budget": (lambda x: 0 < x < 1, "a fraction of the dense MACs, above 0 and below 1"),
-    "lr": (lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "lr": (lambda x: 1e-30 <= x < math.inf, "a finite number of at least 1e-30"),
     "min_lr": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
     "warmup": (lambda x: 0 <= x < _WHOLE, "a whole number of at least 0"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
@@ -161,20 +161,24 @@ def _least_bytes(config: ArchConfig, batch_size: int) -> int:
     return batch_size * (picture_bytes(config) + 2 * rows * (4 * config.dim + config.hidden))
 
 
-def check_memory(config: ArchConfig, batch_size: int) -> None:
+def check_memory(config: ArchConfig, batch_size: int, processes: int = 1) -> None:
     """Refuse a batch that this machine's memory cannot hold, before any of it is asked for.
 
     A system that overcommits would grant it and kill the process later.
 
+    Args:
+        batch_size: of all processes together; one process's share is what must fit.
+
     Raises:
         UserError: it names both sizes.
     """
-    needed = _least_bytes(config, batch_size)
+    needed = _least_bytes(config, batch_size // processes)
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
+        among = f" in each of {processes} processes" if processes > 1 else ""
         raise UserError(
             f"--batch-size {batch_size} needs more than {needed / 2**30:,.0f} GiB of memory for "
-            f"{config.name} and this machine has {there / 2**30:,.0f}; lower --batch-size"
+            f"{config.name}{among} and this machine has {there / 2**30:,.0f}; lower --batch-size"
         )
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -52,7 +52,7 @@ def load_teacher(config: ArchConfig, given: Checkpoint) -> AdaptiveViT:
             f"{given.path} has {given.config.num_classes} classes and the data "
             f"{config.num_classes}; first fit a head with finetune --dense --pretrained"
         )
-    for name in ("image_size", "preprocessing"):
+    for name in ("family", "image_size", "preprocessing"):
         if getattr(given.config, name) != getattr(config, name):
             raise UserError(
                 f"{given.path} ({given.config.name}) cannot teach {config.name}: it has another "
@@ -138,10 +138,17 @@ def accelerator_for(amp: Amp) -> Accelerator:
     """This process's place among those of `accelerate launch` or `torchrun`, and its device.
 
     Raises:
-        UserError: the device cannot compute in that precision.
+        UserError: the device cannot compute in that precision, or the processes would each hold a
+            part of the network.
     """
     # Precision is the recipe's affair: part of what decides a result, and of a run's identity.
     accelerator = Accelerator(mixed_precision="no")
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(
+            f"finetune keeps the whole network in every process, which {kind.value} does not; "
+            "start it with torchrun, or with `accelerate launch --multi_gpu`"
+        )
     if amp == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on a CPU")
     return accelerator
@@ -179,6 +186,12 @@ class Trainer:
         self.optimizer = _optimizer(model, self._logarithms, recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
         form = TrainingForm(model, recipe, selector)
+        alone = self.accelerator.num_processes == 1 or device.type == "cuda"
+        if from_scratch and model.config.stem == "conv" and not alone:
+            raise UserError(
+                f"{model.config.name} from scratch learns the statistics of its stem, which "
+                "processes on CPUs cannot share; start it as one process, or give --pretrained"
+            )
         if from_scratch and self.accelerator.num_processes > 1 and device.type == "cuda":
             form = nn.SyncBatchNorm.convert_sync_batchnorm(form)
         self._form = self.accelerator.prepare(form)

@@ -572,7 +572,7 @@ def rewrite(path, **metadata):
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"schema": "2"}, "has schema 2, this version reads up to 1; update the tool"),
+        ({"schema": "3"}, "has schema 3, this version reads up to 2; update the tool"),
         ({"schema": "one"}, "does not say its schema"),
         ({"schema": None}, "does not say its schema"),
         ({"arch": None}, "does not say its arch"),

@@ -27,6 +27,7 @@ from asvit_deploy.training.data import (
     FolderSource,
     Source,
     _Shuffled,
+    open_labelled,
     open_source,
     random_crop,
 )
@@ -294,12 +295,17 @@ def test_nothing_readable_far_and_wide_ends_in_one_line(tmp_path):
     assert "\n" not in str(told.value)
 
 
-def test_validation_refuses_an_unreadable_picture(tmp_path):
+def test_validation_passes_over_an_unreadable_picture_and_evaluation_refuses_it(tmp_path):
     picture_folder(tmp_path / "train")
     bad = picture_folder(tmp_path / "val") / "dog" / "001.png"
     bad.write_bytes(bad.read_bytes()[:100])
+    batches = list(FolderSource(tmp_path, TWO, 0).validation(4))
+    assert [name for batch in batches for name in batch.skipped] == [str(bad)]
+    there = len(list((tmp_path / "val").rglob("*.png")))
+    assert sum(len(batch.labels) for batch in batches) == there - 1
+    assert all(len(batch.images) == len(batch.labels) for batch in batches)
     with pytest.raises(UserError, match=f"{bad} is broken"):
-        list(FolderSource(tmp_path, TWO, 0).validation(4))
+        list(open_labelled(str(tmp_path), TWO).validation(4))
 
 
 # --- bad folders --------------------------------------------------------------------------------
@@ -330,7 +336,7 @@ def test_empty_and_missing_folders_are_named(tmp_path):
     refused(data, str(data / "eel"), "holds no picture; add some")
     refused(tmp_path / "nowhere", "nowhere does not exist")
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "file does not exist; pass a folder")
+    refused(tmp_path / "file", "file is a file; name the folder")
 
 
 def test_folders_and_pictures_without_permission(powerless_cli, tmp_path):

@@ -275,7 +275,7 @@ def refused(capsys, *options: object) -> str:
         (["--data", "digits", "--dense"], "pass --arch or --pretrained"),
         (["--data", "digits", "--dense", "--arch", "as_deit_huge"], "unknown arch"),
         (["--data", "digits", "--dense", "--budget", "0.5"], "--dense has no budget; drop one"),
-        (["--data", "digits", "--dense", "--arch", "as_deit_tiny"], "use --arch as_deit_mini"),
+        (["--data", "digits", "--dense", "--arch", "as_deit_tiny"], "use as_deit_mini at its own"),
         (["--data", "digits", "--pretrained", "no.pt"], "no.pt does not exist"),
         (
             ["--data", "digits", "--arch", "as_deit_mini", "--dense", "-o", "a.pt"],

@@ -98,6 +98,26 @@ def test_two_processes_stop_together_and_know_their_run(dense, tmp_path):
     assert f"with steps 4000, not {state['step']}" in told
 
 
+def test_all_processes_end_where_one_refuses(dense, tmp_path):
+    output = tmp_path / "a.safetensors"
+    log_path(output).write_text("another's")
+    process = start(2, "--data", "digits", "--batch-size", 8, "--steps", 1, "--pretrained", dense,
+                    "-o", output)  # fmt: skip
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+    assert "pass --force to replace it" in told
+    assert "another process of this run refused to start" in told
+    assert "Connection closed" not in told
+    assert log_path(output).read_text() == "another's"
+
+
+def test_a_stem_with_statistics_is_not_trained_apart(tmp_path):
+    told = run(2, "--data", "digits", "--batch-size", 8, "--steps", 1, "--arch", "as_deit_mini",
+               "--dense", "-o", tmp_path / "a.safetensors")[1]  # fmt: skip
+    assert "which processes on CPUs cannot share; start it as one process" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_batch_that_does_not_divide_is_refused(dense, tmp_path):
     told = run(2, "--data", "digits", "--batch-size", 7, "--steps", 1, "--pretrained", dense,
                "-o", tmp_path / "a.safetensors")[1]  # fmt: skip

@@ -347,7 +347,7 @@ def test_train_and_val_have_their_places(tmp_path):
     assert len(list(open_labelled(str(tmp_path / "train"), TWO).validation(1))) == 5
 
 
-def test_a_broken_picture_is_passed_over_in_training_alone(tmp_path):
+def test_a_broken_picture_is_passed_over_in_training_and_its_validation(tmp_path):
     classes(tmp_path)
     members = samples([("a", png(0), 0), ("b", png(1)[:200], 1), ("c", b"", 1), ("d", png(3), 1)])
     for split in ("train", "val"):
@@ -355,8 +355,11 @@ def test_a_broken_picture_is_passed_over_in_training_alone(tmp_path):
     source = open_source(str(tmp_path), TWO, 0)
     shard = tmp_path / "train" / "0.tar"
     assert source.train_batch(0, 4).skipped == (f"{shard}:b.png", f"{shard}:c.png")
+    (batch,) = source.validation(4)
+    assert [name.rpartition(":")[2] for name in batch.skipped] == ["b.png", "c.png"]
+    assert batch.labels.tolist() == [0, 1]
     with pytest.raises(UserError, match=r"val/0\.tar:b\.png is broken") as told:
-        list(source.validation(4))
+        list(open_labelled(str(tmp_path), TWO).validation(4))
     assert "\n" not in str(told.value)
 
 

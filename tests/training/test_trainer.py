@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from asvit_deploy.artifact import read
 from asvit_deploy.errors import UserError
@@ -17,9 +19,11 @@ from asvit_deploy.models.registry import ArchConfig, arch
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.training.data import Batch, open_source
 from asvit_deploy.training.finetune import average_path, finetune
+from asvit_deploy.training.log import log_path
 from asvit_deploy.training.losses import flops_loss
 from asvit_deploy.training.recipe import Recipe, Running
 from asvit_deploy.training.selection import static_top_k
+from asvit_deploy.training.state import state_path
 from asvit_deploy.training.trainer import Trainer, accelerator_for, adaptive_start, load_teacher
 
 MINI = arch("as_deit_mini")
@@ -157,6 +161,9 @@ def test_a_teacher_must_see_the_same_pictures_and_classes(tmp_path):
     tiny = load_checkpoint(dense_file(tmp_path, arch("as_deit_tiny").at(64, 10)))
     with pytest.raises(UserError, match="another image size; name a teacher that sees the same"):
         load_teacher(MINI, tiny)
+    # Without its token logits half of LV-ViT's loss would be missing.
+    with pytest.raises(UserError, match="cannot teach as_lvvit_s: it has another family"):
+        load_teacher(arch("as_lvvit_s").at(64, 10), tiny)
 
 
 def test_thresholds_start_where_they_are_told(tmp_path):
@@ -222,3 +229,49 @@ def test_a_run_with_stages_and_an_average_of_its_own(tmp_path, monkeypatch):
     output.with_name("a.safetensors.json").unlink()
     with pytest.raises(UserError, match=r"says stages '\[3, 1\]', which do not fit as_deit_mini"):
         load_checkpoint(output)
+    assert b'"schema":"2"' in text  # what did not know stages refuses it
+
+
+# --- pictures that cannot be read ---------------------------------------------------------------
+
+
+def picture_folder(root: Path, broken: dict[str, int]) -> Path:
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(6):
+                path = root / split / name / f"{i}.png"
+                Image.fromarray(rng.integers(0, 255, (60, 60, 3), dtype=np.uint8)).save(path)
+                if i < broken.get(split, 0):
+                    path.write_bytes(path.read_bytes()[:100])
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_pictures_are_passed_over_and_counted(tmp_path, workers):
+    data = picture_folder(tmp_path / "data", {"train": 1, "val": 2})
+    config, recipe = MINI.at(20, 2), Recipe(steps=6, batch_size=4, lr=1e-4)
+    output = tmp_path / "a.safetensors"
+    running = Running(log=1, skip_limit=6, workers=workers)
+    result = finetune(config, open_source(str(data), config, 0), None, recipe, output, {}, False,
+                      running)  # fmt: skip
+    assert result.validation["images"] == 8
+    events = [json.loads(line) for line in log_path(output).read_text().splitlines()]
+    assert [e["skipped"] for e in events if e.get("event") == "epoch"] == [6, 6]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_than_the_limit_stops_with_the_state_saved(tmp_path, workers):
+    data = picture_folder(tmp_path / "data", {"train": 2})
+    config, recipe = MINI.at(20, 2), Recipe(steps=6, batch_size=4, lr=1e-4)
+    output, source = tmp_path / "a.safetensors", open_source(str(data), config, 0)
+    with pytest.raises(UserError, match=r"cannot read .*png, which makes \d where --skip-limit"):
+        finetune(config, source, None, recipe, output, {}, False, Running(workers=workers))
+    assert torch.load(state_path(output), weights_only=True)["step"] >= 1
+    for path in sorted(data.rglob("train/*/*.png")):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="is broken or cannot be decoded") as refused:
+        finetune(config, source, None, recipe, output, {}, False, Running(workers=workers),
+                 force=True)  # fmt: skip
+    assert "\n" not in str(refused.value)
