@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import refused
 from PIL import Image
 from safetensors import safe_open
 
@@ -316,11 +317,11 @@ def test_missing_folder_and_empty(tmp_path):
     assert "is empty" in refusal(tmp_path / "empty.pt")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable(file):
-    file.write_bytes(b"x")
-    file.chmod(0)
-    assert "Permission denied" in refusal(file)
+def test_unreadable(powerless_cli, tmp_path):
+    (tmp_path / "closed.pt").write_bytes(b"x")
+    (tmp_path / "closed.pt").chmod(0)
+    (result,) = powerless_cli(tmp_path, ["export", "--ckpt", "closed.pt"])
+    refused(result, "closed.pt cannot be read: Permission denied; check its permissions")
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -22,7 +22,7 @@ from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from asvit_deploy.models.registry import arch
 from asvit_deploy.training.budget import fit_thresholds
 from asvit_deploy.training.data import Batch, FolderSource
-from asvit_deploy.training.finetune import finetune
+from asvit_deploy.training.finetune import average_path, finetune
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.recipe import Recipe, Running, rate
 from asvit_deploy.training.state import load_state, save_state, state_path
@@ -82,7 +82,8 @@ def equal(a: Path, b: Path) -> bool:
 @needs_digits
 @pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bits(dense, tmp_path):
-    options = [*RUN, "--pretrained", dense, "--steps", 24, "--save-every", 3, "--log-every", 1]
+    options = [*RUN, "--pretrained", dense, "--steps", 24, "--save-every", 3, "--log-every", 1,
+               "--ema", 0.9, "--mixup", 0.8, "--cutmix", 1, "--repeats", 2]  # fmt: skip
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     assert run(*options, "-o", whole)[0] == 0
 
@@ -97,15 +98,18 @@ def test_killed_run_resumes_to_the_same_bits(dense, tmp_path):
 
     assert run(*options, "-o", killed, "--resume")[0] == 0
     assert equal(whole, killed)
+    assert equal(average_path(whole), average_path(killed))
+    assert not equal(whole, average_path(whole))
     assert not state_path(killed).exists()
     assert {p.name for p in tmp_path.iterdir()} <= {
         f"{stem}{end}"
         for stem in ("whole", "killed")
-        for end in (".safetensors", ".safetensors.json", ".log.jsonl")
+        for kind in ("", ".ema")
+        for end in (f"{kind}.safetensors", f"{kind}.safetensors.json", ".log.jsonl")
     }
     logs = [log_path(path).read_text().splitlines() for path in (whole, killed)]
     steps = [[json.loads(line).get("step") for line in log] for log in logs]
-    assert steps[0] == steps[1] == [None, *range(1, 25), None, None]
+    assert steps[0] == steps[1] == [None, *range(1, 25), None, None, None, None]
 
 
 @needs_digits
