@@ -114,6 +114,32 @@ def cli(
     return run
 
 
+def signed_copy(source: Path, target: Path, change=lambda proto: None, /, **fields: object) -> Path:
+    """A copy of an ONNX artefact, changed, and with a sidecar that belongs to it."""
+    import onnx
+
+    from asvit_deploy import artifact
+
+    proto = onnx.load(source)
+    change(proto)
+    kept = artifact.read(source)
+    for key in ("schema", "sha256", "digest"):
+        del kept[key]
+    artifact.write(target, proto.SerializeToString(), {**kept, **fields})
+    return target
+
+
+def raises_one_line(call: Callable[[], object], *words: str) -> None:
+    """The call raises UserError with one line that holds the words."""
+    from asvit_deploy.errors import UserError
+
+    with pytest.raises(UserError) as told:
+        call()
+    assert "\n" not in str(told.value)
+    for word in words:
+        assert word in str(told.value)
+
+
 def refused(result: Result, *words: str) -> None:
     """Exit 2, one line that holds the words, no traceback, nothing on stdout."""
     assert result.code == 2, result
@@ -223,6 +249,32 @@ def trt_plugin(rtx) -> Path:
         return build_trt(twin=True)
     except (ImportError, UserError) as error:
         pytest.skip(f"no TensorRT plugin here: {error}")
+
+
+@pytest.fixture(scope="session")
+def ort_headers():
+    """ONNX Runtime's headers, and a compiler to use them."""
+    from asvit_deploy.errors import UserError
+    from asvit_deploy.ops.headers import find_headers
+    from asvit_deploy.ops.library import find_compiler
+
+    try:
+        find_compiler()
+        return find_headers()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def trt_headers(compiler):
+    """TensorRT's headers, and a compiler to use them."""
+    from asvit_deploy.errors import UserError
+    from asvit_deploy.ops.trt_library import find_trt_headers
+
+    try:
+        return find_trt_headers()
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -169,10 +169,16 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     if not compared:
         return "no runtime ran both the dense and the adaptive model: nothing to compare"
     best = min(compared, key=lambda row: row["p50_ms"])
-    speedup = best["speedup"]
+    return judged(
+        best["speedup"],
+        f"{best['name']} wins over dense in the same runtime: <span>",
+        f"dense wins in {best['runtime']}: the adaptive model's speed-up is <span>",
+        f"a draw in {best['runtime']}: the adaptive model's speed-up is <span>",
+    )
+
+
+def judged(speedup: dict[str, float], won: str, lost: str, drawn: str) -> str:
+    """Of three sentences the one that the interval allows, with the figures where it has <span>."""
+    said = won if speedup["low"] > 1 else lost if speedup["high"] < 1 else drawn
     span = f"{speedup['value']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
-    if speedup["low"] > 1:
-        return f"{best['name']} wins over dense in the same runtime: {span}"
-    if speedup["high"] < 1:
-        return f"dense wins in {best['runtime']}: the adaptive model's speed-up is {span}"
-    return f"a draw in {best['runtime']}: the adaptive model's speed-up is {span}"
+    return said.replace("<span>", span)

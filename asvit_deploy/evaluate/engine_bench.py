@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asvit_deploy import artifact
-from asvit_deploy.evaluate.bench import ratio_of_medians
+from asvit_deploy.evaluate.bench import judged, ratio_of_medians
 from asvit_deploy.evaluate.engine_session import PARITY, EngineSession
 from asvit_deploy.images import ImageSet
 
@@ -219,10 +219,9 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     if not adaptive or "speedup" not in adaptive[0]:
         return "no dense engine beside an adaptive one: nothing to compare"
     best = min(adaptive, key=lambda row: row["wall_ms"]["p50"])
-    gain = best["speedup"]
-    span = f"{gain['value']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})"
-    if gain["low"] > 1:
-        return f"{best['name']} wins over the fastest dense engine: {span}"
-    if gain["high"] < 1:
-        return f"dense wins: the best adaptive engine, {best['name']}, runs at {span} of its speed"
-    return f"a draw: {best['name']} against the fastest dense engine is {span}"
+    return judged(
+        best["speedup"],
+        f"{best['name']} wins over the fastest dense engine: <span>",
+        f"dense wins: the best adaptive engine, {best['name']}, runs at <span> of its speed",
+        f"a draw: {best['name']} against the fastest dense engine is <span>",
+    )

@@ -203,7 +203,10 @@ class Engine:
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
             if not config.set_runtime_cache(self._cache):
-                raise RuntimeError(f"{self.flavour.title} took no runtime cache{self.said()}")
+                raise UserError(
+                    f"{self.flavour.title} took no runtime cache for {self.name}{self.said()}; "
+                    "build it again on this machine"
+                )
         return (config,)
 
     def context(self, profile: int = 0) -> Any:
@@ -257,8 +260,8 @@ class Bound:
         shapes: of every input.
 
     Raises:
-        UserError: a shape does not fit the profile.
-        RuntimeError: TensorRT takes no buffer, or does not tell how large one must be.
+        UserError: a shape does not fit the profile, or TensorRT takes no buffer or does not tell
+            how large one must be.
     """
 
     def __init__(self, engine: Engine, context: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -279,7 +282,10 @@ class Bound:
                 self.ragged[name] = list(shape)
                 size = context.get_max_output_size(name)
                 if size < 0:
-                    raise RuntimeError(f"{engine.name}: no largest size of {name}{engine.said()}")
+                    raise UserError(
+                        f"{engine.name} tells no largest size of {name}{engine.said()}; build it "
+                        "again on this machine"
+                    )
                 count = size // dtype.itemsize
                 self._bind(name, torch.zeros(count, dtype=dtype, device="cuda"))
             else:
@@ -289,7 +295,10 @@ class Bound:
         self.tensors[name] = tensor
         if not self.context.set_tensor_address(name, tensor.data_ptr()):
             engine = self.engine
-            raise RuntimeError(f"{engine.name} takes no buffer for {name}{engine.said()}")
+            raise UserError(
+                f"{engine.name} takes no buffer for {name}{engine.said()}; build it again on this "
+                "machine"
+            )
 
     def rebind(self, name: str, tensor: Tensor) -> None:
         """Read or write `tensor`, of the same shape and type, in place of our own buffer."""
@@ -307,7 +316,10 @@ class Bound:
             stream.wait_stream(current)
         if not self.context.execute_async_v3(stream.cuda_stream):
             engine = self.engine
-            raise RuntimeError(f"{engine.flavour.title} cannot run {engine.name}{engine.said()}")
+            raise UserError(
+                f"{engine.flavour.title} cannot run {engine.name}{engine.said()}; build it again "
+                "on this machine"
+            )
         if stream is not current:
             current.wait_stream(stream)
 

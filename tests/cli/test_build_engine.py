@@ -28,18 +28,7 @@ rtx = pytest.mark.skipif(
 @pytest.fixture
 def model(tmp_path, mini_artifacts):
     """The small model's artefact in the current folder."""
-    return place(mini_artifacts["1", "auto"], tmp_path / "as_deit_s.onnx")
-
-
-def place(source, target, change=lambda proto: None, **fields):
-    """Copy an artefact, changed and signed again."""
-    proto = onnx.load(source)
-    change(proto)
-    kept = artifact.read(source)
-    for key in ("schema", "sha256", "digest"):
-        del kept[key]
-    artifact.write(target, proto.SerializeToString(), {**kept, **fields})
-    return target
+    return conftest.signed_copy(mini_artifacts["1", "auto"], tmp_path / "as_deit_s.onnx")
 
 
 def refused(result, *words):
@@ -88,9 +77,9 @@ def test_bucketed_folder(cli, model):
 
 @rtx
 def test_bucketed_needs_one_image_at_a_time_and_op_nodes(cli, tmp_path, mini_artifacts):
-    place(mini_artifacts["dynamic", "auto"], tmp_path / "d.onnx")
+    conftest.signed_copy(mini_artifacts["dynamic", "auto"], tmp_path / "d.onnx")
     refused(cli("build-engine", "--mode", "bucketed"), "d.onnx", "--batch 1")
-    place(mini_artifacts["1", "standard"], tmp_path / "d.onnx")
+    conftest.signed_copy(mini_artifacts["1", "standard"], tmp_path / "d.onnx")
     refused(cli("build-engine", "--mode", "bucketed"), "d.onnx", "--ops auto")
 
 
@@ -203,13 +192,13 @@ def test_keeps_a_file_with_the_sidecars_name(cli, model):
 
 @rtx
 def test_batch_that_does_not_rise(cli, tmp_path, mini_artifacts):
-    place(mini_artifacts["dynamic", "auto"], tmp_path / "d.onnx")
+    conftest.signed_copy(mini_artifacts["dynamic", "auto"], tmp_path / "d.onnx")
     refused(cli("build-engine", "--mode", "padded", "--batch", 4, 2, 8), "--batch 4 2 8")
 
 
 @rtx
 def test_half_of_a_half_graph(cli, tmp_path, mini_artifacts):
-    place(mini_artifacts["1", "auto"], tmp_path / "half.onnx",
+    conftest.signed_copy(mini_artifacts["1", "auto"], tmp_path / "half.onnx",
           lambda proto: proto.CopyFrom(to_half(proto, "fp16")))  # fmt: skip
     refused(cli("build-engine", "--fp16", "--plugin", "half.onnx"), "half.onnx",
             "half precision already")  # fmt: skip
@@ -276,7 +265,7 @@ def _fewer_stages(proto):
     ],
 )
 def test_tampered_graph(cli, tmp_path, mini_artifacts, change, words):
-    place(mini_artifacts["1", "auto"], tmp_path / "t.onnx", change)
+    conftest.signed_copy(mini_artifacts["1", "auto"], tmp_path / "t.onnx", change)
     refused(cli("build-engine", "--plugin", "t.onnx"), "t.onnx", *words)
 
 
@@ -292,7 +281,7 @@ def test_tampered_graph(cli, tmp_path, mini_artifacts, change, words):
     ],
 )
 def test_threshold_that_is_not_the_sidecars(cli, tmp_path, mini_artifacts, mode, change, words):
-    place(mini_artifacts["1", "auto"], tmp_path / "t.onnx", change)
+    conftest.signed_copy(mini_artifacts["1", "auto"], tmp_path / "t.onnx", change)
     refused(cli("build-engine", "--mode", mode, "--no-check"), "t.onnx", *words)
 
 

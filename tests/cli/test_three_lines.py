@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import refused
+from conftest import refused, signed_copy
 from PIL import Image
 
 from asvit_deploy import artifact
@@ -39,16 +39,6 @@ def exported(folder, mini_artifacts):
         del fields[key]
     artifact.write(folder / "as_deit_s.onnx", source.read_bytes(), fields)
     return folder / "as_deit_s.onnx"
-
-
-def sign(path, original, change=lambda proto: None, **fields):
-    """A copy of an artefact, changed and with a sidecar that belongs to it."""
-    proto = onnx.load(original)
-    change(proto)
-    kept = artifact.read(original)
-    for key in ("schema", "sha256", "digest"):
-        del kept[key]
-    artifact.write(path, proto.SerializeToString(), {**kept, **fields})
 
 
 @pytest.fixture
@@ -119,7 +109,7 @@ def test_check_fails_on_another_model(cli, exported):
                 value = onnx.numpy_helper.to_array(tensor) * np.float32(1.2)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
 
-    sign(exported, exported, move_threshold)
+    signed_copy(exported, exported, move_threshold)
     result = cli("check", "--limit", "6")
     assert result.code == 1
     assert "BEYOND ROUNDING" in result.out
@@ -145,21 +135,24 @@ def test_check_refuses_a_reference_of_another_network(cli, exported, option, wor
     [("arch", "as_deit_tiny"), ("num_classes", 11), ("preprocessing", {"crop_pct": 1.0})],
 )
 def test_check_compares_what_the_sidecars_say(cli, exported, field, value):
-    sign(Path("other.onnx"), exported, **{field: value})
+    signed_copy(exported, Path("other.onnx"), **{field: value})
     refused(cli("check", exported, "--reference", "other.onnx"), "other.onnx", field)
 
 
 def _unloadable(path, good):
     node = onnx.helper.make_node("Magic", ["logits"], ["nothing"], domain="other")
     opset = onnx.helper.make_opsetid("other", 1)
-    sign(path, good, lambda p: (p.graph.node.append(node), p.opset_import.append(opset)))
+    signed_copy(good, path, lambda p: (p.graph.node.append(node), p.opset_import.append(opset)))
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (lambda path, good: shutil.copy(good, path), "no sidecar"),
-        (lambda path, good: sign(path, good, source={"path": "gone.pt", "sha256": ""}), "gone"),
+        (
+            lambda path, good: signed_copy(good, path, source={"path": "gone.pt", "sha256": ""}),
+            "gone",
+        ),
         (lambda path, good: artifact.write(path, b"", {"kind": "engine"}), "name an .onnx file"),
         (_unloadable, "cannot be loaded"),
     ],
@@ -172,7 +165,7 @@ def test_check_opens_all_before_it_runs_any(cli, exported, spoil, words):
 
 
 def test_check_of_several_reports_each(cli, exported):
-    sign(Path("second.onnx"), exported)
+    signed_copy(exported, Path("second.onnx"))
     result = cli("check", exported, "second.onnx", "--limit", "2", "--json")
     assert result.code == 0, result.err
     models = [report["model"] for report in json.loads(result.out)]
@@ -190,7 +183,7 @@ def test_check_against_an_artefact_that_only_the_library_runs(cli, exported, min
 def test_bench_names_the_library_only_where_it_helps(
     cli, folder, mini_artifacts, no_library, ops, noted
 ):
-    sign(Path("m.onnx"), mini_artifacts["1", ops])
+    signed_copy(mini_artifacts["1", ops], Path("m.onnx"))
     result = cli("bench", "--runs", "10", "--warmup", "0", "--threads", "1", "--limit", "2")
     assert result.code == 0, result.err
     assert ("build-plugins ort" in result.out) is noted

@@ -8,20 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from asvit_deploy.errors import UserError
 from asvit_deploy.ops.library import find_compiler
 from asvit_deploy.ops.nvcc import find_nvcc
-from asvit_deploy.ops.trt_library import TrtHeaders, find_trt_headers
 
 SAMPLE = Path(__file__).resolve().parents[2] / "trt_plugins" / "sample"
-
-
-@pytest.fixture(scope="module")
-def headers(compiler) -> TrtHeaders:
-    try:
-        return find_trt_headers()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +26,10 @@ def cuda() -> Path:
     pytest.skip("nvcc has no headers beside it")
 
 
-def test_compiles_without_a_warning(headers, cuda, tmp_path):
+def test_compiles_without_a_warning(trt_headers, cuda, tmp_path):
     output = tmp_path / "run_engine.o"
     command = [*find_compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Werror",
-               *headers.flags, "-isystem", cuda, "-c", SAMPLE / "run_engine.cpp",
+               *trt_headers.flags, "-isystem", cuda, "-c", SAMPLE / "run_engine.cpp",
                "-o", output]  # fmt: skip
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -50,11 +40,11 @@ def test_compiles_without_a_warning(headers, cuda, tmp_path):
 
 
 @pytest.mark.slow
-def test_builds_with_cmake_without_tensorrt_libraries(headers, cuda, tmp_path):
+def test_builds_with_cmake_without_tensorrt_libraries(trt_headers, cuda, tmp_path):
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
     configure = ["cmake", "-S", SAMPLE, "-B", tmp_path,
-                 f"-DTRT_HEADERS={headers.folder}",
+                 f"-DTRT_HEADERS={trt_headers.folder}",
                  f"-DCUDAToolkit_ROOT={cuda.parent}"]  # fmt: skip
     done = subprocess.run(configure, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -41,17 +41,8 @@ INF, NAN = float("inf"), float("nan")
 
 
 @pytest.fixture(scope="session")
-def headers() -> Headers:
-    try:
-        find_compiler()
-        return find_headers()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def library(headers: Headers) -> Path:
-    return build_ort(headers.folder)
+def library(ort_headers: Headers) -> Path:
+    return build_ort(ort_headers.folder)
 
 
 # ---------------------------------------------------------------- the op in ONNX Runtime
@@ -324,17 +315,17 @@ def compiled(tmp_path: Path, text: str) -> Path:
     ],
     ids=["no ops", "other ops", "crash"],
 )
-def test_other_library_is_named_so(headers, tmp_path, text, reason):
+def test_other_library_is_named_so(ort_headers, tmp_path, text, reason):
     assert check_library(compiled(tmp_path, text)) == reason
 
 
 @pytest.fixture(scope="session")
-def future(headers: Headers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def future(ort_headers: Headers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The headers, of an API that no ONNX Runtime has yet."""
     folder = tmp_path_factory.mktemp("future") / "include"
-    shutil.copytree(headers.folder, folder)
+    shutil.copytree(ort_headers.folder, folder)
     file = folder / headers_module.HEADER
-    text = file.read_text().replace(f"ORT_API_VERSION {headers.api}", "ORT_API_VERSION 999")
+    text = file.read_text().replace(f"ORT_API_VERSION {ort_headers.api}", "ORT_API_VERSION 999")
     file.write_text(text)
     return folder
 
@@ -361,7 +352,7 @@ def test_headers_newer_than_the_runtime_are_refused(future):
     one_line(e)
 
 
-def test_headers_older_than_the_code_are_refused(headers, tmp_path):
+def test_headers_older_than_the_code_are_refused(ort_headers, tmp_path):
     for name in (headers_module.HEADER, "onnxruntime_cxx_api.h"):
         (tmp_path / name).write_text("#define ORT_API_VERSION 9\n")
     with pytest.raises(UserError, match="older than API") as error:
@@ -369,7 +360,7 @@ def test_headers_older_than_the_code_are_refused(headers, tmp_path):
     one_line(error)
 
 
-def test_named_folder_without_headers_is_refused(headers, tmp_path, monkeypatch):
+def test_named_folder_without_headers_is_refused(ort_headers, tmp_path, monkeypatch):
     monkeypatch.setenv("ORT_INCLUDE_DIR", str(tmp_path))
     with pytest.raises(UserError, match=f"{tmp_path} holds no onnxruntime_c_api.h") as error:
         build_ort(force=True)
@@ -377,10 +368,10 @@ def test_named_folder_without_headers_is_refused(headers, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("layout", ["", "onnxruntime", "onnxruntime/core/session", "include"])
-def test_headers_are_found_in_every_layout(headers, tmp_path, monkeypatch, layout):
-    shutil.copytree(headers.folder, tmp_path / layout, dirs_exist_ok=True)
+def test_headers_are_found_in_every_layout(ort_headers, tmp_path, monkeypatch, layout):
+    shutil.copytree(ort_headers.folder, tmp_path / layout, dirs_exist_ok=True)
     monkeypatch.setenv("ORT_INCLUDE_DIR", str(tmp_path))
-    assert find_headers() == Headers((tmp_path / layout).resolve(), headers.api, "given")
+    assert find_headers() == Headers((tmp_path / layout).resolve(), ort_headers.api, "given")
 
 
 def test_without_headers_and_apt_one_line_says_what_goes_on(tmp_path, monkeypatch):
@@ -412,35 +403,35 @@ def test_without_compiler_one_line_says_what_goes_on(tmp_path, monkeypatch):
         build_ort()
 
 
-def test_compiler_that_cannot_be_run_is_blamed_itself(headers, tmp_path, monkeypatch):
+def test_compiler_that_cannot_be_run_is_blamed_itself(ort_headers, tmp_path, monkeypatch):
     script = tmp_path / "cxx"
     script.write_text("#!/no/such/interpreter\n")
     script.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(script))
     with pytest.raises(UserError, match=r"cxx cannot compile .*it cannot be run: No such") as error:
-        build_ort(headers.folder, cuda=False)
+        build_ort(ort_headers.folder, cuda=False)
     assert "XDG_CACHE_HOME" not in one_line(error)
 
 
-def test_failed_build_keeps_the_library_that_was_there(headers, library, tmp_path, monkeypatch):
+def test_failed_build_keeps_the_library_that_was_there(ort_headers, library, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cached = library_module.library_path(headers.api)
+    cached = library_module.library_path(ort_headers.api)
     cached.parent.mkdir()
     shutil.copy(library, cached)
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(UserError, match="false cannot compile") as error:
-        build_ort(headers.folder, force=True)
+        build_ort(ort_headers.folder, force=True)
     one_line(error)
     assert cached.read_bytes() == library.read_bytes()
     assert [path.name for path in cached.parent.iterdir()] == [cached.name]
 
 
-def test_unwritable_cache_is_named(headers, tmp_path, monkeypatch):
+def test_unwritable_cache_is_named(ort_headers, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set XDG_CACHE_HOME to a writable folder") as error:
-        build_ort(headers.folder)
+        build_ort(ort_headers.folder)
     one_line(error)
 
 
@@ -453,25 +444,25 @@ def test_cache_is_found_again_and_a_stale_build_is_not(library, tmp_path, monkey
 def test_debian_mirrors_are_read_from_both_kinds_of_sources(tmp_path):
     (tmp_path / "sources.list.d").mkdir()
     (tmp_path / "sources.list").write_text(
-        "# deb http://comment.example/debian trixie main\n"
+        "# deb http://comment.example/mirror trixie main\n"
         "deb cdrom:[Debian 13]/ trixie main\n"
-        "deb-src http://source.example/debian trixie main\n"
-        "deb [arch=amd64 signed-by=/some.gpg] http://one.example/debian bookworm main # x\n"
+        "deb-src http://source.example/mirror trixie main\n"
+        "deb [arch=amd64 signed-by=/some.gpg] http://one.example/mirror bookworm main # x\n"
         "deb http://one.example/security bookworm-security main\n"
         "deb http://third-party.example/apt stable non-free\n"
         "deb http://ubuntu.example/ubuntu noble main\n"
     )
     (tmp_path / "sources.list.d" / "debian.sources").write_text(
         "Types: deb deb-src\n# a comment\n"
-        "URIs: http://two.example/debian\n  http://three.example/debian\n"
+        "URIs: http://two.example/mirror\n  http://three.example/mirror\n"
         "Suites: trixie trixie-updates\nComponents: main\n\n"
-        "Types: deb\nURIs: http://off.example/debian\n"
+        "Types: deb\nURIs: http://off.example/mirror\n"
         "Suites: trixie\nComponents: main\nEnabled: no\n"
         "\n\nTypes: deb\nURIs: http://safe.example/s\nSuites: trixie-security\nComponents: main\n"
     )
     (tmp_path / "sources.list.d" / "old.list.disabled").write_text("deb http://x/ trixie main\n")
     assert debian_mirrors(tmp_path) == [
-        "http://one.example/debian", "http://two.example/debian", "http://three.example/debian",
+        "http://one.example/mirror", "http://two.example/mirror", "http://three.example/mirror",
     ]  # fmt: skip
     assert debian_mirrors(tmp_path / "nowhere") == []
 
@@ -487,7 +478,7 @@ def test_command_prints_the_path_alone_on_stdout(library, capsys):
 
 
 @pytest.mark.slow
-def test_builds_from_an_installed_wheel(headers, tmp_path):
+def test_builds_from_an_installed_wheel(ort_headers, tmp_path):
     pytest.importorskip("hatchling")
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
@@ -498,14 +489,14 @@ def test_builds_from_an_installed_wheel(headers, tmp_path):
     env = os.environ | {
         "PYTHONPATH": str(site),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "ORT_INCLUDE_DIR": str(headers.folder),
+        "ORT_INCLUDE_DIR": str(ort_headers.folder),
     }
     command = [sys.executable, "-m", "asvit_deploy", "build-plugins", "ort"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     built = Path(done.stdout.strip())
     assert built.parent == tmp_path / "cache" / "asvit-deploy"
-    assert str(headers.folder) in done.stderr
+    assert str(ort_headers.folder) in done.stderr
     assert check_library(built) is None
     ask = "from asvit_deploy.ops.library import sources_dir; print(sources_dir())"
     answer = subprocess.check_output([sys.executable, "-c", ask], cwd=tmp_path, env=env, text=True)
@@ -513,7 +504,7 @@ def test_builds_from_an_installed_wheel(headers, tmp_path):
 
 
 @pytest.mark.slow
-def test_builds_with_cmake(headers, tmp_path):
+def test_builds_with_cmake(ort_headers, tmp_path):
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
     configure = [
@@ -522,7 +513,7 @@ def test_builds_with_cmake(headers, tmp_path):
         ROOT / "plugins",
         "-B",
         tmp_path,
-        f"-DORT_INCLUDE_DIR={headers.folder}",
+        f"-DORT_INCLUDE_DIR={ort_headers.folder}",
     ]
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)

@@ -19,7 +19,7 @@ from test_library import TYPES, one_node, run, session_of
 from asvit_deploy.cli.main import main
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import library as library_module
-from asvit_deploy.ops.headers import Headers, find_headers
+from asvit_deploy.ops.headers import Headers
 from asvit_deploy.ops.library import (
     build_ort,
     check_library,
@@ -38,23 +38,14 @@ EMULATED = ROOT / "tests" / "cpp" / "trt" / "emulated"
 
 
 @pytest.fixture(scope="module")
-def headers() -> Headers:
-    try:
-        find_compiler()
-        return find_headers()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def with_cuda(headers: Headers) -> Path:
+def with_cuda(ort_headers: Headers) -> Path:
     if find_nvcc() is None:
         pytest.skip("no nvcc")
-    return build_ort(headers.folder, cuda=True)
+    return build_ort(ort_headers.folder, cuda=True)
 
 
 @pytest.fixture(scope="module")
-def emulated(headers: Headers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated(ort_headers: Headers, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CUDA kernels alone, as the CPU provider's, their device emulated."""
     folder = tmp_path_factory.mktemp("emulated")
     shutil.copytree(ROOT / "plugins", folder / "plugins")
@@ -67,7 +58,7 @@ def emulated(headers: Headers, tmp_path_factory: pytest.TempPathFactory) -> Path
         file.write_text(file.read_text().replace(right, other))
     command = [
         *find_compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden",
-        "-Wno-unknown-pragmas", "-isystem", headers.folder, "-I", EMULATED, "-I", KERNELS,
+        "-Wno-unknown-pragmas", "-isystem", ort_headers.folder, "-I", EMULATED, "-I", KERNELS,
         "-I", KERNELS.parent, "-DASVIT_CUDA", "ort_ops.cc", "ort_cuda.cc", "-x", "c++",
         KERNELS / "threshold_compact.cu", "-o", folder / "emulated.so",
     ]  # fmt: skip
@@ -95,8 +86,8 @@ def test_cpu_kernels_of_the_library_with_cuda_equal_the_oracle(with_cuda, kind):
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_library_without_cuda_equals_the_oracle(headers, kind):
-    library = build_ort(headers.folder, cuda=False)
+def test_library_without_cuda_equals_the_oracle(ort_headers, kind):
+    library = build_ort(ort_headers.folder, cuda=False)
     assert cuda_targets(library) == ()
     check(library, kind)
 
@@ -141,48 +132,48 @@ def test_cuda_kernels_refuse_more_rows_than_they_can_number(emulated):
 # ---------------------------------------------------------------- the build
 
 
-def test_library_with_cuda_is_preferred_and_either_can_be_asked_for(headers, with_cuda):
-    without = build_ort(headers.folder, cuda=False)
+def test_library_with_cuda_is_preferred_and_either_can_be_asked_for(ort_headers, with_cuda):
+    without = build_ort(ort_headers.folder, cuda=False)
     assert find_library() == find_library(cuda=True) == with_cuda
     assert find_library(cuda=False) == without
     assert cuda_targets(with_cuda)
     assert build_ort() == with_cuda
 
 
-def test_cuda_sources_shape_the_name(headers, with_cuda, monkeypatch):
-    before = library_module.library_path(headers.api)
+def test_cuda_sources_shape_the_name(ort_headers, with_cuda, monkeypatch):
+    before = library_module.library_path(ort_headers.api)
     monkeypatch.setattr(library_module, "CUDA_FLAGS", (*library_module.CUDA_FLAGS, "-g"))
     assert find_library(cuda=True) is None
-    assert library_module.library_path(headers.api) == before
+    assert library_module.library_path(ort_headers.api) == before
 
 
 def test_without_nvcc_the_cpu_kernels_are_built_and_cuda_on_request_is_refused(
-    headers, tmp_path, monkeypatch
+    ort_headers, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(library_module, "find_nvcc", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UserError, match="no CUDA compiler") as error:
-        build_ort(headers.folder, cuda=True)
+        build_ort(ort_headers.folder, cuda=True)
     assert "\n" not in str(error.value)
-    library = build_ort(headers.folder)
+    library = build_ort(ort_headers.folder)
     assert cuda_targets(library) == ()
     assert check_library(library) is None
 
 
-def test_nvcc_that_fails_costs_the_cuda_kernels_alone(headers, tmp_path, monkeypatch):
+def test_nvcc_that_fails_costs_the_cuda_kernels_alone(ort_headers, tmp_path, monkeypatch):
     monkeypatch.setattr(library_module, "find_nvcc", lambda: Path("/bin/false"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said: list[str] = []
-    library = build_ort(headers.folder, say=said.append)
+    library = build_ort(ort_headers.folder, say=said.append)
     assert cuda_targets(library) == ()
     assert any(line.startswith("no CUDA kernels: /bin/false cannot compile") for line in said)
     with pytest.raises(UserError, match="/bin/false cannot compile"):
-        build_ort(headers.folder, cuda=True)
+        build_ort(ort_headers.folder, cuda=True)
 
 
-def test_command_says_which_kernels_there_are(headers, with_cuda, capsys):
+def test_command_says_which_kernels_there_are(ort_headers, with_cuda, capsys):
     for option, words in (("--cuda", "CPU and CUDA"), ("--no-cuda", "built before for CPU;")):
-        build_ort(headers.folder, cuda=option == "--cuda")
+        build_ort(ort_headers.folder, cuda=option == "--cuda")
         with pytest.raises(SystemExit) as end:
             main(["build-plugins", "ort", option])
         assert end.value.code == 0
@@ -192,11 +183,11 @@ def test_command_says_which_kernels_there_are(headers, with_cuda, capsys):
 
 
 @pytest.mark.slow
-def test_builds_with_cmake_and_cuda(headers, with_cuda, tmp_path):
+def test_builds_with_cmake_and_cuda(ort_headers, with_cuda, tmp_path):
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
     configure = ["cmake", "-S", ROOT / "plugins", "-B", tmp_path, "-DASVIT_CUDA=ON",
-                 f"-DORT_INCLUDE_DIR={headers.folder}",
+                 f"-DORT_INCLUDE_DIR={ort_headers.folder}",
                  f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]  # fmt: skip
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)

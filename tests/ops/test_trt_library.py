@@ -30,14 +30,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def headers(compiler) -> TrtHeaders:
-    try:
-        return find_trt_headers()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def nvcc() -> Path:
     found = find_nvcc()
     if found is None:
@@ -46,10 +38,10 @@ def nvcc() -> Path:
 
 
 @pytest.fixture
-def own_cache(headers, tmp_path, monkeypatch) -> Path:
+def own_cache(trt_headers, tmp_path, monkeypatch) -> Path:
     """An empty cache; the headers need not be fetched again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TensorRT_ROOT", str(headers.folder))
+    monkeypatch.setenv("TensorRT_ROOT", str(trt_headers.folder))
     return tmp_path / "cache" / "asvit-deploy"
 
 
@@ -232,13 +224,13 @@ def symbols(library: Path) -> str:
     return subprocess.run(["nm", "-D", library], capture_output=True, text=True).stdout
 
 
-def test_library_has_the_two_entries_and_needs_no_tensorrt(headers):
+def test_library_has_the_two_entries_and_needs_no_tensorrt(trt_headers):
     names = symbols(build_trt(twin=True))
     assert set(re.findall(r" T (\w+)", names)) == {"getCreators", "setLoggerFinder"}
     assert not re.search(r" U \w*(nvinfer|getPlugin|getInfer|cuda)", names)
 
 
-def test_self_registering_library_is_another_file(headers):
+def test_self_registering_library_is_another_file(trt_headers):
     library = build_trt(twin=True).with_name("libasvit_trt_autoreg_host.so")
     names = symbols(library)
     assert re.search(r" U getPluginRegistry", names)
@@ -246,9 +238,9 @@ def test_self_registering_library_is_another_file(headers):
 
 
 @pytest.mark.parametrize(("shift", "code"), [(0, 7), (1, 0)], ids=["its own", "another"])
-def test_self_registering_library_asks_only_its_own_tensorrt(headers, tmp_path, shift, code):
+def test_self_registering_library_asks_only_its_own_tensorrt(trt_headers, tmp_path, shift, code):
     """A registry of another major is laid out otherwise: a call would end the process."""
-    version = (headers.version[0] + shift) * 10000
+    version = (trt_headers.version[0] + shift) * 10000
     (tmp_path / "process.cpp").write_text(
         "#include <dlfcn.h>\n#include <cstdlib>\n"
         f'extern "C" int getInferLibVersion() {{ return {version}; }}\n'
@@ -260,11 +252,11 @@ def test_self_registering_library_asks_only_its_own_tensorrt(headers, tmp_path, 
     library = build_trt(twin=True).with_name("libasvit_trt_autoreg_host.so")
     done = subprocess.run([tmp_path / "process", library], capture_output=True, text=True)
     assert done.returncode == code
-    said = f"built for TensorRT {headers.version[0]}, and the process runs"
+    said = f"built for TensorRT {trt_headers.version[0]}, and the process runs"
     assert (said in done.stderr) == bool(shift)
 
 
-def test_usable_library_has_no_reason_against_it(headers):
+def test_usable_library_has_no_reason_against_it(trt_headers):
     assert check_trt_library(build_trt(twin=True)) is None
 
 
@@ -322,9 +314,9 @@ def test_failed_build_keeps_the_library_that_was_there(own_cache, monkeypatch):
     assert len(list(library.parent.iterdir())) == 2
 
 
-def test_unwritable_cache_is_named(headers, tmp_path, monkeypatch):
+def test_unwritable_cache_is_named(trt_headers, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("TensorRT_ROOT", str(headers.folder))
+    monkeypatch.setenv("TensorRT_ROOT", str(trt_headers.folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="set XDG_CACHE_HOME to a writable folder") as error:
         build_trt(twin=True)
@@ -347,7 +339,7 @@ def test_command_prints_the_path_alone_on_stdout(own_cache, nvcc, capsys):
     assert "headers: TensorRT" in printed.err
 
 
-def test_command_without_nvcc_fails_in_one_line(headers, capsys, monkeypatch):
+def test_command_without_nvcc_fails_in_one_line(trt_headers, capsys, monkeypatch):
     monkeypatch.setattr(trt_library, "find_nvcc", lambda: None)
     assert run_main("trt") == 2
     printed = capsys.readouterr()
@@ -392,10 +384,10 @@ def test_sources_travel_in_the_wheel(tmp_path):
 
 
 @pytest.mark.slow
-def test_builds_with_cmake(headers, tmp_path):
+def test_builds_with_cmake(trt_headers, tmp_path):
     if shutil.which("cmake") is None:
         pytest.skip("cmake is not installed")
-    environment = os.environ | {"TensorRT_ROOT": str(headers.folder)}
+    environment = os.environ | {"TensorRT_ROOT": str(trt_headers.folder)}
     configure = ["cmake", "-S", ROOT / "trt_plugins", "-B", tmp_path, "-DASVIT_HOST_TWIN=ON"]
     subprocess.run(configure, check=True, capture_output=True, env=environment)
     subprocess.run(["cmake", "--build", tmp_path], check=True, capture_output=True)

@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from op_cases import CASES, Case
 
-from asvit_deploy.errors import UserError
 from asvit_deploy.ops import nvcc, trt_library
 from asvit_deploy.ops.library import find_compiler
 from asvit_deploy.ops.reference import threshold_compact
-from asvit_deploy.ops.trt_library import TrtHeaders, build_trt, compile_command, find_trt_headers
+from asvit_deploy.ops.trt_library import TrtHeaders, build_trt, compile_command
 
 HERE = Path(__file__).resolve().parents[1] / "cpp" / "trt"
 SOURCES = trt_library.sources_dir()
@@ -31,32 +30,24 @@ POISON = 0xA5
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(scope="module")
-def headers(compiler) -> TrtHeaders:
-    try:
-        return find_trt_headers()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
 def compiled(*command: str | Path) -> None:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr
 
 
-def make_driver(headers: TrtHeaders, output: Path, *flags: str) -> Path:
+def make_driver(trt_headers: TrtHeaders, output: Path, *flags: str) -> Path:
     warn = ["-std=c++17", "-O1", "-Wall", "-Wextra"]
-    shared = [*headers.flags, "-isystem", SOURCES / "no_cuda", HERE / "driver.cpp", "-ldl"]
+    shared = [*trt_headers.flags, "-isystem", SOURCES / "no_cuda", HERE / "driver.cpp", "-ldl"]
     compiled(*find_compiler(), *warn, *flags, *shared, "-o", output)
     return output
 
 
 def make_library(
-    headers: TrtHeaders, output: Path, kernel: Path | None = None, *flags: str
+    trt_headers: TrtHeaders, output: Path, kernel: Path | None = None, *flags: str
 ) -> Path:
     """The plugin with another kernel than the twin: a C++ file, or CUDA's on the emulator."""
-    command = compile_command(headers, "library.cpp", ("host",), None)
+    command = compile_command(trt_headers, "library.cpp", ("host",), None)
     if kernel is not None:
         command[-1:] = ["-I", str(SOURCES / "kernels"), "-I", str(HERE / "emulated"),
                         "-Wno-unknown-pragmas", "-x", "c++", str(kernel)]  # fmt: skip
@@ -65,14 +56,14 @@ def make_library(
 
 
 @pytest.fixture(scope="module")
-def driver(headers, tmp_path_factory) -> Path:
-    return make_driver(headers, tmp_path_factory.mktemp("driver") / "driver")
+def driver(trt_headers, tmp_path_factory) -> Path:
+    return make_driver(trt_headers, tmp_path_factory.mktemp("driver") / "driver")
 
 
 @pytest.fixture(scope="module")
-def libraries(headers, tmp_path_factory) -> dict[str, Path]:
+def libraries(trt_headers, tmp_path_factory) -> dict[str, Path]:
     emulated = tmp_path_factory.mktemp("emulated") / "libasvit_trt_emulated.so"
-    make_library(headers, emulated, SOURCES / "kernels" / "threshold_compact.cu")
+    make_library(trt_headers, emulated, SOURCES / "kernels" / "threshold_compact.cu")
     return {"twin": build_trt(twin=True), "cuda, emulated": emulated}
 
 
@@ -227,14 +218,14 @@ def test_kernel_gives_the_same_in_any_order_of_its_threads(driver, libraries, or
 # ---------------------------------------------------------------- what the tests above can see
 
 
-def test_enqueue_that_does_nothing_fails(driver, headers, tmp_path):
+def test_enqueue_that_does_nothing_fails(driver, trt_headers, tmp_path):
     (tmp_path / "nothing.cpp").write_text(
         '#include "threshold_compact.h"\n'
         "size_t asvitThresholdCompactWorkspace(int64_t, int64_t) noexcept { return 64; }\n"
         "int32_t asvitThresholdCompact(AsvitThresholdCompact const*, CUstream_st*) noexcept "
         "{ return 0; }\n"
     )
-    library = make_library(headers, tmp_path / "nothing.so", tmp_path / "nothing.cpp")
+    library = make_library(trt_headers, tmp_path / "nothing.so", tmp_path / "nothing.cpp")
     for case in CASES:
         with pytest.raises(AssertionError, match="compact of"):
             check(driver, library, [call_of(case, np.float32)])
@@ -252,11 +243,11 @@ def test_enqueue_that_does_nothing_fails(driver, headers, tmp_path):
         ("total == 0", "false"),
     ],
 )
-def test_wrong_kernel_fails(driver, headers, tmp_path, right, wrong):
+def test_wrong_kernel_fails(driver, trt_headers, tmp_path, right, wrong):
     text = (SOURCES / "kernels" / "threshold_compact.cu").read_text()
     assert right in text
     (tmp_path / "wrong.cu").write_text(text.replace(right, wrong))
-    library = make_library(headers, tmp_path / "wrong.so", tmp_path / "wrong.cu", "-w")
+    library = make_library(trt_headers, tmp_path / "wrong.so", tmp_path / "wrong.cu", "-w")
     calls = [call_of(case, np.float32) for case in CASES] * 3
     with pytest.raises(AssertionError):
         check(driver, library, calls)
@@ -268,14 +259,14 @@ def test_wrong_kernel_fails(driver, headers, tmp_path, right, wrong):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [None, SOURCES / "kernels" / "threshold_compact.cu"],
                          ids=KERNELS)  # fmt: skip
-def test_sanitizers_find_nothing(headers, tmp_path, kernel):
+def test_sanitizers_find_nothing(trt_headers, tmp_path, kernel):
     """Every buffer ends where its memory ends, so a byte too far is seen."""
     (tmp_path / "empty.cpp").write_text("int main() {}")
     empty = [*find_compiler(), *SANITIZE, str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "e")]
     if subprocess.run(empty, capture_output=True).returncode:
         pytest.skip("no sanitizers with this compiler")
-    driver = make_driver(headers, tmp_path / "driver", *SANITIZE)
-    library = make_library(headers, tmp_path / "library.so", kernel, *SANITIZE)
+    driver = make_driver(trt_headers, tmp_path / "driver", *SANITIZE)
+    library = make_library(trt_headers, tmp_path / "library.so", kernel, *SANITIZE)
     calls = [call_of(case, TYPES[i % 3]) for i, case in enumerate(CASES)]
     check(driver, library, [*calls, *random_calls(60, 3)])
     done = subprocess.run([driver, library, "contract"], capture_output=True, text=True)

@@ -78,7 +78,7 @@ def test_bindings_without_a_runtime_cache_or_a_strategy(engine, monkeypatch):
 
 def test_a_runtime_cache_that_is_not_taken(engine, monkeypatch):
     monkeypatch.setattr(Config, "set_runtime_cache", lambda self, cache: False)
-    with pytest.raises(RuntimeError, match=r"TensorRT-RTX took no runtime cache \(Error Code 2"):
+    with pytest.raises(UserError, match=r"took no runtime cache for .*\(Error Code 2"):
         engine.context()
 
 
