@@ -30,6 +30,11 @@ def _no_folder(path: Path) -> UserError:
     return UserError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
 
 
+def _unwritten(path: Path, error: OSError) -> UserError:
+    mend = "; free space, then run it again" * (error.errno in FULL)
+    return UserError(f"cannot write {path}: {error.strerror or error}{mend}")
+
+
 def check_parent(path: Path) -> None:
     """Find out before the work whether anything could be put at `path` at all.
 
@@ -146,7 +151,7 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
             os.replace(temporary[current], current)
             _changed_by_us(current.parent)
     except OSError as error:
-        raise UserError(f"cannot write {current}: {error.strerror or error}") from error
+        raise _unwritten(current, error) from error
     finally:
         for leftover in temporary.values():
             with contextlib.suppress(OSError):
@@ -185,14 +190,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 old.rename(path)
             raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise _unwritten(path, error) from error
     finally:
         for leftover in (temporary, old) if path.exists() else (temporary,):
             with contextlib.suppress(OSError):
                 _remove(leftover)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file atomically."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from asvit_deploy.cli import options
 from asvit_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from asvit_deploy.evaluate.accuracy import Scored
     from asvit_deploy.models.registry import ArchConfig
     from asvit_deploy.models.vit import BatchRule
     from asvit_deploy.runners.base import Runner
@@ -55,32 +58,75 @@ def command(
     \b
     asvit-deploy evaluate as_deit_s.onnx --data imagenet/val
     asvit-deploy evaluate as_deit_s.pt --data imagenet --batch-rule mean-k --batch-size 32
+
+    Started with `torchrun --nproc-per-node 8 -m asvit_deploy evaluate ...`, each process takes its
+    share of the pictures. A checkpoint runs on a GPU where there is one.
     """
     import torch
 
     from asvit_deploy.artifact import sidecar_path
-    from asvit_deploy.evaluate.accuracy import score, summarise
+    from asvit_deploy.evaluate.accuracy import joined, score, summarise
     from asvit_deploy.evaluate.machine import machine
     from asvit_deploy.files import check_writable, write_text
 
     if output is not None:
         check_writable(output, force, model, sidecar_path(model))
     torch.set_num_threads(1)
-    runner, config, classes = _open(model, batch_rule, dense, library)
+    place = _Place.here()
+    runner, config, classes = _open(model, batch_rule, dense, library, place.device)
     rows = []
     for size in batches:
-        labelled = _batches(data, config, classes, size, limit)
-        rows.append({"batch_size": size, **summarise(score(runner, labelled, config), config)})
+        labelled = _batches(data, config, classes, size, limit, place)
+        scored = joined(place.gathered(score(runner, labelled, config)))
+        rows.append({"batch_size": size, **summarise(scored, config)})
+    if place.rank:
+        return
     report = {"model": str(model), "data": data, "batch_rule": batch_rule, "arch": config.name,
-              "runner": runner.describe(), "rows": rows, "machine": machine()}  # fmt: skip
+              "processes": place.world, "runner": runner.describe(), "rows": rows,
+              "machine": machine()}  # fmt: skip
     text = json.dumps(report, indent=2) + "\n"
     if output is not None:
         write_text(output, text)
     click.echo(text.rstrip()) if as_json else _print(report)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """This process among those of `torchrun` or `accelerate launch`, or alone."""
+
+    rank: int
+    world: int
+    device: str
+
+    @staticmethod
+    def here() -> _Place:
+        """Raises UserError where there are several and accelerate is not installed."""
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            import torch
+
+            return _Place(0, 1, "cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            from asvit_deploy.training.processes import accelerator_for
+        except ModuleNotFoundError as error:
+            if error.name != "accelerate":
+                raise
+            raise UserError(
+                'several processes need accelerate; pip install "asvit-deploy[train]"'
+            ) from error
+        found = accelerator_for()
+        return _Place(found.process_index, found.num_processes, str(found.device))
+
+    def gathered(self, scored: Scored) -> list[Scored]:
+        """The rows of every process, in each of them."""
+        if self.world == 1:
+            return [scored]
+        from accelerate.utils import gather_object
+
+        return gather_object([scored])
+
+
 def _open(
-    path: Path, batch_rule: BatchRule, dense: bool, library: Path | None
+    path: Path, batch_rule: BatchRule, dense: bool, library: Path | None, device: str
 ) -> tuple[Runner, ArchConfig, list[str] | None]:
     """The runner, the architecture, and the classes where they are known."""
     if path.suffix == ".onnx":
@@ -95,14 +141,15 @@ def _open(
     from asvit_deploy.runners.pytorch import TorchRunner
 
     checkpoint = load_checkpoint(path)
-    network = build_model(checkpoint, dense=dense or not checkpoint.adaptive)
+    network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(device)
     classes = json.loads(checkpoint.metadata.get("classes", "null"))
     return TorchRunner(network, batch_rule), checkpoint.config, classes
 
 
 def _batches(
-    data: str, config: ArchConfig, classes: list[str] | None, size: int, limit: int | None
-) -> Any:
+    data: str, config: ArchConfig, classes: list[str] | None, size: int, limit: int | None,
+    place: _Place,
+) -> Any:  # fmt: skip
     """Batches of NumPy arrays with the model's own class numbers, under a progress bar."""
     from tqdm import tqdm
 
@@ -111,7 +158,8 @@ def _batches(
 
     source = open_labelled(data, config)
     numbers = label_map(source.classes, classes, config.num_classes)
-    bar = tqdm(source.validation(size, limit), desc=f"evaluate, batch {size}", disable=None,
+    shared = source.validation(size, limit, place.rank, place.world)
+    bar = tqdm(shared, desc=f"evaluate, batch {size}", disable=True if place.rank else None,
                leave=False, unit="batch")  # fmt: skip
     for images, labels, _ in bar:
         yield images.numpy(), numbers[labels.numpy()]

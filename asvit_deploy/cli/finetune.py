@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from asvit_deploy.cli import options
+
+if TYPE_CHECKING:
+    from asvit_deploy.training.finetune import Result
 
 
 def _numbers(kind: type, context: click.Context, parameter: click.Parameter, text: str | None):
@@ -176,18 +180,25 @@ def command(
     except Interrupted as stopped:
         say(str(stopped))
         click.get_current_context().exit(130)
+    if result.average:
+        _tell(result.average, "its moving average: ", say)
+    _tell(result, "", say)
+    if first:
+        click.echo(target)
+
+
+def _tell(result: Result, of: str, say: Callable[[str], None]) -> None:
+    """How a network ended: its MACs, whether they are those asked for, what validation says."""
     if fit := result.fit:
         say(
-            f"{fit.after:.4f} of the dense MACs on {fit.pictures} training pictures, "
+            f"{of}{fit.after:.4f} of the dense MACs on {fit.pictures} training pictures, "
             f"budget {fit.budget:g}"
         )
         if fit.missed:
             say(
-                f"missed the budget by {fit.off:+.1%}: these weights' scores are too much alike "
-                "for any thresholds; train longer, or start from better weights"
+                f"{of}missed the budget by {fit.off:+.1%}: these weights' scores are too much "
+                "alike for any thresholds; train longer, or start from better weights"
             )
     if result.validation:
         numbers = {n: v for n, v in result.validation.items() if not isinstance(v, list)}
-        say(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
-    if first:
-        click.echo(target)
+        say(of + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))

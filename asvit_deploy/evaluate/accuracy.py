@@ -40,20 +40,31 @@ class Scored:
 def score(runner: Runner, batches: Iterable[Batch], config: ArchConfig) -> Scored:
     """Run every batch as it comes.
 
-    Raises:
-        UserError: there is no image at all.
+    Returns:
+        no rows where there is no image, such as in one of more processes than images.
     """
-    ranks, kept = [], []
+    ranks, kept = [np.empty(0, np.int64)], []
     for images, labels in batches:
         prediction = runner(images)
         ranks.append(_rank(prediction.logits, labels))
         kept.append(np.array(prediction.lengths, np.int64).reshape(-1, len(labels)).T - 1)
-    if not ranks:
-        raise UserError("there is no picture to evaluate on")
-    rank, tokens = np.concatenate(ranks), np.concatenate(kept)
+    rank, tokens = np.concatenate(ranks), np.concatenate(kept or [np.empty((0, 0), np.int64)])
     lengths = list((tokens + 1).astype(np.float64).T)
     macs = model_macs(config, lengths) if lengths else np.full(len(rank), float(dense_macs(config)))
     return Scored(rank, tokens, np.asarray(macs, np.float64))
+
+
+def joined(parts: Sequence[Scored]) -> Scored:
+    """The images of all parts.
+
+    Raises:
+        UserError: there is no image at all.
+    """
+    filled = [part for part in parts if len(part.rank)]
+    if not filled:
+        raise UserError("there is no picture to evaluate on")
+    columns = zip(*((part.rank, part.kept, part.macs) for part in filled))
+    return Scored(*(np.concatenate(column) for column in columns))
 
 
 def _rank(logits: NDArray, labels: NDArray[np.int64]) -> NDArray[np.int64]:

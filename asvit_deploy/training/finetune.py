@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from asvit_deploy.models.vit import AdaptiveViT, Selector
 from asvit_deploy.training.budget import Fit, check_budget, fit_thresholds, trace_macs
 from asvit_deploy.training.data import Batch, Source
 from asvit_deploy.training.log import Log, log_path
+from asvit_deploy.training.processes import accelerator_for, anywhere, together
 from asvit_deploy.training.recipe import (
     DEFAULT_RUNNING,
     Recipe,
@@ -46,13 +47,7 @@ from asvit_deploy.training.recipe import (
     picture_bytes,
 )
 from asvit_deploy.training.state import load_state, save_state, state_path
-from asvit_deploy.training.trainer import (
-    Trainer,
-    accelerator_for,
-    adaptive_start,
-    dense_start,
-    load_teacher,
-)
+from asvit_deploy.training.trainer import Trainer, adaptive_start, dense_start, load_teacher
 
 # Thresholds are fitted on as many pictures as were trained on, within these limits.
 _FIT_PICTURES = (64, 2048)
@@ -226,7 +221,7 @@ def train(
     # Data first: with other pictures the number of steps may differ too, which says less.
     known = {**identity, **asdict(recipe)}
     main = accelerator.is_main_process
-    with _together(accelerator):
+    with together(accelerator):
         first = load_state(state, trainer, known) if resume else 0
         log = Log(log_path(output), known, first, force, running.tensorboard, quiet=not main)
     started, size = time.monotonic(), recipe.batch_size
@@ -243,7 +238,7 @@ def train(
         for step, batch in _batches(source, first, recipe, part, running.workers):
             skipped.names.update(batch.skipped)
             figures = trainer.step(step, batch)
-            done, stop = step + 1, _any(accelerator, bool(signals) or skipped.over)
+            done, stop = step + 1, anywhere(accelerator, bool(signals) or skipped.over)
             means.add(figures)
             bar.update(size)
             last = done == recipe.steps
@@ -255,36 +250,15 @@ def train(
             epoch = done * size // source.epoch
             ended = epoch > step * size // source.epoch
             if ended:
+                paused = time.monotonic()
                 _end_epoch(trainer, source, log, epoch, done, means, skipped, running)
+                started += time.monotonic() - paused  # a speed is that of training alone
             if stop or ended or done % running.save == 0 or last:
                 save(done)
             skipped.check()
             if stop and not last:
                 raise Interrupted(done, state)
     return log
-
-
-def _any(accelerator: Accelerator, here: bool) -> bool:
-    """Whether it is so in any process; they must stop after the same step."""
-    if accelerator.num_processes == 1:
-        return here
-    flag = torch.tensor(float(here), device=accelerator.device)
-    return accelerator.reduce(flag, reduction="sum").item() > 0  # type: ignore[union-attr]
-
-
-@contextlib.contextmanager
-def _together(accelerator: Accelerator) -> Iterator[None]:
-    """Where one process refuses to start, all end, each with one line."""
-    refusal = None
-    try:
-        yield
-    except UserError as error:
-        refusal = error
-    anywhere = _any(accelerator, refusal is not None)
-    if refusal is not None:
-        raise refusal
-    if anywhere:
-        raise UserError("another process of this run refused to start; its own line says why")
 
 
 def _end_epoch(
@@ -366,10 +340,12 @@ def _land_on_budget(
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: `validate`'s figures, and how the thresholds met the budget, if any."""
+    """How a run ended: `validate`'s figures, and how the thresholds met the budget, if any; of the
+    moving average too where one is kept."""
 
     validation: dict[str, Any]
     fit: Fit | None
+    average: Result | None = None
 
 
 def _start(
@@ -461,7 +437,7 @@ def finetune(
         selector=selector,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
-        with _together(accelerator):
+        with together(accelerator):
             if main:
                 stack.enter_context(_claimed(output, force or resume))
             if main and recipe.ema:
@@ -482,9 +458,10 @@ def finetune(
                 _save(path, network, source, recipe, identity, Result(figures, fit))
             return Result(figures, fit)
 
+        averaged = None
         if (average := trainer.averaged()) is not None:
-            finish(average_path(output), average, " of the average")
-        result = finish(output, model, "")
+            averaged = finish(average_path(output), average, " of the average")
+        result = replace(finish(output, model, ""), average=averaged)
         if main:
             state_path(output).unlink(missing_ok=True)
     accelerator.wait_for_everyone()

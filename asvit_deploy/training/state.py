@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic
+from asvit_deploy.files import write_bytes
 
 if TYPE_CHECKING:
     from asvit_deploy.training.trainer import Trainer
@@ -23,7 +24,7 @@ def save_state(path: Path, step: int, trainer: Trainer, recipe: dict[str, Any]) 
     """Replace the state by that after `step` steps.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the disk is full.
     """
     content = {
         "step": step,
@@ -34,8 +35,10 @@ def save_state(path: Path, step: int, trainer: Trainer, recipe: dict[str, Any]) 
         "rng": torch.get_rng_state(),
         "recipe": recipe,
     }
-    with atomic(path) as temporary:
-        torch.save(content, temporary)
+    # By way of memory: where the disk is full, torch's own writer hides what the system said.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getbuffer())
 
 
 def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:

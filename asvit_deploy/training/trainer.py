@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -17,6 +17,7 @@ from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
 from asvit_deploy.training.data import Batch
 from asvit_deploy.training.losses import Outputs, Weights, flops_weight, relative_macs, total_loss
+from asvit_deploy.training.processes import accelerator_for
 from asvit_deploy.training.recipe import Amp, Recipe, rate
 
 # The paper's rate, 2e-5, moves a threshold of 0.002 by one per cent a step. Thresholds keep that
@@ -26,6 +27,9 @@ _THRESHOLD_PACE = 0.01
 # Far below any that matters; a checkpoint with a threshold of zero would be refused.
 MIN_THRESHOLD = 1e-9
 _INITIAL_TOKENS = 196  # at which the paper's initial thresholds are meant
+# Under fp16 an infinite gradient costs a step and halves the loss's scale, from 65536 on. Gradients
+# that are still infinite below this scale are not a matter of the scale.
+_LEAST_SCALE = 1.0
 _AMP_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -134,26 +138,6 @@ def autocast(device: torch.device, amp: Amp) -> torch.autocast:
     return torch.autocast(device.type, _AMP_TYPES[amp], enabled=amp != "no")
 
 
-def accelerator_for(amp: Amp) -> Accelerator:
-    """This process's place among those of `accelerate launch` or `torchrun`, and its device.
-
-    Raises:
-        UserError: the device cannot compute in that precision, or the processes would each hold a
-            part of the network.
-    """
-    # Precision is the recipe's affair: part of what decides a result, and of a run's identity.
-    accelerator = Accelerator(mixed_precision="no")
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise UserError(
-            f"finetune keeps the whole network in every process, which {kind.value} does not; "
-            "start it with torchrun, or with `accelerate launch --multi_gpu`"
-        )
-    if amp == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--amp fp16 needs a GPU; use --amp bf16 on a CPU")
-    return accelerator
-
-
 class Trainer:
     """A network in training, its teacher where there is one, and the optimiser.
 
@@ -254,8 +238,10 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self._weights(), self.recipe.clip or math.inf)
         slopes = [t.grad.abs() for t in self._logarithms if t.grad is not None]
         told = self.mean(loss.detach()).item()
-        if not self.scaler.is_enabled():  # it meets infinite gradients by a smaller scale
+        if not self.scaler.is_enabled():
             told += 0 * (norm.item() + sum(slope.item() for slope in slopes))
+        elif self.scaler.get_scale() < _LEAST_SCALE:
+            told = math.nan
         if not math.isfinite(told):
             first = number * self.recipe.batch_size
             raise UserError(

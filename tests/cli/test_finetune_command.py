@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import Result, refused
 from PIL import Image
 
 from asvit_deploy import artifact
+from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from asvit_deploy.models.registry import arch
+from asvit_deploy.training import state
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.state import state_path
 
@@ -149,6 +152,51 @@ def test_memory_that_runs_out_is_one_line_and_keeps_what_was_there(data, tmp_pat
     assert (state.read_text(), log.read_text()) == ("an older state", "an older log")
 
 
+# --- a disk that is full ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kilobytes", "left"),
+    [(1000, log_path(OUTPUT)), (0, None)],
+    ids=["no room for the state", "no room for the log"],
+)
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(data, tmp_path, kilobytes, left):
+    """A limit on the file size fails in mid-write, as a full disk does."""
+    options = ["--data", data, *SCRATCH, "-o", OUTPUT, "--batch-size", 2, "--steps", 3,
+               "--save-every", 1, "--log-every", 1]  # fmt: skip
+    line = [sys.executable, "-m", "asvit_deploy", "finetune", *map(str, options)]
+    limit = (kilobytes << 10, kilobytes << 10)
+    done = subprocess.run(
+        line, cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )  # fmt: skip
+    where = state_path(OUTPUT) if left else log_path(OUTPUT)
+    refused(Result(done.returncode, done.stdout, done.stderr),
+            f"cannot write {where}: File too large; free space")  # fmt: skip
+    assert files(tmp_path) == {"data", *([left.name] if left else [])}
+
+
+def test_a_disk_that_fills_up_costs_the_steps_since_the_last_state(cli, data, monkeypatch):
+    options = ["finetune", "--data", data, *SCRATCH, "-o", OUTPUT, "--batch-size", 2]
+    options += ["--steps", 4, "--save-every", 1, "--log-every", 1]
+    whole, saved = state.write_bytes, []
+
+    def filling(path, content):
+        if len(saved) == 2:
+            raise UserError(f"cannot write {path}: No space left on device; free space")
+        saved.append(path)
+        whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "write_bytes", filling)
+        refused(cli(*options), "No space left on device")
+    assert torch.load(state_path(OUTPUT), weights_only=True)["step"] == 2
+    result = cli(*options, "--resume")
+    assert result.code == 0, result.err
+    events = [json.loads(line) for line in log_path(OUTPUT).read_text().splitlines()]
+    assert [event["step"] for event in events if "loss" in event] == [1, 2, 3, 4]
+
+
 # --- resumed with other data --------------------------------------------------------------------
 
 
@@ -245,10 +293,11 @@ def test_a_missed_budget_is_told(cli, data, dense):
     save_checkpoint(Path("even.safetensors"), model, {})
     result = cli(
         "finetune", "--data", data, "--pretrained", "even.safetensors", *SHORT, "--lr", "1e-20",
-        "--min-lr", 0,
+        "--min-lr", 0, "--ema", 0.5,
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert "missed the budget by" in result.err
+    assert "\nmissed the budget by" in result.err
+    assert "\nits moving average: missed the budget by" in result.err
     fit = artifact.read(OUTPUT)["budget_fit"]
     assert fit["missed"]
     assert abs(fit["after"] / 0.65 - 1) > 0.01

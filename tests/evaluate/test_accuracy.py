@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluate.accuracy import label_map, score, summarise, wilson
+from asvit_deploy.evaluate.accuracy import joined, label_map, score, summarise, wilson
 from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.runners.base import Prediction
@@ -71,8 +71,22 @@ def test_a_dense_model_has_no_stages(mini, photos, guesses):
 
 
 def test_no_pictures_are_refused(mini):
+    nothing = score(TorchRunner(mini), [], mini.config)
+    assert nothing.rank.shape == nothing.macs.shape == (0,)
     with pytest.raises(UserError, match="no picture"):
-        score(TorchRunner(mini), [], mini.config)
+        joined([nothing, nothing])
+
+
+def test_shares_join_to_the_whole(mini, photos):
+    labels = np.arange(len(photos)) % 10
+    whole = score(TorchRunner(mini), labelled(photos, labels, 1), mini.config)
+    shares = [score(TorchRunner(mini), labelled(photos[r::2], labels[r::2], 1), mini.config)
+              for r in (0, 1)]  # fmt: skip
+    empty = score(TorchRunner(mini), [], mini.config)
+    both = joined([shares[0], empty, shares[1]])
+    order = np.r_[0 : len(photos) : 2, 1 : len(photos) : 2]
+    for name in ("rank", "kept", "macs"):
+        assert np.array_equal(getattr(both, name), getattr(whole, name)[order]), name
 
 
 def test_wilson_reproduces_known_intervals():

@@ -62,7 +62,9 @@ def test_two_processes_have_the_losses_of_one(dense, tmp_path):
     for processes, output in enumerate(outputs, 1):
         told = run(processes, *options, "-o", output)[1]
         assert output.exists(), told
-        assert told.count("of the dense MACs on") == 1, told  # one of them talks
+        # One process talks, of both networks.
+        assert told.count("\nits moving average: ") == 2, told
+        assert told.count("of the dense MACs on") == 2, told
     one, two = ([e for e in events(output) if "loss" in e] for output in outputs)
     assert [e["step"] for e in one] == [e["step"] for e in two] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(one, two):
@@ -96,6 +98,27 @@ def test_two_processes_stop_together_and_know_their_run(dense, tmp_path):
     assert not output.exists()
     told = run(2, *options, "--resume", "--steps", state["step"])[1]
     assert f"with steps 4000, not {state['step']}" in told
+
+
+@pytest.mark.parametrize("limit", [1, 41], ids=["fewer pictures than processes", "odd shares"])
+def test_two_processes_evaluate_what_one_does(tmp_path, limit):
+    line = ["-m", "asvit_deploy", "evaluate", "default", "--data", "digits", "--limit", str(limit),
+            "--batch-size", "8", "--json"]  # fmt: skip
+    reports = []
+    for number, launcher in enumerate(([sys.executable], TORCHRUN), 1):
+        output = tmp_path / f"{number}.json"
+        done = subprocess.run(
+            [*launcher, *line, "-o", str(output)], env=environment(), capture_output=True,
+            text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)  # one report, of one process
+        assert report == json.loads(output.read_text())
+        assert report["processes"] == number
+        assert "process group" not in done.stderr, done.stderr
+        reports.append(report["rows"])
+    assert reports[0] == reports[1]
+    assert reports[0][0]["images"] == limit
 
 
 def test_all_processes_end_where_one_refuses(dense, tmp_path):

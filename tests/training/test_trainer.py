@@ -21,10 +21,11 @@ from asvit_deploy.training.data import Batch, open_source
 from asvit_deploy.training.finetune import average_path, finetune
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.losses import flops_loss
+from asvit_deploy.training.processes import accelerator_for
 from asvit_deploy.training.recipe import Recipe, Running
 from asvit_deploy.training.selection import static_top_k
 from asvit_deploy.training.state import state_path
-from asvit_deploy.training.trainer import Trainer, accelerator_for, adaptive_start, load_teacher
+from asvit_deploy.training.trainer import Trainer, adaptive_start, load_teacher
 
 MINI = arch("as_deit_mini")
 needs_digits = pytest.mark.skipif(
@@ -147,6 +148,20 @@ def test_half_precision_of_a_gpu_is_refused_on_a_cpu():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="--amp fp16 needs a GPU; use --amp bf16"):
         accelerator_for("fp16")
+
+
+def test_fp16_ends_where_no_scale_makes_gradients_finite():
+    model, teacher = networks()
+    recipe = Recipe(steps=99, budget=0.5, amp="fp16")
+    trainer = Trainer(model, teacher, recipe, accelerator=accelerator_for())
+    for block in model.blocks:  # the loss stays finite, its slope does not
+        block.norm1.weight.register_hook(lambda slope: slope * torch.inf)
+    before = model.head.weight.clone()
+    for step in range(17):  # each halves the scale
+        trainer.step(step, a_batch())
+    with pytest.raises(UserError, match="diverged at step 17, on pictures "):
+        trainer.step(17, a_batch())
+    assert torch.equal(model.head.weight, before)
 
 
 # --- start --------------------------------------------------------------------------------------
