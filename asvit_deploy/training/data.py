@@ -11,40 +11,22 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.images import load_picture, pictures_in, preprocess, thinned
-from asvit_deploy.models.registry import ArchConfig, Preprocessing
-from asvit_deploy.training.augment import (
-    NO_AUGMENTATION,
-    Augmentation,
-    erased,
-    mixed,
-    randaugmented,
-)
+from asvit_deploy.images import preprocess, thinned
+from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.training.augment import NO_AUGMENTATION, Augmentation
+from asvit_deploy.training.batches import Batch, Share, Threads, normalise
 from asvit_deploy.training.digits import CANVAS, CLASSES, ClutteredDigits
+from asvit_deploy.training.folders import FolderPictures, Pictures
 from asvit_deploy.training.shards import ShardOrder, ShardPictures, shards_in
-
-_T = TypeVar("_T")
-
-
-class Batch(NamedTuple):
-    """Pictures and what they show."""
-
-    images: Tensor  # float32 [B, 3, H, W], normalised
-    labels: Tensor  # int64 [B]; float32 [B, C], probabilities, where pictures were mixed
-    skipped: tuple[str, ...] = ()  # unreadable pictures that others stood in for
-
 
 DIGITS_EPOCH = 50_000  # placements; the stream itself has no end
 _BICUBIC = Image.Resampling.BICUBIC
@@ -94,78 +76,6 @@ class Source(Protocol):
         ...
 
 
-def normalise(pixels: np.ndarray, rules: Preprocessing) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32, (pixel / 255 - mean) / std."""
-    return _standardised(torch.from_numpy(pixels).float() / 255, rules)
-
-
-def _standardised(images: Tensor, rules: Preprocessing) -> Tensor:
-    mean = torch.tensor(rules.mean).view(3, 1, 1)
-    std = torch.tensor(rules.std).view(3, 1, 1)
-    return (images - mean) / std
-
-
-@dataclass(frozen=True)
-class _Share:
-    """Part of one training batch: which pictures, and where they come from."""
-
-    step: int
-    size: int
-    part: range
-    augmentation: Augmentation
-
-    @staticmethod
-    def of(step: int, size: int, part: range | None, augmentation: Augmentation) -> _Share:
-        part = range(size) if part is None else part
-        augmentation.check_part(size, part)
-        return _Share(step, size, part, augmentation)
-
-    @property
-    def numbers(self) -> list[int]:
-        """Each picture's own number in the run, which seeds what happens to it."""
-        return [self.step * self.size + number for number in self.part]
-
-    @property
-    def positions(self) -> list[int]:
-        """Each picture's place in the endless order; copies of a picture share one."""
-        return [self.augmentation.position(self.step, self.size, n) for n in self.part]
-
-    def finished(
-        self, pixels: np.ndarray, labels: Tensor, config: ArchConfig, classes: int, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        """From uint8 pixels [B, 3, H, W] to a network's input, augmented."""
-        rules, augmentation = config.preprocessing, self.augmentation
-        images = torch.from_numpy(pixels).float() / 255
-        if augmentation.randaugment:
-            images = randaugmented(images, augmentation.randaugment, seed, self.numbers)
-        images = _standardised(images, rules)
-        if augmentation.erase:
-            images = erased(images, augmentation.erase, seed, self.numbers)
-        if augmentation.mixes:
-            return mixed(images, labels, classes, augmentation, seed, self.step, self.part)
-        return images, labels
-
-
-class _Threads:
-    """Threads that decode, made at first use in each process: no fork or pickle carries them."""
-
-    def __init__(self) -> None:
-        self._made: tuple[int, ThreadPoolExecutor | None] = (-1, None)
-
-    def map(self, work: Callable[..., _T], *arguments: Iterable[Any]) -> list[_T]:
-        """All the results, in order."""
-        process, pool = self._made
-        if pool is None or process != os.getpid():
-            # One of many worker processes has a core to itself at best.
-            count = 1 if get_worker_info() else min(os.cpu_count() or 1, 8)
-            pool = ThreadPoolExecutor(count)
-            self._made = (os.getpid(), pool)
-        return list(pool.map(work, *arguments))
-
-    def __reduce__(self) -> tuple[type[_Threads], tuple[()]]:
-        return _Threads, ()
-
-
 # --- digits -------------------------------------------------------------------------------------
 
 
@@ -187,7 +97,7 @@ class DigitsSource:
         self._train, self._test = ClutteredDigits("train", seed), ClutteredDigits("test", seed)
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
-        share = _Share.of(step, size, part, self._augmentation)
+        share = Share.of(step, size, part, self._augmentation)
         placed = self._train.batch(np.array(share.positions))
         labels = torch.from_numpy(placed.labels)
         classes = len(self.classes)
@@ -211,64 +121,6 @@ class DigitsSource:
 # --- pictures -----------------------------------------------------------------------------------
 
 
-class Pictures(Protocol):
-    """Labelled pictures by number, wherever they lie."""
-
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    @property
-    def names(self) -> Iterable[str]:
-        """What makes them these pictures, relative to their folder."""
-        ...
-
-    def label(self, number: int) -> int: ...
-
-    def load(self, number: int) -> Image.Image:
-        """Raises UserError where it cannot be read."""
-        ...
-
-    def name(self, number: int) -> str:
-        """How messages call a picture."""
-        ...
-
-
-class FolderPictures:
-    """Pictures in one subfolder per class.
-
-    Raises:
-        UserError: no such folder, fewer than two classes, a class without pictures, or one whose
-            pictures lie in folders of their own.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.classes, self._entries = _pictures_by_class(folder)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @property
-    def names(self) -> Iterable[str]:
-        return (path.relative_to(self._folder).as_posix() for path, _ in self._entries)
-
-    def label(self, number: int) -> int:
-        return self._entries[number][1]
-
-    def load(self, number: int) -> Image.Image:
-        path = self._entries[number][0]
-        try:
-            return load_picture(path)
-        except OSError as error:  # such as a folder that was closed meanwhile
-            raise UserError(
-                f"cannot read {path}: {error.strerror}; check its permissions"
-            ) from error
-
-    def name(self, number: int) -> str:
-        return str(self._entries[number][0])
-
-
 class LabelledPictures:
     """Pictures in the arch's own preprocessing, for evaluation.
 
@@ -278,7 +130,7 @@ class LabelledPictures:
 
     def __init__(self, pictures: Pictures, config: ArchConfig, skip: bool = False) -> None:
         self.classes, self._skip = pictures.classes, skip
-        self._pictures, self._config, self._threads = pictures, config, _Threads()
+        self._pictures, self._config, self._threads = pictures, config, Threads()
 
     def image(self, number: int) -> np.ndarray:
         """float32 [3, H, W]."""
@@ -353,12 +205,12 @@ class PictureSource:
             "classes": _fingerprint(self.classes),
             "pictures": _fingerprint(train.names),
         }
-        self._train, self._order, self._threads = train, order, _Threads()
+        self._train, self._order, self._threads = train, order, Threads()
         self._held_out = None if held_out is None else LabelledPictures(held_out, config, True)
         self._config, self._seed, self._augmentation = config, seed, augmentation
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
-        share = _Share.of(step, size, part, self._augmentation)
+        share = Share.of(step, size, part, self._augmentation)
         found = self._threads.map(self._cropped, share.positions, share.numbers)
         pixels, labels, skipped = zip(*found)
         images, targets = share.finished(
@@ -455,40 +307,6 @@ def _fingerprint(names: Iterable[str]) -> str:
     # A file name may hold bytes that are no text; no name holds a zero.
     digest = hashlib.sha256("\0".join(listed).encode(errors="surrogateescape"))
     return f"{len(listed)} (sha256 {digest.hexdigest()[:12]})"
-
-
-def _pictures_by_class(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name the folder of class folders or of shards")
-    if not folder.is_dir():
-        raise UserError(f"the data folder {folder} does not exist; pass a folder, or `digits`")
-    try:
-        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-        if len(classes) < 2:
-            raise UserError(
-                f"{folder} holds {len(classes)} class folders; put the pictures of each class in a "
-                "folder of its own, at least two"
-            )
-        entries = []
-        for label, name in enumerate(classes):
-            paths = pictures_in(folder / name)
-            if not any(path.parent == folder / name for path in paths):
-                _refuse_class(folder / name)
-            entries += [(path, label) for path in paths]
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
-    return classes, entries
-
-
-def _refuse_class(folder: Path) -> NoReturn:
-    """A class folder without a picture of its own: empty, or a level too many."""
-    inner = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-    if inner:
-        raise UserError(
-            f"the class folder {folder} holds only folders, such as {inner[0]}; put its pictures "
-            "into it directly, or name the folder that holds the class folders"
-        )
-    raise UserError(f"the class folder {folder} holds no picture; add some")
 
 
 def random_crop(

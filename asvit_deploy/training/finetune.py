@@ -34,8 +34,9 @@ from asvit_deploy.files import check_writable
 from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
+from asvit_deploy.training.batches import Batch
 from asvit_deploy.training.budget import Fit, check_budget, fit_thresholds, trace_macs
-from asvit_deploy.training.data import Batch, Source
+from asvit_deploy.training.data import Source
 from asvit_deploy.training.log import Log, log_path
 from asvit_deploy.training.processes import accelerator_for, anywhere, together
 from asvit_deploy.training.recipe import (

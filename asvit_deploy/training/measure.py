@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.training.batches import normalise
 from asvit_deploy.training.budget import trace_macs
-from asvit_deploy.training.data import normalise
 from asvit_deploy.training.digits import ClutteredDigits
 from asvit_deploy.training.selection import forward_selected, random_k
 

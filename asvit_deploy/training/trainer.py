@@ -15,7 +15,7 @@ from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import Checkpoint, build_model
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
-from asvit_deploy.training.data import Batch
+from asvit_deploy.training.batches import Batch
 from asvit_deploy.training.losses import Outputs, Weights, flops_weight, relative_macs, total_loss
 from asvit_deploy.training.processes import accelerator_for
 from asvit_deploy.training.recipe import Amp, Recipe, rate

@@ -16,6 +16,7 @@ from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_ch
 from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs, unavoidable_macs
 from asvit_deploy.models.registry import arch
 from asvit_deploy.training import calibrate as module
+from asvit_deploy.training.batches import normalise
 from asvit_deploy.training.calibrate import (
     agreement,
     calibrate,
@@ -24,7 +25,6 @@ from asvit_deploy.training.calibrate import (
     planned_lengths,
     with_thresholds,
 )
-from asvit_deploy.training.data import normalise
 from asvit_deploy.training.digits import ClutteredDigits
 
 MINI = arch("as_deit_mini")

@@ -23,8 +23,8 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.images import load_picture, preprocess
 from asvit_deploy.models.registry import arch
 from asvit_deploy.training.augment import Augmentation
+from asvit_deploy.training.batches import Batch
 from asvit_deploy.training.data import (
-    Batch,
     FolderSource,
     Source,
     _Shuffled,

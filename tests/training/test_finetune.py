@@ -20,8 +20,9 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from asvit_deploy.models.registry import arch
+from asvit_deploy.training.batches import Batch
 from asvit_deploy.training.budget import fit_thresholds
-from asvit_deploy.training.data import Batch, FolderSource
+from asvit_deploy.training.data import FolderSource
 from asvit_deploy.training.finetune import average_path, finetune
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.recipe import Recipe, Running, rate

@@ -22,7 +22,8 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models.checkpoint import load_checkpoint
 from asvit_deploy.models.registry import arch
 from asvit_deploy.training.augment import Augmentation
-from asvit_deploy.training.data import FolderPictures, open_labelled, open_source
+from asvit_deploy.training.data import open_labelled, open_source
+from asvit_deploy.training.folders import FolderPictures
 from asvit_deploy.training.shards import GROUP, ShardOrder, ShardPictures, _mapped
 
 TWO = arch("as_deit_mini").at(num_classes=2)

@@ -17,7 +17,8 @@ from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
 from asvit_deploy.models.registry import ArchConfig, arch
 from asvit_deploy.models.vit import AdaptiveViT
-from asvit_deploy.training.data import Batch, open_source
+from asvit_deploy.training.batches import Batch
+from asvit_deploy.training.data import open_source
 from asvit_deploy.training.finetune import average_path, finetune
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.losses import flops_loss
