@@ -71,8 +71,13 @@ def provenance(libraries: Iterable[str] = ("torch", "onnx", "onnxscript")) -> di
         "tool": f"asvit-deploy {__version__}",
         "libraries": versions,
         "python": platform.python_version(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
     }
+
+
+def _program(path: Path) -> str:
+    """What was called; `python -m asvit_deploy` has the name of a file that says nothing."""
+    return "asvit-deploy" if path.name == "__main__.py" else path.name
 
 
 def source_of(path: Path, **more: Any) -> dict[str, Any]:

@@ -30,7 +30,8 @@ def _no_folder(path: Path) -> UserError:
     return UserError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
 
 
-def _unwritten(path: Path, error: OSError) -> UserError:
+def unwritten(path: Path, error: OSError) -> UserError:
+    """What the system said when `path` was written, in one line."""
     mend = "; free space, then run it again" * (error.errno in FULL)
     return UserError(f"cannot write {path}: {error.strerror or error}{mend}")
 
@@ -151,7 +152,7 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
             os.replace(temporary[current], current)
             _changed_by_us(current.parent)
     except OSError as error:
-        raise _unwritten(current, error) from error
+        raise unwritten(current, error) from error
     finally:
         for leftover in temporary.values():
             with contextlib.suppress(OSError):
@@ -190,7 +191,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 old.rename(path)
             raise
     except OSError as error:
-        raise _unwritten(path, error) from error
+        raise unwritten(path, error) from error
     finally:
         for leftover in (temporary, old) if path.exists() else (temporary,):
             with contextlib.suppress(OSError):

@@ -14,6 +14,8 @@ from asvit_deploy.cli import options
 from asvit_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from asvit_deploy.evaluate.accuracy import Scored
     from asvit_deploy.models.registry import ArchConfig
     from asvit_deploy.models.vit import BatchRule
@@ -76,7 +78,7 @@ def command(
     runner, config, classes = _open(model, batch_rule, dense, library, place.device)
     rows = []
     for size in batches:
-        labelled = _batches(data, config, classes, size, limit, place)
+        labelled = _batches(model, data, config, classes, size, limit, place)
         scored = joined(place.gathered(score(runner, labelled, config)))
         rows.append({"batch_size": size, **summarise(scored, config)})
     if place.rank:
@@ -97,6 +99,7 @@ class _Place:
     rank: int
     world: int
     device: str
+    accelerator: Accelerator | None = None
 
     @staticmethod
     def here() -> _Place:
@@ -114,15 +117,18 @@ class _Place:
                 'several processes need accelerate; pip install "asvit-deploy[train]"'
             ) from error
         found = accelerator_for()
-        return _Place(found.process_index, found.num_processes, str(found.device))
+        return _Place(found.process_index, found.num_processes, str(found.device), found)
 
     def gathered(self, scored: Scored) -> list[Scored]:
         """The rows of every process, in each of them."""
-        if self.world == 1:
+        if self.accelerator is None:
             return [scored]
         from accelerate.utils import gather_object
 
-        return gather_object([scored])
+        from asvit_deploy.training.processes import lost_peers
+
+        with lost_peers(self.accelerator):
+            return gather_object([scored])
 
 
 def _open(
@@ -147,8 +153,8 @@ def _open(
 
 
 def _batches(
-    data: str, config: ArchConfig, classes: list[str] | None, size: int, limit: int | None,
-    place: _Place,
+    model: Path, data: str, config: ArchConfig, classes: list[str] | None, size: int,
+    limit: int | None, place: _Place,
 ) -> Any:  # fmt: skip
     """Batches of NumPy arrays with the model's own class numbers, under a progress bar."""
     from tqdm import tqdm
@@ -157,7 +163,10 @@ def _batches(
     from asvit_deploy.training.data import open_labelled
 
     source = open_labelled(data, config)
-    numbers = label_map(source.classes, classes, config.num_classes)
+    try:
+        numbers = label_map(source.classes, classes, config.num_classes)
+    except UserError as error:
+        raise UserError(f"{model} cannot be evaluated on {data}: {error}") from error
     shared = source.validation(size, limit, place.rank, place.world)
     bar = tqdm(shared, desc=f"evaluate, batch {size}", disable=True if place.rank else None,
                leave=False, unit="batch")  # fmt: skip

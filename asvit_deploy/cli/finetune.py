@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -77,7 +78,9 @@ def _numbers(kind: type, context: click.Context, parameter: click.Parameter, tex
 @click.option("--save-every", type=click.IntRange(1), default=200, help="Steps between states.")
 @click.option("--log-every", type=click.IntRange(1), default=20, help="Steps between log lines.")
 @click.option("--validation-limit", type=click.IntRange(1), help="Validate on so many pictures.")
-@click.option("--workers", type=click.IntRange(0), default=0, help="Processes that make batches.")
+@click.option(
+    "--workers", type=click.IntRange(0, 1024), default=0, help="Processes that make batches."
+)
 @click.option(
     "--skip-limit", type=click.IntRange(0), default=0, help="Unreadable pictures to pass over.",
 )  # fmt: skip
@@ -121,6 +124,7 @@ def command(
     from asvit_deploy.models.checkpoint import load_checkpoint
     from asvit_deploy.models.registry import arch
     from asvit_deploy.training.data import open_source
+    from asvit_deploy.training.log import log_path
     from asvit_deploy.training.presets import check_options, read_recipe, recipe_for
     from asvit_deploy.training.recipe import Running
     from asvit_deploy.training.state import state_path
@@ -151,8 +155,12 @@ def command(
     config = checkpoint.config if checkpoint else arch(arch_name or "").at(image_size)
     config = config.with_stages(stages) if stages else config
     target = output or Path(f"{config.name}{'_dense' if dense else ''}.safetensors")
-    check_target(target, "checkpoint", force or resume, pretrained, teacher)
-    state = state_path(target)
+    inputs = [path for path in (pretrained, teacher, recipe_file) if path]
+    check_target(target, "checkpoint", force or resume, *inputs)
+    state, log = state_path(target), log_path(target)
+    for path, given_path in itertools.product((state, log), inputs):
+        if path.exists() and path.samefile(given_path):
+            raise UserError(f"a run for {target} would write {path}, its own input; name another")
     if state.exists() and not (resume or force):
         raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")
     # Twice: what a batch holds is the recipe's affair, and how long an epoch is the data's.
@@ -179,6 +187,11 @@ def command(
         )
     except Interrupted as stopped:
         say(str(stopped))
+        click.get_current_context().exit(130)
+    except KeyboardInterrupt:  # a second one, which does not wait for the step's end
+        if not state.exists():
+            raise
+        say(f"interrupted; {state} holds the last state that was saved, go on with --resume")
         click.get_current_context().exit(130)
     if result.average:
         _tell(result.average, "its moving average: ", say)

@@ -128,7 +128,10 @@ def label_map(theirs: Sequence[str], ours: Sequence[str] | None, count: int) -> 
         return np.arange(count)
     if ours and len(theirs) == count:
         odd = next(name for name in theirs if name not in ours)
-        raise UserError(f"the data has a class {odd!r} that the model does not know")
+        raise UserError(
+            f"the data has a class {odd!r} that the model does not know; name its folder as the "
+            "model does"
+        )
     raise UserError(
         f"the data has {len(theirs)} classes and the model {count}; give a folder with the "
         "model's classes, all of them or by their names"

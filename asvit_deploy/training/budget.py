@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ def check_budget(config: ArchConfig, budget: float) -> None:
     if not least < budget < most:
         raise UserError(
             f"budget {budget:g} is out of reach for {config.name} at {config.image_size} px; "
-            f"choose one between {least:.3f} and {most:.3f}"
+            f"choose one between {math.ceil(least * 1000) / 1000:.3f} and {min(most, 1):.3f}"
         )
 
 

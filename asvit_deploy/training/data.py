@@ -17,7 +17,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.images import preprocess, thinned
@@ -56,8 +55,8 @@ class Source(Protocol):
         """
         ...
 
-    def fitting(self, count: int, after: int) -> Tensor:
-        """At most `count` training pictures, float32 [P, 3, H, W], as evaluation would see them.
+    def fitting(self, count: int, after: int) -> Batch:
+        """At most `count` training pictures as evaluation would see them.
 
         Args:
             after: pictures trained on so far; those that come next are taken.
@@ -103,10 +102,11 @@ class DigitsSource:
         classes = len(self.classes)
         return Batch(*share.finished(placed.images, labels, self._config, classes, self._seed))
 
-    def fitting(self, count: int, after: int) -> Tensor:
+    def fitting(self, count: int, after: int) -> Batch:
         start = math.ceil(after / count) * count
         placed = self._train.batch(np.arange(start, start + count))
-        return normalise(placed.images, self._config.preprocessing)
+        images = normalise(placed.images, self._config.preprocessing)
+        return Batch(images, torch.from_numpy(placed.labels))
 
     def validation(
         self, size: int, limit: int | None = None, rank: int = 0, world: int = 1
@@ -242,16 +242,19 @@ class PictureSource:
             picture = ImageOps.mirror(picture)
         return np.asarray(picture).transpose(2, 0, 1), label, skipped
 
-    def fitting(self, count: int, after: int) -> Tensor:
+    def fitting(self, count: int, after: int) -> Batch:
         count = min(count, self.epoch)
         epoch, place = divmod(after, self.epoch)
         # Within one epoch, so that no picture counts twice.
         start = after if place + count <= self.epoch else (epoch + 1) * self.epoch
 
-        def image(position: int) -> np.ndarray:
-            return preprocess(self._readable(position)[0], self._config)
+        def seen(position: int) -> tuple[np.ndarray, int, list[str]]:
+            picture, label, skipped = self._readable(position)
+            return preprocess(picture, self._config), label, skipped
 
-        return torch.from_numpy(np.stack(self._threads.map(image, range(start, start + count))))
+        images, labels, skipped = zip(*self._threads.map(seen, range(start, start + count)))
+        unread = tuple(sorted(set().union(*skipped)))
+        return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels), unread)
 
     def validation(
         self, size: int, limit: int | None = None, rank: int = 0, world: int = 1
@@ -342,6 +345,8 @@ def open_source(
     Raises:
         UserError: see `DigitsSource`, `FolderSource` and `ShardSource`.
     """
+    if not data:
+        raise UserError("--data is empty; pass a folder, or `digits`")
     if _is_digits(data):
         return DigitsSource(config, seed, augmentation)
     folder = Path(data)

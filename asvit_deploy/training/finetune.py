@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from asvit_deploy.artifact import check_target, provenance
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import check_writable
 from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
@@ -38,7 +37,13 @@ from asvit_deploy.training.batches import Batch
 from asvit_deploy.training.budget import Fit, check_budget, fit_thresholds, trace_macs
 from asvit_deploy.training.data import Source
 from asvit_deploy.training.log import Log, log_path
-from asvit_deploy.training.processes import accelerator_for, anywhere, together
+from asvit_deploy.training.processes import (
+    accelerator_for,
+    in_all,
+    lost_peers,
+    together,
+    total,
+)
 from asvit_deploy.training.recipe import (
     DEFAULT_RUNNING,
     Recipe,
@@ -117,7 +122,7 @@ def _batches(
     if workers:
         loader: DataLoader[Batch | UserError] = DataLoader(
             numbered, batch_size=None, sampler=steps, num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available(), worker_init_fn=_stops_are_the_runs,
         )  # fmt: skip
         for step, batch in zip(steps, loader):
             yield step, _sound(batch)
@@ -129,6 +134,30 @@ def _batches(
             if step + 1 < recipe.steps:
                 ahead = worker.submit(numbered.__getitem__, step + 1)
             yield step, batch
+
+
+def _stops_are_the_runs(worker: int) -> None:
+    """A signal to the whole group must not end worker processes before the run has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _worker_failures() -> Iterator[None]:
+    """Turn the death of a worker process, such as for want of memory, into one line.
+
+    Raises:
+        UserError: one died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a process of --workers was killed, perhaps for want of memory; go on with --resume, "
+            "with fewer --workers if need be"
+        ) from error
 
 
 def _sound(batch: Batch | UserError) -> Batch:
@@ -154,22 +183,24 @@ def _share(accelerator: Accelerator, recipe: Recipe) -> range:
 
 
 @dataclass
-class _Skipped:
-    """Pictures that this process could not read since it started, and how many may be."""
+class Skipped:
+    """Pictures that this process could not read since it started, and how many may be so in all."""
 
+    accelerator: Accelerator
     limit: int
     names: set[str] = field(default_factory=set)
 
-    @property
-    def over(self) -> bool:
-        return len(self.names) > self.limit
+    def everywhere(self) -> set[str]:
+        """Those of all processes."""
+        return in_all(self.accelerator, self.names)
 
     def check(self) -> None:
-        """Raises UserError once there are more than the limit."""
-        if self.over:
+        """Raises UserError, in all processes, once there are more than the limit."""
+        names = self.everywhere()
+        if len(names) > self.limit:
             raise UserError(
-                f"cannot read {min(self.names)}, which makes {len(self.names)} where "
-                f"--skip-limit allows {self.limit}; mend or remove it, or raise the limit"
+                f"cannot read {min(names)}, which makes {len(names)} where "
+                f"--skip-limit allows {self.limit}; mend it, or raise the limit"
             )
 
 
@@ -201,13 +232,18 @@ def train(
     source: Source,
     output: Path,
     identity: dict[str, Any],
+    skipped: Skipped,
     resume: bool = False,
     running: Running = DEFAULT_RUNNING,
     force: bool = False,
 ) -> Log:
     """Run all the steps, from the start or from the saved state.
 
+    Nothing is trained on a batch with more unreadable pictures than may be, nor once a stop is
+    asked for: the state that is left goes on with that very batch.
+
     Args:
+        skipped: gets the names of pictures that could not be read.
         identity: what else decides the result (data, starting weights); a state that was saved
             under another identity is refused.
         force: replace a log that is there and not this run's own.
@@ -218,7 +254,7 @@ def train(
             among the processes, there is nothing to resume, or the log would replace another file.
     """
     recipe, state, accelerator = trainer.recipe, state_path(output), trainer.accelerator
-    part, skipped, means = _share(accelerator, recipe), _Skipped(running.skip_limit), _Means()
+    part, means, saved = _share(accelerator, recipe), _Means(), -1
     # Data first: with other pictures the number of steps may differ too, which says less.
     known = {**identity, **asdict(recipe)}
     main = accelerator.is_main_process
@@ -228,18 +264,28 @@ def train(
     started, size = time.monotonic(), recipe.batch_size
 
     def save(step: int) -> None:
-        if main:
+        nonlocal saved
+        if main and step != saved:
             save_state(state, step, trainer, known)
+        saved = step
 
     with (
+        _worker_failures(),
         _stop_signals() as signals,
         tqdm(total=recipe.steps * size, initial=first * size, unit="img", file=sys.stderr,
              mininterval=1.0, disable=not main) as bar,
     ):  # fmt: skip
         for step, batch in _batches(source, first, recipe, part, running.workers):
             skipped.names.update(batch.skipped)
+            stopped, unreadable = total(accelerator, len(signals), len(skipped.names))
+            if stopped or unreadable > skipped.limit:
+                if stopped or step > first:
+                    save(step)
+                skipped.check()
+            if stopped:
+                raise Interrupted(step, state)
             figures = trainer.step(step, batch)
-            done, stop = step + 1, anywhere(accelerator, bool(signals) or skipped.over)
+            done = step + 1
             means.add(figures)
             bar.update(size)
             last = done == recipe.steps
@@ -254,17 +300,16 @@ def train(
                 paused = time.monotonic()
                 _end_epoch(trainer, source, log, epoch, done, means, skipped, running)
                 started += time.monotonic() - paused  # a speed is that of training alone
-            if stop or ended or done % running.save == 0 or last:
+            if ended or done % running.save == 0 or last:
                 save(done)
-            skipped.check()
-            if stop and not last:
-                raise Interrupted(done, state)
+            if ended:
+                skipped.check()
     return log
 
 
 def _end_epoch(
     trainer: Trainer, source: Source, log: Log, epoch: int, done: int, means: _Means,
-    skipped: _Skipped, running: Running,
+    skipped: Skipped, running: Running,
 ) -> None:  # fmt: skip
     """Log the epoch's means (since a resumed run went on) and what validation says."""
     steps, figures = means.steps, means.take()
@@ -273,9 +318,10 @@ def _end_epoch(
     held_out = validate(
         trainer.model, source, running.validation_limit, trainer.accelerator, skipped.names
     )
+    unreadable = len(skipped.everywhere())
     log.write({
         "event": "epoch", "epoch": epoch, "step": done, "steps": steps, **figures,
-        "skipped": len(skipped.names), "thresholds": trainer.model.threshold_values(),
+        "skipped": unreadable, "thresholds": trainer.model.threshold_values(),
         "validation": held_out,
     })  # fmt: skip
 
@@ -323,7 +369,7 @@ def validate(
 
 
 def _land_on_budget(
-    model: AdaptiveViT, trainer: Trainer, source: Source, log: Log, what: str
+    model: AdaptiveViT, trainer: Trainer, source: Source, log: Log, what: str, skipped: set[str]
 ) -> Fit | None:
     """Thresholds onto the budget, over training pictures as evaluation sees them."""
     recipe, config = trainer.recipe, model.config
@@ -331,7 +377,9 @@ def _land_on_budget(
         return None
     seen, (fewest, most) = recipe.steps * recipe.batch_size, _FIT_PICTURES
     size = min(max(seen, fewest), most, _FIT_BYTES // picture_bytes(config))
-    fit = fit_thresholds(model, source.fitting(size, after=seen), recipe.budget)
+    pictures = source.fitting(size, after=seen)
+    skipped.update(pictures.skipped)
+    fit = fit_thresholds(model, pictures.images, recipe.budget)
     # Processes may round differently; the first one's is what is written.
     for threshold in model.thresholds:
         threshold.data = broadcast(threshold.data)
@@ -377,7 +425,8 @@ def _claimed(output: Path, replace: bool) -> Iterator[None]:
         UserError: another one does, or has just done so and `replace` is off.
     """
     path = output.with_name(f".{output.name}.lock")
-    with open(path, "w") as file:
+    # A link there is another's, and is not followed.
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -396,11 +445,21 @@ def _claimed(output: Path, replace: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _kept(output: Path, recipe: Recipe) -> Iterator[None]:
-    """Ctrl-C after the last step loses nothing either: the state of that step is saved."""
+    """A stop after the last step loses nothing either: the state of that step is saved."""
+    before = None
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # not the main thread
+        before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
         raise Interrupted(recipe.steps, state_path(output)) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def finetune(
@@ -443,17 +502,22 @@ def finetune(
                 stack.enter_context(_claimed(output, force or resume))
             if main and recipe.ema:
                 inputs = [given.path for given in (pretrained, teacher) if given is not None]
-                check_writable(average_path(output), force or resume, *inputs)
+                check_target(average_path(output), "checkpoint", force or resume, *inputs)
         stack.enter_context(memory_failures(recipe.batch_size))
-        log = train(trainer, source, output, identity, resume, running, force)
+        stack.enter_context(lost_peers(accelerator))
+        skipped = Skipped(accelerator, running.skip_limit)
+        log = train(trainer, source, output, identity, skipped, resume, running, force)
         stack.enter_context(_kept(output, recipe))
 
         def finish(path: Path, network: AdaptiveViT, of: str) -> Result:
             """Thresholds onto the budget, held-out figures, and the file."""
             fit = None
             if selector is None:
-                fit = _land_on_budget(network, trainer, source, log, f"thresholds{of}")
-            figures = validate(network, source, running.validation_limit, accelerator)
+                what = f"thresholds{of}"
+                fit = _land_on_budget(network, trainer, source, log, what, skipped.names)
+            limit = running.validation_limit
+            figures = validate(network, source, limit, accelerator, skipped.names)
+            skipped.check()
             log.write({"event": f"validation{of}", **figures})
             if main:
                 _save(path, network, source, recipe, identity, Result(figures, fit))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import check_writable, write_text
+from asvit_deploy.files import check_writable, unwritten, write_text
 
 
 def log_path(output: Path) -> Path:
@@ -58,15 +58,22 @@ class Log:
             self._board = _board(tensorboard, step)
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Add one line; to TensorBoard too, where it has a step."""
+        """Add one line; to TensorBoard too, where it has a step.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self._quiet:
             return
         rounded = json.loads(json.dumps(figures), parse_float=lambda x: float(f"{float(x):.6g}"))
         if self._head is not None:
             write_text(self._path, "".join(json.dumps(event) + "\n" for event in self._head))
             self._head = None
-        with open(self._path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(rounded) + "\n")
+        except OSError as error:
+            raise unwritten(self._path, error) from error
         if self._board is not None and "step" in figures:
             prefix = f"{figures['event']}/" if "event" in figures else ""
             for name, value in _numbers(rounded):

@@ -9,7 +9,7 @@ from typing import Any
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
-from asvit_deploy.training.recipe import Recipe
+from asvit_deploy.training.recipe import Recipe, wanted
 
 # AS-ViT's fine-tuning. Colour jitter of 0.4 is among its options too, but does nothing beside
 # RandAugment in timm, which applied them. The average is of no use to a dense start.
@@ -69,6 +69,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         parts, kinds = ([value], _kinds(name)) if name != "thresholds" else (value, (int, float))
         if not isinstance(parts, list) or not all(type(part) in kinds for part in parts):
             raise UserError(f"{path} says {name} = {value!r}, which it cannot be; mend it there")
+        if meant := wanted(name, value):
+            raise UserError(f"{path} says {name} = {value!r}; make it {meant}")
     return given
 
 
@@ -132,7 +134,7 @@ def recipe_for(
     merged.setdefault("min_lr", merged["lr"] / (1000 if scratch else 10))
     if "steps" not in length:
         epochs = length["epochs"]
-        if epochs < 1:
-            raise UserError(f"--epochs {epochs} cannot be used; pass a whole number of at least 1")
+        if meant := wanted("epochs", epochs):
+            raise UserError(f"--epochs {epochs} cannot be used; pass {meant}")
         length = {"steps": max(1, epochs * epoch // max(batch, 1))}
     return Recipe(**length, **merged)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
 
 from asvit_deploy.errors import UserError
 
@@ -33,22 +34,54 @@ def accelerator_for(amp: str = "no") -> Accelerator:
 
 def anywhere(accelerator: Accelerator, here: bool) -> bool:
     """Whether it is so in any process."""
-    if accelerator.num_processes == 1:
-        return here
-    flag = torch.tensor(float(here), device=accelerator.device)
-    return accelerator.reduce(flag, reduction="sum").item() > 0  # type: ignore[union-attr]
+    return total(accelerator, float(here))[0] > 0
+
+
+_ELSEWHERE = "another process of this run ended; its own line says why"
 
 
 @contextlib.contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Where one process refuses, all end, each with one line."""
+    """Where one process cannot go on, all end after the block, each with one line."""
     refusal = None
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         refusal = error
     elsewhere = anywhere(accelerator, refusal is not None)
     if refusal is not None:
         raise refusal
     if elsewhere:
-        raise UserError("another process of this run refused to start; its own line says why")
+        raise UserError(_ELSEWHERE)
+
+
+@contextlib.contextmanager
+def lost_peers(accelerator: Accelerator) -> Iterator[None]:
+    """Turn what gloo or NCCL say when another process is gone into one line.
+
+    Raises:
+        UserError: another process ended while this one waited for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's has no class of its own.
+        ours = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if accelerator.num_processes == 1 or not ours:
+            raise
+        raise UserError(_ELSEWHERE) from error
+
+
+def in_all(accelerator: Accelerator, values: set[str]) -> set[str]:
+    """The values of all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    return set().union(*gather_object([sorted(values)]))
+
+
+def total(accelerator: Accelerator, *numbers: float) -> list[float]:
+    """Each number's sum over all processes."""
+    if accelerator.num_processes == 1:
+        return list(numbers)
+    summed = accelerator.reduce(torch.tensor(numbers, device=accelerator.device), reduction="sum")
+    return summed.tolist()  # type: ignore[union-attr]

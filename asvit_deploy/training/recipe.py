@@ -20,30 +20,32 @@ from asvit_deploy.training.augment import Augmentation
 Amp = Literal["no", "bf16", "fp16"]
 
 _WHOLE = 2**53  # above it, floats skip whole numbers
+_MOST = 1e12  # far above any use, and what float32 still multiplies
 # What each number may be. Comparisons alone: they are false for NaN, and hold for any size.
 _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "steps": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
-    "batch_size": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
+    "steps": (lambda x: 1 <= x < _WHOLE, "a whole number from 1 to 2^53"),
+    "epochs": (lambda x: 1 <= x < _WHOLE, "a whole number from 1 to 2^53"),
+    "batch_size": (lambda x: 1 <= x < _WHOLE, "a whole number from 1 to 2^53"),
     "budget": (lambda x: 0 < x < 1, "a fraction of the dense MACs, above 0 and below 1"),
-    "lr": (lambda x: 1e-30 <= x < math.inf, "a finite number of at least 1e-30"),
-    "min_lr": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
+    "lr": (lambda x: 1e-30 <= x <= _MOST, "a number from 1e-30 to 1e12"),
+    "min_lr": (lambda x: 0 <= x <= _MOST, "a number from 0 to 1e12"),
     "warmup": (lambda x: 0 <= x < _WHOLE, "a whole number of at least 0"),
-    "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
-    "clip": (lambda x: 0 <= x < math.inf, "a finite number above 0, or 0 not to clip"),
+    "weight_decay": (lambda x: 0 <= x <= _MOST, "a number from 0 to 1e12"),
+    "clip": (lambda x: 0 <= x <= _MOST, "a number up to 1e12, or 0 not to clip"),
     "smoothing": (lambda x: 0 <= x < 1, "a number of at least 0 and below 1"),
-    "distill_weight": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
-    "flops_weight": (lambda x: 0 <= x < math.inf, "a finite number of at least 0"),
+    "distill_weight": (lambda x: 0 <= x <= _MOST, "a number from 0 to 1e12"),
+    "flops_weight": (lambda x: 0 <= x <= _MOST, "a number from 0 to 1e12"),
     "seed": (lambda x: 0 <= x < 2**63, "a whole number of at least 0 and below 2^63"),
-    "temperature": (lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "temperature": (lambda x: 0 < x <= _MOST, "a number above 0, up to 1e12"),
     "ema": (lambda x: 0 <= x < 1, "a decay of at least 0 and below 1; 0 keeps no average"),
     "randaugment": (lambda x: 0 <= x < 10, "a magnitude of at least 0 and below 10; 0 is off"),
-    "mixup": (lambda x: 0 <= x < math.inf, "a finite number of at least 0; 0 is off"),
-    "cutmix": (lambda x: 0 <= x < math.inf, "a finite number of at least 0; 0 is off"),
+    "mixup": (lambda x: 0 <= x <= _MOST, "a number from 0 to 1e12; 0 is off"),
+    "cutmix": (lambda x: 0 <= x <= _MOST, "a number from 0 to 1e12; 0 is off"),
     "erase": (lambda x: 0 <= x <= 1, "a probability"),
     "repeats": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
     "amp": (lambda x: x in get_args(Amp), f"one of {', '.join(get_args(Amp))}"),
     "masking": (lambda x: x in get_args(Masking), f"one of {', '.join(get_args(Masking))}"),
-    "thresholds": (lambda x: all(0 < t < math.inf for t in x), "finite numbers above 0"),
+    "thresholds": (lambda x: all(0 < t <= _MOST for t in x), "numbers above 0, up to 1e12"),
     "save": (lambda x: x >= 1, "a whole number of at least 1"),
     "log": (lambda x: x >= 1, "a whole number of at least 1"),
     "validation_limit": (lambda x: x >= 1, "a whole number of at least 1"),
@@ -52,14 +54,17 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def wanted(name: str, value: Any) -> str | None:
+    """What an option must be, where `value` is not that."""
+    allowed, meant = _ALLOWED.get(name, (lambda x: True, ""))
+    return None if value is None or allowed(value) else meant
+
+
 def _check(options: Any) -> None:
     """Refuse the first number of a dataclass that is not what it may be."""
     for field in fields(options):
         value = getattr(options, field.name)
-        if value is None or field.name not in _ALLOWED:
-            continue
-        allowed, meant = _ALLOWED[field.name]
-        if not allowed(value):
+        if meant := wanted(field.name, value):
             option = field.name.replace("_", "-")
             raise UserError(f"--{option} {value} cannot be used; pass {meant}")
 

@@ -52,6 +52,10 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         step, saved = int(content["step"]), dict(content["recipe"])
+    except PermissionError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; check its permissions"
+        ) from error
     except Exception as error:  # torch answers to bad bytes with nearly any exception
         raise UserError(f"{path} is damaged; delete it and start over") from error
     changed = [key for key in recipe if saved.get(key) != recipe[key]]
@@ -61,6 +65,8 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
             f"{path} belongs to a run with {told}; "
             "use the same options and data, or --force without --resume to start over"
         )
+    if not 0 <= step <= trainer.recipe.steps:
+        raise UserError(f"{path} is damaged; delete it and start over")
     try:
         trainer.model.load_state_dict(content["model"])
         trainer.optimizer.load_state_dict(content["optimizer"])

@@ -156,19 +156,18 @@ def test_memory_that_runs_out_is_one_line_and_keeps_what_was_there(data, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "left"),
-    [(1000, log_path(OUTPUT)), (0, None)],
+    ("size", "left"),
+    [(1 << 20, log_path(OUTPUT)), (10, None)],
     ids=["no room for the state", "no room for the log"],
 )
-def test_a_full_disk_is_one_line_and_leaves_no_half_file(data, tmp_path, kilobytes, left):
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(data, tmp_path, size, left):
     """A limit on the file size fails in mid-write, as a full disk does."""
     options = ["--data", data, *SCRATCH, "-o", OUTPUT, "--batch-size", 2, "--steps", 3,
                "--save-every", 1, "--log-every", 1]  # fmt: skip
     line = [sys.executable, "-m", "asvit_deploy", "finetune", *map(str, options)]
-    limit = (kilobytes << 10, kilobytes << 10)
     done = subprocess.run(
         line, cwd=tmp_path, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )  # fmt: skip
     where = state_path(OUTPUT) if left else log_path(OUTPUT)
     refused(Result(done.returncode, done.stdout, done.stderr),

@@ -91,7 +91,7 @@ def test_plain_digits_are_the_placements_of_their_numbers():
     assert torch.equal(batch.images, standardised(placed.images))
     assert batch.labels.dtype == torch.int64
     assert batch.labels.tolist() == placed.labels.tolist()
-    fitting = source.fitting(8, after=20)  # the next whole batch of eight
+    fitting = source.fitting(8, after=20).images  # the next whole batch of eight
     assert torch.equal(fitting, batch.images)
 
 
@@ -187,13 +187,13 @@ def by_picture(places: dict[str, Path]) -> dict[bytes, int]:
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_fitting_takes_each_picture_once_as_evaluation_sees_it(kind, places):
     source, known = opened(kind, places, Augmentation()), by_picture(places)
-    seen = [known[image.numpy().tobytes()] for image in source.fitting(1000, after=40)]
+    seen = [known[image.numpy().tobytes()] for image in source.fitting(1000, after=40).images]
     assert sorted(seen) == list(range(26))
     assert seen != sorted(seen)
-    first = [known[image.numpy().tobytes()] for image in source.fitting(13, after=0)]
-    second = [known[image.numpy().tobytes()] for image in source.fitting(13, after=13)]
+    first = [known[image.numpy().tobytes()] for image in source.fitting(13, after=0).images]
+    second = [known[image.numpy().tobytes()] for image in source.fitting(13, after=13).images]
     assert sorted(first + second) == list(range(26))
-    late = [known[image.numpy().tobytes()] for image in source.fitting(13, after=20)]
+    late = [known[image.numpy().tobytes()] for image in source.fitting(13, after=20).images]
     assert len(set(late)) == 13
 
 
@@ -284,7 +284,7 @@ def test_the_next_readable_picture_stands_in(tmp_path):
     halves = [source.train_batch(0, 10, part) for part in (range(0, 5), range(5, 10))]
     assert same(batch, joined(halves))
     assert halves[0].skipped == tuple(sorted(map(str, broken[:2])))
-    assert len(source.fitting(10, 0)) == 10
+    assert len(source.fitting(10, 0).images) == 10
 
 
 def test_nothing_readable_far_and_wide_ends_in_one_line(tmp_path):
