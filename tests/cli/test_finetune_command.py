@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +155,71 @@ def test_memory_that_runs_out_is_one_line_and_keeps_what_was_there(data, tmp_pat
     assert (state.read_text(), log.read_text()) == ("an older state", "an older log")
 
 
+def test_no_file_of_the_run_replaces_what_is_another_s(cli, data, dense):
+    notes = OUTPUT.with_suffix(".ema.safetensors.json")
+    notes.write_text("my notes")
+    options = ["finetune", "--data", data, "--pretrained", dense, *SHORT, "--ema", 0.5]
+    refused(cli(*options), "out.ema.safetensors.json exists already")
+    assert notes.read_text() == "my notes"
+    mine, lock = Path("mine.txt"), OUTPUT.with_name(f".{OUTPUT.name}.lock")
+    mine.write_text("precious")
+    lock.symlink_to(mine)
+    refused(cli(*options, "--force"), f"cannot access {lock}")
+    assert mine.read_text() == "precious"
+
+
+def test_the_runs_own_files_never_replace_an_input(cli, data, dense):
+    weights, recipe = state_path(OUTPUT), log_path(OUTPUT)
+    torch.save(load_checkpoint(dense).state, weights)
+    recipe.write_text("steps = 1")
+    before = weights.read_bytes()
+    options = ["finetune", "--data", data, *SHORT, "--force"]
+    for given, mine in (
+        (["--pretrained", weights, "--arch", "as_deit_mini", "--image-size", SIZE], weights),
+        (["--pretrained", dense, "--recipe", recipe], recipe),
+    ):
+        refused(cli(*options, *given), f"would write {mine}, its own input")
+    assert (weights.read_bytes(), recipe.read_text()) == (before, "steps = 1")
+
+
+@pytest.mark.slow
+def test_a_stop_for_the_whole_group_lets_worker_processes_end_in_peace(data, tmp_path):
+    options = ["--data", data, *SCRATCH, "-o", OUTPUT, "--batch-size", 2, "--steps", 4000]
+    options += ["--workers", 2, "--log-every", 1]
+    line = [sys.executable, "-m", "asvit_deploy", "finetune", *map(str, options)]
+    run = subprocess.Popen(
+        line, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = tmp_path / log_path(OUTPUT)
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert run.poll() is None, run.stderr.read()  # type: ignore[union-attr]
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)  # as systemd stops a job
+    told = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, told
+    assert "Traceback" not in told
+    assert "stopped after step" in told
+    assert torch.load(tmp_path / state_path(OUTPUT), weights_only=True)["step"] >= 3
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_is_killed_costs_one_line(data, tmp_path):
+    options = ["--data", data, *SCRATCH, "-o", OUTPUT, "--batch-size", 2, "--steps", 4000]
+    options += ["--workers", 1, "--log-every", 1]
+    line = [sys.executable, "-m", "asvit_deploy", "finetune", *map(str, options)]
+    run = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / log_path(OUTPUT)
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert run.poll() is None, run.stderr.read()  # type: ignore[union-attr]
+        time.sleep(0.05)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)  # as a system short of memory does
+    told = run.communicate(timeout=60)[1]
+    assert run.returncode == 2, told
+    assert "Traceback" not in told
+    assert "Error: a process of --workers was killed" in told
+
+
 # --- a disk that is full ------------------------------------------------------------------------
 
 
@@ -220,6 +288,45 @@ def test_a_stopped_run_goes_on_where_the_data_are_the_same(cli, stopped):
     steps = [event.get("step") for event in events if event.get("event") != "epoch"]
     assert steps == [None, *range(1, 17), None]  # start, steps, validation: nothing lost or twice
     assert [event["step"] for event in events if event.get("event") == "epoch"] == [8, 16]
+
+
+def test_a_mended_picture_is_trained_on_as_if_it_had_always_been_whole(cli, stopped):
+    """What stood in for it while it could not be read has left no trace in the weights."""
+    refused(cli(*stopped), "holds an unfinished run; pass --resume")
+    assert cli(*stopped, "--resume").code == 0
+    resumed = load_checkpoint(OUTPUT).state
+    assert cli(*stopped, "--force").code == 0
+    whole = load_checkpoint(OUTPUT).state
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+
+
+def test_resume_does_not_pass_a_picture_that_is_still_broken(cli, data, stopped):
+    (data / "dog" / "7.png").write_bytes(b"no picture")
+    before = state_path(OUTPUT).read_bytes()
+    refused(cli(*stopped, "--resume"), "7.png, which makes 1 where --skip-limit allows 0")
+    assert state_path(OUTPUT).read_bytes() == before
+    assert not OUTPUT.exists()
+
+
+@pytest.mark.parametrize("where", ["val", "the fit of the thresholds"])
+def test_unreadable_pictures_count_after_the_last_step_too(cli, data, dense, where):
+    """No epoch ends in one step; of sixteen training pictures it sees four, the fit all."""
+    broken = data / "cat" / "0.png"
+    if where == "val":
+        data.rename("train")
+        data.mkdir()
+        Path("train").rename(data / "train")
+        add_pictures(data / "val" / "cat")
+        add_pictures(data / "val" / "dog")
+        broken = data / "val" / "cat" / "3.png"
+    options = ["finetune", "--data", data, "--pretrained", dense, "-o", OUTPUT, "--batch-size", 4]
+    options += ["--steps", 1]
+    broken.write_bytes(b"no picture")
+    for more in ([], ["--resume"]):
+        refused(cli(*options, *more), f"cannot read {broken}, which makes 1 where --skip-limit")
+        assert not OUTPUT.exists()
+    result = cli(*options, "--skip-limit", 1, "--resume")
+    assert result.code == 0, result.err
 
 
 def test_resume_notices_an_added_class(cli, data, stopped):

@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
@@ -36,7 +38,13 @@ def start(processes: int, *options: object) -> subprocess.Popen:
 
 def run(processes: int, *options: object) -> tuple[int, str]:
     process = start(processes, *options)
-    return process.returncode or 0, process.communicate(timeout=300)[1]
+    told = process.communicate(timeout=300)[1]
+    return process.returncode, told
+
+
+def our_tracebacks(told: str) -> list[str]:
+    """Frames of ours; torchrun ends with a traceback of its own."""
+    return [line for line in told.splitlines() if 'File "' in line and "asvit_deploy" in line]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +129,39 @@ def test_two_processes_evaluate_what_one_does(tmp_path, limit):
     assert reports[0][0]["images"] == limit
 
 
+def test_unreadable_pictures_of_all_processes_count(dense, tmp_path):
+    """Each of the two meets one; together they are over the limit."""
+    data = tmp_path / "data"
+    for label in ("a", "b"):
+        (data / label).mkdir(parents=True)
+        for i in range(4):
+            picture = np.random.default_rng(i).integers(0, 255, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(data / label / f"{i}.png")
+    for label in ("a", "b"):
+        (data / label / "0.png").write_bytes(b"no picture")
+    options = ["--data", data, "--pretrained", dense, "--arch", "as_deit_mini", "--batch-size", 8,
+               "--steps", 1, "-o", tmp_path / "a.safetensors", "--skip-limit", 1]  # fmt: skip
+    code, told = run(2, *options, "--dense", "--image-size", 56)
+    assert code != 0
+    assert "which makes 2 where --skip-limit allows 1" in told, told
+    assert our_tracebacks(told) == [], told
+
+
+@pytest.mark.parametrize("limit", [0, 7])
+def test_a_picture_that_one_process_cannot_read_ends_evaluation(tmp_path, limit):
+    for number in range(10):
+        folder = tmp_path / "val" / str(number)
+        folder.mkdir(parents=True)
+        Image.new("L", (56, 56), number).save(folder / "a.png")
+    (tmp_path / "val" / str(limit) / "a.png").write_bytes(b"no picture")
+    line = [*TORCHRUN, "-m", "asvit_deploy", "evaluate", "default", "--data", str(tmp_path)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert f"Error: {tmp_path / 'val' / str(limit) / 'a.png'}" in done.stderr
+    assert our_tracebacks(done.stderr) == [], done.stderr
+
+
 def test_all_processes_end_where_one_refuses(dense, tmp_path):
     output = tmp_path / "a.safetensors"
     log_path(output).write_text("another's")
@@ -129,7 +170,7 @@ def test_all_processes_end_where_one_refuses(dense, tmp_path):
     told = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert "pass --force to replace it" in told
-    assert "another process of this run refused to start" in told
+    assert "another process of this run ended" in told
     assert "Connection closed" not in told
     assert log_path(output).read_text() == "another's"
 
