@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def _numbers(kind: type, context: click.Context, parameter: click.Parameter, text: str | None):
-    """`1,2,3` as a tuple."""
-    if text is None:
-        return None
+    """`1,2,3` as a tuple; `fit`, which thresholds may be, as it is."""
+    if text is None or (text == "fit" and kind is float):
+        return text
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
@@ -67,7 +67,8 @@ def _numbers(kind: type, context: click.Context, parameter: click.Parameter, tex
 @click.option("--distill-weight", type=float, help="Of L_distill in Eq. 13 [default: 0.5].")
 @click.option("--temperature", type=float, help="T of Eq. 9 [default: 10000].")
 @click.option(
-    "--thresholds", callback=partial(_numbers, float), help="Where they start: 1e-3,2e-3,3e-3.",
+    "--thresholds", callback=partial(_numbers, float),
+    help="Where they start: 1e-3,2e-3,3e-3; `fit` scales them onto the budget first.",
 )  # fmt: skip
 @click.option("--masking", help="`attention` (the method), or `activation`.")
 @click.option("--ema", type=float, help="Decay of a moving average of the weights; 0 keeps none.")

@@ -46,6 +46,7 @@ from asvit_deploy.training.processes import (
 )
 from asvit_deploy.training.recipe import (
     DEFAULT_RUNNING,
+    FIT,
     Recipe,
     Running,
     check_memory,
@@ -261,6 +262,9 @@ def train(
     with together(accelerator):
         first = load_state(state, trainer, known) if resume else 0
         log = Log(log_path(output), known, first, force, running.tensorboard, quiet=not main)
+    if recipe.thresholds == FIT and not first:
+        what, model = "starting thresholds", trainer.model
+        _land_on_budget(model, trainer, source, log, what, skipped.names, 0)
     started, size = time.monotonic(), recipe.batch_size
 
     def save(step: int) -> None:
@@ -369,15 +373,16 @@ def validate(
 
 
 def _land_on_budget(
-    model: AdaptiveViT, trainer: Trainer, source: Source, log: Log, what: str, skipped: set[str]
-) -> Fit | None:
-    """Thresholds onto the budget, over training pictures as evaluation sees them."""
+    model: AdaptiveViT, trainer: Trainer, source: Source, log: Log, what: str, skipped: set[str],
+    step: int,
+) -> Fit | None:  # fmt: skip
+    """Thresholds onto the budget, over the training pictures that come after that step."""
     recipe, config = trainer.recipe, model.config
     if recipe.budget is None:
         return None
     seen, (fewest, most) = recipe.steps * recipe.batch_size, _FIT_PICTURES
     size = min(max(seen, fewest), most, _FIT_BYTES // picture_bytes(config))
-    pictures = source.fitting(size, after=seen)
+    pictures = source.fitting(size, after=step * recipe.batch_size)
     skipped.update(pictures.skipped)
     fit = fit_thresholds(model, pictures.images, recipe.budget)
     # Processes may round differently; the first one's is what is written.
@@ -409,7 +414,8 @@ def _start(
     if pretrained is None:
         raise UserError("adaptive training starts from dense weights; pass --pretrained")
     check_budget(config, recipe.budget)
-    student, own = adaptive_start(config, pretrained, recipe.thresholds)
+    told = None if recipe.thresholds == FIT else recipe.thresholds
+    student, own = adaptive_start(config, pretrained, told)
     if not recipe.distill_weight:
         if teacher is not None:
             raise UserError("--distill-weight 0 needs no teacher; drop one of it and --teacher")
@@ -514,7 +520,9 @@ def finetune(
             fit = None
             if selector is None:
                 what = f"thresholds{of}"
-                fit = _land_on_budget(network, trainer, source, log, what, skipped.names)
+                fit = _land_on_budget(
+                    network, trainer, source, log, what, skipped.names, recipe.steps
+                )
             limit = running.validation_limit
             figures = validate(network, source, limit, accelerator, skipped.names)
             skipped.check()

@@ -9,7 +9,7 @@ from typing import Any
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
-from asvit_deploy.training.recipe import Recipe, wanted
+from asvit_deploy.training.recipe import FIT, Recipe, wanted
 
 # AS-ViT's fine-tuning. Colour jitter of 0.4 is among its options too, but does nothing beside
 # RandAugment in timm, which applied them. The average is of no use to a dense start.
@@ -66,7 +66,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if name not in _KNOWN:
             known = ", ".join(sorted(_KNOWN)).replace("_", "-")
             raise UserError(f"{path} has an option {name!r} that there is not; it knows {known}")
-        parts, kinds = ([value], _kinds(name)) if name != "thresholds" else (value, (int, float))
+        several = name == "thresholds" and value != FIT
+        parts, kinds = (value, (int, float)) if several else ([value], _kinds(name))
         if not isinstance(parts, list) or not all(type(part) in kinds for part in parts):
             raise UserError(f"{path} says {name} = {value!r}, which it cannot be; mend it there")
         if meant := wanted(name, value):
@@ -76,7 +77,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def _kinds(name: str) -> tuple[type, ...]:
     """What an option's value may be in a file."""
-    if name in ("amp", "masking"):
+    if name in ("amp", "masking", "thresholds"):
         return (str,)
     whole = name in ("steps", "epochs", "batch_size", "warmup", "repeats", "seed")
     return (int,) if whole else (int, float)
@@ -126,7 +127,7 @@ def recipe_for(
     merged = {k: v for k, v in merged.items() if k not in ("steps", "epochs")}
     if dense:
         merged = {name: value for name, value in merged.items() if name not in _ADAPTIVE}
-    if "thresholds" in merged:
+    if merged.get("thresholds", FIT) != FIT:
         merged["thresholds"] = tuple(float(value) for value in merged["thresholds"])
     batch = merged.setdefault("batch_size", 64)
     if "lr" not in merged:

@@ -19,6 +19,9 @@ from asvit_deploy.training.augment import Augmentation
 # What products are computed in; weights, scores and thresholds stay float32.
 Amp = Literal["no", "bf16", "fp16"]
 
+# Thresholds that start on the budget, by one factor on where they would start otherwise.
+FIT: Literal["fit"] = "fit"
+
 _WHOLE = 2**53  # above it, floats skip whole numbers
 _MOST = 1e12  # far above any use, and what float32 still multiplies
 # What each number may be. Comparisons alone: they are false for NaN, and hold for any size.
@@ -45,7 +48,10 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "repeats": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
     "amp": (lambda x: x in get_args(Amp), f"one of {', '.join(get_args(Amp))}"),
     "masking": (lambda x: x in get_args(Masking), f"one of {', '.join(get_args(Masking))}"),
-    "thresholds": (lambda x: all(0 < t <= _MOST for t in x), "numbers above 0, up to 1e12"),
+    "thresholds": (
+        lambda x: x == FIT if isinstance(x, str) else all(0 < t <= _MOST for t in x),
+        f"numbers above 0, up to 1e12, or {FIT!r}",
+    ),
     "save": (lambda x: x >= 1, "a whole number of at least 1"),
     "log": (lambda x: x >= 1, "a whole number of at least 1"),
     "validation_limit": (lambda x: x >= 1, "a whole number of at least 1"),
@@ -76,8 +82,9 @@ class Recipe:
     `budget` is None for a dense run; `clip` 0 means no clipping; `lr` and `min_lr` are per step at
     this batch size, all processes together; `warmup` is in steps. `flops_weight` (per GMAC) and
     `distill_weight` are the factors of Eq. 13, `temperature` is T of Eq. 9, `thresholds` are where
-    they start, and `masking` is what a dropped token loses (Table 3), for adaptive runs. `ema` is
-    the decay of a moving average of the weights; `randaugment` to `repeats` are `Augmentation`'s.
+    they start (by default the paper's, whatever MACs they make), and `masking` is what a dropped
+    token loses (Table 3), for adaptive runs. `ema` is the decay of a moving average of the
+    weights; `randaugment` to `repeats` are `Augmentation`'s.
 
     Raises:
         UserError: a number is out of its range or not finite, or `min_lr` is above `lr`.
@@ -95,7 +102,7 @@ class Recipe:
     distill_weight: float = 0.5
     flops_weight: float = 2.0
     temperature: float = TEMPERATURE
-    thresholds: tuple[float, ...] | None = None
+    thresholds: tuple[float, ...] | Literal["fit"] | None = None
     masking: Masking = "attention"
     ema: float = 0.0
     randaugment: float = 0.0

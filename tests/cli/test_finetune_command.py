@@ -391,6 +391,23 @@ def test_the_budget_it_landed_on_is_told(cli, data, dense):
     assert (recipe["flops_weight"], recipe["distill_weight"]) == (3.0, 0.25)
 
 
+def test_thresholds_can_start_on_the_budget(cli, data, dense):
+    options = ["finetune", "--data", data, "--pretrained", dense, *SHORT, "--log-every", 1]
+    Path("r.toml").write_text('thresholds = "fit"')
+    starts = []
+    for more in (["--thresholds", "fit"], ["--recipe", "r.toml"], []):
+        result = cli(*options, *more, "--force")
+        assert result.code == 0, result.err
+        events = [json.loads(line) for line in log_path(OUTPUT).read_text().splitlines()]
+        fits = [event for event in events if "scaled to the budget" in event.get("event", "")]
+        starts += [event for event in fits if event["event"].startswith("starting")]
+        assert len(fits) == (2 if more else 1)
+    assert starts[0] == starts[1]
+    assert abs(starts[0]["before"] - 0.65) > 0.02
+    assert starts[0]["after"] == pytest.approx(0.65, rel=0.01)
+    refused(cli(*options, "--thresholds", "fitted", "--force"), "'fitted' is no list such as 1,2,3")
+
+
 def test_a_missed_budget_is_told(cli, data, dense):
     checkpoint = load_checkpoint(dense)
     model = build(checkpoint.config, adaptive=False)

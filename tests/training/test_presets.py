@@ -62,6 +62,7 @@ def test_a_dense_run_has_no_budget_and_no_average():
         ("learning_rate = 1", "has an option 'learning_rate' that there is not; it knows amp,"),
         ('lr = "1e-3"', "says lr = '1e-3', which it cannot be"),
         ("lr = true", "says lr = True"),
+        ('thresholds = "fitted"', "says thresholds = 'fitted', which it cannot be"),
         ("thresholds = 0.1", "says thresholds = 0.1"),
         ("amp = 16", "says amp = 16"),
         ('thresholds = ["a"]', r"says thresholds = \['a'\]"),
