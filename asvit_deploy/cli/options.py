@@ -114,5 +114,5 @@ def artefacts(named: tuple[Path, ...], *kinds: str, several: bool = False) -> li
 
 
 def status(message: str) -> None:
-    """One line to stderr."""
-    click.echo(message, err=True)
+    """One line to stderr, whatever a file's name holds."""
+    click.echo(" ".join(message.splitlines()), err=True)

@@ -293,7 +293,7 @@ def train(
             means.add(figures)
             bar.update(size)
             last = done == recipe.steps
-            if done % running.log == 0 or last:
+            if done % running.log_every == 0 or last:
                 speed = (done - first) * size / (time.monotonic() - started)
                 log.write({"step": done, **figures, "images_per_s": speed})
                 shown = {k: figures[k] for k in ("loss", "top1", "macs") if k in figures}
@@ -304,7 +304,7 @@ def train(
                 paused = time.monotonic()
                 _end_epoch(trainer, source, log, epoch, done, means, skipped, running)
                 started += time.monotonic() - paused  # a speed is that of training alone
-            if ended or done % running.save == 0 or last:
+            if ended or done % running.save_every == 0 or last:
                 save(done)
             if ended:
                 skipped.check()

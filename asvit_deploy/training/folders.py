@@ -79,8 +79,8 @@ def _pictures_by_class(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]
         classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
         if len(classes) < 2:
             raise UserError(
-                f"{folder} holds {len(classes)} class folders; put the pictures of each class in a "
-                "folder of its own, at least two"
+                f"{folder} holds {len(classes)} class folder{'s' * (len(classes) != 1)}; put the "
+                "pictures of each class in a folder of its own, at least two"
             )
         entries = []
         for label, name in enumerate(classes):

@@ -52,8 +52,8 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x == FIT if isinstance(x, str) else all(0 < t <= _MOST for t in x),
         f"numbers above 0, up to 1e12, or {FIT!r}",
     ),
-    "save": (lambda x: x >= 1, "a whole number of at least 1"),
-    "log": (lambda x: x >= 1, "a whole number of at least 1"),
+    "save_every": (lambda x: x >= 1, "a whole number of at least 1"),
+    "log_every": (lambda x: x >= 1, "a whole number of at least 1"),
     "validation_limit": (lambda x: x >= 1, "a whole number of at least 1"),
     "workers": (lambda x: x >= 0, "a whole number of at least 0"),
     "skip_limit": (lambda x: x >= 0, "a whole number of at least 0"),
@@ -128,16 +128,16 @@ class Recipe:
 class Running:
     """How a run goes on, none of which changes its result.
 
-    `save` and `log` are steps between states and log lines; `workers` are processes that make
-    batches (0: a thread); `skip_limit` is how many unreadable pictures are passed over;
-    `tensorboard` is a folder for its events.
+    `save_every` and `log_every` are steps between states and between log lines; `workers` are
+    processes that make batches (0: a thread); `skip_limit` is how many unreadable pictures are
+    passed over; `tensorboard` is a folder for its events.
 
     Raises:
         UserError: a number is out of its range.
     """
 
-    save: int = 200
-    log: int = 20
+    save_every: int = 200
+    log_every: int = 20
     validation_limit: int | None = None
     workers: int = 0
     skip_limit: int = 0

@@ -83,7 +83,8 @@ def adaptive_start(
     student.load_state_dict(teacher.state_dict(), strict=False)
     if thresholds is not None and len(thresholds) != len(config.stages):
         raise UserError(
-            f"{len(thresholds)} thresholds for the {len(config.stages)} stages of {config.name}; "
+            f"{len(thresholds)} threshold{'s' * (len(thresholds) != 1)} for the "
+            f"{len(config.stages)} stages of {config.name}; "
             "give one for each"
         )
     own = pretrained.adaptive and pretrained.config.stages == config.stages

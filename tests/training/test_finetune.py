@@ -436,8 +436,8 @@ def test_a_recipe_of_nonsense_is_refused_in_python_too():
     ):
         with pytest.raises(UserError, match=words):
             Recipe(steps=1, **options)
-    with pytest.raises(UserError, match="--save 0"):
-        Running(save=0)
+    with pytest.raises(UserError, match="--save-every 0"):
+        Running(save_every=0)
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path):

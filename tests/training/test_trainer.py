@@ -205,7 +205,7 @@ def test_a_run_with_stages_and_an_average_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = MINI.with_stages((1, 3))
     recipe = Recipe(steps=4, batch_size=4, budget=0.6, lr=1e-3, ema=0.9, thresholds=(4e-3, 5e-3))
-    running = Running(log=1, validation_limit=20, workers=2, tensorboard=tmp_path / "board")
+    running = Running(log_every=1, validation_limit=20, workers=2, tensorboard=tmp_path / "board")
     output = tmp_path / "a.safetensors"
     source = open_source("digits", config, 0, recipe.augmentation)
     finetune(config, source, load_checkpoint(dense_file(tmp_path)), recipe, output, {}, False,
@@ -269,7 +269,7 @@ def test_unreadable_pictures_are_passed_over_and_counted(tmp_path, workers):
     data = picture_folder(tmp_path / "data", {"train": 1, "val": 2})
     config, recipe = MINI.at(20, 2), Recipe(steps=6, batch_size=4, lr=1e-4)
     output = tmp_path / "a.safetensors"
-    running = Running(log=1, skip_limit=6, workers=workers)
+    running = Running(log_every=1, skip_limit=6, workers=workers)
     result = finetune(config, open_source(str(data), config, 0), None, recipe, output, {}, False,
                       running)  # fmt: skip
     assert result.validation["images"] == 8
