@@ -388,7 +388,10 @@ def _land_on_budget(
     # Processes may round differently; the first one's is what is written.
     for threshold in model.thresholds:
         threshold.data = broadcast(threshold.data)
-    log.write({"event": f"{what} scaled to the budget", **asdict(fit), "missed": fit.missed})
+    # A resumed run keeps what comes before its first step, and repeats what comes after the last.
+    place = {} if step else {"step": 0}
+    event = f"{what} scaled to the budget"
+    log.write({"event": event, **place, **asdict(fit), "missed": fit.missed})
     return fit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -243,19 +245,26 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(data, tmp_path, size, l
     assert files(tmp_path) == {"data", *([left.name] if left else [])}
 
 
-def test_a_disk_that_fills_up_costs_the_steps_since_the_last_state(cli, data, monkeypatch):
-    options = ["finetune", "--data", data, *SCRATCH, "-o", OUTPUT, "--batch-size", 2]
-    options += ["--steps", 4, "--save-every", 1, "--log-every", 1]
+@contextlib.contextmanager
+def room_for(states: int, monkeypatch) -> Iterator[None]:
+    """A disk that is full once so many states have been written."""
     whole, saved = state.write_bytes, []
 
     def filling(path, content):
-        if len(saved) == 2:
+        if len(saved) == states:
             raise UserError(f"cannot write {path}: No space left on device; free space")
         saved.append(path)
         whole(path, content)
 
     with monkeypatch.context() as patch:
         patch.setattr(state, "write_bytes", filling)
+        yield
+
+
+def test_a_disk_that_fills_up_costs_the_steps_since_the_last_state(cli, data, monkeypatch):
+    options = ["finetune", "--data", data, *SCRATCH, "-o", OUTPUT, "--batch-size", 2]
+    options += ["--steps", 4, "--save-every", 1, "--log-every", 1]
+    with room_for(2, monkeypatch):
         refused(cli(*options), "No space left on device")
     assert torch.load(state_path(OUTPUT), weights_only=True)["step"] == 2
     result = cli(*options, "--resume")
@@ -389,6 +398,23 @@ def test_the_budget_it_landed_on_is_told(cli, data, dense):
     assert events("thresholds scaled to the budget")[0]["pictures"] == fit["pictures"] == 16
     recipe = fields["provenance"]["recipe"]
     assert (recipe["flops_weight"], recipe["distill_weight"]) == (3.0, 0.25)
+
+
+def test_a_start_on_the_budget_survives_a_stop(cli, data, dense, monkeypatch):
+    options = ["finetune", "--data", data, "--pretrained", dense, "-o", OUTPUT, "--steps", 3]
+    options += ["--batch-size", 4, "--save-every", 1, "--log-every", 1, "--thresholds", "fit"]
+    assert cli(*options).code == 0
+    whole = load_checkpoint(OUTPUT).state
+    log = log_path(OUTPUT).read_text().splitlines()
+
+    with room_for(1, monkeypatch):
+        refused(cli(*options, "--force"), "No space left")
+    result = cli(*options, "--resume")
+    assert result.code == 0, result.err
+    resumed = load_checkpoint(OUTPUT).state
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+    events = [json.loads(line) for line in log_path(OUTPUT).read_text().splitlines()]
+    assert [e.get("event") for e in events] == [json.loads(line).get("event") for line in log]
 
 
 def test_thresholds_can_start_on_the_budget(cli, data, dense):
