@@ -123,7 +123,7 @@ def test_a_claim_that_fails_is_told(evidence):
 def test_published_claims_follow_from_published_figures(evidence):
     report = json.loads(REPORT.read_text())
     assert evidence.claims(report["digits"]) == report["claims"]
-    assert len(report["claims"]) == 7
+    assert all(report["claims"].values()), report["claims"]
     # Made by the recipes that the script holds.
     for name, cell in evidence.CELLS.items():
         told = {key: report["recipes"][name][key] for key in ("steps", "lr", "budget", "masking")}
