@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,12 @@ class Log:
             raise unwritten(self._path, error) from error
         if self._board is not None and "step" in figures:
             prefix = f"{figures['event']}/" if "event" in figures else ""
-            for name, value in _numbers(rounded):
-                self._board.add_scalar(prefix + name, value, figures["step"])
-            self._board.flush()
+            try:
+                for name, value in _numbers(rounded):
+                    self._board.add_scalar(prefix + name, value, figures["step"])
+                self._board.flush()
+            except OSError as error:
+                raise unwritten(Path(self._board.log_dir), error) from error
 
 
 def _board(folder: Path, step: int) -> Any:
@@ -93,10 +97,18 @@ def _board(folder: Path, step: int) -> Any:
         raise UserError(
             '--tensorboard needs tensorboard; pip install "asvit-deploy[train]"'
         ) from error
+    threading.excepthook = _quiet_board
     try:
         return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; name another folder") from error
+
+
+def _quiet_board(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread, which keeps an OSError for our next call; that tells it."""
+    thread = type(failed.thread).__module__
+    if not (isinstance(failed.exc_value, OSError) and thread.startswith("tensorboard.")):
+        threading.__excepthook__(failed)
 
 
 def _numbers(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -245,6 +245,21 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(data, tmp_path, size, l
     assert files(tmp_path) == {"data", *([left.name] if left else [])}
 
 
+def test_a_full_disk_under_tensorboard_is_one_line(data, tmp_path):
+    """Its writer is a thread of its own, with a traceback of its own."""
+    pytest.importorskip("tensorboard", reason="comes with [train]")
+    options = ["--data", data, *SCRATCH, "-o", OUTPUT, "--batch-size", 2, "--steps", 3,
+               "--log-every", 1, "--tensorboard", "events"]  # fmt: skip
+    line = [sys.executable, "-m", "asvit_deploy", "finetune", *map(str, options)]
+    size = 600  # bytes: three lines of the log, and two steps' events
+    done = subprocess.run(
+        line, cwd=tmp_path, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )  # fmt: skip
+    refused(Result(done.returncode, done.stdout, done.stderr),
+            "cannot write events: File too large; free space")  # fmt: skip
+
+
 @contextlib.contextmanager
 def room_for(states: int, monkeypatch) -> Iterator[None]:
     """A disk that is full once so many states have been written."""
