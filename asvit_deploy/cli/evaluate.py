@@ -70,6 +70,7 @@ def command(
     from asvit_deploy.evaluate.accuracy import joined, score, summarise
     from asvit_deploy.evaluate.machine import machine
     from asvit_deploy.files import check_writable, write_text
+    from asvit_deploy.training.recipe import memory_failures
 
     if output is not None:
         check_writable(output, force, model, sidecar_path(model))
@@ -79,7 +80,9 @@ def command(
     rows = []
     for size in batches:
         labelled = _batches(model, data, config, classes, size, limit, place)
-        scored = joined(place.gathered(score(runner, labelled, config)))
+        with memory_failures(size):
+            own = score(runner, labelled, config)
+        scored = joined(place.gathered(own))
         rows.append({"batch_size": size, **summarise(scored, config)})
     if place.rank:
         return

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asvit_deploy.models.registry import STEM_WIDTH, ArchConfig
+
+
+def exact_convolutions() -> None:
+    """Have this process's cuDNN compute float32 convolutions in float32.
+
+    By default it rounds their inputs to TF32, ten bits, and moves scores across thresholds.
+    """
+    torch.backends.cudnn.allow_tf32 = False
 
 
 class PatchEmbed(nn.Module):

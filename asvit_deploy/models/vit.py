@@ -156,7 +156,7 @@ def masked_softmax(logits: Tensor, keep: Tensor) -> Tensor:
         keep: float32 [B, M], 1 or 0; the class token's is 1.
 
     Returns:
-        T, the shape of `logits`.
+        The shape of `logits`, in T; in float32 where autocast on a GPU has its softmax so.
     """
     return _MaskedSoftmax.apply(logits, keep)
 

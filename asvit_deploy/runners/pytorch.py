@@ -7,14 +7,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asvit_deploy.models.stem import exact_convolutions
 from asvit_deploy.models.vit import AdaptiveViT, BatchRule, Trace
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode
 
 
 class TorchRunner(RunnerBase):
-    """An `AdaptiveViT` in eval mode; tokens are really removed."""
+    """An `AdaptiveViT` in eval mode, in true float32; tokens are really removed."""
 
     def __init__(self, model: AdaptiveViT, batch_rule: BatchRule = "exact") -> None:
+        exact_convolutions()
         self.model = model.eval()
         self.batch_rule = batch_rule
 

@@ -69,7 +69,8 @@ class Source(Protocol):
         """Held-out pictures, once, in a fixed order; nothing where there are none.
 
         Args:
-            limit: take exactly so many, spread evenly, where there are more.
+            limit: take exactly so many, spread evenly, where there are more; of digits, whose
+                placements have no end, the first so many (by default 2,000).
             rank, world: the share of one process of several: every `world`-th of those pictures.
         """
         ...

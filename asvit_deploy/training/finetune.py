@@ -117,8 +117,9 @@ class _Numbered(Dataset):
 
 def _batches(
     source: Source, first: int, recipe: Recipe, part: range, workers: int
-) -> Iterator[tuple[int, Batch]]:
-    """Numbered batches, made ahead: by worker processes, or the next one by a thread."""
+) -> Iterator[tuple[int, Batch | UserError]]:
+    """Numbered batches or why there is none, made ahead: by worker processes, or the next one by a
+    thread."""
     steps, numbered = range(first, recipe.steps), _Numbered(source, recipe.batch_size, part)
     if workers:
         loader: DataLoader[Batch | UserError] = DataLoader(
@@ -126,12 +127,12 @@ def _batches(
             pin_memory=torch.cuda.is_available(), worker_init_fn=_stops_are_the_runs,
         )  # fmt: skip
         for step, batch in zip(steps, loader):
-            yield step, _sound(batch)
+            yield step, batch
         return
     with ThreadPoolExecutor(1) as worker:
         ahead = worker.submit(numbered.__getitem__, first)
         for step in steps:
-            batch = _sound(ahead.result())
+            batch = ahead.result()
             if step + 1 < recipe.steps:
                 ahead = worker.submit(numbered.__getitem__, step + 1)
             yield step, batch
@@ -161,17 +162,11 @@ def _worker_failures() -> Iterator[None]:
         ) from error
 
 
-def _sound(batch: Batch | UserError) -> Batch:
-    if isinstance(batch, UserError):
-        raise batch
-    return batch
-
-
 def _share(accelerator: Accelerator, recipe: Recipe) -> range:
     """The pictures of each batch that this process sees.
 
     Raises:
-        UserError: the batch does not divide among the processes.
+        UserError: the batch does not divide among the processes, or parts pairs that are mixed.
     """
     size, processes = recipe.batch_size, accelerator.num_processes
     if size % processes:
@@ -180,7 +175,10 @@ def _share(accelerator: Accelerator, recipe: Recipe) -> range:
             f"{processes}; try {math.ceil(size / processes) * processes}"
         )
     own = size // processes
-    return range(accelerator.process_index * own, (accelerator.process_index + 1) * own)
+    parts = [range(process * own, (process + 1) * own) for process in range(processes)]
+    for part in parts:  # of all, so that all processes refuse
+        recipe.augmentation.check_part(size, part)
+    return parts[accelerator.process_index]
 
 
 @dataclass
@@ -190,15 +188,25 @@ class Skipped:
     accelerator: Accelerator
     limit: int
     names: set[str] = field(default_factory=set)
+    known: set[str] = field(default_factory=set)  # of all processes, when they last met
+
+    def fresh(self) -> int:
+        """How many of this process's the others may not know yet."""
+        return len(self.names - self.known)
 
     def everywhere(self) -> set[str]:
-        """Those of all processes."""
-        return in_all(self.accelerator, self.names)
+        """Those of all processes, which must all ask."""
+        self.known = in_all(self.accelerator, self.names)
+        return self.known
+
+    def too_many(self) -> bool:
+        """Whether they are more than the limit; for all processes to ask."""
+        return len(self.everywhere()) > self.limit
 
     def check(self) -> None:
         """Raises UserError, in all processes, once there are more than the limit."""
-        names = self.everywhere()
-        if len(names) > self.limit:
+        if self.too_many():
+            names = self.known
             raise UserError(
                 f"cannot read {min(names)}, which makes {len(names)} where "
                 f"--skip-limit allows {self.limit}; mend it, or raise the limit"
@@ -256,21 +264,26 @@ def train(
     """
     recipe, state, accelerator = trainer.recipe, state_path(output), trainer.accelerator
     part, means, saved = _share(accelerator, recipe), _Means(), -1
+    first, fitted = 0, False
     # Data first: with other pictures the number of steps may differ too, which says less.
     known = {**identity, **asdict(recipe)}
     main = accelerator.is_main_process
     with together(accelerator):
-        first = load_state(state, trainer, known) if resume else 0
-        log = Log(log_path(output), known, first, force, running.tensorboard, quiet=not main)
-    if recipe.thresholds == FIT and not first:
-        what, model = "starting thresholds", trainer.model
-        _land_on_budget(model, trainer, source, log, what, skipped.names, 0)
+        if resume:
+            first = load_state(state, trainer, known)
+        since = first if resume else None
+        log = Log(log_path(output), known, since, force, running.tensorboard, quiet=not main)
+    if recipe.thresholds == FIT and not resume:
+        what, model, fitted = "starting thresholds", trainer.model, True
+        _land_on_budget(model, trainer, source, log, what, skipped, 0)
     started, size = time.monotonic(), recipe.batch_size
 
     def save(step: int) -> None:
         nonlocal saved
-        if main and step != saved:
-            save_state(state, step, trainer, known)
+        if step != saved:
+            with together(accelerator):
+                if main:
+                    save_state(state, step, trainer, known)
         saved = step
 
     with (
@@ -280,14 +293,19 @@ def train(
              mininterval=1.0, disable=not main) as bar,
     ):  # fmt: skip
         for step, batch in _batches(source, first, recipe, part, running.workers):
-            skipped.names.update(batch.skipped)
-            stopped, unreadable = total(accelerator, len(signals), len(skipped.names))
-            if stopped or unreadable > skipped.limit:
-                if stopped or step > first:
+            refused = isinstance(batch, UserError)
+            skipped.names.update(() if isinstance(batch, UserError) else batch.skipped)
+            stopped, failed, fresh = total(accelerator, len(signals), refused, skipped.fresh())
+            if stopped or failed or (fresh and skipped.too_many()):
+                if stopped or step > first or fitted:
                     save(step)
+                with together(accelerator):
+                    if isinstance(batch, UserError):
+                        raise batch
                 skipped.check()
             if stopped:
                 raise Interrupted(step, state)
+            assert isinstance(batch, Batch)  # a refusal has ended the run
             figures = trainer.step(step, batch)
             done = step + 1
             means.add(figures)
@@ -373,17 +391,22 @@ def validate(
 
 
 def _land_on_budget(
-    model: AdaptiveViT, trainer: Trainer, source: Source, log: Log, what: str, skipped: set[str],
+    model: AdaptiveViT, trainer: Trainer, source: Source, log: Log, what: str, skipped: Skipped,
     step: int,
 ) -> Fit | None:  # fmt: skip
-    """Thresholds onto the budget, over the training pictures that come after that step."""
+    """Thresholds onto the budget, over the training pictures that come after that step.
+
+    Raises:
+        UserError: too many pictures cannot be read; nothing has changed then.
+    """
     recipe, config = trainer.recipe, model.config
     if recipe.budget is None:
         return None
     seen, (fewest, most) = recipe.steps * recipe.batch_size, _FIT_PICTURES
     size = min(max(seen, fewest), most, _FIT_BYTES // picture_bytes(config))
     pictures = source.fitting(size, after=step * recipe.batch_size)
-    skipped.update(pictures.skipped)
+    skipped.names.update(pictures.skipped)
+    skipped.check()
     fit = fit_thresholds(model, pictures.images, recipe.budget)
     # Processes may round differently; the first one's is what is written.
     for threshold in model.thresholds:
@@ -501,19 +524,19 @@ def finetune(
     main = accelerator.is_main_process
     model, mentor = _start(config, pretrained, teacher, recipe, accelerator)
     identity = {**source.identity, **identity}
-    trainer = Trainer(
-        model, mentor, recipe, from_scratch=pretrained is None, accelerator=accelerator,
-        selector=selector,
-    )  # fmt: skip
     with contextlib.ExitStack() as stack:
+        stack.enter_context(memory_failures(recipe.batch_size))
+        stack.enter_context(lost_peers(accelerator))
+        trainer = Trainer(
+            model, mentor, recipe, from_scratch=pretrained is None, accelerator=accelerator,
+            selector=selector,
+        )  # fmt: skip
         with together(accelerator):
             if main:
                 stack.enter_context(_claimed(output, force or resume))
             if main and recipe.ema:
                 inputs = [given.path for given in (pretrained, teacher) if given is not None]
                 check_target(average_path(output), "checkpoint", force or resume, *inputs)
-        stack.enter_context(memory_failures(recipe.batch_size))
-        stack.enter_context(lost_peers(accelerator))
         skipped = Skipped(accelerator, running.skip_limit)
         log = train(trainer, source, output, identity, skipped, resume, running, force)
         stack.enter_context(_kept(output, recipe))
@@ -523,9 +546,7 @@ def finetune(
             fit = None
             if selector is None:
                 what = f"thresholds{of}"
-                fit = _land_on_budget(
-                    network, trainer, source, log, what, skipped.names, recipe.steps
-                )
+                fit = _land_on_budget(network, trainer, source, log, what, skipped, recipe.steps)
             limit = running.validation_limit
             figures = validate(network, source, limit, accelerator, skipped.names)
             skipped.check()

@@ -27,7 +27,7 @@ class Log:
 
     Args:
         known: what decides the run's result; a log of the same is this run's own.
-        step: where the run goes on, 0 for a new one.
+        step: after which a resumed run goes on; None for a new one.
         force: replace a log that is not this run's own.
         tensorboard: a folder for TensorBoard's events, which get the same numbers.
         quiet: write nothing at all; for all processes of a run but one.
@@ -40,7 +40,7 @@ class Log:
         self,
         path: Path,
         known: dict[str, Any],
-        step: int,
+        step: int | None,
         force: bool,
         tensorboard: Path | None = None,
         quiet: bool = False,
@@ -49,12 +49,12 @@ class Log:
         if quiet:
             return
         start = {"event": "start", "run": _digest(known)}
-        before = list(_events(path)) if step else []
+        before = [] if step is None else list(_events(path))
         own = before[:1] == [start]
         check_writable(path, force or own)
-        kept = [event for event in before[1:] if _step(event) <= step]
+        kept = [event for event in before[1:] if _step(event) <= (step or 0)] if own else []
         self._path = path
-        self._head: list[dict[str, Any]] | None = [start, *(kept if own else [])]
+        self._head: list[dict[str, Any]] | None = [start, *kept]
         if tensorboard is not None:
             self._board = _board(tensorboard, step)
 
@@ -85,7 +85,7 @@ class Log:
                 raise unwritten(Path(self._board.log_dir), error) from error
 
 
-def _board(folder: Path, step: int) -> Any:
+def _board(folder: Path, step: int | None) -> Any:
     """TensorBoard's writer, which hides what an earlier run wrote beyond `step`.
 
     Raises:
@@ -99,7 +99,7 @@ def _board(folder: Path, step: int) -> Any:
         ) from error
     threading.excepthook = _quiet_board
     try:
-        return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        return SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; name another folder") from error
 

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.models.stem import exact_convolutions
 
 
 def accelerator_for(amp: str = "no") -> Accelerator:
-    """This process's place and its device.
+    """This process's place and its device, a CUDA GPU or the CPU, once all have met.
 
     Raises:
-        UserError: the device cannot compute in that precision, or the processes would each hold a
-            part of the network.
+        UserError: the device cannot compute in that precision; the processes would each hold a
+            part of the network, are more than the GPUs of their machine, were not started by a
+            launcher, or cannot find one another.
     """
-    # Precision is the recipe's affair: part of what decides a result, and of a run's identity.
-    accelerator = Accelerator(mixed_precision="no")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1" and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE tells of {world} processes, and nothing which this one is; start them "
+            "with torchrun or `accelerate launch`, or unset WORLD_SIZE"
+        )
+    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and here > torch.cuda.device_count():
+        raise UserError(
+            f"{here} processes on a machine with {torch.cuda.device_count()} GPUs; start one for "
+            "each GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+        )
+    # Precision is the recipe's affair: part of what decides a result, and of a run's identity. Told
+    # nothing, accelerate makes processes without a GPU runs of their own.
+    accelerator = Accelerator(mixed_precision="no", cpu=on_cpu)
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UserError(
@@ -29,6 +46,9 @@ def accelerator_for(amp: str = "no") -> Accelerator:
         )
     if amp == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on a CPU")
+    exact_convolutions()
+    with lost_peers(accelerator):
+        total(accelerator, 0)  # found out before the work, not after it
     return accelerator
 
 
@@ -38,6 +58,8 @@ def anywhere(accelerator: Accelerator, here: bool) -> bool:
 
 
 _ELSEWHERE = "another process of this run ended; its own line says why"
+# What gloo says of a peer that is gone.
+_HUNG_UP = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @contextlib.contextmanager
@@ -57,10 +79,10 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lost_peers(accelerator: Accelerator) -> Iterator[None]:
-    """Turn what gloo or NCCL say when another process is gone into one line.
+    """Turn what gloo or NCCL say when another process is gone, or out of reach, into one line.
 
     Raises:
-        UserError: another process ended while this one waited for it.
+        UserError: another process ended while this one waited for it, or they cannot talk.
     """
     try:
         yield
@@ -69,7 +91,12 @@ def lost_peers(accelerator: Accelerator) -> Iterator[None]:
         ours = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if accelerator.num_processes == 1 or not ours:
             raise
-        raise UserError(_ELSEWHERE) from error
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        if any(sign in told[0] for sign in _HUNG_UP):
+            raise UserError(_ELSEWHERE) from error
+        raise UserError(
+            f"the processes of this run cannot work together, or one of them ended: {told[0]}"
+        ) from error
 
 
 def in_all(accelerator: Accelerator, values: set[str]) -> set[str]:

@@ -82,8 +82,8 @@ class Recipe:
     `budget` is None for a dense run; `clip` 0 means no clipping; `lr` and `min_lr` are per step at
     this batch size, all processes together; `warmup` is in steps. `flops_weight` (per GMAC) and
     `distill_weight` are the factors of Eq. 13, `temperature` is T of Eq. 9, `thresholds` are where
-    they start (by default the paper's, whatever MACs they make), and `masking` is what a dropped
-    token loses (Table 3), for adaptive runs. `ema` is the decay of a moving average of the
+    they start (by default see `adaptive_start`, whatever MACs that makes), and `masking` is what a
+    dropped token loses (Table 3), for adaptive runs. `ema` is the decay of a moving average of the
     weights; `randaugment` to `repeats` are `Augmentation`'s.
 
     Raises:
@@ -208,6 +208,4 @@ def memory_failures(batch_size: int) -> Iterator[None]:
         # torch has no class of its own for the CPU's.
         if not (isinstance(error, MemoryError) or "allocate memory" in told or "of memory" in told):
             raise
-        raise UserError(
-            f"a step with --batch-size {batch_size} does not fit into memory; lower --batch-size"
-        ) from error
+        raise UserError(f"--batch-size {batch_size} does not fit into memory; lower it") from error

@@ -41,10 +41,11 @@ def min_k(counts: Sequence[Tensor]) -> Rule:
 
 
 def random_k(counts: Sequence[Tensor], generator: torch.Generator) -> Rule:
-    """Chance picks (Table 8)."""
+    """Chance picks (Table 8); `generator` is the CPU's."""
 
     def rule(stage: int, scores: Tensor, alive: Tensor) -> Tensor:
-        return highest(torch.rand(scores.shape, generator=generator), alive, counts[stage])
+        chance = torch.rand(scores.shape, generator=generator).to(scores.device)
+        return highest(chance, alive, counts[stage])
 
     return rule
 

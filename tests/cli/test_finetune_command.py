@@ -24,7 +24,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from asvit_deploy.models.registry import arch
-from asvit_deploy.training import state
+from asvit_deploy.training import finetune, state
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.state import state_path
 
@@ -330,6 +330,41 @@ def test_resume_does_not_pass_a_picture_that_is_still_broken(cli, data, stopped)
     refused(cli(*stopped, "--resume"), "7.png, which makes 1 where --skip-limit allows 0")
     assert state_path(OUTPUT).read_bytes() == before
     assert not OUTPUT.exists()
+
+
+@pytest.fixture
+def fitted(data, dense) -> list[object]:
+    """A run whose thresholds start on the budget."""
+    return ["finetune", "--data", data, "--pretrained", dense, "-o", OUTPUT, "--thresholds", "fit",
+            "--batch-size", 4, "--steps", 3, "--log-every", 1]  # fmt: skip
+
+
+def test_a_start_on_the_budget_is_made_once(cli, fitted, monkeypatch):
+    """A stop that comes before the first step keeps it, and its line in the log."""
+    assert cli(*fitted).code == 0
+    whole = load_checkpoint(OUTPUT).state
+    log = log_path(OUTPUT).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "_stop_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
+        stopped = cli(*fitted, "--force")
+    assert stopped.code == 130
+    assert "stopped after step 0; " in stopped.err
+    result = cli(*fitted, "--resume")
+    assert result.code == 0, result.err
+    resumed = load_checkpoint(OUTPUT).state
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+    both = [[json.loads(line) for line in text.splitlines()]
+            for text in (log, log_path(OUTPUT).read_text())]  # fmt: skip
+    told = [[(event.get("event"), event.get("loss")) for event in events] for events in both]
+    assert told[0] == told[1]
+    assert told[0][1] == ("starting thresholds scaled to the budget", None)
+
+
+def test_a_start_on_the_budget_that_meets_a_broken_picture_leaves_nothing(cli, data, fitted):
+    (data / "dog" / "7.png").write_bytes(b"no picture")
+    before = files(Path())
+    refused(cli(*fitted), "7.png, which makes 1 where --skip-limit allows 0")
+    assert files(Path()) == before
 
 
 @pytest.mark.parametrize("where", ["val", "the fit of the thresholds"])

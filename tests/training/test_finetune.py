@@ -41,7 +41,8 @@ def command(*options: object) -> list[str]:
 
 
 def start(*options: object, **more) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Equal bits are promised on a CPU.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         command(*options), env=environment, stderr=subprocess.PIPE, text=True, **more
     )
@@ -194,7 +195,7 @@ def test_a_threshold_moves_by_a_hundredth_of_itself_however_small():
         trainer = small_trainer(Recipe(steps=50, budget=0.5, lr=1e-3))
         for threshold in trainer.model.thresholds:
             threshold.data.fill_(value)
-            threshold.grad = torch.tensor(1e4)
+            threshold.grad = torch.full_like(threshold, 1e4)
         for parameter in trainer.model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.ndim else parameter.grad
         for group in trainer.optimizer.param_groups:
@@ -221,7 +222,8 @@ def test_stem_statistics_of_lvvit_stay_frozen_in_student_and_teacher():
 
 def test_bf16_leaves_scores_and_weights_in_float32():
     trainer = small_trainer(Recipe(steps=10, budget=0.65, amp="bf16"))
-    masks = TrainingForm(trainer.model, trainer.recipe)(a_batch().images)[2]
+    images = a_batch().images.to(trainer.accelerator.device)
+    masks = TrainingForm(trainer.model, trainer.recipe)(images)[2]
     assert all(mask.dtype == torch.float32 for mask in masks)
     trainer.step(0, a_batch())
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())

@@ -68,6 +68,18 @@ def test_token_distillation_looks_at_kept_tokens_only():
     assert token_distillation(student, teacher, kept).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_every_token_weighs_the_same_in_whatever_process():
+    student, teacher = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    alive = torch.tensor([[1.0, 1, 1, 1], [0, 0, 1, 0]])  # a process each: four tokens, and one
+    whole = token_distillation(student, teacher, alive)
+    parts = [
+        token_distillation(student[i : i + 1], teacher[i : i + 1], alive[i : i + 1],
+                           mean=lambda own: torch.tensor((4 + 1) / 2))
+        for i in range(2)
+    ]  # fmt: skip
+    torch.testing.assert_close(sum(parts) / 2, whole)
+
+
 def test_total_is_the_weighted_sum_and_names_its_parts():
     logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
     outputs = Outputs(logits, torch.zeros(1, 196, 2), masks_of(196, 100, 50))

