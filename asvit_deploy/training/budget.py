@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,11 @@ from asvit_deploy.models.vit import AdaptiveViT, Trace
 
 _BATCH = 64
 _HALVINGS = 24  # of the factor's interval, in logarithms
+MOST_PASSES = _HALVINGS + 2  # over the pictures: before and after too
 _RANGE = (1e-4, 1e3)
 TOLERANCE = 0.01  # of the budget
+
+Progress = Callable[[int], object]
 
 
 def check_budget(config: ArchConfig, budget: float) -> None:
@@ -69,9 +72,13 @@ def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
 
 
 @torch.inference_mode()
-def _run(model: AdaptiveViT, images: Sequence[Tensor]) -> tuple[float, list[Trace]]:
-    device = model.pos_embed.device
-    traces = [model(batch.to(device))[1] for batch in images]
+def _run(
+    model: AdaptiveViT, images: Sequence[Tensor], progress: Progress
+) -> tuple[float, list[Trace]]:
+    device, traces = model.pos_embed.device, []
+    for batch in images:
+        traces.append(model(batch.to(device))[1])
+        progress(len(batch))
     macs = torch.cat([trace_macs(model.config, trace) for trace in traces])
     return macs.mean().item(), traces
 
@@ -86,7 +93,9 @@ def _neighbours(traces: Sequence[Trace], stage: int, threshold: float) -> tuple[
     return low, high
 
 
-def fit_thresholds(model: AdaptiveViT, images: Tensor, budget: float) -> Fit:
+def fit_thresholds(
+    model: AdaptiveViT, images: Tensor, budget: float, progress: Progress = lambda passed: None
+) -> Fit:
     """Scale all thresholds by one factor, so that the mean MACs of these images meet the budget.
 
     Training only pulls towards the budget; this lands on it. The shape that training gave the
@@ -95,6 +104,7 @@ def fit_thresholds(model: AdaptiveViT, images: Tensor, budget: float) -> Fit:
 
     Args:
         images: float32 [P, 3, H, W], pictures of the training split.
+        progress: told how many more of them have passed, of at most `MOST_PASSES` times P.
     """
     was_training = model.training
     model.eval()
@@ -104,7 +114,7 @@ def fit_thresholds(model: AdaptiveViT, images: Tensor, budget: float) -> Fit:
     def scaled(factor: float) -> tuple[float, list[Trace]]:
         for threshold, value in zip(model.thresholds, start):
             threshold.data.fill_(value * factor)
-        return _run(model, batches)
+        return _run(model, batches, progress)
 
     before, _ = scaled(1.0)
     low, high = _RANGE
@@ -117,6 +127,6 @@ def fit_thresholds(model: AdaptiveViT, images: Tensor, budget: float) -> Fit:
     for stage, threshold in enumerate(model.thresholds):
         under, over = _neighbours(traces, stage, threshold.item())
         threshold.data.fill_((under + over) / 2)
-    after, _ = _run(model, batches)
+    after, _ = _run(model, batches, progress)
     model.train(was_training)
     return Fit(budget, len(images), factor, before, after)

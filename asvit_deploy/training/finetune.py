@@ -34,7 +34,13 @@ from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
 from asvit_deploy.training.batches import Batch
-from asvit_deploy.training.budget import Fit, check_budget, fit_thresholds, trace_macs
+from asvit_deploy.training.budget import (
+    MOST_PASSES,
+    Fit,
+    check_budget,
+    fit_thresholds,
+    trace_macs,
+)
 from asvit_deploy.training.data import Source
 from asvit_deploy.training.log import Log, log_path
 from asvit_deploy.training.processes import (
@@ -348,6 +354,13 @@ def _end_epoch(
     })  # fmt: skip
 
 
+def _bar(what: str, accelerator: Accelerator | None, total: int | None = None) -> tqdm:
+    """What happens between steps, where it lasts; the first process alone shows it."""
+    silent = accelerator is None or not accelerator.is_main_process
+    return tqdm(total=total, desc=what, unit="img", file=sys.stderr, leave=False, delay=1.0,
+                mininterval=1.0, disable=silent)  # fmt: skip
+
+
 @torch.inference_mode()
 def validate(
     model: AdaptiveViT,
@@ -370,16 +383,18 @@ def validate(
     model, device = copy.deepcopy(model).eval(), model.pos_embed.device
     stages = len(model.thresholds)
     sums = torch.zeros(3 + stages, dtype=torch.float64)  # images, right, MACs, kept per stage
-    for images, labels, unreadable in source.validation(_VALIDATION_BATCH, limit, rank, world):
-        if skipped is not None:
-            skipped.update(unreadable)
-        if not len(labels):
-            continue
-        logits, trace = model(images.to(device))
-        right = (logits.argmax(1).cpu() == labels).sum()
-        macs = trace_macs(model.config, trace).sum().cpu() if stages else torch.tensor(0.0)
-        kept = [(length - 1).sum().cpu() for length in trace.length]
-        sums += torch.stack([torch.tensor(len(labels)), right, macs, *kept]).double()
+    with _bar("validation", accelerator) as bar:
+        for images, labels, unreadable in source.validation(_VALIDATION_BATCH, limit, rank, world):
+            if skipped is not None:
+                skipped.update(unreadable)
+            bar.update(len(labels) * world)
+            if not len(labels):
+                continue
+            logits, trace = model(images.to(device))
+            right = (logits.argmax(1).cpu() == labels).sum()
+            macs = trace_macs(model.config, trace).sum().cpu() if stages else torch.tensor(0.0)
+            kept = [(length - 1).sum().cpu() for length in trace.length]
+            sums += torch.stack([torch.tensor(len(labels)), right, macs, *kept]).double()
     if accelerator and world > 1:
         sums = accelerator.reduce(sums.to(device), reduction="sum").cpu()  # type: ignore[union-attr]
     count = int(sums[0])
@@ -407,7 +422,8 @@ def _land_on_budget(
     pictures = source.fitting(size, after=step * recipe.batch_size)
     skipped.names.update(pictures.skipped)
     skipped.check()
-    fit = fit_thresholds(model, pictures.images, recipe.budget)
+    with _bar(what, trainer.accelerator, MOST_PASSES * len(pictures.images)) as bar:
+        fit = fit_thresholds(model, pictures.images, recipe.budget, bar.update)
     # Processes may round differently; the first one's is what is written.
     for threshold in model.thresholds:
         threshold.data = broadcast(threshold.data)
