@@ -132,8 +132,7 @@ def _batches(
             numbered, batch_size=None, sampler=steps, num_workers=workers,
             pin_memory=torch.cuda.is_available(), worker_init_fn=_stops_are_the_runs,
         )  # fmt: skip
-        for step, batch in zip(steps, loader):
-            yield step, batch
+        yield from zip(steps, _handed_over(loader))
         return
     with ThreadPoolExecutor(1) as worker:
         ahead = worker.submit(numbered.__getitem__, first)
@@ -150,22 +149,31 @@ def _stops_are_the_runs(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@contextlib.contextmanager
-def _worker_failures() -> Iterator[None]:
-    """Turn the death of a worker process, such as for want of memory, into one line.
-
-    Raises:
-        UserError: one died.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            "a process of --workers was killed, perhaps for want of memory; go on with --resume, "
-            "with fewer --workers if need be"
-        ) from error
+def _handed_over(loader: DataLoader[Batch | UserError]) -> Iterator[Batch | UserError]:
+    """The loader's batches; where a worker process dies, why there is none."""
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    # Torch would raise wherever the run is at that moment, such as in the middle of a step. It also
+    # notices, if seconds later, when the next batch does not come.
+    with contextlib.suppress(ValueError):  # not the main thread, where torch changes nothing
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            told = str(error)
+            if "in DataLoader worker" in told:  # raised by its own code, and told with its place
+                raise
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in told:
+                raise
+            # The others: what it was handing over broke off.
+            batch = UserError(
+                "a process of --workers was killed, perhaps for want of memory; go on with "
+                "--resume, with fewer --workers if need be"
+            )
+        if batch is None:
+            return
+        yield batch
 
 
 def _share(accelerator: Accelerator, recipe: Recipe) -> range:
@@ -293,7 +301,6 @@ def train(
         saved = step
 
     with (
-        _worker_failures(),
         _stop_signals() as signals,
         tqdm(total=recipe.steps * size, initial=first * size, unit="img", file=sys.stderr,
              mininterval=1.0, disable=not main) as bar,

@@ -220,6 +220,7 @@ def test_a_worker_process_that_is_killed_costs_one_line(data, tmp_path):
     assert run.returncode == 2, told
     assert "Traceback" not in told
     assert "Error: a process of --workers was killed" in told
+    assert torch.load(tmp_path / state_path(OUTPUT), weights_only=True)["step"] >= 3
 
 
 # --- a disk that is full ------------------------------------------------------------------------
