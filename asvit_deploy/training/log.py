@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +98,20 @@ def _board(folder: Path, step: int | None) -> Any:
         raise UserError(
             '--tensorboard needs tensorboard; pip install "asvit-deploy[train]"'
         ) from error
-    threading.excepthook = _quiet_board
+    threading.excepthook = partial(_quiet_board, threading.excepthook)
     try:
         return SummaryWriter(str(folder), purge_step=None if step is None else step + 1)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; name another folder") from error
 
 
-def _quiet_board(failed: threading.ExceptHookArgs) -> None:
+def _quiet_board(
+    tell: Callable[[threading.ExceptHookArgs], Any], failed: threading.ExceptHookArgs
+) -> None:
     """TensorBoard writes in a thread, which keeps an OSError for our next call; that tells it."""
     thread = type(failed.thread).__module__
     if not (isinstance(failed.exc_value, OSError) and thread.startswith("tensorboard.")):
-        threading.__excepthook__(failed)
+        tell(failed)
 
 
 def _numbers(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -337,26 +337,30 @@ def test_resume_does_not_pass_a_picture_that_is_still_broken(cli, data, stopped)
 def fitted(data, dense) -> list[object]:
     """A run whose thresholds start on the budget."""
     return ["finetune", "--data", data, "--pretrained", dense, "-o", OUTPUT, "--thresholds", "fit",
-            "--batch-size", 4, "--steps", 3, "--log-every", 1]  # fmt: skip
+            "--batch-size", 4, "--steps", 3, "--save-every", 1, "--log-every", 1]  # fmt: skip
 
 
-def test_a_start_on_the_budget_is_made_once(cli, fitted, monkeypatch):
-    """A stop that comes before the first step keeps it, and its line in the log."""
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_start_on_the_budget_is_made_once(cli, fitted, monkeypatch, steps):
+    """A stop keeps it, and its line in the log, be it before the first step or after."""
     assert cli(*fitted).code == 0
     whole = load_checkpoint(OUTPUT).state
     log = log_path(OUTPUT).read_text()
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune, "_stop_signals", lambda: contextlib.nullcontext([signal.SIGTERM]))
-        stopped = cli(*fitted, "--force")
-    assert stopped.code == 130
-    assert "stopped after step 0; " in stopped.err
+    if steps:
+        with room_for(steps, monkeypatch):
+            refused(cli(*fitted, "--force"), "No space left")
+    else:
+        with monkeypatch.context() as patch:
+            signals = contextlib.nullcontext([signal.SIGTERM])
+            patch.setattr(finetune, "_stop_signals", lambda: signals)
+            assert cli(*fitted, "--force").code == 130
+    assert torch.load(state_path(OUTPUT), weights_only=True)["step"] == steps
     result = cli(*fitted, "--resume")
     assert result.code == 0, result.err
     resumed = load_checkpoint(OUTPUT).state
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
-    both = [[json.loads(line) for line in text.splitlines()]
-            for text in (log, log_path(OUTPUT).read_text())]  # fmt: skip
-    told = [[(event.get("event"), event.get("loss")) for event in events] for events in both]
+    told = [[(event.get("event"), event.get("loss")) for event in map(json.loads, lines)]
+            for lines in (log.splitlines(), log_path(OUTPUT).read_text().splitlines())]  # fmt: skip
     assert told[0] == told[1]
     assert told[0][1] == ("starting thresholds scaled to the budget", None)
 
@@ -449,23 +453,6 @@ def test_the_budget_it_landed_on_is_told(cli, data, dense):
     assert events("thresholds scaled to the budget")[0]["pictures"] == fit["pictures"] == 16
     recipe = fields["provenance"]["recipe"]
     assert (recipe["flops_weight"], recipe["distill_weight"]) == (3.0, 0.25)
-
-
-def test_a_start_on_the_budget_survives_a_stop(cli, data, dense, monkeypatch):
-    options = ["finetune", "--data", data, "--pretrained", dense, "-o", OUTPUT, "--steps", 3]
-    options += ["--batch-size", 4, "--save-every", 1, "--log-every", 1, "--thresholds", "fit"]
-    assert cli(*options).code == 0
-    whole = load_checkpoint(OUTPUT).state
-    log = log_path(OUTPUT).read_text().splitlines()
-
-    with room_for(1, monkeypatch):
-        refused(cli(*options, "--force"), "No space left")
-    result = cli(*options, "--resume")
-    assert result.code == 0, result.err
-    resumed = load_checkpoint(OUTPUT).state
-    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
-    events = [json.loads(line) for line in log_path(OUTPUT).read_text().splitlines()]
-    assert [e.get("event") for e in events] == [json.loads(line).get("event") for line in log]
 
 
 def test_thresholds_can_start_on_the_budget(cli, data, dense):
