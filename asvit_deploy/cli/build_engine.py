@@ -63,8 +63,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @options.images
 @click.option(
-    "--limit", type=click.IntRange(1), default=200, show_default=True,
-    help="Compare on at most so many pictures.",
+    "--limit", type=click.IntRange(1), default=64, show_default=True,
+    help="Compare on at most so many pictures; the verdict does not depend on their number.",
 )  # fmt: skip
 @click.option(
     "--no-check", is_flag=True,

@@ -13,14 +13,15 @@ from asvit_deploy.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
     from asvit_deploy.evaluate.engine_session import EngineSession
-    from asvit_deploy.evaluate.parity import Parity
     from asvit_deploy.evaluate.session import Session
-    from asvit_deploy.runners.base import Runner
+    from asvit_deploy.parity import Parity
+    from asvit_deploy.runners.base import Reference, Runner
 
     # artefact, reference, runner of each way
-    Opened = tuple[Session | EngineSession, Runner, dict[str, Runner]]
+    Opened = tuple[Session | EngineSession, Reference, dict[str, Runner]]
 
 _BATCH = 8  # what a dynamic-batch model is also run with
+_LISTED = 20
 
 
 @click.command()
@@ -46,6 +47,13 @@ def command(
     where the op's library is built, with that; a dynamic-batch model also in batches of 8. An
     engine, or a bucketed folder of them, runs on this machine's GPU, with and without CUDA graphs
     where its mode allows both.
+
+    \b
+    asvit-deploy check as_deit_s.onnx
+    asvit-deploy check --reference as_deit_s.onnx as_deit_s.int8.onnx
+
+    With --reference, a model may be a file that another tool made from it (quantised, simplified,
+    without its sidecar): what it does not say is taken from the reference.
     """
     from asvit_deploy.evaluate.session import find_op_library
 
@@ -75,7 +83,7 @@ def _open(path: Path, other: Path | None, library: Path | None) -> Opened:
     from asvit_deploy.evaluate.session import Session
     from asvit_deploy.runners.pytorch import TorchRunner
 
-    reference: Runner
+    reference: Reference
     if is_engine(path):
         engine = EngineSession(path)
         if other is not None:
@@ -85,12 +93,15 @@ def _open(path: Path, other: Path | None, library: Path | None) -> Opened:
         if engine.graphs:
             ways["engine, CUDA graph"] = engine.runner(graph=True)
         return engine, TorchRunner(engine.reference), ways
-    session = Session(path, library)
     if other is None:
+        session = Session(path, library)
         reference = TorchRunner(session.reference)
     else:
         theirs = Session(other, library)
-        session.refuse_other_network(theirs)
+        session = Session(path, library, theirs)
+        if session.borrowed:
+            options.status(f"{path}: {session.borrowed}; preprocessing, stages and thresholds are "
+                           f"those of {other}; judged as {session.parity}")  # fmt: skip
         reference = theirs.runner(next(iter(theirs.libraries().values())))
     return session, reference, {w: session.runner(lib) for w, lib in session.libraries().items()}
 
@@ -98,8 +109,8 @@ def _open(path: Path, other: Path | None, library: Path | None) -> Opened:
 def _check(opened: Opened, images: Path | None, limit: int) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
-    from asvit_deploy.evaluate.parity import compare
     from asvit_deploy.images import open_images
+    from asvit_deploy.parity import compare
 
     session, reference, runners = opened
     pictures = open_images(images, session.config, limit)
@@ -111,7 +122,7 @@ def _check(opened: Opened, images: Path | None, limit: int) -> list[dict[str, An
     for way, batch in tqdm(runs, desc="check", disable=None, leave=False):
         parity = compare(
             reference, runners[way], loaded, pictures.names, session.fields["thresholds"],
-            getattr(session, "parity", "float32"), batch,
+            session.parity, batch,
         )  # fmt: skip
         results.append({"model": str(session.path), "run": f"{way}, batch {batch}",
                         "images": pictures.source, "reference": reference.describe(),
@@ -124,20 +135,42 @@ def _print(results: list[dict[str, Any]]) -> None:
 
     def row(model: str, run: str, p: Parity) -> list[str]:
         borderline = sum(flip.borderline for flip in p.flips)
+        ties = sum(change.borderline for change in p.top1_changes)
+        moved = [f"{theirs - ours:+.1f}" for ours, theirs in zip(p.mean_kept, p.candidate_kept)]
         return [
             model, run, str(p.images), f"{p.equal_sets}/{p.images}",
-            f"{len(p.flips)} ({borderline} borderline)", f"{p.top1_equal}/{p.images}",
-            f"{p.logit_error:.1e}", " ".join(f"{k:.1f}" for k in p.mean_kept) or "-",
+            f"{len(p.flips)} ({borderline} borderline)",
+            f"{p.top1_equal}/{p.images}" + (f" ({ties} near ties)" if ties else ""),
+            f"{p.logit_error:.1e}", f"{max(p.noise):.1e}" if p.noise else "-",
+            " ".join(f"{k:.1f}" for k in p.mean_kept) or "-",
+            " ".join(moved) if any(float(change) for change in moved) else "-",
             "ok" if p.passed else "FAILED",
         ]  # fmt: skip
 
-    headers = ["model", "op, batch", "images", "same tokens", "flips", "same top-1",
-               "logit error", "kept per stage", "verdict"]  # fmt: skip
+    headers = ["model", "op, batch", "images", "same tokens", "flips", "same top-1", "logit error",
+               "score noise", "kept per stage", "moved by", "verdict"]  # fmt: skip
     click.echo(table(headers, [row(r["model"], r["run"], r["parity"]) for r in results]))
     for r in results:
-        for flip in r["parity"].flips[:20]:
-            click.echo(
-                f"flip: {flip.image} stage {flip.stage} token {flip.token}: score {flip.score:.8f},"
-                f" threshold {flip.threshold:.8f}, margin {flip.margin:.1e}"
-                + ("" if flip.borderline else " BEYOND ROUNDING")
-            )
+        _print_differences(r["parity"])
+
+
+def _print_differences(parity: Parity) -> None:
+    """The flips and changes of top-1, the worst first, and how many more there are."""
+    flips = sorted(parity.flips, key=lambda flip: flip.allowed - flip.margin)
+    for flip in flips[:_LISTED]:
+        click.echo(
+            f"flip: {flip.image} stage {flip.stage} token {flip.token}: score {flip.score:.8f}, "
+            f"threshold {flip.threshold:.8f}, margin {flip.margin:.1e}"
+            + ("" if flip.borderline else f" BEYOND ROUNDING ({flip.allowed:.1e})")
+        )
+    if len(flips) > _LISTED:
+        click.echo(f"and {len(flips) - _LISTED} more flips (--json lists them all)")
+    changes = sorted(parity.top1_changes, key=lambda change: -change.margin)
+    for change in changes[:_LISTED]:
+        click.echo(
+            f"top-1: {change.image}: class {change.candidate} for {change.reference}, whose logit "
+            f"is higher by {change.margin:.1e} of the largest"
+            + ("" if change.borderline else " BEYOND ROUNDING")
+        )
+    if len(changes) > _LISTED:
+        click.echo(f"and {len(changes) - _LISTED} more changes of top-1 (--json lists them all)")

@@ -87,7 +87,7 @@ def _check(
     if options.precision:
         say(f"comparing the graph on up to {options.limit} images")
         checked = check(source, graph, options.precision, options.images, options.limit)
-    say(f"agrees with {checked.reference} on {checked.parity.images} images ({checked.pictures})")
+    say(checked.told)
     return checked
 
 

@@ -9,12 +9,12 @@ import onnx
 
 from asvit_deploy.engine.source import Source
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.evaluate.parity import Parity, compare
 from asvit_deploy.export.padded import to_padded
 from asvit_deploy.export.precision import Precision, rounded, to_half
 from asvit_deploy.images import open_images
 from asvit_deploy.ops import onnx_op
-from asvit_deploy.runners.base import Runner
+from asvit_deploy.parity import Parity, compare
+from asvit_deploy.runners.base import Reference, Remembered, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -26,6 +26,17 @@ class Checked:
     reference: str
     pictures: str
     parity: Parity
+
+    @property
+    def told(self) -> str:
+        """What a person needs to know of it, in one line."""
+        p = self.parity
+        said = f"agrees with {self.reference} on {p.images} images ({self.pictures})"
+        if p.flips:
+            said += f"; {p.images - p.equal_sets} keep other tokens, all within rounding"
+        if p.top1_changes:
+            said += f"; near ties of top-1 turned over: {len(p.top1_changes)}"
+        return said + (f"; score noise {max(p.noise):.1e}" if p.noise else "")
 
 
 def make_graph(source: Source, mode: str, precision: Precision | None) -> onnx.ModelProto:
@@ -62,6 +73,20 @@ def runnable(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def _reference(source: Source) -> tuple[Reference, str]:
+    """What the graphs of an artefact are compared with, and how messages call it."""
+    assert source.session is not None
+    if source.reference is None:
+        try:
+            source.reference = Remembered(TorchRunner(source.session.reference)), "PyTorch"
+        except UserError:
+            runner = Remembered(OrtRunner(runnable(source.model)))
+            source.reference = (
+                runner, "the float32 ONNX file (its checkpoint is gone or changed)"
+            )  # fmt: skip
+    return source.reference
+
+
 def check(
     source: Source,
     graph: onnx.ModelProto,
@@ -80,16 +105,11 @@ def check(
         candidate: runs the graph; None for ONNX Runtime with the graph as a whole.
 
     Raises:
-        CheckFailed: the graph is not within the limits of `evaluate.parity`.
+        CheckFailed: the graph is not within the limits of `parity`.
     """
     assert source.session is not None
     pictures = open_images(images, source.session.config, limit)
-    reference: Runner
-    try:
-        reference, with_what = TorchRunner(source.session.reference), "PyTorch"
-    except UserError:
-        reference = OrtRunner(runnable(source.model))
-        with_what = "the float32 ONNX file (its checkpoint is gone or changed)"
+    reference, with_what = _reference(source)
     if candidate is None and precision:
         candidate = OrtRunner(rounded(runnable(graph)), optimize=False)
     elif candidate is None:

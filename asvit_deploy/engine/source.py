@@ -15,6 +15,7 @@ from asvit_deploy import artifact
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluate.session import Session
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.runners.base import Reference
 from asvit_deploy.runners.onnx_runtime import load_model
 
 
@@ -26,11 +27,13 @@ class Source:
         path: the file.
         model: its contents.
         session: the artefact it is, or None for a foreign file.
+        reference: what its graphs were compared with (`engine.checked`), kept for the next one.
     """
 
     path: Path
     model: onnx.ModelProto
     session: Session | None
+    reference: tuple[Reference, str] | None = None
 
     @property
     def adaptive(self) -> bool:

@@ -80,7 +80,7 @@ class EngineSession:
 
     @property
     def parity(self) -> str:
-        """Which of `evaluate.parity.LIMITS` holds."""
+        """Which of `parity.LIMITS` holds."""
         return PARITY[self.fields["precision"]]
 
     @property

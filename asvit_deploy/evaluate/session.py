@@ -16,7 +16,7 @@ from asvit_deploy.evaluate.reference import check_fields, config_of, reference_m
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops import onnx_op
-from asvit_deploy.runners.onnx_runtime import OrtRunner, load_model
+from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
 
 # Sidecar fields that two artefacts share if they can be compared token by token.
 _OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages", "preprocessing")
@@ -29,12 +29,20 @@ class Session:
     Attributes:
         path: the file.
         library: the op's ONNX Runtime library, or None to run the function.
+        original: the artefact that another tool may have made this file from; then `fields` are
+            the original's where the file has no sidecar of its own.
         fields: the sidecar.
+        borrowed: why `fields` are the original's, or None.
+
+    Raises:
+        UserError: it is no such artefact, or has nothing to do with the original.
     """
 
     path: Path
     library: Path | None = None
+    original: Session | None = None
     fields: dict[str, Any] = field(init=False)
+    borrowed: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.path.is_file() and self.path.suffix != ".onnx":
@@ -42,13 +50,38 @@ class Session:
                 f"{self.path} is no ONNX file; name one in .onnx, or make it with "
                 "`asvit-deploy export --ckpt FILE`"
             )
-        self.fields = artifact.read(self.path)
+        try:
+            self.fields = artifact.read(self.path)
+        except UserError:
+            if self.original is None or not self.path.is_file():
+                raise
+            self._borrow(self.original)
+            return
         if self.fields.get("kind") != "onnx":
             raise UserError(
                 f"{self.path} is no ONNX file but of kind {self.fields.get('kind')}; name an "
                 ".onnx file"
             )
         check_fields(self.path, self.fields)
+        if self.original is not None:
+            self.refuse_other_network(self.original)
+
+    def _borrow(self, original: Session) -> None:
+        """Take the original's fields, once the file takes the original's pictures."""
+        weights = {tensor.name for tensor in self.model.graph.initializer}
+        inputs = [info for info in self.model.graph.input if info.name not in weights]
+        shapes = [[d.dim_value for d in info.type.tensor_type.shape.dim] for info in inputs]
+        size = original.config.image_size
+        if len(shapes) != 1 or len(shapes[0]) != 4 or any(
+            given not in (0, wanted) for given, wanted in zip(shapes[0][1:], (3, size, size))
+        ):  # fmt: skip
+            raise UserError(
+                f"{self.path} takes inputs of shapes {shapes} and not pictures of {size} pixels as "
+                f"{original.path} does; name a file that was made from it"
+            )
+        self.fields = {**original.fields, "batch": "1" if shapes[0][0] == 1 else "dynamic"}
+        there = artifact.sidecar_path(self.path).is_file()
+        self.borrowed = "its sidecar is not its own" if there else "it has no sidecar"
 
     def refuse_other_network(self, other: Session) -> None:
         """Raise UserError where `other` is no reference for this one, in one line that says why."""
@@ -102,9 +135,16 @@ class Session:
             )
         return ways
 
+    @property
+    def parity(self) -> str:
+        """Which of `parity.LIMITS` holds."""
+        return arithmetic_of(self.model)
+
     def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
         """The artefact in ONNX Runtime."""
-        return OrtRunner(self.model, library, threads=threads, record=record, name=str(self.path))
+        stages = len(self.fields["thresholds"]) if self.adaptive else 0
+        return OrtRunner(self.model, library, threads=threads, record=record, name=str(self.path),
+                         stages=stages)  # fmt: skip
 
 
 def find_op_library(named: Path | None) -> Path | None:

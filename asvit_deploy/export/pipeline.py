@@ -11,12 +11,12 @@ import onnx
 
 from asvit_deploy import artifact
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.evaluate.parity import Parity, compare
 from asvit_deploy.export.to_onnx import IR_VERSION, OPSET, to_onnx
 from asvit_deploy.images import ImageSet
 from asvit_deploy.models.checkpoint import Checkpoint, build_model
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.parity import Parity, compare
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 

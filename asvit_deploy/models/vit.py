@@ -8,7 +8,7 @@ Parameters carry timm's names, so dense checkpoints load as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -248,7 +248,11 @@ class AdaptiveViT(nn.Module):
         return self.adaptive and block + 1 in self.config.stages
 
     def forward(
-        self, images: Tensor, batch_rule: BatchRule = "exact", padded: bool | None = None
+        self,
+        images: Tensor,
+        batch_rule: BatchRule = "exact",
+        padded: bool | None = None,
+        decisions: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Trace]:
         """Inference form: tokens are really removed.
 
@@ -257,13 +261,17 @@ class AdaptiveViT(nn.Module):
             batch_rule: "exact" keeps for each image what it would keep alone (rows are padded to
                 the batch's maximum and masked); "mean-k" is the paper's rule.
             padded: whether rows can pad the batch; by default, where B > 1.
+            decisions: of one image, what stays in place of what the thresholds say: per stage
+                int64 [K], rows of that stage's input, the class token's 0 first.
 
         Returns:
             logits [B, C] and the trace of the stages.
 
         Raises:
-            ValueError: an unknown batch rule.
+            ValueError: an unknown batch rule, or decisions for several images.
         """
+        if decisions is not None and images.shape[0] != 1:
+            raise ValueError(f"decisions are of one image, not of {images.shape[0]}")
         if batch_rule not in get_args(BatchRule):
             raise ValueError(f"batch rule {batch_rule!r} is not one of {get_args(BatchRule)}")
         padded = images.shape[0] > 1 if padded is None else padded
@@ -275,10 +283,14 @@ class AdaptiveViT(nn.Module):
         x = x.squeeze(0) if single else x
         for i, block in enumerate(self.blocks):
             if self.adaptive and i in self.config.stages:
-                threshold = self.thresholds[len(trace.length)]
+                stage = len(trace.length)
+                threshold = self.thresholds[stage]
                 assert scores is not None
                 x = x.unsqueeze(0) if single else x
-                if mean_k:
+                if decisions is not None:
+                    index = decisions[stage][None]
+                    x, length = x[:, decisions[stage]], torch.full_like(index[:, 0], index.shape[1])
+                elif mean_k:
                     x, index, length = compact_masked(x, mean_k_keep_mask(scores, threshold))
                 else:
                     x, index, length, _ = threshold_compact(x, scores, threshold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -46,6 +47,38 @@ class Runner(Protocol):
         ...
 
 
+class Reference(Runner, Protocol):
+    """A runner that others are judged by: it can take their decisions in place of its own."""
+
+    def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:
+        """Run one image with given tokens kept.
+
+        Args:
+            images: float32 [1, 3, H, W].
+            kept: per stage the image tokens that stay, as `Prediction.kept` has them.
+
+        Returns:
+            the prediction along that path: its scores are those of this runner.
+        """
+        ...
+
+
+class Remembered:
+    """A reference that runs each picture once, however many candidates are compared with it."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self.replay, self.describe = reference.replay, reference.describe
+        self.infer = reference.infer
+        self._seen: dict[bytes, Prediction] = {}
+
+    def __call__(self, images: NDArray[np.float32]) -> Prediction:
+        key = hashlib.sha256(images.tobytes()).digest()
+        if key not in self._seen:
+            self._seen[key] = self.reference(images)
+        return self._seen[key]
+
+
 class RunnerBase:
     """The part that all runners share."""
 
@@ -82,6 +115,23 @@ def decode(
         before = [before[b][rows[b, 1 : lengths[s][b]] - 1] for b in range(batch)]
         kept.append(before)
     return Prediction(np.asarray(logits, np.float32), lengths, kept, by_token)
+
+
+def rows_of(kept: Sequence[NDArray[np.int64]], tokens: int) -> list[NDArray[np.int64]]:
+    """The opposite of `decode` for one image: kept tokens as rows of each stage's input.
+
+    Args:
+        kept: per stage the image tokens that stay, ascending, each among those of the stage before.
+        tokens: N of the input.
+
+    Returns:
+        per stage int64 [K], the class token's row 0 first.
+    """
+    before, rows = np.arange(tokens), []
+    for now in kept:
+        rows.append(np.concatenate([[0], 1 + np.searchsorted(before, now)]).astype(np.int64))
+        before = now
+    return rows
 
 
 def _decode_padded(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +18,10 @@ from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 
 # Float32 means float32 on every backend.
+_INTEGER = frozenset(
+    ("ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "MatMulNBits",
+     "QLinearConv", "QLinearMatMul", "QuantizeLinear")
+)  # fmt: skip
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 
@@ -79,6 +87,15 @@ def precision_of(model: onnx.ModelProto) -> str:
     return said.get("asvit_precision", "float32").strip('"')
 
 
+def arithmetic_of(model: onnx.ModelProto) -> str:
+    """What a file computes in by its nodes and weights: "float32", "fp16", "bf16" or "int8"."""
+    if any(node.op_type in _INTEGER for node in model.graph.node):
+        return "int8"
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    names = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
+    return next((name for kind, name in names.items() if kind in kinds), "float32")
+
+
 def op_of(model: onnx.ModelProto, library: Path | None) -> str:
     """What removes the tokens: "library", "function", "standard" (plain nodes) or "none"."""
     if onnx_op.nodes_of(model.graph):
@@ -86,18 +103,45 @@ def op_of(model: onnx.ModelProto, library: Path | None) -> str:
     return "standard" if count_stages(model) else "none"
 
 
-def with_stage_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose outputs also hold `index_s` int64 and `scores_s` float32 of every stage."""
+def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
+    """A copy that also puts out `length_s`, `index_s` int64 and `scores_s` float32 of every stage.
+
+    What another tool took out of a file of ours is left out.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     present = {output.name for output in copy.graph.output}
-    for stage in range(count_stages(model)):
-        for name, kind in (("index", "INT64"), ("scores", "FLOAT")):
-            if f"{name}_{stage}" not in present:
+    made = {value for node in copy.graph.node for value in node.output}
+    for stage in range(stages):
+        for name, kind in (("length", "INT64"), ("index", "INT64"), ("scores", "FLOAT")):
+            if (value := f"{name}_{stage}") in made - present:
                 info = onnx.helper.make_tensor_value_info(
-                    f"{name}_{stage}", getattr(onnx.TensorProto, kind), [None, None]
+                    value, getattr(onnx.TensorProto, kind), [None] * (1 + (name != "length"))
                 )
                 copy.graph.output.append(info)
+    return copy
+
+
+def with_decisions(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
+    """A copy of a dynamic model of ours that is told what stays.
+
+    Its further inputs `decision_s` float32 [1, N_s], 1 where a token of stage s's input stays and 0
+    where it leaves, stand where its own scores and thresholds stood.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    half = onnx.helper.make_tensor("decision_threshold", onnx.TensorProto.FLOAT, [], [0.5])
+    copy.graph.initializer.append(half)
+    taken: dict[str, str] = {}
+    for stage in range(stages):
+        taken |= {f"scores_{stage}": f"decision_{stage}", f"threshold_{stage}": half.name}
+        copy.graph.input.append(
+            onnx.helper.make_tensor_value_info(
+                f"decision_{stage}", onnx.TensorProto.FLOAT, [1, None]
+            )
+        )
+    for node in copy.graph.node:
+        node.input[:] = [taken.get(value, value) for value in node.input]
     return copy
 
 
@@ -112,6 +156,7 @@ class OrtRunner(RunnerBase):
         profile: prefix of the profiler's output file, or None.
         optimize: False runs the nodes as they stand.
         name: what errors call a loaded model; a file has its own.
+        stages: how many it has, where another tool may have taken that out of the file.
 
     Raises:
         UserError: onnxruntime is missing, or model or library cannot be loaded.
@@ -127,17 +172,18 @@ class OrtRunner(RunnerBase):
         provider: str = "CPUExecutionProvider",
         optimize: bool = True,
         name: str = "the model",
+        stages: int | None = None,
     ) -> None:
         ort = import_onnxruntime()
         model = load_model(source)
         name = str(source) if isinstance(source, Path) else name
-        self.stages = count_stages(model)
+        self.stages = count_stages(model) if stages is None else stages
         self.padded = is_padded(model)
         self.precision, self.op = precision_of(model), op_of(model, library)
         shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         self.batch = shape[0] or None
         self.image_size = shape[2]
-        self._record = record and self.stages > 0
+        self._replayed: tuple[onnx.ModelProto, Path | None, str] = model, library, name
         options = session_options(threads)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -148,29 +194,61 @@ class OrtRunner(RunnerBase):
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))
-            data = (with_stage_outputs(model) if self._record else model).SerializeToString()
+            if record and self.stages:
+                model = with_stage_outputs(model, self.stages)
+            data = model.SerializeToString()
             chosen = (provider, PROVIDER_OPTIONS.get(provider, {}))
             self.session = ort.InferenceSession(data, options, providers=[chosen])
         except Exception as error:
             raise UserError(_load_failure(name, library, str(error))) from None
-        self._names = [output.name for output in self.session.get_outputs()]
-        self._outputs = ["logits", *(f"length_{s}" for s in range(self.stages))]
-        if self._record:
-            self._outputs += [f"index_{s}" for s in range(self.stages)]
-            self._outputs += [f"scores_{s}" for s in range(self.stages)]
+        self._input = self.session.get_inputs()[0].name
+        self._outputs = _outputs_of(name, self.session, self.stages, record)
 
     def infer(self, images: NDArray[np.float32]) -> list[NDArray]:
-        return self.session.run(self._outputs, {"images": images})
+        return self.session.run(self._outputs, {self._input: images})
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
-        """images float32 [B, 3, H, W]; a static model runs them one by one."""
+        """images float32 [B, 3, H, W]; a static model runs them one by one.
+
+        Kept tokens and scores are there as far as the model puts them out.
+        """
         if self.batch == 1 and len(images) > 1:
             return stack([self(image[None]) for image in images])
-        logits, *rest = self.infer(images)
+        return self._decoded(self.infer(images))
+
+    def _decoded(self, outputs: list[NDArray]) -> Prediction:
+        logits, *rest = outputs
         lengths, index, scores = (rest[i * self.stages : (i + 1) * self.stages] for i in range(3))
-        if self._record:
+        if scores:
             return decode(logits, lengths, index, scores, self.padded)
         return Prediction(np.asarray(logits, np.float32), lengths)
+
+    def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:
+        """As `Reference.replay`."""
+        before = [np.arange(self._replay.tokens), *kept]
+        decisions = {
+            f"decision_{s}": np.isin(alive, now).astype(np.float32)[None]
+            for s, (alive, now) in enumerate(zip(before, kept))
+        }
+        return self._decoded(
+            self._replay.session.run(self._outputs, {self._input: images, **decisions})
+        )
+
+    @functools.cached_property
+    def _replay(self) -> _Replay:
+        model, library, name = self._replayed
+        options = session_options(1)
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        told = with_decisions(with_stage_outputs(model, self.stages), self.stages)
+        try:
+            session = import_onnxruntime().InferenceSession(
+                told.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise UserError(_load_failure(name, library, str(error))) from None
+        shapes = {output.name: output.shape for output in self.session.get_outputs()}
+        return _Replay(session, shapes["scores_0"][1])
 
     def describe(self) -> dict[str, str]:
         ort = import_onnxruntime()
@@ -188,6 +266,34 @@ class OrtRunner(RunnerBase):
         events = json.loads(path.read_text())
         path.unlink()
         return events
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A session that is told what stays, and how many image tokens come to its first stage."""
+
+    session: Any
+    tokens: int
+
+
+def _outputs_of(name: str, session: Any, stages: int, record: bool) -> list[str]:
+    """The outputs to ask for: logits and `length_s`, and `index_s` and `scores_s` if there.
+
+    Raises:
+        UserError: there are no logits, or the counts of a stage are gone.
+    """
+    there = [output.name for output in session.get_outputs()]
+    wanted = {
+        kind: [f"{kind}_{s}" for s in range(stages)] for kind in ("length", "index", "scores")
+    }
+    if "logits" not in there or not set(wanted["length"]) <= set(there):
+        gone = next(n for n in ("logits", *wanted["length"]) if n not in there)
+        raise UserError(
+            f"{name} has no output {gone}; export it again, and keep its outputs' names"
+        )
+    recorded = record and {*wanted["index"], *wanted["scores"]} <= set(there)
+    more = [*wanted["index"], *wanted["scores"]] if recorded else []
+    return ["logits", *wanted["length"], *more]
 
 
 def _load_failure(name: str, library: Path | None, error: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,7 +11,16 @@ from torch import Tensor
 
 from asvit_deploy.models.stem import exact_convolutions
 from asvit_deploy.models.vit import AdaptiveViT, BatchRule, Trace
-from asvit_deploy.runners.base import Prediction, RunnerBase, decode
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode, rows_of
+
+
+def _decoded(logits: Tensor, trace: Trace) -> Prediction:
+    def arrays(tensors: list[Tensor]) -> list[NDArray]:
+        return [tensor.cpu().numpy() for tensor in tensors]
+
+    return decode(
+        logits.cpu().numpy(), arrays(trace.length), arrays(trace.index), arrays(trace.scores)
+    )
 
 
 class TorchRunner(RunnerBase):
@@ -27,17 +38,14 @@ class TorchRunner(RunnerBase):
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
         """images float32 [B, 3, H, W] -> everything, scores included."""
-        logits, trace = self.infer(images)
+        return _decoded(*self.infer(images))
 
-        def arrays(tensors: list[Tensor]) -> list[NDArray]:
-            return [tensor.cpu().numpy() for tensor in tensors]
-
-        return decode(
-            logits.cpu().numpy(),
-            arrays(trace.length),
-            arrays(trace.index),
-            arrays(trace.scores),
-        )
+    @torch.inference_mode()
+    def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:
+        """As `Reference.replay`."""
+        device, tokens = self.model.pos_embed.device, self.model.config.image_tokens
+        rows = [torch.from_numpy(stage).to(device) for stage in rows_of(kept, tokens)]
+        return _decoded(*self.model(torch.from_numpy(images).to(device), decisions=rows))
 
     def describe(self) -> dict[str, str]:
         parameter = self.model.pos_embed

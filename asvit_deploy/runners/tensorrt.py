@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -423,7 +423,7 @@ class TensorRTRunner(RunnerBase):
         before = [tokens, *(rows.shape[1] - 1 for rows in index)]
         unknown = [np.full((batch, count), np.nan, np.float32) for count in before[: self.stages]]
         padded = self.fields["mode"] == "padded"
-        return decode(out["logits"], lengths, index, unknown, padded)
+        return replace(decode(out["logits"], lengths, index, unknown, padded), scores=None)
 
     def describe(self) -> dict[str, str]:
         return {

@@ -14,7 +14,6 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluate.parity import compare
 from asvit_deploy.export import padded
 from asvit_deploy.export.padded import to_padded
 from asvit_deploy.export.to_onnx import to_onnx
@@ -22,6 +21,7 @@ from asvit_deploy.images import open_images
 from asvit_deploy.models import build
 from asvit_deploy.models.registry import arch
 from asvit_deploy.ops.reference import keep_mask
+from asvit_deploy.parity import compare
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 

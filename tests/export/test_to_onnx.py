@@ -11,12 +11,12 @@ import torch
 from conftest import sharpened
 from onnx import numpy_helper
 
-from asvit_deploy.evaluate.parity import compare
 from asvit_deploy.export.to_onnx import to_onnx
 from asvit_deploy.images import open_images
 from asvit_deploy.models import build
 from asvit_deploy.models.registry import arch
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.parity import compare
 from asvit_deploy.runners.onnx_runtime import OrtRunner, load_model
 from asvit_deploy.runners.pytorch import TorchRunner
 

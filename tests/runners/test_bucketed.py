@@ -11,13 +11,13 @@ from conftest import sharpened
 from onnx import numpy_helper
 
 from asvit_deploy.checkpoints import default_checkpoint
-from asvit_deploy.evaluate.parity import compare
 from asvit_deploy.export.precision import to_half
 from asvit_deploy.export.stages import rows_of, split_stages, thresholds_of
 from asvit_deploy.export.to_onnx import to_onnx
 from asvit_deploy.images import open_images
 from asvit_deploy.models.checkpoint import build_model, load_checkpoint
 from asvit_deploy.models.registry import arch
+from asvit_deploy.parity import compare
 from asvit_deploy.runners.bucketed import BucketedRunner, OrtStages, smallest
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner

@@ -13,7 +13,7 @@ from asvit_deploy.engine.flavour import FLAVOURS
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluate.engine_session import EngineSession
-from asvit_deploy.evaluate.parity import compare
+from asvit_deploy.parity import compare
 from asvit_deploy.runners.pytorch import TorchRunner
 
 pytestmark = [
