@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asvit_deploy.errors import UserError
 from asvit_deploy.ops.reference import keep_mask
 from asvit_deploy.runners.base import Prediction, Reference, Runner
 
@@ -164,6 +165,9 @@ def compare(
         names: one per image, for the lists of flips and changes.
         thresholds: one per stage; empty when dense.
         precision: a key of `LIMITS`.
+
+    Raises:
+        UserError: they have different numbers of logits.
     """
     seen: list[_Seen] = []
     for first in range(0, len(images), batch):
@@ -213,6 +217,11 @@ def _see(
 ) -> _Seen:  # fmt: skip
     """`theirs` holds the image as row `b`."""
     ours = reference(image[None])
+    if ours.logits.shape[1:] != theirs.logits.shape[1:]:
+        raise UserError(
+            f"the reference has {ours.logits.shape[1]} logits, what is compared with it has "
+            f"{list(theirs.logits.shape[1:])}; name a model of the same network"
+        )
     if thresholds and (ours.kept is None or ours.scores is None):
         raise ValueError("parity needs a reference that records kept tokens and scores")
     path, replayed = ours, False
