@@ -90,9 +90,9 @@ def verify(
         checked.functions.append(onnx_op.function_body(batch == "dynamic", OPSET))
     runner, reference = OrtRunner(checked), TorchRunner(model)
     thresholds = model.threshold_values()
-    pictures = [images[i] for i in range(len(images))]
+    pictures, names = images.loaded()
     return {
-        f"batch {size}": compare(reference, runner, pictures, images.names, thresholds, batch=size)
+        f"batch {size}": compare(reference, runner, pictures, names, thresholds, batch=size)
         for size in ((1, 4) if batch == "dynamic" else (1,))
     }
 

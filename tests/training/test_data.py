@@ -330,6 +330,8 @@ def test_empty_and_missing_folders_are_named(tmp_path):
     data = picture_folder(tmp_path / "data")
     (data / "eel").mkdir()
     (data / "eel" / "notes.txt").write_text("later")
+    refused(data, str(data / "eel"), "holds no picture, only 1 file (.txt 1); add some")
+    (data / "eel" / "notes.txt").unlink()
     refused(data, str(data / "eel"), "holds no picture; add some")
     refused(tmp_path / "nowhere", "nowhere does not exist")
     (tmp_path / "file").write_text("")
