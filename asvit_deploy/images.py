@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from asvit_deploy.data.decode import PictureError, decode_picture, load_picture
-from asvit_deploy.data.listing import pictures_below
+from asvit_deploy.data.listing import others, pictures_below
 from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
@@ -212,10 +212,10 @@ def open_images(
         raise UserError(f"the image folder {folder} {what}; check the path")
     found = pictures_below(folder)
     if not found.names:
-        others = found.passed.told()
+        rest = found.passed.told()
         raise UserError(
             f"the folder {folder} holds no picture that this Pillow reads"
-            + (f", only {others}" if others else "")
+            + (f", only {rest}" if rest else "")
             + "; put some into it, such as .jpg or .png"
         )
     for line in found.passed.lines(folder) if say else ():
@@ -223,9 +223,8 @@ def open_images(
     taken = thinned(found.names, limit)
     views = [View(name, folder / name) for name in taken]
     of = "" if len(taken) == len(found.names) else f" of {len(found.names)}"
-    source = f"{len(taken)}{of} pictures in {folder}"
-    if passed := found.passed.counts():
-        source += f", {sum(passed.values())} other entries passed over"
+    passed = found.passed.counts()
+    source = ", ".join(filter(None, (f"{len(taken)}{of} pictures in {folder}", others(passed))))
     return ImageSet(views, source, config, Skips(skip_limit, say), passed)
 
 

@@ -251,13 +251,15 @@ def _print(report: dict[str, Any]) -> None:
 
 def _print_account(report: dict[str, Any]) -> None:
     """How many pictures there were and how many were taken; which classes have none."""
+    from asvit_deploy.data.listing import others
+
     of = "" if report["seen"] is None else f" of {report['seen']:,}"
     parts = [f"pictures: {report['taken']:,}{of} taken"]
     if report["skipped"]:
         reasons = ", ".join(f"{why} {count}" for why, count in report["skipped_by_reason"].items())
         parts.append(f"{report['skipped']:,} skipped ({reasons})")
-    if passed := sum(report["passed_over"].values()):
-        parts.append(f"{passed:,} other entries passed over")
+    if passed := others(report["passed_over"]):
+        parts.append(passed)
     if without := report["classes_without_pictures"]:
         more = ", …" if len(without) > _NAMED else ""
         parts.append(f"{len(without):,} of {report['classes']:,} classes without a picture "

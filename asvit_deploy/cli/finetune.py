@@ -202,8 +202,8 @@ def command(
         _tell(result.average, "its moving average: ", say)
     _tell(result, "", say)
     if result.skipped:
-        more = ", …" if len(result.skipped) > _NAMED else ""
-        say(f"skipped {len(result.skipped)} unreadable pictures: "
+        more, plural = ", …" * (len(result.skipped) > _NAMED), "s" * (len(result.skipped) > 1)
+        say(f"skipped {len(result.skipped)} unreadable picture{plural}: "
             f"{', '.join(result.skipped[:_NAMED])}{more}")  # fmt: skip
     if first:
         click.echo(target)
@@ -211,13 +211,12 @@ def command(
 
 def _pictures(source: Source) -> str:
     """How many pictures of each part, and what lies beside them."""
+    from asvit_deploy.data.listing import others
+
     if source.held_out is None:  # digits, which are placed anew each time
         return f"{source.epoch:,} training pictures an epoch"
-    passed = sum(source.passed_over.values())
-    return (
-        f"{source.epoch:,} training pictures, {source.held_out:,} for validation"
-        + (f", {passed:,} other entries passed over" if passed else "")
-    )  # fmt: skip
+    parts = [f"{source.epoch:,} training pictures", f"{source.held_out:,} for validation"]
+    return ", ".join(filter(None, (*parts, others(source.passed_over))))
 
 
 def _tell(result: Result, of: str, say: Callable[[str], None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import re
 import stat
 import warnings
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
+from asvit_deploy.data.metadata import without_exif
 from asvit_deploy.errors import UserError
 
 # Formats and the endings they go by. Only decoders that run in this process: Pillow's full list
@@ -170,38 +170,17 @@ def _refuse_odd_size(name: object, width: int, height: int) -> None:
 
 
 def _opened(file: Path | io.BytesIO, suffix: str) -> Image.Image:
+    """The picture; where Pillow trips over the EXIF as it opens the file, without that."""
     try:
         return Image.open(file, formats=_formats(suffix))
-    except (OSError, Image.DecompressionBombError) as error:
-        if not isinstance(error, UnidentifiedImageError):
-            raise
-        without = _without_exif(file)
-        if without is None:
-            raise
+    except (PermissionError, Image.DecompressionBombError):
+        raise
     except Exception:
-        without = _without_exif(file)
-        if without is None:
+        data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+        rest = without_exif(data)
+        if rest is None:
             raise
-    return Image.open(without, formats=("AVIF",))
-
-
-def _without_exif(file: Path | io.BytesIO) -> io.BytesIO | None:
-    """An AVIF file whose Exif item goes by another name; None of any other file.
-
-    Pillow parses that item while it opens the file, and what it trips over there would cost the
-    picture. Its turn is kept elsewhere in such files.
-    """
-    if isinstance(file, Path):
-        with open(file, "rb") as opened:
-            if opened.read(12)[4:8] != b"ftyp":
-                return None
-            data = b"".join((opened.seek(0), opened.read())[1:])
-    else:
-        data = file.getvalue()
-    if data[4:8] != b"ftyp" or "AVIF" not in _available():
-        return None
-    renamed, count = re.subn(rb"(infe.{8})Exif", rb"\1skip", data, flags=re.DOTALL)
-    return io.BytesIO(renamed) if count else None
+        return Image.open(io.BytesIO(rest), formats=_formats(suffix))
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -6,7 +6,7 @@ import errno
 import heapq
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,6 +91,12 @@ def _listed(endings: Counter[str]) -> str:
     if rest := by_count[_SHOWN:]:
         parts.append(f"{len(rest)} other endings {sum(count for _, count in rest):,}")
     return ", ".join(parts)
+
+
+def others(counts: Mapping[str, int]) -> str:
+    """Such as `3 other entries passed over`, of `Passed.counts`; empty for none."""
+    count = sum(counts.values())
+    return f"{count:,} other entr{'y' if count == 1 else 'ies'} passed over" if count else ""
 
 
 def ending_of(name: str) -> str:

@@ -132,6 +132,39 @@ def test_random_blocks_cost_no_picture(kind):
         assert sorted(loaded.size) == [24, 40]
 
 
+def test_a_png_whose_exif_has_a_wrong_checksum_is_read():
+    exif = Image.Exif()
+    exif[0x10F] = "maker"
+    whole = saved("PNG", exif)
+    at = whole.index(b"maker")
+    broken = whole[:at] + b"MAKER" + whole[at + 5 :]
+    assert np.array_equal(np.asarray(decode_picture(io.BytesIO(broken), "x")), np.asarray(PICTURE))
+
+
+@pytest.mark.skipif("WEBP" not in KINDS, reason="this Pillow has no WebP")
+@pytest.mark.parametrize("size", [4, 5000, None])
+def test_a_webp_whose_exif_is_cut_or_of_a_wrong_length_is_read(size):
+    exif = Image.Exif()
+    exif[0x10F] = "maker"
+    whole = saved("WEBP", exif)
+    at = whole.index(b"EXIF")
+    broken = (
+        whole[: at + 15]
+        if size is None
+        else (whole[: at + 4] + struct.pack("<I", size) + whole[at + 8 :])
+    )
+    assert np.array_equal(np.asarray(decode_picture(io.BytesIO(broken), "x")), np.asarray(PICTURE))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_cut_picture_is_still_no_picture(kind):
+    exif = Image.Exif()
+    exif[0x10F] = "maker"
+    whole = saved(kind, exif)
+    at = len(whole) // 3
+    raises_one_line(lambda: decode_picture(io.BytesIO(whole[:at]), "x"), "x is")
+
+
 # --- formats ------------------------------------------------------------------------------------
 
 WRITTEN = {".jfif": "JPEG", ".jpe": "JPEG", ".mpo": "MPO", ".jp2": "JPEG2000", ".j2k": "JPEG2000",
