@@ -240,7 +240,7 @@ def _bench_engine(
 
 
 def _skipped(report: dict[str, Any]) -> str:
-    return f" ({report['skipped']} unreadable ones skipped)" if report["skipped"] else ""
+    return f" ({report['skipped']} unreadable ones skipped)" if report.get("skipped") else ""
 
 
 def _print_engine(report: dict[str, Any]) -> None:
