@@ -1,117 +1,33 @@
-"""Pictures in: files of every usual kind to the network's input, and where pictures come from."""
+"""Pictures as a network's input: preprocessing, sets of pictures, and the photographs at hand."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import io
-import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from asvit_deploy.data.decode import PictureError, decode_picture, load_picture
+from asvit_deploy.data.listing import others, pictures_below
+from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
 
+__all__ = ["ImageSet", "View", "decode_picture", "load_picture", "open_images", "preprocess",
+           "thinned"]  # fmt: skip
+
 _T = TypeVar("_T")
 
-SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
-# Only these decoders run: Pillow's full list would start Ghostscript for a renamed EPS file.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 100_000_000
-MAX_ASPECT = 100  # the resized picture would be this many times the crop
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
 }
-
-
-def load_picture(path: Path) -> Image.Image:
-    """Read a picture of any usual kind as RGB, 8 bits a channel, the right way up.
-
-    Transparent pixels are laid on white, as viewers show them. 16-bit greyscale is scaled to 8
-    bits over its whole range. Of an animation, the first frame counts.
-
-    Raises:
-        UserError: there is no such file, it is no picture or a broken one, it holds more than
-            `MAX_PIXELS`, its sides differ more than `MAX_ASPECT` times, or its numbers have no
-            known range (float, 32-bit).
-    """
-    if not path.is_file():
-        what = "it is a folder" if path.is_dir() else "there is no such file"
-        raise UserError(f"cannot read the picture {path}: {what}; check the path")
-    return decode_picture(path, path)
-
-
-def decode_picture(file: Path | io.BytesIO, name: object) -> Image.Image:
-    """`load_picture` of a file, or of bytes that came from elsewhere; messages call it `name`."""
-    try:
-        with warnings.catch_warnings():
-            # What matters is raised as an error: our own size limit, the decoder's complaints.
-            warnings.simplefilter("ignore")
-            with Image.open(file, formats=_FORMATS) as picture:
-                _refuse_odd_size(name, *picture.size)
-                return _to_rgb(ImageOps.exif_transpose(picture))
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
-        what = "is empty" if size == 0 else "is not a picture that we know"
-        raise UserError(f"{name} {what}; take it out or replace it") from None
-    except PermissionError:
-        raise UserError(f"{name} may not be read; check its permissions") from None
-    except Image.DecompressionBombError:
-        raise UserError(
-            f"{name} holds more than {MAX_PIXELS:,} pixels; scale it down first"
-        ) from None
-    except Exception as error:  # Pillow's decoders raise whatever they trip over
-        raise UserError(
-            f"{name} is broken or cannot be decoded ({_one_line(error)}); take it out or replace it"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _refuse_odd_size(name: object, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UserError(
-            f"{name} holds {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down first"
-        )
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UserError(
-            f"{name} is too elongated ({width} x {height} pixels, more than {MAX_ASPECT}:1); "
-            "crop it first"
-        )
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        picture = _sixteen_to_eight(picture)
-    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        picture = Image.alpha_composite(white, layer)
-    return picture.convert("RGB")
-
-
-def _sixteen_to_eight(picture: Image.Image) -> Image.Image:
-    """Map 0…65535 to 0…255; Pillow's own conversion clips at 255."""
-    values = np.asarray(picture).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def preprocess(picture: Image.Image, config: ArchConfig) -> np.ndarray:
@@ -170,15 +86,44 @@ def _load_cached(path: Path) -> Image.Image:
 class ImageSet(Sequence[np.ndarray]):
     """Pictures as inputs of one architecture, read when asked for.
 
-    `set[i]` is float32 [3, H, W]; `set[a:b]` is a smaller set. `names` are unique; `source` is one
-    line that says what these pictures are.
+    `set[i]` is float32 [3, H, W] or raises UserError; `set[a:b]` is a smaller set. `names` are
+    unique; `source` is one line that says what these pictures are and how many were skipped.
+    `loaded` and `readable` pass unreadable ones over, as far as `skips` allows.
     """
 
-    def __init__(self, views: Iterable[View], source: str, config: ArchConfig) -> None:
+    def __init__(
+        self,
+        views: Iterable[View],
+        source: str,
+        config: ArchConfig,
+        skips: Skips | None = None,
+        passed: dict[str, int] | None = None,
+    ) -> None:
         self.views = tuple(views)
         self.names = [view.name for view in self.views]
-        self.source = source
         self.config = config
+        self.skips = Skips() if skips is None else skips
+        self.passed_over = passed or {}
+        self._source = source
+
+    @property
+    def source(self) -> str:
+        """Where they come from, how many of how many, and what was skipped so far."""
+        return ", ".join(filter(None, (self._source, self.skips.told())))
+
+    @property
+    def skipped(self) -> list[str]:
+        """Names of the pictures that were skipped so far."""
+        return list(self.skips.reasons)
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """For JSON: how many were skipped and for which reasons, and what lies beside them."""
+        return {
+            "skipped": len(self.skips),
+            "skipped_by_reason": self.skips.by_reason(),
+            "passed_over": self.passed_over,
+        }
 
     def __len__(self) -> int:
         return len(self.views)
@@ -189,22 +134,66 @@ class ImageSet(Sequence[np.ndarray]):
     def __getitem__(self, index: slice) -> ImageSet: ...
     def __getitem__(self, index: int | slice) -> np.ndarray | ImageSet:
         if isinstance(index, slice):
-            return ImageSet(self.views[index], self.source, self.config)
+            return self._of(self.views[index])
         return preprocess(self.views[index].picture(), self.config)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(len(self)))
 
+    def _of(self, views: Iterable[View]) -> ImageSet:
+        return ImageSet(views, self._source, self.config, self.skips, self.passed_over)
+
     def batch(self, indices: Iterable[int]) -> np.ndarray:
         """Float32 [B, 3, H, W] of the pictures at `indices`."""
         return np.stack([self[index] for index in indices])
 
+    def loaded(self) -> tuple[list[np.ndarray], list[str]]:
+        """The pictures that can be read, as float32 [3, H, W], and their names.
 
-def open_images(folder: Path | None, config: ArchConfig, limit: int | None = None) -> ImageSet:
+        Raises:
+            UserError: more cannot be read than may be skipped, or none can.
+        """
+        read = [(preprocess(picture, self.config), v.name) for v, picture in self._reading()]
+        return [image for image, _ in read], [name for _, name in read]
+
+    def readable(self) -> ImageSet:
+        """The set without those that cannot be read. Each is read once now, where any may be
+        skipped, and later again when it is asked for.
+
+        Raises:
+            UserError: as `loaded`.
+        """
+        return self._of([view for view, _ in self._reading()]) if self.skips.limit else self
+
+    def _reading(self) -> Iterator[tuple[View, Image.Image]]:
+        left = 0
+        for view in self.views:
+            try:
+                picture = view.picture()
+            except PictureError as error:
+                self.skips.add(view.name, error)
+                continue
+            left += 1
+            yield view, picture
+        if not left:
+            raise UserError(f"none of the pictures can be read: {self.source}")
+
+
+def open_images(
+    folder: Path | None,
+    config: ArchConfig,
+    limit: int | None = None,
+    skip_limit: int = 0,
+    say: Callable[[str], None] | None = None,
+) -> ImageSet:
     """The pictures of a folder (with its subfolders, sorted by path) or of one file.
 
     More than `limit` pictures are thinned out evenly. Without a folder: real photographs that
     scikit-image carries, in colour first, several crops of each.
+
+    Args:
+        skip_limit: so many may be unreadable, see `ImageSet.loaded`.
+        say: told in one line each what was passed over in the folder and which were skipped.
 
     Raises:
         UserError: `folder` does not exist, holds no picture or a folder that may not be read; a
@@ -219,44 +208,30 @@ def open_images(folder: Path | None, config: ArchConfig, limit: int | None = Non
         load_picture(folder)  # the one picture: refuse it now, not at its first use
         return ImageSet([View(folder.name, folder)], f"the picture {folder}", config)
     if not folder.is_dir():
-        raise UserError(f"the image folder {folder} does not exist; check the path")
-    paths = pictures_in(folder)
-    if not paths:
+        what = "is neither a folder nor a file" if folder.exists() else "does not exist"
+        raise UserError(f"the image folder {folder} {what}; check the path")
+    found = pictures_below(folder)
+    if not found.names:
+        rest = found.passed.told()
         raise UserError(
-            f"the folder {folder} holds no picture (looked for {', '.join(sorted(SUFFIXES))}); "
-            "put some into it"
+            f"the folder {folder} holds no picture that this Pillow reads"
+            + (f", only {rest}" if rest else "")
+            + "; put some into it, such as .jpg or .png"
         )
-    taken = thinned(paths, limit)
-    views = [View(path.relative_to(folder).as_posix(), path) for path in taken]
-    of = "" if len(taken) == len(paths) else f" of {len(paths)}"
-    return ImageSet(views, f"{len(taken)}{of} pictures in {folder}", config)
+    for line in found.passed.lines(folder) if say else ():
+        say(line)  # type: ignore[misc]
+    taken = thinned(found.names, limit)
+    views = [View(name, folder / name) for name in taken]
+    of = "" if len(taken) == len(found.names) else f" of {len(found.names)}"
+    passed = found.passed.counts()
+    source = ", ".join(filter(None, (f"{len(taken)}{of} pictures in {folder}", others(passed))))
+    return ImageSet(views, source, config, Skips(skip_limit, say), passed)
 
 
 def thinned(items: Sequence[_T], limit: int | None) -> list[_T]:
     """All of them, or exactly `limit` of them spread evenly, in their order."""
     count = len(items) if limit is None else min(limit, len(items))
     return [items[index * len(items) // count] for index in range(count)]
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """Pictures of a folder and its subfolders, by name, sorted; nothing that begins with a dot.
-
-    Raises:
-        UserError: the folder, or one in it, may not be read.
-    """
-    found = []
-    # Not rglob: it takes a folder that may not be read for an empty one.
-    for place, folders, names in os.walk(folder, onerror=_refuse_unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(place, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise UserError(
-        f"the image folder {error.filename} cannot be read: {error.strerror}; check its permissions"
-    ) from None
 
 
 # Photographs in the wheel of scikit-image (those it would download are not among them).

@@ -328,6 +328,50 @@ def test_bad_folders(folder: Path, tmp_path: Path) -> None:
         open_images(folder, MINI, 0)
 
 
+# Unreadable pictures
+
+
+def test_unreadable_pictures_are_skipped_up_to_the_limit(folder: Path) -> None:
+    (folder / "b/2.PNG").write_bytes(b"broken")
+    (folder / "c.bmp").write_bytes(b"")
+    said: list[str] = []
+    found = open_images(folder, MINI, skip_limit=2, say=said.append)
+    images, names = found.loaded()
+    assert names == ["a.png", "b/10.jpeg", "d.webp", "e.tif", "f.gif"]
+    assert np.array_equal(images[2], found[found.names.index("d.webp")])
+    assert found.skipped == ["b/2.PNG", "c.bmp"]
+    assert found.account["skipped"] == 2
+    assert found.account["skipped_by_reason"] == {"no picture": 1, "empty": 1}
+    assert found.source.endswith("2 skipped (no picture 1, empty 1)")
+    assert [line.split(" is ")[0] for line in said[1:]] == [
+        f"skipped: {folder / name}" for name in ("b/2.PNG", "c.bmp")
+    ]
+    again = found.readable()  # counted once, and named once
+    assert (again.names, len(said), len(again.skips)) == (names, 3, 2)
+    assert again[:2].names == names[:2]
+    assert all(np.array_equal(a, b) for a, b in zip(again, images, strict=True))
+
+
+def test_one_more_than_the_limit_ends_it(folder: Path) -> None:
+    (folder / "b/2.PNG").write_bytes(b"broken")
+    (folder / "c.bmp").write_bytes(b"")
+    for limit, words in ((0, "2.PNG is not a picture"), (1, "c.bmp is empty")):
+        with pytest.raises(UserError) as error:
+            open_images(folder, MINI, skip_limit=limit).loaded()
+        message = one_line(error, folder)
+        assert words in message
+        assert ("which makes 2 where --skip-limit allows 1" in message) == (limit == 1)
+
+
+def test_nothing_readable_is_refused_and_named_in_few_lines(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:02}.png").write_bytes(b"")
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"none of the pictures can be read.*30 skipped"):
+        open_images(tmp_path, MINI, skip_limit=99, say=said.append).loaded()
+    assert len(said) == 11
+
+
 # The photographs that come along
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from asvit_deploy.evaluate.bench import Variant
     from asvit_deploy.evaluate.session import Session
     from asvit_deploy.images import ImageSet
+    from asvit_deploy.models.registry import ArchConfig
 
 
 @click.command()
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 @options.images
 @click.option("--limit", type=click.IntRange(1), default=64, show_default=True,
               help="Use at most so many pictures.")  # fmt: skip
+@options.skip_limit
 @click.option("--runs", type=click.IntRange(10), default=200, show_default=True,
               help="Timed rounds; each runs every variant once.")  # fmt: skip
 @click.option("--warmup", type=click.IntRange(0), default=50, show_default=True,
@@ -37,6 +41,7 @@ def command(
     models: tuple[Path, ...],
     images: Path | None,
     limit: int,
+    skip_limit: int,
     runs: int,
     warmup: int,
     threads: str,
@@ -60,14 +65,15 @@ def command(
         files.check_writable(output, force, *chosen, *map(sidecar_path, chosen))
     counts = {"1": [1], "all": [0], "both": [1, 0]}[threads]
     found = find_op_library(library)
+    reading = partial(_pictures, images, limit, skip_limit)
     reports: list[dict[str, Any]] = []
     failures: list[UserError] = []
     for path in _chosen(models):
         try:
             if is_engine(path):
-                reports.append(_bench_engine(path, images, limit, runs, warmup))
+                reports.append(_bench_engine(path, reading, runs, warmup))
             else:
-                reports += _bench(path, images, limit, runs, warmup, counts, found)
+                reports += _bench(path, reading, runs, warmup, counts, found)
         except UserError as error:
             if models:
                 raise
@@ -129,16 +135,25 @@ def _engines_beside(onnx: Path) -> list[Path]:
     return engines
 
 
+def _pictures(
+    images: Path | None, limit: int, skip_limit: int, path: Path, config: ArchConfig
+) -> ImageSet:
+    """What an artefact is run on."""
+    from asvit_deploy.images import open_images
+
+    pictures = open_images(images, config, limit, skip_limit, options.status).readable()
+    options.status(f"{path}: {len(pictures)} images ({pictures.source})")
+    return pictures
+
+
 def _bench(
-    path: Path, images: Path | None, limit: int, runs: int, warmup: int,
+    path: Path, reading: Callable[[Path, ArchConfig], ImageSet], runs: int, warmup: int,
     counts: list[int], library: Path | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     from asvit_deploy.evaluate.session import Session
-    from asvit_deploy.images import open_images
 
     session = Session(path, library)
-    pictures = open_images(images, session.config, limit)
-    options.status(f"{path}: {len(pictures)} images ({pictures.source})")
+    pictures = reading(path, session.config)
     return [_measure(session, pictures, runs, warmup, count) for count in counts]
 
 
@@ -179,14 +194,14 @@ def _measure(
     return {
         "kind": "model", "model": str(session.path), "arch": session.fields["arch"],
         "threads": threads or cores, "warmup": warmup, "runs": runs,
-        "images": pictures.source, "image_count": len(loaded),
+        "images": pictures.source, "image_count": len(loaded), **pictures.account,
         "macs": macs, "rows": rows, "profile": profiles, "notes": notes,
         "verdict": bench.verdict(rows), "machine": machine(),
     }  # fmt: skip
 
 
 def _bench_engine(
-    path: Path, images: Path | None, limit: int, runs: int, warmup: int
+    path: Path, reading: Callable[[Path, ArchConfig], ImageSet], runs: int, warmup: int
 ) -> dict[str, Any]:
     import tempfile
 
@@ -196,14 +211,12 @@ def _bench_engine(
     from asvit_deploy.evaluate import bench, engine_bench
     from asvit_deploy.evaluate.engine_session import EngineSession
     from asvit_deploy.evaluate.machine import machine
-    from asvit_deploy.images import open_images
     from asvit_deploy.runners.pytorch import TorchRunner
     from asvit_deploy.runners.tensorrt import require_gpu
 
     session = EngineSession(path)
     require_gpu(str(path))
-    pictures = open_images(images, session.config, limit)
-    options.status(f"{path}: {len(pictures)} images ({pictures.source})")
+    pictures = reading(path, session.config)
     loaded = [pictures[i] for i in range(len(pictures))]
     # The reference's counts: what `check` proves the engine to keep.
     lengths = bench.kept_per_image(TorchRunner(session.reference), loaded)
@@ -219,11 +232,15 @@ def _bench_engine(
         "flavour": session.fields["flavour"], "version": session.fields["flavour_version"],
         "precision": session.fields["precision"], "mode": session.fields["mode"],
         "gpu": torch.cuda.get_device_name(), "warmup": warmup, "runs": runs,
-        "images": pictures.source, "image_count": len(loaded),
+        "images": pictures.source, "image_count": len(loaded), **pictures.account,
         "macs": bench.macs_summary(session.config, lengths, runs) if session.adaptive else None,
         "rows": rows, "against_kept": engine_bench.against_kept(variants, times, lengths),
         "verdict": engine_bench.verdict(rows), "machine": machine(),
     }  # fmt: skip
+
+
+def _skipped(report: dict[str, Any]) -> str:
+    return f" ({report['skipped']} unreadable ones skipped)" if report.get("skipped") else ""
 
 
 def _print_engine(report: dict[str, Any]) -> None:
@@ -246,7 +263,7 @@ def _print_engine(report: dict[str, Any]) -> None:
         rows.append([row["name"], *clocks, said])  # fmt: skip
     click.echo(f"\n{report['model']}: {report['flavour']} {report['version']}, "
                f"{report['precision']}, batch 1, {report['gpu']}, {report['runs']} rounds over "
-               f"{report['image_count']} images")  # fmt: skip
+               f"{report['image_count']} images{_skipped(report)}")  # fmt: skip
     click.echo(table(["engine", "GPU p50 ms", "wall p50 ms", "p90", "p99", "enqueue p50 ms",
                       "speed-up over dense (95 %)"], rows))  # fmt: skip
     click.echo(f"verdict: {report['verdict']}")
@@ -298,7 +315,8 @@ def _print(report: dict[str, Any]) -> None:
         ])  # fmt: skip
     plural = "s" * (report["threads"] > 1)
     click.echo(f"\n{report['model']}: batch 1, {report['threads']} thread{plural}, "
-               f"{report['runs']} rounds over {report['image_count']} images")  # fmt: skip
+               f"{report['runs']} rounds over {report['image_count']} images"
+               f"{_skipped(report)}")  # fmt: skip
     headers = ["variant", "p50 ms", "p90 ms", "p99 ms", "GMACs", "speed-up over dense (95 %)",
                "share of MACs ratio"]  # fmt: skip
     click.echo(table(headers, rows))

@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     "--limit", type=click.IntRange(1), default=64, show_default=True,
     help="Compare on at most so many pictures; the verdict does not depend on their number.",
 )  # fmt: skip
+@options.skip_limit
 @click.option(
     "--no-check", is_flag=True,
     help="Do not compare the graph with PyTorch first; the sidecar says so.",
@@ -90,6 +91,7 @@ def command(
     hardware_compatible: bool,
     images: Path | None,
     limit: int,
+    skip_limit: int,
     no_check: bool,
     force: bool,
 ) -> None:
@@ -126,7 +128,7 @@ def command(
         "fp16" if fp16 else "bf16" if bf16 else None,
         mode, batch, target_sms, workspace, level, plugin, embed_plugin, layers,
         version_compatible, hardware_compatible, images, limit, not no_check,
-        None if buckets is None else parse_buckets(buckets),
+        None if buckets is None else parse_buckets(buckets), skip_limit,
     )  # fmt: skip
     refuse_misfits(found, wanted)
     target = output or default_output(path, wanted)

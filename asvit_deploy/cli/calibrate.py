@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 4), default=0, help="Of the random comparison."
 )
+@options.skip_limit
 @options.force
 @options.as_json
 def command(
@@ -47,6 +48,7 @@ def command(
     ema: bool,
     limit: int | None,
     seed: int,
+    skip_limit: int,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -74,7 +76,9 @@ def command(
     check_target(target, "checkpoint", force, ckpt)
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema)
     config = checkpoint.config
-    pictures = open_images(images, config, limit or (256 if images else 64))
+    pictures = open_images(
+        images, config, limit or (256 if images else 64), skip_limit, options.status
+    ).readable()
     options.status(f"{ckpt}: {config.name}, {config.image_size} px; {pictures.source}")
     with tqdm(desc="calibrate", unit="pass", disable=None, leave=False) as bar:
 
@@ -85,7 +89,7 @@ def command(
         model = build_model(checkpoint, dense=True)
         result = calibrate(model, pictures, budget, seed, progress)
     report = {"arch": config.name, "image_size": config.image_size, **result.report}
-    report |= {"pictures": pictures.source, "source_sha256": sha256(ckpt)}
+    report |= {"pictures": pictures.source, **pictures.account, "source_sha256": sha256(ckpt)}
     metadata = {
         **checkpoint.metadata,
         "budget": str(budget),
@@ -115,6 +119,7 @@ def _tables(report: dict[str, Any], config: ArchConfig) -> str:
         [
             f"{config.name}: {report['macs_ratio']:.4f} of the dense MACs on {report['images']} "
             f"images (budget {report['budget']:g})",
+            f"pictures: {report['pictures']}",
             "",
             table(["stage", "threshold", f"kept of {config.image_tokens}", "min", "max"], stages),
             "",

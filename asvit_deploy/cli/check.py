@@ -29,6 +29,7 @@ _LISTED = 20
 @options.images
 @click.option("--limit", type=click.IntRange(1), default=200, show_default=True,
               help="Use at most so many pictures.")  # fmt: skip
+@options.skip_limit
 @click.option("--reference", type=options.PATH,
               help="Another ONNX artefact to compare with [default: PyTorch].")  # fmt: skip
 @options.library
@@ -37,6 +38,7 @@ def command(
     models: tuple[Path, ...],
     images: Path | None,
     limit: int,
+    skip_limit: int,
     reference: Path | None,
     library: Path | None,
     as_json: bool,
@@ -65,7 +67,7 @@ def command(
         _open(path, reference, found)
     results: list[dict[str, Any]] = []
     for path in paths:
-        results += _check(_open(path, reference, found), images, limit)
+        results += _check(_open(path, reference, found), images, limit, skip_limit)
     if as_json:
         click.echo(json.dumps([{**r, "parity": r["parity"].as_dict()} for r in results], indent=2))
     else:
@@ -106,27 +108,29 @@ def _open(path: Path, other: Path | None, library: Path | None) -> Opened:
     return session, reference, {w: session.runner(lib) for w, lib in session.libraries().items()}
 
 
-def _check(opened: Opened, images: Path | None, limit: int) -> list[dict[str, Any]]:
+def _check(
+    opened: Opened, images: Path | None, limit: int, skip_limit: int
+) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
     from asvit_deploy.images import open_images
     from asvit_deploy.parity import compare
 
     session, reference, runners = opened
-    pictures = open_images(images, session.config, limit)
-    options.status(f"{session.path}: {len(pictures)} images ({pictures.source})")
-    loaded = [pictures[i] for i in range(len(pictures))]
+    pictures = open_images(images, session.config, limit, skip_limit, options.status)
+    loaded, names = pictures.loaded()
+    options.status(f"{session.path}: {len(loaded)} images ({pictures.source})")
     batches = (1, _BATCH) if session.fields["batch"] == "dynamic" else (1,)
     runs = [(way, batch) for way in runners for batch in batches]
     results = []
     for way, batch in tqdm(runs, desc="check", disable=None, leave=False):
         parity = compare(
-            reference, runners[way], loaded, pictures.names, session.fields["thresholds"],
+            reference, runners[way], loaded, names, session.fields["thresholds"],
             session.parity, batch,
         )  # fmt: skip
         results.append({"model": str(session.path), "run": f"{way}, batch {batch}",
-                        "images": pictures.source, "reference": reference.describe(),
-                        "parity": parity})  # fmt: skip
+                        "images": pictures.source, **pictures.account,
+                        "reference": reference.describe(), "parity": parity})  # fmt: skip
     return results
 
 
@@ -150,6 +154,8 @@ def _print(results: list[dict[str, Any]]) -> None:
     headers = ["model", "op, batch", "images", "same tokens", "flips", "same top-1", "logit error",
                "score noise", "kept per stage", "moved by", "verdict"]  # fmt: skip
     click.echo(table(headers, [row(r["model"], r["run"], r["parity"]) for r in results]))
+    for source in dict.fromkeys(r["images"] for r in results if r["skipped"]):
+        click.echo(f"images: {source}")
     for r in results:
         _print_differences(r["parity"])
 

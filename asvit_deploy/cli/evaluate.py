@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,10 +17,14 @@ from asvit_deploy.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from asvit_deploy.evaluate.accuracy import Scored
+    from asvit_deploy.data.skips import Skips
+    from asvit_deploy.evaluate.accuracy import Batch
     from asvit_deploy.models.registry import ArchConfig
     from asvit_deploy.models.vit import BatchRule
     from asvit_deploy.runners.base import Runner
+
+_T = TypeVar("_T")
+_NAMED = 5  # classes without a picture
 
 
 @click.command()
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--dense", is_flag=True, help="Run the checkpoint without its thresholds.")
 @options.limit
+@options.skip_limit
 @options.library
 @options.as_json
 @click.option("-o", "output", type=options.PATH, help="Also write the JSON here.")
@@ -48,6 +54,7 @@ def command(
     batch_rule: BatchRule,
     dense: bool,
     limit: int | None,
+    skip_limit: int,
     library: Path | None,
     as_json: bool,
     output: Path | None,
@@ -67,6 +74,7 @@ def command(
     import torch
 
     from asvit_deploy.artifact import sidecar_path
+    from asvit_deploy.data.skips import Skips
     from asvit_deploy.evaluate.accuracy import joined, score, summarise
     from asvit_deploy.evaluate.machine import machine
     from asvit_deploy.files import check_writable, write_text
@@ -77,17 +85,25 @@ def command(
     torch.set_num_threads(1)
     place = _Place.here()
     runner, config, classes = _open(model, batch_rule, dense, library, place.device)
+    skips = Skips(skip_limit, options.status)
+    labelled = _Labelled(model, data, config, classes, skips)
+    if not place.rank:
+        for note in labelled.source.notes:
+            options.status(note)
     rows = []
     for size in batches:
-        labelled = _batches(model, data, config, classes, size, limit, place)
         with memory_failures(size):
-            own = score(runner, labelled, config)
-        scored = joined(place.gathered(own))
+            own = score(runner, labelled.batches(size, limit, place), config)
+        parts = place.gathered((own, skips.reasons, labelled.counts))
+        for _, reasons, _ in parts:
+            skips.merge(reasons)
+        scored = joined([part for part, _, _ in parts])
         rows.append({"batch_size": size, **summarise(scored, config)})
     if place.rank:
         return
     report = {"model": str(model), "data": data, "batch_rule": batch_rule, "arch": config.name,
               "processes": place.world, "runner": runner.describe(), "rows": rows,
+              **labelled.account([counts for _, _, counts in parts]),
               "machine": machine()}  # fmt: skip
     text = json.dumps(report, indent=2) + "\n"
     if output is not None:
@@ -122,16 +138,16 @@ class _Place:
         found = accelerator_for()
         return _Place(found.process_index, found.num_processes, str(found.device), found)
 
-    def gathered(self, scored: Scored) -> list[Scored]:
-        """The rows of every process, in each of them."""
+    def gathered(self, own: _T) -> list[_T]:
+        """What every process has, in each of them."""
         if self.accelerator is None:
-            return [scored]
+            return [own]
         from accelerate.utils import gather_object
 
         from asvit_deploy.training.processes import lost_peers
 
         with lost_peers(self.accelerator):
-            return gather_object([scored])
+            return gather_object([own])
 
 
 def _open(
@@ -155,26 +171,59 @@ def _open(
     return TorchRunner(network, batch_rule), checkpoint.config, classes
 
 
-def _batches(
-    model: Path, data: str, config: ArchConfig, classes: list[str] | None, size: int,
-    limit: int | None, place: _Place,
-) -> Any:  # fmt: skip
-    """Batches of NumPy arrays with the model's own class numbers, under a progress bar."""
-    from tqdm import tqdm
+class _Labelled:
+    """The data with the model's own class numbers, and an account of it.
 
-    from asvit_deploy.evaluate.accuracy import label_map
-    from asvit_deploy.training.data import open_labelled
+    Attributes:
+        counts: pictures of each class of the data that this process has scored in its last pass.
+    """
 
-    source = open_labelled(data, config)
-    try:
-        numbers = label_map(source.classes, classes, config.num_classes)
-    except UserError as error:
-        raise UserError(f"{model} cannot be evaluated on {data}: {error}") from error
-    shared = source.validation(size, limit, place.rank, place.world)
-    bar = tqdm(shared, desc=f"evaluate, batch {size}", disable=True if place.rank else None,
-               leave=False, unit="batch")  # fmt: skip
-    for images, labels, _ in bar:
-        yield images.numpy(), numbers[labels.numpy()]
+    def __init__(
+        self, model: Path, data: str, config: ArchConfig, classes: list[str] | None, skips: Skips
+    ) -> None:
+        from asvit_deploy.evaluate.accuracy import label_map
+        from asvit_deploy.training.data import open_labelled
+
+        self.source = open_labelled(data, config, skips)
+        self.counts: list[int] = []
+        self._skips = skips
+        try:
+            self._numbers = label_map(self.source.classes, classes, config.num_classes)
+        except UserError as error:
+            raise UserError(f"{model} cannot be evaluated on {data}: {error}") from error
+
+    def batches(self, size: int, limit: int | None, place: _Place) -> Iterator[Batch]:
+        """Batches of NumPy arrays, under a progress bar."""
+        import numpy as np
+        from tqdm import tqdm
+
+        seen = np.zeros(len(self.source.classes), np.int64)
+        shared = self.source.validation(size, limit, place.rank, place.world)
+        bar = tqdm(shared, desc=f"evaluate, batch {size}", disable=True if place.rank else None,
+                   leave=False, unit="batch")  # fmt: skip
+        for images, labels, _ in bar:
+            if len(labels):  # or every one of them was skipped
+                seen += np.bincount(labels.numpy(), minlength=len(seen))
+                yield images.numpy(), self._numbers[labels.numpy()]
+        self.counts = seen.tolist()
+
+    def account(self, counts: list[list[int]]) -> dict[str, Any]:
+        """What was seen against what was taken, for JSON.
+
+        Args:
+            counts: every process's.
+        """
+        per_class = [sum(own) for own in zip(*counts)]
+        names = self.source.classes
+        return {
+            "seen": self.source.held_out,
+            "taken": sum(per_class),
+            "skipped": len(self._skips),
+            "skipped_by_reason": self._skips.by_reason(),
+            "passed_over": dict(self.source.passed_over),
+            "classes": len(names),
+            "classes_without_pictures": [n for n, count in zip(names, per_class) if not count],
+        }
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -193,7 +242,26 @@ def _print(report: dict[str, Any]) -> None:
     headers = ["batch", "images", "top-1 (95 %)", "top-5 (95 %)", "GMACs", "share of MACs",
                "kept per stage"]  # fmt: skip
     click.echo(table(headers, rows))
+    _print_account(report)
     first = report["rows"][0]
     for stage, (low, p5, middle, p95, high) in enumerate(first["quantiles_kept"]):
         click.echo(f"stage {stage}: median {middle:.0f} of {first['image_tokens']} tokens, "
                    f"90 % of the images {p5:.0f}-{p95:.0f}, all {low:.0f}-{high:.0f}")  # fmt: skip
+
+
+def _print_account(report: dict[str, Any]) -> None:
+    """How many pictures there were and how many were taken; which classes have none."""
+    from asvit_deploy.data.listing import others
+
+    of = "" if report["seen"] is None else f" of {report['seen']:,}"
+    parts = [f"pictures: {report['taken']:,}{of} taken"]
+    if report["skipped"]:
+        reasons = ", ".join(f"{why} {count}" for why, count in report["skipped_by_reason"].items())
+        parts.append(f"{report['skipped']:,} skipped ({reasons})")
+    if passed := others(report["passed_over"]):
+        parts.append(passed)
+    if without := report["classes_without_pictures"]:
+        more = ", …" if len(without) > _NAMED else ""
+        parts.append(f"{len(without):,} of {report['classes']:,} classes without a picture "
+                     f"({', '.join(without[:_NAMED])}{more})")  # fmt: skip
+    click.echo("; ".join(parts))

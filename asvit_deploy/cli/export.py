@@ -28,6 +28,7 @@ from asvit_deploy.cli import options
 @click.option("--dense", is_flag=True, help="Export the dense twin, without the stages.")
 @click.option("--ema", is_flag=True, help="Use the averaged weights of a training checkpoint.")
 @options.images
+@options.skip_limit
 @options.force
 def command(
     ckpt: Path,
@@ -40,6 +41,7 @@ def command(
     dense: bool,
     ema: bool,
     images: Path | None,
+    skip_limit: int,
     force: bool,
 ) -> None:
     """Write one ONNX file and its sidecar, after comparing it with PyTorch.
@@ -60,7 +62,7 @@ def command(
         pipeline.require_adaptive(checkpoint)
     target = output or pipeline.default_output(ckpt, dense)
     check_target(target, "onnx", force, ckpt)
-    pictures = open_images(images, checkpoint.config, limit=16)
+    pictures = open_images(images, checkpoint.config, 16, skip_limit, options.status)
     config = checkpoint.config
     kind = "dense" if dense else "adaptive"
     options.status(f"{ckpt}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")

@@ -14,7 +14,10 @@ import click
 from asvit_deploy.cli import options
 
 if TYPE_CHECKING:
+    from asvit_deploy.training.data import Source
     from asvit_deploy.training.finetune import Result
+
+_NAMED = 10  # skipped pictures
 
 
 def _numbers(kind: type, context: click.Context, parameter: click.Parameter, text: str | None):
@@ -82,9 +85,7 @@ def _numbers(kind: type, context: click.Context, parameter: click.Parameter, tex
 @click.option(
     "--workers", type=click.IntRange(0, 1024), default=0, help="Processes that make batches."
 )
-@click.option(
-    "--skip-limit", type=click.IntRange(0), default=0, help="Unreadable pictures to pass over.",
-)  # fmt: skip
+@options.skip_limit
 @click.option("--tensorboard", type=options.PATH, help="Folder for TensorBoard's events.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of this output.")
 @options.force
@@ -178,9 +179,12 @@ def command(
         "teacher": sha256(teacher) if teacher else None,
     }
     say(
-        f"{config.name}, {config.image_size} px, {len(source.classes)} classes of {source.name}: "
-        f"{recipe.steps} steps of {recipe.batch_size}, learning rate {recipe.lr:g}"
+        f"{config.name}, {config.image_size} px, {len(source.classes)} classes of {source.name} "
+        f"({_pictures(source)}): {recipe.steps} steps of {recipe.batch_size}, learning rate "
+        f"{recipe.lr:g}"
     )
+    for note in source.notes:
+        say(note)
     running = Running(save_every, log_every, validation_limit, workers, skip_limit, tensorboard)
     try:
         result = finetune(
@@ -197,8 +201,22 @@ def command(
     if result.average:
         _tell(result.average, "its moving average: ", say)
     _tell(result, "", say)
+    if result.skipped:
+        more, plural = ", …" * (len(result.skipped) > _NAMED), "s" * (len(result.skipped) > 1)
+        say(f"skipped {len(result.skipped)} unreadable picture{plural}: "
+            f"{', '.join(result.skipped[:_NAMED])}{more}")  # fmt: skip
     if first:
         click.echo(target)
+
+
+def _pictures(source: Source) -> str:
+    """How many pictures of each part, and what lies beside them."""
+    from asvit_deploy.data.listing import others
+
+    if source.held_out is None:  # digits, which are placed anew each time
+        return f"{source.epoch:,} training pictures an epoch"
+    parts = [f"{source.epoch:,} training pictures", f"{source.held_out:,} for validation"]
+    return ", ".join(filter(None, (*parts, others(source.passed_over))))
 
 
 def _tell(result: Result, of: str, say: Callable[[str], None]) -> None:

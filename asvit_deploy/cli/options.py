@@ -84,6 +84,10 @@ images = click.option(
     "--images", type=PATH, help="Folder of pictures [default: photographs of scikit-image]."
 )
 limit = click.option("--limit", type=click.IntRange(1), help="Use at most so many pictures.")
+skip_limit = click.option(
+    "--skip-limit", type=click.IntRange(0), default=0, show_default=True,
+    help="Unreadable pictures to pass over.",
+)  # fmt: skip
 force = click.option("--force", is_flag=True, help="Replace an existing output.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 library = click.option(

@@ -80,13 +80,16 @@ def _check(
     limit = min(options.limit, FEW_IMAGES) if options.precision else options.limit
     say(f"comparing the stages on up to {limit} images")
     cut = ort_runner(source.model, buckets, str(source.path))
-    checked = check(source, source.model, None, options.images, limit, cut)
+    skip = options.skip_limit
+    checked = check(source, source.model, None, options.images, limit, cut, skip, say)
     if options.precision == "fp16":
         half = ort_runner(graph, buckets, str(source.path))
-        check(source, graph, options.precision, options.images, limit, half)
+        check(source, graph, options.precision, options.images, limit, half, skip)
     if options.precision:
         say(f"comparing the graph on up to {options.limit} images")
-        checked = check(source, graph, options.precision, options.images, options.limit)
+        checked = check(
+            source, graph, options.precision, options.images, options.limit, skip_limit=skip
+        )
     say(checked.told)
     return checked
 

@@ -46,6 +46,7 @@ class Options:
         limit: check on at most so many.
         checked: compare the graph before building.
         buckets: rows that stage engines take, or None for the automatic list; bucketed only.
+        skip_limit: so many of the pictures may be unreadable.
     """
 
     precision: Precision | None = None
@@ -63,6 +64,7 @@ class Options:
     limit: int = CHECK_IMAGES
     checked: bool = True
     buckets: tuple[int, ...] | None = None
+    skip_limit: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ def build_engine(
     changed = options.precision or options.mode == "padded"
     if changed and options.checked:
         say(f"comparing the graph on up to {options.limit} images")
-        checked = check(source, graph, options.precision, options.images, options.limit)
+        checked = check(source, graph, options.precision, options.images, options.limit,
+                        skip_limit=options.skip_limit, say=say)  # fmt: skip
         say(checked.told)
     stages = len(onnx_op.nodes_of(graph.graph))
     if stages and options.plugin is None:
@@ -241,7 +244,8 @@ def make_job(
     )
 
 
-_OF_THE_FILE = ("schema", "sha256", "digest", "source", "tool", "libraries", "python", "command")
+_OF_THE_FILE = ("schema", "sha256", "digest", "source", "tool", "libraries", "python", "command",
+                "compared")  # fmt: skip
 
 
 def describe(
@@ -273,6 +277,7 @@ def describe(
         "checked": checked and {
             "reference": checked.reference,
             "pictures": checked.pictures,
+            "skipped": checked.skipped,
             **{k: v for k, v in checked.parity.as_dict().items()
                if k not in ("flips", "top1_changes")},
             "near_ties": len(checked.parity.top1_changes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from asvit_deploy.runners.pytorch import TorchRunner
 
 @dataclass(frozen=True)
 class Checked:
-    """How a graph compares: with what, on which pictures, and the verdict."""
+    """How a graph compares: with what, on which pictures, the verdict, and how many pictures could
+    not be read."""
 
     reference: str
     pictures: str
     parity: Parity
+    skipped: int = 0
 
     @property
     def told(self) -> str:
@@ -94,6 +97,8 @@ def check(
     images: Path | None,
     limit: int,
     candidate: Runner | None = None,
+    skip_limit: int = 0,
+    say: Callable[[str], None] | None = None,
 ) -> Checked:
     """Compare a graph with PyTorch, or with the float32 ONNX where the checkpoint is gone.
 
@@ -103,19 +108,21 @@ def check(
         images: folder of pictures, or None for the sample photographs.
         limit: at most so many of them.
         candidate: runs the graph; None for ONNX Runtime with the graph as a whole.
+        skip_limit, say: see `open_images`.
 
     Raises:
         CheckFailed: the graph is not within the limits of `parity`.
     """
     assert source.session is not None
-    pictures = open_images(images, source.session.config, limit)
+    pictures = open_images(images, source.session.config, limit, skip_limit, say)
+    loaded, names = pictures.loaded()
     reference, with_what = _reference(source)
     if candidate is None and precision:
         candidate = OrtRunner(rounded(runnable(graph)), optimize=False)
     elif candidate is None:
         candidate = OrtRunner(runnable(graph))
     parity = compare(
-        reference, candidate, list(pictures), pictures.names, source.fields["thresholds"],
+        reference, candidate, loaded, names, source.fields["thresholds"],
         precision or "float32",
     )  # fmt: skip
     if not parity.passed:
@@ -124,4 +131,4 @@ def check(
             f"({'; '.join(parity.failures)}); nothing was built "
             "(--no-check builds it all the same)"
         )
-    return Checked(with_what, pictures.source, parity)
+    return Checked(with_what, pictures.source, parity, len(pictures.skipped))

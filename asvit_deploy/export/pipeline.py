@@ -90,9 +90,9 @@ def verify(
         checked.functions.append(onnx_op.function_body(batch == "dynamic", OPSET))
     runner, reference = OrtRunner(checked), TorchRunner(model)
     thresholds = model.threshold_values()
-    pictures = [images[i] for i in range(len(images))]
+    pictures, names = images.loaded()
     return {
-        f"batch {size}": compare(reference, runner, pictures, images.names, thresholds, batch=size)
+        f"batch {size}": compare(reference, runner, pictures, names, thresholds, batch=size)
         for size in ((1, 4) if batch == "dynamic" else (1,))
     }
 
@@ -145,5 +145,6 @@ def export(
                 f"the exported model does not match PyTorch at {name} "
                 f"({'; '.join(result.failures)}); {output} was not written"
             )
+    fields["compared"] = {"pictures": images.source, **images.account}
     artifact.write(output, proto.SerializeToString(), fields)
     return parity

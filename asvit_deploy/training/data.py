@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -18,14 +19,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from asvit_deploy.data.decode import PictureError
+from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.images import preprocess, thinned
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.training.augment import NO_AUGMENTATION, Augmentation
 from asvit_deploy.training.batches import Batch, Share, Threads, normalise
 from asvit_deploy.training.digits import CANVAS, CLASSES, ClutteredDigits
-from asvit_deploy.training.folders import FolderPictures, Pictures
-from asvit_deploy.training.shards import ShardOrder, ShardPictures, shards_in
+from asvit_deploy.training.folders import Pictures
+from asvit_deploy.training.parts import (
+    folders_to_evaluate,
+    folders_to_train,
+    is_sharded,
+    shards_to_evaluate,
+    shards_to_train,
+)
+from asvit_deploy.training.shards import ShardOrder, ShardPictures
 
 DIGITS_EPOCH = 50_000  # placements; the stream itself has no end
 _BICUBIC = Image.Resampling.BICUBIC
@@ -41,6 +51,9 @@ class Source(Protocol):
     classes: list[str]
     epoch: int  # pictures in one
     identity: dict[str, str]  # what a resumed run must find again: the data, classes, pictures
+    held_out: int | None  # pictures to validate on; None where they have no end
+    passed_over: Counter[str]  # what lies there too, by ending or kind
+    notes: list[str]  # lines for stderr: what was not taken, and why
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
         """Batch number `step` of the endless training stream.
@@ -76,9 +89,6 @@ class Source(Protocol):
         ...
 
 
-# --- digits -------------------------------------------------------------------------------------
-
-
 class DigitsSource:
     """Placements of digits (`digits.py`); validation takes the digits held out."""
 
@@ -93,6 +103,8 @@ class DigitsSource:
             )
         self.name, self.classes, self.epoch = "digits", list(CLASSES), DIGITS_EPOCH
         self.identity = {"data": self.name, "classes": _fingerprint(self.classes)}
+        self.held_out: int | None = None
+        self.passed_over, self.notes = Counter[str](), list[str]()
         self._config, self._seed, self._augmentation = config, seed, augmentation
         self._train, self._test = ClutteredDigits("train", seed), ClutteredDigits("test", seed)
 
@@ -119,47 +131,55 @@ class DigitsSource:
             yield Batch(images, torch.from_numpy(placed.labels))
 
 
-# --- pictures -----------------------------------------------------------------------------------
-
-
 class LabelledPictures:
     """Pictures in the arch's own preprocessing, for evaluation.
 
     Args:
-        skip: leave unreadable pictures out and name them; by default one is refused.
+        skips: passes unreadable pictures over as far as it allows; by default one is refused.
     """
 
-    def __init__(self, pictures: Pictures, config: ArchConfig, skip: bool = False) -> None:
-        self.classes, self._skip = pictures.classes, skip
+    def __init__(
+        self, pictures: Pictures, config: ArchConfig, skips: Skips | None = None,
+        notes: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        self.classes, self.skips = pictures.classes, Skips() if skips is None else skips
+        self.held_out: int | None = len(pictures)
+        self.passed_over, self.notes = pictures.passed_over, [*notes, *pictures.notes]
         self._pictures, self._config, self._threads = pictures, config, Threads()
 
     def image(self, number: int) -> np.ndarray:
         """float32 [3, H, W]."""
         return preprocess(self._pictures.load(number), self._config)
 
-    def _image_or_none(self, number: int) -> np.ndarray | None:
+    def _image_or_error(self, number: int) -> np.ndarray | PictureError:
         try:
             return self.image(number)
-        except UserError:
-            if not self._skip:
-                raise
-            return None
+        except PictureError as error:
+            return error
 
     def validation(
         self, size: int, limit: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
         """Every picture once, in order; of more than `limit`, exactly so many, spread evenly; of
-        those, every `world`-th."""
+        those, every `world`-th.
+
+        Raises:
+            UserError: more cannot be read than `skips` allows.
+        """
         own = thinned(range(len(self._pictures)), limit)[rank::world]
         for start in range(0, len(own), size):
             numbers = own[start : start + size]
-            found = dict(zip(numbers, self._threads.map(self._image_or_none, numbers)))
-            read = {number: image for number, image in found.items() if image is not None}
-            skipped = tuple(self._pictures.name(n) for n in numbers if n not in read)
+            read, skipped = {}, []
+            for number, image in zip(numbers, self._threads.map(self._image_or_error, numbers)):
+                if isinstance(image, PictureError):
+                    skipped.append(self._pictures.name(number))
+                    self.skips.add(skipped[-1], image)
+                else:
+                    read[number] = image
             side = self._config.image_size
             images = np.stack([*read.values()]) if read else np.empty((0, 3, side, side), "f4")
             labels = torch.tensor([self._pictures.label(n) for n in read], dtype=torch.int64)
-            yield Batch(torch.from_numpy(images), labels, skipped)
+            yield Batch(torch.from_numpy(images), labels, tuple(skipped))
 
 
 class _Shuffled:
@@ -193,7 +213,7 @@ class PictureSource:
 
     def __init__(
         self, name: str, train: Pictures, held_out: Pictures | None, order: Callable[[int], int],
-        config: ArchConfig, seed: int, augmentation: Augmentation,
+        config: ArchConfig, seed: int, augmentation: Augmentation, notes: Iterable[str] = (),
     ) -> None:  # fmt: skip
         augmentation.check_installed()
         self.name, self.classes, self.epoch = name, train.classes, len(train)
@@ -206,8 +226,15 @@ class PictureSource:
             "classes": _fingerprint(self.classes),
             "pictures": _fingerprint(train.names),
         }
+        parts = [train] if held_out is None else [train, held_out]
+        self.held_out: int | None = 0 if held_out is None else len(held_out)
+        self.passed_over = sum((part.passed_over for part in parts), Counter[str]())
+        self.notes = [*notes, *(note for part in parts for note in part.notes)]
         self._train, self._order, self._threads = train, order, Threads()
-        self._held_out = None if held_out is None else LabelledPictures(held_out, config, True)
+        # The run itself counts them: those of training and of all processes too.
+        self._held_out: LabelledPictures | None = None
+        if held_out is not None:
+            self._held_out = LabelledPictures(held_out, config, Skips(sys.maxsize))
         self._config, self._seed, self._augmentation = config, seed, augmentation
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
@@ -268,20 +295,18 @@ class FolderSource(PictureSource):
     """Pictures in one subfolder per class, in `train/` and perhaps `val/`, or in DIR itself.
 
     Raises:
-        UserError: see `FolderPictures` and `PictureSource`.
+        UserError: see `parts.folders_to_train` and `PictureSource`.
     """
 
     def __init__(
         self, folder: Path, config: ArchConfig, seed: int,
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:  # fmt: skip
-        # Not Path.is_dir: it raises where a folder may not be searched, which is told later.
-        parted = os.path.isdir(folder / "train")
-        train = FolderPictures(folder / "train" if parted else folder)
-        held_out = parted and os.path.isdir(folder / "val")
+        parts = folders_to_train(folder)
+        assert parts.train is not None
         super().__init__(
-            str(folder), train, FolderPictures(folder / "val") if held_out else None,
-            _Shuffled(len(train), seed), config, seed, augmentation,
+            str(folder), parts.train, parts.val, _Shuffled(len(parts.train), seed), config, seed,
+            augmentation, parts.notes,
         )  # fmt: skip
 
 
@@ -289,20 +314,19 @@ class ShardSource(PictureSource):
     """Pictures in shards (`shards.py`), in `train/` and perhaps `val/`, or in DIR itself.
 
     Raises:
-        UserError: see `ShardPictures` and `PictureSource`; only `val/` holds shards.
+        UserError: see `parts.shards_to_train` and `PictureSource`.
     """
 
     def __init__(
         self, folder: Path, config: ArchConfig, seed: int,
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:  # fmt: skip
-        place = folder / "train" if shards_in(folder / "train") else folder
-        if not shards_in(place):
-            raise UserError(f"{folder} holds no shards to train on; put some into train/")
-        train = ShardPictures(place)
-        held_out = ShardPictures(folder / "val") if shards_in(folder / "val") else None
-        order = ShardOrder(train.counts, seed)
-        super().__init__(str(folder), train, held_out, order, config, seed, augmentation)
+        parts = shards_to_train(folder)
+        assert isinstance(parts.train, ShardPictures)
+        order = ShardOrder(parts.train.counts, seed)
+        super().__init__(
+            str(folder), parts.train, parts.val, order, config, seed, augmentation, parts.notes
+        )
 
 
 def _fingerprint(names: Iterable[str]) -> str:
@@ -334,10 +358,6 @@ def _is_digits(data: str) -> bool:
     return data == "digits" and not Path(data).exists()
 
 
-def _sharded(folder: Path) -> bool:
-    return any(shards_in(place) for place in (folder, folder / "train", folder / "val"))
-
-
 def open_source(
     data: str, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION
 ) -> Source:
@@ -351,27 +371,25 @@ def open_source(
     if _is_digits(data):
         return DigitsSource(config, seed, augmentation)
     folder = Path(data)
-    kind = ShardSource if _sharded(folder) else FolderSource
+    kind = ShardSource if is_sharded(folder) else FolderSource
     return kind(folder, config, seed, augmentation)
 
 
-def open_labelled(data: str, config: ArchConfig) -> DigitsSource | LabelledPictures:
-    """`digits`, or the pictures of a folder of class subfolders or shards, of its `val/` where it
-    has one.
+def open_labelled(
+    data: str, config: ArchConfig, skips: Skips | None = None
+) -> DigitsSource | LabelledPictures:
+    """`digits`, or the pictures of a folder of class subfolders or shards, of its validation part
+    where it has one.
+
+    Args:
+        skips: see `LabelledPictures`.
 
     Raises:
-        UserError: see `DigitsSource`, `FolderPictures` and `ShardPictures`; there are shards, but
-            for training alone.
+        UserError: see `DigitsSource`, `parts.folders_to_evaluate` and `parts.shards_to_evaluate`.
     """
     if _is_digits(data):
         return DigitsSource(config, 0)
     folder = Path(data)
-    if not _sharded(folder):
-        place = folder / "val" if os.path.isdir(folder / "val") else folder
-        return LabelledPictures(FolderPictures(place), config)
-    for place in (folder / "val", folder):
-        if shards_in(place):
-            return LabelledPictures(ShardPictures(place), config)
-    raise UserError(
-        f"{folder} has shards in train/ alone; name {folder / 'train'} to evaluate on those"
-    )
+    parts = shards_to_evaluate(folder) if is_sharded(folder) else folders_to_evaluate(folder)
+    assert parts.val is not None
+    return LabelledPictures(parts.val, config, skips, parts.notes)

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from asvit_deploy.artifact import check_target, provenance
+from asvit_deploy.data.skips import too_many
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint
 from asvit_deploy.models.registry import ArchConfig
@@ -221,10 +222,7 @@ class Skipped:
         """Raises UserError, in all processes, once there are more than the limit."""
         if self.too_many():
             names = self.known
-            raise UserError(
-                f"cannot read {min(names)}, which makes {len(names)} where "
-                f"--skip-limit allows {self.limit}; mend it, or raise the limit"
-            )
+            raise too_many(f"cannot read {min(names)}", len(names), self.limit)
 
 
 @dataclass
@@ -444,11 +442,12 @@ def _land_on_budget(
 @dataclass(frozen=True)
 class Result:
     """How a run ended: `validate`'s figures, and how the thresholds met the budget, if any; of the
-    moving average too where one is kept."""
+    moving average too where one is kept; and which pictures no process could read."""
 
     validation: dict[str, Any]
     fit: Fit | None
     average: Result | None = None
+    skipped: tuple[str, ...] = ()
 
 
 def _start(
@@ -582,6 +581,7 @@ def finetune(
         if (average := trainer.averaged()) is not None:
             averaged = finish(average_path(output), average, " of the average")
         result = replace(finish(output, model, ""), average=averaged)
+        result = replace(result, skipped=tuple(sorted(skipped.everywhere())))
         if main:
             state_path(output).unlink(missing_ok=True)
     accelerator.wait_for_everyone()

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from asvit_deploy.data.decode import SUFFIXES, load_picture
+from asvit_deploy.data.listing import (
+    LOOSE,
+    Listing,
+    Passed,
+    Seen,
+    ending_of,
+    kind_of,
+    pictures_below,
+    scanned,
+    stays_out,
+)
 from asvit_deploy.errors import UserError
-from asvit_deploy.images import load_picture, pictures_in
 
 
 class Pictures(Protocol):
-    """Labelled pictures by number, wherever they lie."""
+    """Labelled pictures by number, wherever they lie.
+
+    `passed_over` counts what lies there too and is not taken, by ending or kind; `notes` says it
+    in lines for stderr.
+    """
 
     classes: list[str]
+    passed_over: Counter[str]
+    notes: list[str]
 
     def __len__(self) -> int: ...
 
@@ -40,60 +61,87 @@ class FolderPictures:
 
     Raises:
         UserError: no such folder, fewer than two classes, a class without pictures, or one whose
-            pictures lie in folders of their own.
+            pictures lie in folders of their own; two classes are the same folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.classes, self._entries = _pictures_by_class(folder)
+        self.classes, found, passed = _pictures_by_class(folder)
+        self._names = [f"{c}/{name}" for c, own in zip(self.classes, found) for name in own.names]
+        counts = [len(listing.names) for listing in found]
+        self._labels: NDArray[np.int32] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        self.passed_over = Counter(passed.counts())
+        self.notes = passed.lines(folder)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._names)
 
     @property
     def names(self) -> Iterable[str]:
-        return (path.relative_to(self._folder).as_posix() for path, _ in self._entries)
+        return self._names
 
     def label(self, number: int) -> int:
-        return self._entries[number][1]
+        return int(self._labels[number])
 
     def load(self, number: int) -> Image.Image:
-        path = self._entries[number][0]
-        try:
-            return load_picture(path)
-        except OSError as error:  # such as a folder that was closed meanwhile
-            raise UserError(
-                f"cannot read {path}: {error.strerror}; check its permissions"
-            ) from error
+        return load_picture(self._folder / self._names[number])
 
     def name(self, number: int) -> str:
-        return str(self._entries[number][0])
+        return str(self._folder / self._names[number])
 
 
-def _pictures_by_class(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+def _pictures_by_class(folder: Path) -> tuple[list[str], list[Listing], Passed]:
     if folder.is_file():
         raise UserError(f"{folder} is a file; name the folder of class folders or of shards")
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist; pass a folder, or `digits`")
     try:
-        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        folders, passed = _top(folder)
+        classes = sorted(folders)
         if len(classes) < 2:
+            told = passed.told()
             raise UserError(
-                f"{folder} holds {len(classes)} class folder{'s' * (len(classes) != 1)}; put the "
-                "pictures of each class in a folder of its own, at least two"
+                f"{folder} holds {len(classes)} class folder{'s' * (len(classes) != 1)}"
+                f"{f' and {told}' if told else ''}; put the pictures of each class in a folder of "
+                "its own, at least two"
             )
-        entries = []
-        for label, name in enumerate(classes):
-            paths = pictures_in(folder / name)
-            if not any(path.parent == folder / name for path in paths):
-                _refuse_class(folder / name)
-            entries += [(path, label) for path in paths]
+        seen = Seen()
+        seen.enter(str(folder))
+        for name in classes:  # before any is read, so that no link leads from one into another
+            if (before := seen.enter(str(folder / name))) is not None:
+                raise UserError(
+                    f"the class folder {folder / name} and {before} are the same folder; remove "
+                    "one of them"
+                )
+        found = []
+        for name in classes:
+            listing = pictures_below(folder / name, seen)
+            if all("/" in path for path in listing.names):
+                _refuse_class(folder / name, listing.passed)
+            passed.update(listing.passed, f"{name}/")
+            found.append(listing)
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
-    return classes, entries
+    return classes, found, passed
 
 
-def _refuse_class(folder: Path) -> NoReturn:
+def _top(folder: Path) -> tuple[list[str], Passed]:
+    """Names of the class folders, and an account of what lies beside them."""
+    folders, passed = [], Passed()
+    for entry in scanned(str(folder)):
+        kind = stays_out(entry.name) or kind_of(entry)
+        if kind == "folder":
+            folders.append(entry.name)
+        elif kind != "file":
+            passed.add_kind(kind, entry.name)
+        elif ending_of(entry.name) in SUFFIXES:
+            passed.add_kind(LOOSE, entry.name)
+        else:
+            passed.add(entry.name)
+    return folders, passed
+
+
+def _refuse_class(folder: Path, passed: Passed) -> NoReturn:
     """A class folder without a picture of its own: empty, or a level too many."""
     inner = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     if inner:
@@ -101,4 +149,96 @@ def _refuse_class(folder: Path) -> NoReturn:
             f"the class folder {folder} holds only folders, such as {inner[0]}; put its pictures "
             "into it directly, or name the folder that holds the class folders"
         )
-    raise UserError(f"the class folder {folder} holds no picture; add some")
+    told = passed.told()
+    raise UserError(
+        f"the class folder {folder} holds no picture{f', only {told}' if told else ''}; add some"
+    )
+
+
+# --- splits -------------------------------------------------------------------------------------
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {name: split for split, names in _SPLITS.items() for name in names}
+
+
+class Splits:
+    """The parts of a data folder by the names of its subfolders, in any case.
+
+    `train`, `training`; `val`, `valid`, `validation`; `test`, `testing`, which is never used
+    unless it is named itself. `valid` and the like may be classes too (valid and invalid parts):
+    they are parts only where one that nobody would take for a class lies beside them, or where they
+    hold folders or shards rather than pictures.
+
+    Raises:
+        UserError: two folders are one part, or the folder may not be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._found: dict[str, Path] = {}
+        entries = list(scanned(str(folder))) if os.path.isdir(folder) else []
+        named = sorted(
+            entry.name for entry in entries
+            if entry.name.lower() in SPLIT_OF and kind_of(entry) == "folder"
+        )  # fmt: skip
+        sure = len({SPLIT_OF[name.lower()] for name in named} & {"train", "val"}) == 2
+        for name in named:
+            split = SPLIT_OF[name.lower()]
+            if not (sure or name in ("train", "val") or parted(folder / name)):
+                continue
+            if split in self._found:
+                raise UserError(
+                    f"{folder} holds both {self._found[split].name}/ and {name}/, and either may "
+                    f"be meant by {split}; keep one of them, or join them"
+                )
+            self._found[split] = folder / name
+        parts = {path.name for path in self._found.values()}
+        self._others = [e.name for e in entries if e.name not in parts and not stays_out(e.name)]
+
+    @property
+    def train(self) -> Path | None:
+        return self._found.get("train")
+
+    @property
+    def val(self) -> Path | None:
+        return self._found.get("val")
+
+    @property
+    def test(self) -> Path | None:
+        return self._found.get("test")
+
+    def same(self) -> list[str]:
+        """A line where training and validation are one folder under two names."""
+        if self.train and self.val and os.path.samefile(self.train, self.val):
+            return [f"{self.val} is {self.train} itself: validation sees the training pictures"]
+        return []
+
+    def unused(self, *used: Path, read: Sequence[str] = ()) -> list[str]:
+        """A line each for the parts that are not used, and for what lies beside the parts.
+
+        Args:
+            used: by default training and validation.
+            read: names beside the parts that are read, or told of elsewhere.
+        """
+        places = used or (self.train, self.val)
+        lines = [f"not used: {path}" for path in self._found.values() if path not in places]
+        if beside := sorted(set(self._others) - set(read)):
+            more = f", … {len(beside)} in all" if len(beside) > 3 else ""
+            lines.append(f"not read in {self.folder}: {', '.join(beside[:3])}{more}")
+        return lines
+
+
+def parted(folder: Path) -> bool:
+    """Whether a folder holds folders or shards, and no picture of its own."""
+    holds = False
+    for entry in scanned(str(folder)):
+        if ending_of(entry.name) in SUFFIXES:
+            return False
+        holds |= entry.name.lower().endswith(".tar") or (
+            not stays_out(entry.name) and kind_of(entry) == "folder"
+        )
+    return holds

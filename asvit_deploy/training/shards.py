@@ -1,15 +1,17 @@
 """Labelled pictures in WebDataset shards: tar files, read by number without unpacking them.
 
-    DIR/train/*.tar  DIR/val/*.tar   (or DIR/*.tar, for training alone)
+    DIR/train/*.tar  DIR/val/*.tar   (or DIR/*.tar, told apart by name, or to train on)
     DIR/classes.txt                  a class name a line, in the order of the labels
-    a member KEY.jpg (.jpeg, .png, .webp) and a member KEY.cls, its label in decimal, side by side
+    a member KEY.jpg (or whatever Pillow reads) and a member KEY.cls, its label in decimal, side by
+    side; other members are counted and passed over
 
 A run is resumed, and its batches are shared out, by the numbers of its pictures, so what reads a
 shard must give picture i without having read those before it. webdataset itself streams: where a
 reader stands, and what its shuffle buffer holds, is state; its indexed reader (wids) is not in
 webdataset 1.0 any more. Hugging Face `datasets` either streams likewise or copies everything into
 Arrow files first. But a tar file is its own store: this module notes once where each picture lies
-(18 bytes a picture, in the user's cache), and from then on one `pread` fetches it.
+(18 bytes a picture, in the user's cache), and from then on one `pread` fetches it. Behind those
+records stands, as JSON, what else the shard holds.
 
 Shards may be of any size, and lie on any mounted file system; none is ever held in memory or
 unpacked. Only headers, pictures and labels are read; nothing in a shard is run or unpickled.
@@ -20,11 +22,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import os
 import platform
 import random
+import stat
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,61 +40,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from asvit_deploy.data.decode import SUFFIXES, decode_picture
+from asvit_deploy.data.listing import HIDDEN, Passed, ending_of
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic, make_cache_dir
-from asvit_deploy.images import decode_picture
+from asvit_deploy.training.shard_folders import class_names, shards_in
 
-SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp"))
+# Where a sample has one of these, other pictures of it (a mask, a depth map) are not meant.
+_USUAL = frozenset((".jpeg", ".jpg", ".png", ".webp"))
 GROUP = 8  # shards that are shuffled together: enough to mix, few enough to stay in the page cache
-_FORMAT = 1  # of the index; part of its name
+_FORMAT = 2  # of the index; part of its name
 _ENTRY = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<u2")])
 _MAX_LABEL = 2**16 - 1  # ImageNet-21k has 21,841 classes
 _BLOCK = 512  # bytes: tar's unit
-
-
-def shards_in(folder: Path) -> list[Path]:
-    """The tar files of a folder itself, by name; none where there is no such folder.
-
-    Raises:
-        UserError: the folder may not be read.
-    """
-    try:
-        if not folder.is_dir():
-            return []
-        names = sorted(p.name for p in folder.iterdir() if p.suffix == ".tar" and p.name[0] != ".")
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from None
-    return [folder / name for name in names]
-
-
-def class_names(folder: Path) -> list[str]:
-    """The classes of the shards in `folder`: its `classes.txt`, or the one beside it.
-
-    Raises:
-        UserError: there is none, it cannot be read, or it does not hold at least two names, all
-            different.
-    """
-    path = next((p for p in (folder / "classes.txt", folder.parent / "classes.txt") if p.is_file()),
-                folder / "classes.txt")  # fmt: skip
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} holds shards but no classes.txt; write one with a class name a line, in the "
-            "order of the labels"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no UTF-8 text; write a class name a line into it") from None
-    while names and not names[-1]:
-        names.pop()
-    if len(names) < 2 or "" in names:
-        raise UserError(f"{path} must hold a class name a line, at least two, and no empty line")
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UserError(f"{path} holds the class {twice!r} twice; make the names differ")
-    return names
 
 
 # --- the index ----------------------------------------------------------------------------------
@@ -111,13 +74,24 @@ class Shard:
             status = path.stat()
         except OSError as error:
             raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
-        key = f"{_FORMAT}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise UserError(f"cannot read the shard {path}: it is a device, a pipe or a socket")
+        endings = ",".join(sorted(SUFFIXES))  # another Pillow may read others
+        key = f"{_FORMAT}\0{endings}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
         name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32]
         return Shard(path, cache / f"{name}.npy", status.st_size, status.st_mtime_ns)
 
     def entries(self) -> NDArray:
         """A record (offset, size, label) for each picture, mapped from the index."""
         return _mapped(self.index)
+
+    def passed(self) -> Passed:
+        """What the shard holds beside pictures and labels."""
+        entries = self.entries()
+        with open(self.index, "rb") as file:
+            file.seek(entries.offset + entries.nbytes)  # type: ignore[attr-defined]
+            endings, kinds = json.loads(file.read())
+        return Passed(Counter(endings), Counter(kinds))
 
     def bytes_at(self, offset: int, count: int) -> bytes:
         """Part of the tar file.
@@ -169,9 +143,11 @@ def indexed(paths: Sequence[Path]) -> list[Shard]:
                leave=False)  # fmt: skip
     for shard in bar:
         if not shard.index.exists():
-            entries = np.array(list(_scan(shard.path)), _ENTRY)
+            passed = Passed()
+            entries = np.array(list(_scan(shard.path, passed)), _ENTRY)
             with atomic(shard.index) as temporary, open(temporary, "wb") as file:
                 np.save(file, entries, allow_pickle=False)
+                file.write(json.dumps([passed.endings, passed.kinds]).encode())
     return shards
 
 
@@ -181,23 +157,34 @@ class _Sample:
 
     key: str
     picture: tuple[int, int] | None = None  # offset, size
+    suffix: str = ""  # the picture's
     label: int | None = None
 
 
-def _scan(path: Path) -> Iterator[tuple[int, int, int]]:
-    """Offset, size and label of each picture of a tar file, from its headers and labels alone."""
+def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
+    """Offset, size and label of each picture of a tar file, from its headers and labels alone.
+
+    Args:
+        passed: gets the members that are neither.
+    """
     sample = _Sample("")
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep every header
                 key, suffix = _split(member.name)
-                if not key or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                if member.isdir():
+                    continue
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    passed.add_kind("link or special member", member.name)
+                    continue
+                if not key:
+                    passed.add_kind(HIDDEN, member.name)
                     continue
                 if key != sample.key:
                     yield from _finished(path, sample)
                     sample = _Sample(key)
-                _note(path, file, member, suffix, sample)
+                _note(path, file, member, suffix, sample, passed)
             _check_end(path, file, tar.offset)  # first: a cut may have parted the last sample
             yield from _finished(path, sample)
     except (tarfile.TarError, EOFError, ValueError) as error:
@@ -212,18 +199,24 @@ def _scan(path: Path) -> Iterator[tuple[int, int, int]]:
 def _split(name: str) -> tuple[str, str]:
     """Key and suffix as WebDataset has them: parted at the first dot of the last part."""
     folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return (folder + slash + stem if stem else ""), suffix.lower()
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem if stem else ""), (dot + suffix).lower()
 
 
 def _note(
-    path: Path, file: BinaryIO, member: tarfile.TarInfo, suffix: str, sample: _Sample
-) -> None:
+    path: Path, file: BinaryIO, member: tarfile.TarInfo, suffix: str, sample: _Sample,
+    passed: Passed,
+) -> None:  # fmt: skip
     if suffix in SUFFIXES:
-        if sample.picture is not None:
+        if sample.picture is not None and (sample.suffix in _USUAL) == (suffix in _USUAL):
             raise UserError(f"the shard {path} has two pictures {sample.key}; rename one of them")
-        sample.picture = (member.offset_data, member.size)
-    elif suffix == "cls":
+        if sample.suffix in _USUAL:
+            passed.add(member.name)
+            return
+        if sample.picture is not None:
+            passed.add(f"x{sample.suffix}")
+        sample.picture, sample.suffix = (member.offset_data, member.size), suffix
+    elif suffix == ".cls":
         file.seek(member.offset_data)
         raw = file.read(min(member.size, 20))
         if len(raw) < min(member.size, 20):
@@ -234,6 +227,8 @@ def _note(
                 f"{path}: {member.name} is no label; write a number from 0 to {_MAX_LABEL} into it"
             )
         sample.label = int(text)
+    else:
+        passed.endings[suffix if ending_of(f"x{suffix}") else ""] += 1
 
 
 def _finished(path: Path, sample: _Sample) -> Iterator[tuple[int, int, int]]:
@@ -243,8 +238,8 @@ def _finished(path: Path, sample: _Sample) -> Iterator[tuple[int, int, int]]:
     if sample.picture is None or sample.label is None:
         lacks = "picture" if sample.picture is None else ".cls"
         raise UserError(
-            f"{path}: {sample.key} has no {lacks} beside it; a sample is KEY.jpg (or .jpeg, .png, "
-            ".webp) and KEY.cls, one after the other"
+            f"{path}: {sample.key} has no {lacks} beside it; a sample is KEY.jpg (or .png and so "
+            "on) and KEY.cls, one after the other"
         )
     yield (*sample.picture, sample.label)
 
@@ -266,18 +261,20 @@ class ShardPictures:
 
     Args:
         folder: holds the tar files.
+        paths: those of them that are meant; by default all.
 
     Raises:
         UserError: see `class_names` and `indexed`; no picture at all; a label that `classes.txt`
             has no name for.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, paths: Sequence[Path] | None = None) -> None:
         self.classes = class_names(folder)
-        self._shards = indexed(shards_in(folder))
-        counts = []
+        self._shards = indexed(shards_in(folder) if paths is None else paths)
+        counts, passed = [], Passed()
         for shard in self._shards:
             entries = shard.entries()
+            passed.update(shard.passed())
             counts.append(len(entries))
             if len(entries) and (worst := int(entries["label"].max())) >= len(self.classes):
                 raise UserError(
@@ -286,8 +283,15 @@ class ShardPictures:
                 )
         self.counts = tuple(counts)
         self._ends = np.cumsum(counts)
+        told = passed.told("member")
         if not sum(counts):
-            raise UserError(f"the shards in {folder} hold no picture; add some")
+            only = f", only {told}" if told else ""
+            raise UserError(f"the shards in {folder} hold no picture{only}; add some")
+        self.passed_over = Counter(passed.counts())
+        plural = "s" * (len(counts) != 1)
+        self.notes = [f"passed over in {len(counts)} shard{plural} of {folder}: {told}"] * bool(
+            told
+        )
         self.names = [f"{s.path.name}:{s.size}:{n}" for s, n in zip(self._shards, counts)]
 
     def __len__(self) -> int:
@@ -312,7 +316,8 @@ class ShardPictures:
         shard, entry = self._find(number)
         # With the header that stands before it, for its name.
         data = shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK + int(entry["size"]))
-        return decode_picture(io.BytesIO(data[_BLOCK:]), _member_name(shard, data))
+        name = _member_name(shard, data)
+        return decode_picture(io.BytesIO(data[_BLOCK:]), name, ending_of(name))
 
     def name(self, number: int) -> str:
         """Shard and member, for messages; a long name may be shortened as in its header."""

@@ -19,6 +19,7 @@ from PIL import ImageOps
 from shard_files import picture_folder, png, shards_of
 from torch.utils.data import DataLoader, Dataset
 
+from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.images import load_picture, preprocess
 from asvit_deploy.models.registry import arch
@@ -330,6 +331,8 @@ def test_empty_and_missing_folders_are_named(tmp_path):
     data = picture_folder(tmp_path / "data")
     (data / "eel").mkdir()
     (data / "eel" / "notes.txt").write_text("later")
+    refused(data, str(data / "eel"), "holds no picture, only 1 file (.txt 1); add some")
+    (data / "eel" / "notes.txt").unlink()
     refused(data, str(data / "eel"), "holds no picture; add some")
     refused(tmp_path / "nowhere", "nowhere does not exist")
     (tmp_path / "file").write_text("")
@@ -367,3 +370,108 @@ def test_pictures_that_vanish_during_a_run_are_passed_over(tmp_path):
     gone = data / "cat" / "000.png"
     shutil.move(gone, tmp_path / "elsewhere.png")
     assert source.train_batch(0, 12).skipped == (str(gone),)
+
+
+# --- parts of a folder --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "Val", "VALIDATION"])
+@pytest.mark.parametrize("train", ["train", "training", "Train"])
+def test_parts_are_known_by_any_of_their_names(tmp_path, train, val):
+    picture_folder(tmp_path / train, count=5)
+    picture_folder(tmp_path / val, count=2)
+    picture_folder(tmp_path / "test", count=1)
+    (tmp_path / "LICENSE").write_text("free")
+    source = open_source(str(tmp_path), TWO, 0)
+    assert (source.epoch, source.held_out) == (10, 4)
+    assert sum(len(batch.labels) for batch in source.validation(3)) == 4
+    assert source.notes == [f"not used: {tmp_path / 'test'}", f"not read in {tmp_path}: LICENSE"]
+    assert open_labelled(str(tmp_path), TWO).held_out == 4
+
+
+def test_two_folders_for_one_part_are_refused(tmp_path):
+    for name in ("train", "val", "validation"):
+        picture_folder(tmp_path / name)
+    refused(tmp_path, str(tmp_path), "holds both val/ and validation/")
+    raises_one_line(lambda: open_labelled(str(tmp_path), TWO), "both val/ and validation/")
+
+
+def test_classes_that_are_named_like_parts_stay_classes(tmp_path):
+    data = picture_folder(tmp_path / "data", ("invalid", "valid"), count=3)
+    assert open_source(str(data), TWO, 0).classes == ["invalid", "valid"]
+    assert open_labelled(str(data), TWO).held_out == 6
+
+
+def test_without_held_out_pictures_a_line_says_so(tmp_path):
+    data = picture_folder(tmp_path / "data")
+    assert open_source(str(data), TWO, 0).notes == [f"no validation pictures: {data} has no val/"]
+    picture_folder(tmp_path / "parts" / "train")
+    source = open_source(str(tmp_path / "parts"), TWO, 0)
+    assert source.notes[0].startswith("no validation pictures")
+    assert source.held_out == 0
+
+
+def test_parts_that_are_not_there_are_named(tmp_path):
+    picture_folder(tmp_path / "a" / "validation")
+    refused(tmp_path / "a", "has validation/ and nothing to train on")
+    picture_folder(tmp_path / "b" / "train")
+    picture_folder(tmp_path / "b" / "test")
+    raises_one_line(lambda: open_labelled(str(tmp_path / "b"), TWO),
+                    "no validation pictures", f"name {tmp_path / 'b' / 'train'} or")  # fmt: skip
+
+
+def test_validation_on_the_training_pictures_is_said(tmp_path):
+    picture_folder(tmp_path / "train")
+    (tmp_path / "val").symlink_to("train")
+    assert f"{tmp_path / 'val'} is {tmp_path / 'train'} itself" in " ".join(
+        open_source(str(tmp_path), TWO, 0).notes
+    )
+
+
+def test_what_lies_beside_pictures_and_classes_is_counted(tmp_path):
+    data = picture_folder(tmp_path / "data")
+    (data / "cat" / "x.heic").write_bytes(b"")
+    (data / "cat" / ".hidden.png").write_bytes(b"")
+    (data / "loose.png").write_bytes(png(0))
+    (data / "labels.csv").write_text("a,b")
+    source = open_source(str(data), TWO, 0)
+    assert source.passed_over == {
+        ".csv": 1, ".heic": 1, "hidden": 1, "picture outside the class folders": 1,
+    }  # fmt: skip
+    assert any("1 picture outside the class folders (loose.png)" in note for note in source.notes)
+
+
+def test_linked_classes_and_pictures_are_followed(tmp_path):
+    pool = picture_folder(tmp_path / "pool", ("a", "b"), count=3)
+    data = tmp_path / "data"
+    (data / "dog").mkdir(parents=True)
+    (data / "cat").symlink_to(pool / "a")
+    (data / "dog" / "0.png").symlink_to(pool / "b" / "000.png")
+    (data / "dog" / "more").symlink_to(pool / "b")
+    (data / "dog" / "up").symlink_to("..")
+    (data / "dog" / "kin").symlink_to("../cat")
+    source = open_source(str(data), TWO, 0)
+    assert source.epoch == 3 + 1 + 3
+    told = "\n".join(source.notes)
+    assert f"{data}/dog/up: a link that leads back to {data}" in told
+    assert f"{data}/dog/kin: the same folder as {data}/cat" in told
+    (data / "eel").symlink_to("cat")
+    refused(data, str(data / "eel"), "are the same folder")
+
+
+def test_evaluation_skips_up_to_the_limit_and_keeps_labels_with_their_pictures(tmp_path):
+    data = picture_folder(tmp_path / "data", count=4)
+    whole = joined(list(open_labelled(str(data), TWO).validation(3)))
+    for name in ("cat/001.png", "dog/002.png"):
+        (data / name).write_bytes(b"")
+    skips = Skips(2)
+    found = open_labelled(str(data), TWO, skips)
+    rest = joined(list(found.validation(3)))
+    sound = [0, 2, 3, 4, 5, 7]
+    assert torch.equal(rest.images, whole.images[sound])
+    assert torch.equal(rest.labels, whole.labels[sound])
+    assert skips.by_reason() == {"empty": 2}
+    list(found.validation(1))  # the same two, which count once
+    assert len(skips) == 2
+    raises_one_line(lambda: list(open_labelled(str(data), TWO, Skips(1)).validation(3)),
+                    "002.png is empty", "makes 2 where --skip-limit allows 1")  # fmt: skip

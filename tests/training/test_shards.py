@@ -94,7 +94,13 @@ def test_members_of_other_kinds_are_passed_over(tmp_path):
         link = tarfile.TarInfo("k9.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    found = ShardPictures(tmp_path)
+    for _ in range(2):  # scanned, and from the index
+        found = ShardPictures(tmp_path)
+        assert found.passed_over == {
+            ".json": 2, ".txt": 1, ".seg.png": 1, "no ending": 1, "hidden": 1,
+            "link or special member": 1,
+        }  # fmt: skip
+        assert found.notes[0].startswith(f"passed over in 1 shard of {tmp_path}: 5 members (.json ")
     assert [found.label(i) for i in range(len(found))] == [0, 1]
     assert np.array_equal(np.asarray(found.load(1)), np.asarray(Image.open(io.BytesIO(png(1)))))
 
@@ -119,6 +125,87 @@ def test_an_empty_shard_among_others_does_no_harm(tmp_path):
     source = open_source(str(tmp_path), TWO, 0)
     assert source.epoch == 3
     assert source.train_batch(0, 9).labels.sum() == 3
+
+
+def test_a_sample_may_hold_a_mask_beside_its_picture(tmp_path):
+    classes(tmp_path)
+    members = [("a.ppm", png(0)), ("a.png", png(1, (44, 30))), ("a.cls", b"1"),
+               ("b.jpg", png(2, (45, 30))), ("b.pgm", png(3)), ("b.cls", b"0"),
+               ("c.bmp", png(4, (46, 30))), ("c.cls", b"1")]  # fmt: skip
+    write_tar(tmp_path / "0.tar", members)
+    found = ShardPictures(tmp_path)
+    assert [found.load(i).width for i in range(3)] == [44, 45, 46]
+    assert found.passed_over == {".ppm": 1, ".pgm": 1}
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("imagenet-train-{}.tar", "imagenet-validation-{}.tar"), ("train{}.tar", "val{}.tar"),
+     ("TRAIN_{}.tar", "Valid_{}.tar"), ("imagenet1kTrain{}.tar", "imagenet1kVal{}.tar")],
+)  # fmt: skip
+def test_shards_of_one_folder_are_told_apart_by_name(tmp_path, train, val):
+    classes(tmp_path)
+    for i in range(2):
+        write_tar(tmp_path / train.format(f"00{i}"), some(3))
+    write_tar(tmp_path / val.format("000"), some(2))
+    write_tar(tmp_path / "imagenet-test-000.tar", some(1))
+    source = open_source(str(tmp_path), TWO, 0)
+    assert (source.epoch, source.held_out) == (6, 2)
+    assert sum(len(batch.labels) for batch in source.validation(9)) == 2
+    assert any("imagenet-test-000.tar" in note for note in source.notes)
+    assert open_labelled(str(tmp_path), TWO).held_out == 2
+
+
+@pytest.mark.parametrize("other", ["b-000.tar", "trainval-0.tar", "train-val-0.tar"])
+def test_shards_that_names_cannot_tell_apart_are_refused(tmp_path, other):
+    classes(tmp_path)
+    write_tar(tmp_path / "a-val-000.tar", some(2))
+    write_tar(tmp_path / other, some(2))
+    refused(tmp_path, "such as a-val-000.tar", other, "into train/ and val/")
+    raises_one_line(lambda: open_labelled(str(tmp_path), TWO), "a-val-000.tar", other)
+
+
+def test_what_lies_beside_shards_is_said(tmp_path):
+    classes(tmp_path)
+    write_tar(tmp_path / "0.tar", some(3))
+    for name in ("1.tar.gz", "2.tgz"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "train").mkdir()
+    told = "\n".join(open_source(str(tmp_path), TWO, 0).notes)
+    assert "compressed shards" in told
+    assert "such as 1.tar.gz (2 in all)" in told
+    assert f"not read in {tmp_path}: cat" in told
+    assert f"not used: {tmp_path / 'train'}" in told
+    assert "no validation pictures" in told
+
+
+def test_compressed_shards_alone_are_named(tmp_path):
+    classes(tmp_path / "train")
+    (tmp_path / "train" / "0.tar.gz").write_bytes(b"")
+    refused(tmp_path, "compressed shards, such as 0.tar.gz", "unpack them")
+
+
+def test_shards_of_one_other_part_are_used_with_a_line(tmp_path):
+    classes(tmp_path)
+    write_tar(tmp_path / "a-val-0.tar", some(3))
+    source = open_source(str(tmp_path), TWO, 0)
+    assert source.epoch == 3
+    assert "are trained on, and their names tell of val" in source.notes[0]
+    assert open_labelled(str(tmp_path), TWO).held_out == 3
+    (tmp_path / "a-val-0.tar").rename(tmp_path / "a-test-0.tar")
+    assert "their names tell of test" in open_labelled(str(tmp_path), TWO).notes[0]
+
+
+def test_a_pipe_among_shards_is_not_waited_for(tmp_path):
+    classes(tmp_path)
+    write_tar(tmp_path / "0.tar", some())
+    os.mkfifo(tmp_path / "1.tar")
+    refused(tmp_path, "1.tar: it is a device, a pipe or a socket")
+    (tmp_path / "1.tar").unlink()
+    (tmp_path / "classes.txt").unlink()
+    os.mkfifo(tmp_path / "classes.txt")
+    refused(tmp_path, "classes.txt is no file")
 
 
 # --- the order ----------------------------------------------------------------------------------

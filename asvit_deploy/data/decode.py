@@ -1,0 +1,226 @@
+"""One picture file to RGB pixels, the right way up."""
+
+from __future__ import annotations
+
+import functools
+import io
+import stat
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+
+from asvit_deploy.data.metadata import without_exif
+from asvit_deploy.errors import UserError
+
+# Formats and the endings they go by. Only decoders that run in this process: Pillow's full list
+# would start Ghostscript for a renamed EPS file. Those that Pillow can be built without are asked
+# for. None but TGA's is run on a guess: it has no mark, and takes nearly anything for its own.
+_ENDINGS = {
+    "AVIF": (".avif", ".avifs"),
+    "BMP": (".bmp",),
+    "DDS": (".dds",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "ICO": (".ico",),
+    "JPEG": (".jfif", ".jpe", ".jpeg", ".jpg"),
+    "JPEG2000": (".j2c", ".j2k", ".jp2", ".jpc", ".jpf", ".jpx"),
+    "MPO": (".mpo",),
+    "PCX": (".pcx",),
+    "PNG": (".apng", ".png"),
+    "PPM": (".pbm", ".pgm", ".pnm", ".ppm"),
+    "PSD": (".psd",),
+    "QOI": (".qoi",),
+    "SGI": (".bw", ".rgb", ".rgba", ".sgi"),
+    "SUN": (".ras",),
+    "TGA": (".icb", ".tga", ".vda", ".vst"),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+}
+_LIBRARIES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
+MAX_PIXELS = 100_000_000
+MAX_ASPECT = 100  # the resized picture would be this many times the crop
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class PictureError(UserError):
+    """A picture that cannot be read; `reason` says why in a word or two, for counting."""
+
+    def __init__(self, message: str, reason: str = "broken") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _available() -> list[str]:
+    """The formats of `_ENDINGS` that this Pillow decodes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that an older Pillow has never heard of
+        return [
+            name for name in _ENDINGS
+            if name not in _LIBRARIES or features.check(_LIBRARIES[name])
+        ]  # fmt: skip
+
+
+SUFFIXES = frozenset(ending for name in _available() for ending in _ENDINGS[name])
+
+
+@functools.cache
+def _formats(suffix: str) -> tuple[str, ...]:
+    """What a file with this ending may be, whatever it is called."""
+    Image.init()
+    known = [name for name in _available() if name in Image.OPEN]
+    return tuple(name for name in known if name != "TGA" or suffix in _ENDINGS["TGA"])
+
+
+def load_picture(path: Path) -> Image.Image:
+    """Read a picture of any usual kind as RGB, 8 bits a channel, the right way up.
+
+    Transparent pixels are laid on white, as viewers show them. 16-bit greyscale is scaled to 8
+    bits over its whole range. Of an animation, the first frame counts.
+
+    Raises:
+        PictureError: there is no such file, it is no picture or a broken one, it holds more than
+            `MAX_PIXELS`, its sides differ more than `MAX_ASPECT` times, or its numbers have no
+            known range (float, 32-bit).
+    """
+    _refuse_no_file(path)
+    return decode_picture(path, path, path.suffix.lower())
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Told from the outside, for a pipe that is opened is waited for."""
+    cannot = f"cannot read the picture {path}: "
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        what = "the link leads nowhere" if path.is_symlink() else "there is no such file"
+        raise PictureError(f"{cannot}{what}; check the path", "missing") from None
+    except (OSError, ValueError) as error:  # such as a folder that was closed meanwhile
+        told = getattr(error, "strerror", None) or str(error)
+        raise PictureError(f"{cannot}{told}; check its permissions", "no permission") from error
+    if stat.S_ISDIR(mode):
+        raise PictureError(f"{cannot}it is a folder; check the path", "a folder")
+    if not stat.S_ISREG(mode):
+        raise PictureError(
+            f"{cannot}it is a device, a pipe or a socket; name a file", "no regular file"
+        )
+
+
+def decode_picture(file: Path | io.BytesIO, name: object, suffix: str = "") -> Image.Image:
+    """`load_picture` of a file, or of bytes that came from elsewhere; messages call it `name`."""
+    try:
+        with warnings.catch_warnings():
+            # What matters is raised as an error: our own size limit, the decoder's complaints.
+            warnings.simplefilter("ignore")
+            with _opened(file, suffix) as picture:
+                _refuse_odd_size(name, *picture.size)
+                picture = _upright(picture)
+                _refuse_odd_size(name, *picture.size)  # what an icon holds need not be what it says
+                return _to_rgb(picture)
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
+        what = "is empty" if size == 0 else "is not a picture that we know"
+        raise PictureError(
+            f"{name} {what}; take it out or replace it", "empty" if size == 0 else "no picture"
+        ) from None
+    except PermissionError:
+        raise PictureError(
+            f"{name} may not be read; check its permissions", "no permission"
+        ) from None
+    except Image.DecompressionBombError:
+        raise PictureError(
+            f"{name} holds more than {MAX_PIXELS:,} pixels; scale it down first", "too large"
+        ) from None
+    except Exception as error:  # Pillow's decoders raise whatever they trip over
+        raise PictureError(
+            f"{name} is broken or cannot be decoded ({_one_line(error)}); take it out or replace it"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _refuse_odd_size(name: object, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise PictureError(
+            f"{name} holds {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down "
+            "first", "too large",
+        )  # fmt: skip
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise PictureError(
+            f"{name} is too elongated ({width} x {height} pixels, more than {MAX_ASPECT}:1); "
+            "crop it first", "too elongated",
+        )  # fmt: skip
+
+
+# --- metadata -----------------------------------------------------------------------------------
+
+
+def _opened(file: Path | io.BytesIO, suffix: str) -> Image.Image:
+    """The picture; where Pillow trips over the EXIF as it opens the file, without that."""
+    try:
+        return Image.open(file, formats=_formats(suffix))
+    except (PermissionError, Image.DecompressionBombError):
+        raise
+    except Exception:
+        data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+        rest = without_exif(data)
+        if rest is None:
+            raise
+        return Image.open(io.BytesIO(rest), formats=_formats(suffix))
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The pixels, turned as the orientation says that the file tells; an odd one says nothing.
+
+    Not `ImageOps.exif_transpose`: it writes the metadata anew, and falls over what it cannot write.
+    """
+    for key, kind in (("xmp", bytes), ("XML:com.adobe.xmp", str)):
+        if not isinstance(picture.info.get(key, kind()), kind):  # a tag of another type
+            del picture.info[key]
+    if picture.format == "TIFF":
+        # Read by `load` itself. What it trips over here it does not read again.
+        with suppress(Exception):
+            picture.getexif()
+    picture.load()
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever a damaged block makes the parser raise
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
+# --- pixels -------------------------------------------------------------------------------------
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        picture = _sixteen_to_eight(picture)
+    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        picture = Image.alpha_composite(white, layer)
+    return picture.convert("RGB")
+
+
+def _sixteen_to_eight(picture: Image.Image) -> Image.Image:
+    """Map 0…65535 to 0…255; Pillow's own conversion clips at 255."""
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
