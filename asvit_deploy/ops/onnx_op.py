@@ -38,14 +38,16 @@ def schema() -> onnx.defs.OpSchema:
 
 
 # keep: bool [B, M], the class token's column True. The best score is the first highest in the order
-# number > NaN > -inf: a NaN becomes the lowest finite number, and what equals the top is raised above
-# all, which a NaN never does: it loses against a true lowest number too.
+# number > NaN > -inf: a NaN becomes the lowest finite number, and what equals the top is raised
+# above all, which a NaN never does: it loses against a true lowest number too. TopK, not ReduceMax:
+# ONNX Runtime's symbolic shape inference, which its quantiser begins with, knows no axes that are
+# an input.
 _KEEP = """
     lowest = Constant <value = float {-3.4028234663852886e38}> ()
     is_nan = IsNaN (scores)
     number = Where (is_nan, lowest, scores)
     axis_1 = Constant <value = int64[1] {1}> ()
-    top = ReduceMax <keepdims = 1> (number, axis_1)
+    top, top_place = TopK <axis = 1, largest = 1, sorted = 1> (number, axis_1)
     is_top = Equal (scores, top)
     above_all = Constant <value = float {inf}> ()
     rank = Where (is_top, above_all, number)

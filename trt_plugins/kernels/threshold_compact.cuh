@@ -61,6 +61,10 @@ inline bool allowed(AsvitThresholdCompact const& call)
 
 inline size_t workspaceBytes(int64_t images, int64_t rows)
 {
+    if (images < 1 || rows < 1)
+    {
+        return 0; // such a call is refused
+    }
     return static_cast<size_t>(images) * static_cast<size_t>(rows) * sizeof(Row);
 }
 
