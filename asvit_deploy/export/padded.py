@@ -22,10 +22,10 @@ _DOMAIN = "asvit.padded"
 _ALL_ALIVE = "padded_all_alive"
 
 # Dropped tokens carry -inf, which no threshold lets pass. The best is looked up among those alive,
-# as the lowest rank: its place for the highest score, N + place for a NaN, 2 N + place for all else.
-# A NaN counts as the lowest finite number, so that the top is -inf only where every score is. A rank
-# has no ties, so every runtime finds the same token. TopK, not ReduceMax and ReduceMin, as in the
-# op's own function (`ops/onnx_op.py`).
+# as the lowest rank: its place for the highest score, N + place for a NaN, 2 N + place for the
+# rest. A NaN counts as the lowest finite number, so that the top is -inf only where every score is.
+# A rank has no ties, so every runtime finds the same token. TopK, not ReduceMax and ReduceMin, as
+# in the op's own function (`ops/onnx_op.py`).
 _BODY = """
     lowest = Constant <value = float {{-3.4028234663852886e38}}> ()
     is_nan = IsNaN (scores)
