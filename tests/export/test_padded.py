@@ -13,6 +13,7 @@ from conftest import sharpened
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime import InferenceSession as OrtSession
+from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 from op_cases import CASES, EDGES
 
 from asvit_deploy.errors import UserError
@@ -138,6 +139,18 @@ def test_selection_in_onnx_runtime_is_the_oracle_s(case):
     mask = session.run(["mask"], feeds)[0]
     assert not mask[:, 1::2].any()
     np.testing.assert_array_equal(mask[:, 2::2], keep_mask(case.scores, case.threshold))
+
+
+@pytest.mark.parametrize("batch", [1, "B"])
+def test_selection_passes_the_shape_inference_of_onnx_runtime_s_quantiser(batch):
+    model = _keep_model(9)
+    for value in (model.graph.input[0], model.graph.input[2]):
+        kind = value.type.tensor_type.elem_type
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, [batch, 9]))
+    inferred = SymbolicShapeInference.infer_shapes(model, 2**31 - 1, False, False, 0)
+    shapes = [[d.dim_value for d in o.type.tensor_type.shape.dim] for o in inferred.graph.output]
+    one = 1 if batch == 1 else 0
+    assert shapes == [[one, 10], [one, 10], [one]]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 2.0, np.nan, np.inf, -np.inf])
