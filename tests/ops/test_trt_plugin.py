@@ -251,13 +251,16 @@ def test_three_calls_in_a_row_in_two_contexts_that_take_turns(
     driver, libraries, kernel, bits, dtype
 ):
     """Clones share nothing, and a call's shape is what the `size` of the one before says."""
+    check_chains(driver, libraries[kernel], dtype, bits)
+
+
+def check_chains(driver: Path, library: Path, dtype: type, bits: int) -> None:
     records = chains(dtype, bits)
     given = b""
     for pair in records:
         head = np.array([*pair[0].tokens.shape, TYPES.index(dtype)], np.int64)
         given += b"".join([head.tobytes(), *(chain.record() for chain in pair)])
-    command = [driver, libraries[kernel], f"chain{bits}"]
-    done = subprocess.run(command, input=given, capture_output=True)
+    done = subprocess.run([driver, library, f"chain{bits}"], input=given, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     stream = BytesIO(done.stdout)
     for chain in (chain for pair in records for chain in pair):
@@ -341,6 +344,8 @@ def test_sanitizers_find_nothing(trt_headers, tmp_path, kernel):
     library = make_library(trt_headers, tmp_path / "library.so", kernel, *SANITIZE)
     calls = [call_of(case, TYPES[i % 3]) for i, case in enumerate(CASES)]
     check(driver, library, [*calls, *random_calls(60, 3)])
+    for bits in (32, 64):
+        check_chains(driver, library, np.float16, bits)
     done = subprocess.run([driver, library, "contract"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
