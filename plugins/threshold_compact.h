@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace asvit
 {
@@ -36,14 +37,24 @@ inline char const* refusal(int64_t images, int64_t rows) noexcept
     return nullptr;
 }
 
-// The highest of `count` scores, the first of equals; a NaN loses to every number.
+// Whether a score ranks below another: number > NaN > -inf.
+inline bool isBelow(float score, float other) noexcept
+{
+    constexpr float kPADDING = -std::numeric_limits<float>::infinity();
+    if (score != score)
+    {
+        return other > kPADDING;
+    }
+    return score < other || (score == kPADDING && other != other);
+}
+
+// The highest of `count` scores, the first of equals.
 inline int64_t bestOf(float const* scores, int64_t count) noexcept
 {
     int64_t best = 0;
     for (int64_t i = 1; i < count; ++i)
     {
-        bool const firstNumber = scores[best] != scores[best] && scores[i] == scores[i];
-        if (firstNumber || scores[i] > scores[best])
+        if (isBelow(scores[best], scores[i]))
         {
             best = i;
         }

@@ -1,5 +1,7 @@
 #include "threshold_compact_plugin.h"
 
+#include <algorithm>
+#include <limits>
 #include <new>
 
 #include "kernels/threshold_compact.h"
@@ -18,6 +20,7 @@ constexpr char const* kVERSION = "1";
 constexpr char const* kNAMESPACE = "";
 
 constexpr int32_t kFAILED = -1;
+constexpr int64_t kMAX_IMAGES = std::numeric_limits<int32_t>::max(); // a kernel's grid
 
 bool isPayload(DataType type) { return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16; }
 
@@ -42,6 +45,27 @@ bool isTypeAt(int32_t position, DynamicPluginTensorDesc const* inOut)
     default:
         return false;
     }
+}
+
+// A dimension's upper bound where TensorRT knows one within `limit`, else `limit`: behind another plugin of
+// data-dependent shape it may say -1.
+int64_t boundOf(int64_t most, int64_t limit) { return most < 0 ? limit : std::min(most, limit); }
+
+// Whether a dimension may lie from `least` to `most`: one that is not known (-1) may.
+bool mayLie(int64_t size, int64_t least, int64_t most) { return size == -1 || (size >= least && size <= most); }
+
+// Whether inputs of these shapes may be those of the op; dimensions need not be known.
+bool mayBe(Dims const& tokens, Dims const& scores, Dims const& threshold)
+{
+    return tokens.nbDims == 3 && scores.nbDims == 2 && threshold.nbDims <= 1 &&
+           (threshold.nbDims == 0 || mayLie(threshold.d[0], 1, 1)) && mayLie(tokens.d[0], 1, kMAX_IMAGES) &&
+           mayLie(tokens.d[1], 2, kASVIT_MAX_ROWS);
+}
+
+// Whether inputs of these shapes are those of the op: what a kernel reads then lies within them.
+bool are(Dims const& tokens, Dims const& scores, Dims const& threshold)
+{
+    return mayBe(tokens, scores, threshold) && tokens.d[0] == scores.d[0] && tokens.d[1] == scores.d[1] + 1;
 }
 
 // The 1+K that TensorRT tunes the layers behind for: 7 of 10 rows, what a stage of AS-ViT keeps at a usual budget.
@@ -129,7 +153,13 @@ bool ThresholdCompactPlugin::supportsFormatCombination(int32_t position, Dynamic
 int32_t ThresholdCompactPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
                                                 DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept
 {
-    bool const fits = nbInputs == kINPUTS && nbOutputs == kOUTPUTS && inputs[kTOKENS].max.d[1] <= kASVIT_MAX_ROWS;
+    if (nbInputs != kINPUTS || nbOutputs != kOUTPUTS)
+    {
+        return kFAILED;
+    }
+    // The rows have a bound of our own; without one of the images no workspace would be known to hold them.
+    bool const bounded = inputs[kTOKENS].max.d[0] > 0;
+    bool const fits = bounded && mayBe(inputs[kTOKENS].max, inputs[kSCORES].max, inputs[kTHRESHOLD].max);
     return fits ? 0 : kFAILED;
 }
 
@@ -137,13 +167,15 @@ size_t ThresholdCompactPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* i
                                                 DynamicPluginTensorDesc const*, int32_t) const noexcept
 {
     Dims const& most = inputs[kTOKENS].max;
-    return asvitThresholdCompactWorkspace(most.d[0], most.d[1]);
+    return asvitThresholdCompactWorkspace(boundOf(most.d[0], kMAX_IMAGES), boundOf(most.d[1], kASVIT_MAX_ROWS));
 }
 
-int32_t ThresholdCompactPlugin::onShapeChange(PluginTensorDesc const*, int32_t, PluginTensorDesc const*,
-                                              int32_t) noexcept
+int32_t ThresholdCompactPlugin::onShapeChange(PluginTensorDesc const* inputs, int32_t nbInputs, PluginTensorDesc const*,
+                                              int32_t nbOutputs) noexcept
 {
-    return 0;
+    bool const fits = nbInputs == kINPUTS && nbOutputs == kOUTPUTS &&
+                      mayBe(inputs[kTOKENS].dims, inputs[kSCORES].dims, inputs[kTHRESHOLD].dims);
+    return fits ? 0 : kFAILED;
 }
 
 int32_t ThresholdCompactPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const* outputDesc,
@@ -151,6 +183,10 @@ int32_t ThresholdCompactPlugin::enqueue(PluginTensorDesc const* inputDesc, Plugi
                                         cudaStream_t stream) noexcept
 {
     PluginTensorDesc const& tokens = inputDesc[kTOKENS];
+    if (!are(tokens.dims, inputDesc[kSCORES].dims, inputDesc[kTHRESHOLD].dims))
+    {
+        return kFAILED;
+    }
     AsvitThresholdCompact call{};
     call.images = tokens.dims.d[0];
     call.rows = tokens.dims.d[1];

@@ -22,23 +22,26 @@ _DOMAIN = "asvit.padded"
 _ALL_ALIVE = "padded_all_alive"
 
 # Dropped tokens carry -inf, which no threshold lets pass. The best is looked up among those alive,
-# as the lowest rank: its place for the highest score, N + place where no score is a number,
-# 2 N + place for what was dropped. A rank has no ties, so every runtime finds the same token.
+# as the lowest rank: its place for the highest score, N + place for a NaN, 2 N + place for the
+# rest. A NaN counts as the lowest finite number, so that the top is -inf only where every score is.
+# A rank has no ties, so every runtime finds the same token. TopK, not ReduceMax and ReduceMin, as
+# in the op's own function (`ops/onnx_op.py`).
 _BODY = """
+    lowest = Constant <value = float {{-3.4028234663852886e38}}> ()
     is_nan = IsNaN (scores)
-    number = Where (is_nan, minus_inf, scores)
+    number = Where (is_nan, lowest, scores)
     axis_1 = Constant <value = int64[1] {{1}}> ()
-    top = ReduceMax <keepdims = 1> (number, axis_1)
+    top, top_place = TopK <axis = 1, largest = 1, sorted = 1> (number, axis_1)
     highest = Equal (scores, top)
     is_top = And (highest, alive)
-    none = Constant <value = int32 {{0}}> ()
-    once = Constant <value = int32 {{{tokens}}}> ()
-    twice = Constant <value = int32 {{{twice}}}> ()
-    behind = Where (alive, once, twice)
+    none = Constant <value = float {{0}}> ()
+    once = Constant <value = float {{{tokens}}}> ()
+    twice = Constant <value = float {{{twice}}}> ()
+    behind = Where (is_nan, once, twice)
     offset = Where (is_top, none, behind)
-    place = Constant <value = int32[1,{tokens}] {{{places}}}> ()
+    place = Constant <value = float[1,{tokens}] {{{places}}}> ()
     rank = Add (place, offset)
-    first = ReduceMin <keepdims = 1> (rank, axis_1)
+    first, first_place = TopK <axis = 1, largest = 0, sorted = 1> (rank, axis_1)
     is_best = Equal (rank, first)
     above = Greater (scores, threshold)
     keep = Or (above, is_best)
@@ -63,7 +66,7 @@ def _stage_function(tokens: int, opset: int) -> onnx.FunctionProto:
     )
     return onnx.parser.parse_function(
         f'<domain: "{_DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"Keep (scores, threshold, alive, minus_inf) => (mask, index, length)\n{{{body}}}"
+        f"Keep (scores, threshold, alive) => (mask, index, length)\n{{{body}}}"
     )
 
 
@@ -143,7 +146,7 @@ class _Rewrite(RowMask):
         self.stage += 1
         self.mask = f"mask_{self.stage}"
         outputs = [self.mask, index, length]
-        inputs = [scores, threshold, alive, self.minus_inf()]
+        inputs = [scores, threshold, alive]
         self.nodes.append(helper.make_node("Keep", inputs, outputs, node.name, domain=_DOMAIN))
         self.compacted[compact] = tokens
 

@@ -65,6 +65,9 @@ class Counted:
 class Kernel:
     """The loaded library; all arguments are addresses in its kind of memory.
 
+    CUDA launches on the current device: it has to be the one of the addresses and of the stream
+    (`runners.place.Place.current`).
+
     Args:
         path: from `build_kernel`.
 

@@ -37,17 +37,21 @@ def schema() -> onnx.defs.OpSchema:
     )
 
 
-# keep: bool [B, M], the class token's column True. NaN ranks below every number, so the best score
-# is looked up as the first place that equals the highest number; with no number that is place 0.
+# keep: bool [B, M], the class token's column True. The best score is the first highest in the order
+# number > NaN > -inf: a NaN becomes the lowest finite number, and what equals the top is raised
+# above all, which a NaN never does: it loses against a true lowest number too. TopK, not ReduceMax:
+# ONNX Runtime's symbolic shape inference, which its quantiser begins with, knows no axes that are
+# an input.
 _KEEP = """
-    minus_inf = Constant <value = float {-inf}> ()
+    lowest = Constant <value = float {-3.4028234663852886e38}> ()
     is_nan = IsNaN (scores)
-    number = Where (is_nan, minus_inf, scores)
+    number = Where (is_nan, lowest, scores)
     axis_1 = Constant <value = int64[1] {1}> ()
-    top = ReduceMax <keepdims = 1> (number, axis_1)
+    top, top_place = TopK <axis = 1, largest = 1, sorted = 1> (number, axis_1)
     is_top = Equal (scores, top)
-    is_top_int = Cast <to = 6> (is_top)
-    best = ArgMax <axis = 1, keepdims = 1, select_last_index = 0> (is_top_int)
+    above_all = Constant <value = float {inf}> ()
+    rank = Where (is_top, above_all, number)
+    best = ArgMax <axis = 1, keepdims = 1, select_last_index = 0> (rank)
     above = Greater (scores, threshold)
     yes = Constant <value = bool[1] {1}> ()
     shape = Shape (best)

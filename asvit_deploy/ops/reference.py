@@ -23,23 +23,20 @@ class Compacted(NamedTuple):
 def keep_mask(scores: NDArray[np.float32], threshold: float) -> NDArray[np.bool_]:
     """Which image tokens stay: `score > threshold`, and always the best one.
 
-    The best is the highest score, the lowest index on a tie; NaN ranks below every number.
+    The best is the highest score, the lowest index on a tie, in the order number > NaN > -inf:
+    rows that only pad carry -inf, and one of them stays only where every score is -inf.
 
     Args:
         scores: float32 [B, N].
         threshold: compared strictly, in float32.
     """
-    batch = scores.shape[0]
-    best = np.zeros(batch, np.int64)
-    for b in range(batch):
-        top = -1
-        for i, score in enumerate(scores[b]):
-            if not np.isnan(score) and (top < 0 or score > scores[b, top]):
-                top = i
-        best[b] = max(top, 0)
+    nan = np.isnan(scores)
+    number = np.where(nan, -np.inf, scores)
+    # argmax is the first of equals: where there is no number, the first NaN, or place 0.
+    best = np.where(number.max(axis=1) > -np.inf, number.argmax(axis=1), nan.argmax(axis=1))
     with np.errstate(invalid="ignore"):
         keep = scores > np.float32(threshold)
-    keep[np.arange(batch), best] = True
+    keep[np.arange(len(keep)), best] = True
     return keep
 
 

@@ -10,12 +10,24 @@ NAME = "asvit::threshold_compact"
 
 def keep_mask(scores: Tensor, threshold: Tensor | float) -> Tensor:
     """bool [B, N]: `score > threshold`, and always the best score (see `reference.keep_mask`)."""
-    # argmax would return a NaN's place, and a masked NaN must lose even against -inf: so look
-    # for the first place that equals the highest number. With no number at all that is place 0.
-    number = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    # number > NaN > -inf. A NaN becomes the lowest finite number, and what equals the top is raised
+    # above all, which a NaN never does: it loses against a true lowest number too.
+    lowest = torch.finfo(scores.dtype).min
+    number = scores.nan_to_num(nan=lowest, posinf=torch.inf, neginf=-torch.inf)
     top = number.amax(1, keepdim=True)
-    best = (scores == top).to(torch.uint8).argmax(1, keepdim=True)
+    best = number.masked_fill(scores == top, torch.inf).argmax(1, keepdim=True)
     return (scores > threshold).scatter(1, best, True)
+
+
+def falling_order(scores: Tensor) -> Tensor:
+    """int64 [B, N]: places from the best score to the worst, the first of equals first.
+
+    The op's order: numbers, then NaN, then -inf.
+    """
+    nan = scores.isnan()
+    kind = nan + 2 * (scores == -torch.inf).to(torch.uint8)
+    falling = scores.masked_fill(nan, 0).argsort(dim=1, descending=True, stable=True)
+    return falling.gather(1, kind.gather(1, falling).argsort(dim=1, stable=True))
 
 
 @torch.library.custom_op(NAME, mutates_args=())

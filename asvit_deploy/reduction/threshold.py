@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from asvit_deploy.ops.torch_op import keep_mask, threshold_compact
+from asvit_deploy.ops.torch_op import falling_order, keep_mask, threshold_compact
 
 # T of Eq. 9: how steep the sigmoid is through which the thresholds learn.
 TEMPERATURE = 1e4
@@ -19,6 +19,8 @@ def soft_keep_mask(scores: Tensor, threshold: Tensor, alive: Tensor, temperature
     """Training form: 0/1 forward, the sigmoid's gradient backward, for scores and threshold.
 
         (8) M = 1[S > theta]    (9) M~ = sigmoid(T (S - theta))    out = M - stopgrad(M~) + M~
+
+    A NaN, of a score or of the threshold, never passes and has no gradient.
 
     Args:
         scores: float32 [B, N].
@@ -31,7 +33,8 @@ def soft_keep_mask(scores: Tensor, threshold: Tensor, alive: Tensor, temperature
     """
     masked = scores.detach().masked_fill(alive.detach() < 0.5, -torch.inf)
     hard = keep_mask(masked, threshold.detach()).float()
-    soft = torch.sigmoid(temperature * (scores - threshold))
+    distance = temperature * (scores - threshold)
+    soft = torch.sigmoid(distance.masked_fill(distance.isnan(), -torch.inf))
     return alive * (hard - soft.detach() + soft)
 
 
@@ -41,14 +44,13 @@ def mean_k_keep_mask(scores: Tensor, threshold: Tensor) -> Tensor:
     An image then depends on its batch mates; use it to reproduce the paper's validation numbers.
 
     Args:
-        scores: float32 [B, N]; NaN is lower than every number, and the first of equals wins.
+        scores: float32 [B, N]; number > NaN > -inf, and the first of equals wins.
 
     Returns:
         bool [B, N] with the same number of True in every row.
     """
     count = int((scores > threshold).sum()) // scores.shape[0]
-    # Not topk, nor a falling sort: both take NaN for the highest.
-    top = (-scores).argsort(dim=1, stable=True)[:, : max(count, 1)]
+    top = falling_order(scores)[:, : max(count, 1)]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
 
 

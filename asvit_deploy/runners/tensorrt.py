@@ -8,7 +8,7 @@ some of them have is asked for by name.
 from __future__ import annotations
 
 import functools
-import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asvit_deploy.engine.flavour import FLAVOURS, Flavour
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import sha256
-from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
+from asvit_deploy.runners.place import Place
 from asvit_deploy.runners.torch_stages import Captured, DeviceStages, Outputs
+from asvit_deploy.runners.trt_plan import import_flavour, load_plan, logger_of, require_gpu, said
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16,
            "INT32": torch.int32, "INT64": torch.int64}  # fmt: skip
@@ -44,133 +43,29 @@ class Times:
     wall: float
 
 
-def require_gpu(name: str) -> None:
-    """Refuse to run an engine where PyTorch sees no GPU.
-
-    Raises:
-        UserError: it names the mend.
-    """
-    if torch.cuda.is_available():
-        return
-    why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "no GPU is found"
-    raise UserError(
-        f"{name} is an engine and runs on an NVIDIA GPU, which PyTorch must see ({why}); "
-        "install a CUDA build of torch on a machine with a GPU, or name the .onnx file"
-    )
-
-
-def import_flavour(name: str) -> tuple[Flavour, Any]:
-    """The flavour that a sidecar names, and its Python module.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    flavour = FLAVOURS[name]
-    if flavour.module is None:
-        raise UserError(
-            f'{flavour.title} is not installed; pip install "asvit-deploy[{flavour.extra}]"'
-        )
-    return flavour, importlib.import_module(flavour.module)
-
-
-def plugin_for(fields: dict[str, Any], name: str) -> Path | None:
-    """The plugin library to load before a plan: None where the plan needs or carries none.
-
-    The one that it was built with, as long as that is unchanged and no host twin; else the one that
-    this machine built.
-
-    Raises:
-        UserError: there is none, or the recorded one has changed.
-    """
-    from asvit_deploy.ops.trt_library import find_trt_plugin, runs_on_gpus
-
-    recorded = fields.get("plugin")
-    if recorded is None or recorded["embedded"]:
-        return None
-    path = Path(recorded["path"])
-    changed = path.is_file() and sha256(path) != recorded["sha256"]
-    if path.is_file() and not changed and runs_on_gpus(path):
-        return path
-    if (here := find_trt_plugin()) is not None:
-        return here
-    build = "run `asvit-deploy build-plugins trt`"
-    if changed:
-        raise UserError(f"{path} changed since {name} was built with it; {build}")
-    raise UserError(f"{name} needs the TensorRT plugin, which is not built here; {build}")
-
-
-@functools.cache
-def logger_of(trt: Any) -> Any:
-    """The process's logger, of which TensorRT takes but one: it keeps errors and prints nothing."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Logger()
-
-
-def _said(logger: Any) -> str:
-    """What TensorRT logged since it was last asked, in brackets, or nothing."""
-    errors, logger.errors = logger.errors, []
-    return f" ({' '.join(errors[0].split())[:200]})" if errors else ""
-
-
-def load_plan(
-    trt: Any, flavour: Flavour, plan: bytes, fields: dict[str, Any], name: str
-) -> tuple[Any, Any]:
-    """The runtime, which must outlive the engine, and the engine; its plugin is loaded too.
-
-    Raises:
-        UserError: the plugin is missing, or TensorRT does not take it or the plan.
-    """
-    logger = logger_of(trt)
-    logger.errors = []
-    runtime = trt.Runtime(logger)  # first: before it, errors go to a logger that prints them
-    if library := plugin_for(fields, name):
-        _load_plugin(trt, str(library.resolve()))
-    # Such plans carry code: the plugin's library, or the runtime of their own version.
-    if (fields.get("plugin") or {}).get("embedded") or fields.get("version_compatible"):
-        runtime.engine_host_code_allowed = True
-    engine = runtime.deserialize_cuda_engine(plan)
-    if engine is None:
-        raise UserError(
-            f"{flavour.title} {trt.__version__} cannot load {name}, which "
-            f"{fields['flavour_version']} built for {_built_for(flavour, fields)}"
-            f"{_said(logger)}; run `asvit-deploy build-engine` on this machine"
-        )
-    return runtime, engine
-
-
-def _built_for(flavour: Flavour, fields: dict[str, Any]) -> str:
-    if fields["target_sms"]:
-        return ", ".join(f"SM {sm}" for sm in fields["target_sms"])
-    return "the GPU it found" if flavour.enterprise else "the GPUs of its own list"
-
-
 class Engine:
-    """A plan on the GPU.
+    """A plan on a GPU, where TensorRT then has it and its contexts for good.
 
     Args:
         plan: its bytes.
         fields: the sidecar or manifest.
         name: how messages call it.
+        device: a CUDA device.
 
     Raises:
-        UserError: no GPU, the flavour is not installed, the plugin is missing, or TensorRT does not
-            take the plan.
+        UserError: no such GPU, the flavour is not installed, the plugin is missing, or TensorRT
+            does not take the plan.
     """
 
-    def __init__(self, plan: bytes, fields: dict[str, Any], name: str) -> None:
+    def __init__(
+        self, plan: bytes, fields: dict[str, Any], name: str, device: str | Place = "cuda"
+    ) -> None:
         require_gpu(name)
+        self.place = device if isinstance(device, Place) else Place(device)
         self.flavour, self.trt = import_flavour(fields["flavour"])
         self.name, self._logger = name, logger_of(self.trt)
-        self._runtime, self.engine = load_plan(self.trt, self.flavour, plan, fields, name)
+        with self.place.current():
+            self._runtime, self.engine = load_plan(self.trt, self.flavour, plan, fields, name)
         self._cache: Any = None
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         mode = self.trt.TensorIOMode.INPUT
@@ -188,15 +83,24 @@ class Engine:
             return shape
         return tuple(self.engine.get_tensor_profile_shape(tensor, profile)[2])
 
-    def _runtime_config(self) -> tuple[Any, ...]:
-        """RTX compiles kernels for a shape in the background and swaps them in when they are ready.
+    def scratch_bytes(self) -> int:
+        """Device memory that a context of it needs while it runs, on whichever profile."""
+        # TensorRT 10.0 has but the older name, 11 and RTX but the newer.
+        newer = getattr(self.engine, "device_memory_size_v2", None)
+        return self.engine.device_memory_size if newer is None else newer
 
-        A CUDA graph would hold the preliminary ones for good, and a bench would time both kinds.
+    def _context_arguments(self) -> tuple[Any, ...]:
+        """What makes a context that gets its scratch from us, and on RTX runs final kernels.
+
+        RTX compiles kernels for a shape in the background and swaps them in when they are ready: a
+        CUDA graph would hold the preliminary ones for good, and a bench would time both kinds.
         """
+        ours = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         strategies = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
         if strategies is None:
-            return ()
+            return (ours,)
         config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(ours)
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         # Contexts of one engine share what was compiled: bucketed mode has one for each bucket.
         if hasattr(config, "create_runtime_cache"):
@@ -209,48 +113,61 @@ class Engine:
                 )
         return (config,)
 
-    def context(self, profile: int = 0) -> Any:
-        """An execution context on that optimisation profile.
+    def context(self, scratch: Scratch, profile: int = 0) -> Any:
+        """An execution context on that optimisation profile, which runs in `scratch`.
 
         Raises:
             UserError: there is no memory for it, or no such profile.
         """
-        context = self.engine.create_execution_context(*self._runtime_config())
+        with self.place.current():
+            return self._context(scratch, profile)
+
+    def _context(self, scratch: Scratch, profile: int) -> Any:
+        context = self.engine.create_execution_context(*self._context_arguments())
         if context is None:
             raise UserError(
                 f"{self.flavour.title} cannot make an execution context for {self.name}"
                 f"{self.said()}; free GPU memory, or build it again on this machine"
             )
         if self.engine.num_optimization_profiles > 1:
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(self.place.index)
             if not context.set_optimization_profile_async(profile, stream.cuda_stream):
                 raise UserError(
                     f"{self.name} has no optimisation profile {profile}{self.said()}; build it "
                     "again"
                 )
             stream.synchronize()
+        scratch.lend(context)
         return context
 
     def said(self) -> str:
         """What TensorRT logged since it was last asked, in brackets, or nothing."""
-        return _said(self._logger)
+        return said(self._logger)
 
 
-@functools.cache
-def _load_plugin(trt: Any, path: str) -> None:
-    """Load a plugin library into the process's registry, which refuses a second one of a name."""
-    registry = trt.get_plugin_registry()
-    if any(creator.name == onnx_op.OP_TYPE for creator in registry.all_creators):
-        return
-    build = "run `asvit-deploy build-plugins trt --force`"
-    try:
-        handle = registry.load_library(path)
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be loaded ({' '.join(str(error).split())}); {build}"
-        ) from None
-    if handle is None:
-        raise UserError(f"{path} cannot be loaded{_said(logger_of(trt))}; {build}")
+class Scratch:
+    """Device memory in which contexts run in turn: as large as the one that needs most.
+
+    Such contexts must never run at once. Here they do not: one batch is on its way at a time, and
+    each execution waits for the one before (`Bound.enqueue`). Keep it as long as the contexts.
+
+    Args:
+        engines: whose contexts it will hold, on one device.
+    """
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self.bytes = max(engine.scratch_bytes() for engine in engines)
+        # PyTorch's allocations are aligned to 512 bytes, TensorRT wants 256.
+        self.memory = torch.empty(
+            max(self.bytes, 1), dtype=torch.uint8, device=engines[0].place.device
+        )
+
+    def lend(self, context: Any) -> None:
+        """Let a context run here."""
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(self.memory.data_ptr(), self.bytes)
+        else:  # TensorRT 10.0
+            context.device_memory = self.memory.data_ptr()
 
 
 class Bound:
@@ -266,6 +183,7 @@ class Bound:
 
     def __init__(self, engine: Engine, context: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         self.engine, self.context = engine, context
+        zeros = functools.partial(torch.zeros, device=engine.place.device)
         self.tensors: dict[str, Tensor] = {}
         self.ragged: dict[str, list[int]] = {}  # outputs whose shape depends on the data
         for name, shape in shapes.items():
@@ -274,7 +192,7 @@ class Bound:
                     f"{engine.name} takes no {name} of shape {list(shape)}{engine.said()}; build "
                     "it again"
                 )
-            self._bind(name, torch.zeros(shape, dtype=engine.dtype(name), device="cuda"))
+            self._bind(name, zeros(shape, dtype=engine.dtype(name)))
         for name in engine.outputs:
             shape = tuple(context.get_tensor_shape(name))
             dtype = engine.dtype(name)
@@ -286,10 +204,9 @@ class Bound:
                         f"{engine.name} tells no largest size of {name}{engine.said()}; build it "
                         "again on this machine"
                     )
-                count = size // dtype.itemsize
-                self._bind(name, torch.zeros(count, dtype=dtype, device="cuda"))
+                self._bind(name, zeros(size // dtype.itemsize, dtype=dtype))
             else:
-                self._bind(name, torch.zeros(shape, dtype=dtype, device="cuda"))
+                self._bind(name, zeros(shape, dtype=dtype))
 
     def _bind(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = tensor
@@ -310,12 +227,14 @@ class Bound:
         On CUDA's default stream TensorRT would wait for the whole device: there the execution goes
         to a stream of its own, which the default one waits for.
         """
-        current, default = torch.cuda.current_stream(), torch.cuda.default_stream()
-        stream = _side_stream() if current == default else current
+        engine, index = self.engine, self.engine.place.index
+        current, default = torch.cuda.current_stream(index), torch.cuda.default_stream(index)
+        stream = _side_stream(index) if current == default else current
         if stream is not current:
             stream.wait_stream(current)
-        if not self.context.execute_async_v3(stream.cuda_stream):
-            engine = self.engine
+        with engine.place.current():
+            enqueued = self.context.execute_async_v3(stream.cuda_stream)
+        if not enqueued:
             raise UserError(
                 f"{engine.flavour.title} cannot run {engine.name}{engine.said()}; build it again "
                 "on this machine"
@@ -333,8 +252,11 @@ class Bound:
         if ask is None:
             return
         self.enqueue()
-        torch.cuda.synchronize()
-        if not ask(_side_stream().cuda_stream):
+        index = self.engine.place.index
+        torch.cuda.synchronize(index)
+        with self.engine.place.current():
+            capturable = ask(_side_stream(index).cuda_stream)
+        if not capturable:
             raise UserError(
                 f"no CUDA graph can hold {self.engine.name}{self.engine.said()}; build it again "
                 "on this machine"
@@ -342,8 +264,8 @@ class Bound:
 
 
 @functools.cache
-def _side_stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()
+def _side_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
 
 
 class TensorRTRunner(RunnerBase):
@@ -353,18 +275,22 @@ class TensorRTRunner(RunnerBase):
         plan: the engine file.
         fields: its sidecar.
         graph: replay a CUDA graph; only where no shape depends on the data.
+        device: a CUDA device.
 
     Raises:
         UserError: see `Engine`; or `graph` for a dynamic engine.
     """
 
-    def __init__(self, plan: Path, fields: dict[str, Any], graph: bool = False) -> None:
+    def __init__(
+        self, plan: Path, fields: dict[str, Any], graph: bool = False, device: str = "cuda"
+    ) -> None:
         if graph and fields["mode"] == "dynamic":
             raise UserError(
                 f"{plan} decides its shapes while it runs, which no CUDA graph can hold; "
                 "build it with --mode bucketed or padded"
             )
-        self.engine = Engine(plan.read_bytes(), fields, str(plan))
+        self.engine = Engine(plan.read_bytes(), fields, str(plan), device)
+        self.place, self.scratch = self.engine.place, Scratch([self.engine])
         self.fields, self.graph = fields, graph
         self.stages = sum(name.startswith("length_") for name in self.engine.outputs)
         self.indexed = "index_0" in self.engine.outputs
@@ -375,7 +301,8 @@ class TensorRTRunner(RunnerBase):
         """The buffers for a batch size, made at its first call."""
         if batch not in self._bound:
             shape = (batch, *self.engine.largest("images")[1:])
-            bound = Bound(self.engine, self.engine.context(), {"images": shape})
+            context = self.engine.context(self.scratch)
+            bound = Bound(self.engine, context, {"images": shape})
 
             if self.graph:
                 bound.require_capturable()
@@ -384,25 +311,28 @@ class TensorRTRunner(RunnerBase):
                 bound.enqueue()
                 return tuple(bound.tensors[name] for name in self.engine.outputs)
 
-            captured = Captured(execute, (bound.tensors["images"],), None, self.graph)
+            images = (bound.tensors["images"],)
+            captured = Captured(execute, images, None, self.graph, self.place)
             self._bound[batch] = bound, captured
         return self._bound[batch]
 
     def infer(self, images: NDArray[np.float32]) -> dict[str, Tensor]:
         """images float32 [B, 3, H, W] -> the outputs on the GPU, overwritten by the next call."""
         bound, execute = self._of(len(images))
-        bound.tensors["images"].copy_(torch.from_numpy(images), non_blocking=True)
-        execute()
-        torch.cuda.current_stream().synchronize()
+        with self.place.current():
+            bound.tensors["images"].copy_(torch.from_numpy(images), non_blocking=True)
+            execute()
+            torch.cuda.current_stream(self.place.index).synchronize()
         return bound.tensors
 
     def timed(self, images: NDArray[np.float32]) -> Times:
         """One call with a clock."""
         bound, execute = self._of(len(images))
-        return timed(
-            lambda: bound.tensors["images"].copy_(torch.from_numpy(images), non_blocking=True),
-            execute, lambda: bound.tensors["logits"].cpu(),
-        )  # fmt: skip
+        with self.place.current():
+            return timed(
+                lambda: bound.tensors["images"].copy_(torch.from_numpy(images), non_blocking=True),
+                execute, lambda: bound.tensors["logits"].cpu(),
+            )  # fmt: skip
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
         """images float32 [B, 3, H, W]; more than the engine takes run in turn.
@@ -430,7 +360,7 @@ class TensorRTRunner(RunnerBase):
             "backend": f"{self.engine.flavour.title} {self.engine.trt.__version__}",
             "provider": f"{self.fields['mode']}{', CUDA graph' if self.graph else ''}",
             "precision": self.fields["precision"],
-            "device": torch.cuda.get_device_name(),
+            "device": self.place.name(),
         }
 
 
@@ -443,7 +373,7 @@ def _rows(flat: NDArray, batch: int, length: NDArray[np.int64]) -> NDArray[np.in
 
 
 def timed(copy_in: Any, execute: Any, copy_out: Any) -> Times:
-    """Run three steps with a clock; the middle one between two CUDA events."""
+    """Run three steps with a clock, on the current device; the middle one between two events."""
     import time
 
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -462,26 +392,31 @@ def timed(copy_in: Any, execute: Any, copy_out: Any) -> Times:
 
 
 class TensorRTStages(DeviceStages):
-    """The stage engines of bucketed mode, a context for every (stage, bucket).
+    """The stage engines of bucketed mode, a context for every (stage, bucket), one scratch for all.
 
     Args:
         folder: the bundle.
         fields: its manifest.
         graphs: capture a CUDA graph for every (stage, bucket).
+        device: a CUDA device.
 
     Raises:
         UserError: see `Engine`.
     """
 
-    def __init__(self, folder: Path, fields: dict[str, Any], graphs: bool = True) -> None:
+    def __init__(
+        self, folder: Path, fields: dict[str, Any], graphs: bool = True, device: str = "cuda"
+    ) -> None:
         stages = len(fields["thresholds"]) + 1
         files = [folder / f"stage_{s}.engine" for s in range(stages)]
-        self.engines = [Engine(path.read_bytes(), fields, str(path)) for path in files]
+        place = Place(device)
+        self.engines = [Engine(path.read_bytes(), fields, str(path), place) for path in files]
+        self.scratch = Scratch(self.engines)
         first = self.engines[0]
         shape = tuple(first.engine.get_tensor_shape("tokens"))
         super().__init__(
             fields["thresholds"], fields["buckets"], shape[2], fields["image_size"], 1,
-            first.dtype("tokens"), first.dtype("images"), "cuda",
+            first.dtype("tokens"), first.dtype("images"), place,
         )  # fmt: skip
         self.fields, self.wanted = fields, graphs
         self.capture(self._function(0, 0), lambda s, bucket: self._function(s, bucket), graphs)
@@ -495,7 +430,7 @@ class TensorRTStages(DeviceStages):
             given = {"kept": self.inputs[bucket], "length": self.length}
         profile = self.buckets.index(bucket) if stage else 0
         shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
-        bound = Bound(engine, engine.context(profile), shapes)
+        bound = Bound(engine, engine.context(self.scratch, profile), shapes)
         for name, tensor in given.items():
             bound.rebind(name, tensor)
         if self.wanted:

@@ -19,6 +19,7 @@ from torch import Tensor
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops.kernel import Counted, Kernel, build_kernel
 from asvit_deploy.runners.bucketed import Kept, smallest
+from asvit_deploy.runners.place import Place
 
 Outputs = tuple[Tensor, ...]
 
@@ -29,45 +30,55 @@ class Captured:
     Args:
         function: tensors -> tensors, nothing of it on the host.
         inputs: the tensors that every run reads; fill them before.
-        pool: memory shared with other captures.
+        pool: memory shared with other captures, none of which ever runs at the same time.
         graph: False calls the function on CUDA too.
+        place: where the inputs lie.
     """
 
     def __init__(
-        self, function: Callable[..., Outputs], inputs: Outputs, pool: Any, graph: bool = True
-    ) -> None:
+        self, function: Callable[..., Outputs], inputs: Outputs, pool: Any, graph: bool = True,
+        place: Place | None = None,
+    ) -> None:  # fmt: skip
         self.function, self.inputs = function, inputs
+        self.place = place or Place.of(inputs[0])
         self.graph: torch.cuda.CUDAGraph | None = None
-        if not graph or not inputs[0].is_cuda:
-            return
+        if graph and self.place.cuda:
+            with self.place.current():
+                self._capture(pool)
+
+    def _capture(self, pool: Any) -> None:
+        index = self.place.index
+        current, side = torch.cuda.current_stream(index), torch.cuda.Stream(index)
         # What allocates or tunes itself at the first call must have done so before the capture.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(3):
-                function(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
+                self.function(*self.inputs)
+        current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.outputs = function(*inputs)
+        # PyTorch's own capture stream is one for the process, on the device of its first capture.
+        with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.Stream(index)):
+            self.outputs = self.function(*self.inputs)
 
     def __call__(self) -> Outputs:
         """The outputs; the next run overwrites them."""
-        if self.graph is None:
-            return self.function(*self.inputs)
-        self.graph.replay()
-        return self.outputs
+        with self.place.current():
+            if self.graph is None:
+                return self.function(*self.inputs)
+            self.graph.replay()
+            return self.outputs
 
 
-def _pool(device: torch.device) -> Any:
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+def _pool(place: Place) -> Any:
+    return torch.cuda.graph_pool_handle() if place.cuda else None
 
 
 class DeviceStages:
     """A `StageBackend` over tensors of PyTorch, for batches of one fixed size.
 
     Every buffer is made here, once; stages read and write the same addresses each time, so that
-    they can be captured. Subclasses give the stages and call `capture`.
+    they can be captured. The captures share one memory pool: one batch is on its way at a time, and
+    all its work is on one stream. Subclasses give the stages and call `capture`.
 
     Args:
         thresholds: one per compaction.
@@ -77,16 +88,20 @@ class DeviceStages:
         batch: B; above 1 a bucket holds the image that keeps most, as in dynamic mode.
         dtype: T.
         image_dtype: of the images that stage 0 takes.
-        device: "cpu", or a CUDA device.
+        device: "cpu", or a CUDA device, on which all of it happens whichever is current.
+
+    Raises:
+        UserError: there is no such device.
     """
 
     def __init__(
         self, thresholds: Sequence[float], buckets: Sequence[int], width: int, image_size: int,
-        batch: int, dtype: torch.dtype, image_dtype: torch.dtype, device: str,
+        batch: int, dtype: torch.dtype, image_dtype: torch.dtype, device: str | Place,
     ) -> None:  # fmt: skip
-        place = torch.device(device)
+        self.place = device if isinstance(device, Place) else Place(device)
+        place = self.place.device
         self.thresholds = [torch.tensor(t, dtype=torch.float32, device=place) for t in thresholds]
-        self.kernel = Kernel(build_kernel(cuda=place.type == "cuda"))
+        self.kernel = Kernel(build_kernel(cuda=self.place.cuda))
         self.buckets = tuple(buckets)
         most = self.buckets[-1]
         empty = functools.partial(torch.zeros, dtype=dtype, device=place)
@@ -111,27 +126,33 @@ class DeviceStages:
             later: (stage, bucket) -> function of (tokens, length) -> tokens, scores or logits.
             graphs: False calls the functions each time.
         """
-        pool = _pool(self.images.device)
-        self.graphs = graphs and self.images.is_cuda
-        self.first = Captured(first, (self.images,), pool, self.graphs)
-        self.later = {
-            (stage, bucket): Captured(
-                later(stage, bucket), (tokens, self.length), pool, self.graphs
+        self.graphs = graphs and self.place.cuda
+        with self.place.current():
+            captured = functools.partial(
+                Captured, pool=_pool(self.place), graph=self.graphs, place=self.place
             )
-            for stage in range(1, len(self.thresholds) + 1)
-            for bucket, tokens in self.inputs.items()
-        }
+            self.first = captured(first, (self.images,))
+            self.later = {
+                (stage, bucket): captured(later(stage, bucket), (tokens, self.length))
+                for stage in range(1, len(self.thresholds) + 1)
+                for bucket, tokens in self.inputs.items()
+            }
 
     @torch.no_grad()
     def start(self, images: NDArray[np.float32] | Tensor) -> tuple[Tensor, Tensor]:
-        self.images.copy_(torch.as_tensor(images), non_blocking=True)
+        with self.place.current():
+            self.images.copy_(torch.as_tensor(images), non_blocking=True)
         tokens, scores = self.first()
         return tokens, scores
 
     def compact(self, stage: int, tokens: Tensor, scores: Tensor, rows: int) -> Kept:
-        # All rows of the bucket: those behind `rows` have scores of -inf and pass nowhere.
+        with self.place.current():
+            return self._compact(stage, tokens, scores)
+
+    def _compact(self, stage: int, tokens: Tensor, scores: Tensor) -> Kept:
+        # All rows of the bucket: those that only pad have scores of -inf and never come back.
         batch, rows, width = tokens.shape
-        stream = torch.cuda.current_stream().cuda_stream if tokens.is_cuda else 0
+        stream = self.place.stream()
         tokens, scores = tokens.contiguous(), scores.contiguous()
         counted = Counted(
             batch, rows, scores.data_ptr(), self.thresholds[stage].data_ptr(),
@@ -153,16 +174,16 @@ class DeviceStages:
         return self.later[stage, tokens.shape[1]]()
 
     def host(self, array: Tensor) -> NDArray:
-        return array.cpu().numpy().copy()
+        with self.place.current():
+            return array.cpu().numpy().copy()
 
     def describe(self) -> dict[str, str]:
-        device = self.images.device
         return {
             "backend": f"torch {torch.__version__}, bucketed, "
             + ("CUDA graphs" if self.graphs else "eager"),
-            "provider": device.type,
+            "provider": self.images.device.type,
             "precision": str(self.inputs[self.buckets[0]].dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": self.place.name(),
         }
 
 
@@ -176,12 +197,12 @@ class TorchStages(DeviceStages):
 
     def __init__(
         self, model: AdaptiveViT, buckets: Sequence[int], batch: int = 1,
-        dtype: torch.dtype = torch.float32, device: str = "cpu",
+        dtype: torch.dtype = torch.float32, device: str | Place = "cpu",
     ) -> None:  # fmt: skip
         config = model.config
         super().__init__(model.threshold_values(), buckets, config.dim, config.image_size, batch,
                          dtype, dtype, device)  # fmt: skip
-        self.model = copy.deepcopy(model).to(torch.device(device), dtype).eval()
+        self.model = copy.deepcopy(model).to(self.place.device, dtype).eval()
         self.edges = (0, *config.stages, config.depth)
         self.capture(
             lambda images: self._stage(0, self.model.embed(images), None),
@@ -212,15 +233,17 @@ class StaticModel:
 
     def __init__(
         self, model: AdaptiveViT, lengths: Sequence[int] | None, batch: int = 1,
-        dtype: torch.dtype = torch.float32, device: str = "cpu",
+        dtype: torch.dtype = torch.float32, device: str | Place = "cpu",
     ) -> None:  # fmt: skip
-        place = torch.device(device)
+        self.place = device if isinstance(device, Place) else Place(device)
+        place = self.place.device
         self.model = copy.deepcopy(model).to(place, dtype).eval()
         self.lengths = lengths
         size = model.config.image_size
         self.images = torch.zeros(batch, 3, size, size, dtype=dtype, device=place)
-        with torch.no_grad():
-            self.whole = Captured(self._forward, (self.images,), _pool(place))
+        with torch.no_grad(), self.place.current():
+            pool = _pool(self.place)
+            self.whole = Captured(self._forward, (self.images,), pool, place=self.place)
 
     def _forward(self, images: Tensor) -> Outputs:
         x, scores = self.model.embed(images), None
@@ -238,5 +261,6 @@ class StaticModel:
     @torch.no_grad()
     def infer(self, images: NDArray[np.float32] | Tensor) -> NDArray:
         """images float32 [B, 3, H, W] -> logits float32 [B, C]."""
-        self.images.copy_(torch.as_tensor(images), non_blocking=True)
-        return self.whole()[0].cpu().numpy()
+        with self.place.current():
+            self.images.copy_(torch.as_tensor(images), non_blocking=True)
+            return self.whole()[0].cpu().numpy()

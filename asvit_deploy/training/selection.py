@@ -15,6 +15,7 @@ from torch import Tensor
 from asvit_deploy.models.macs import model_macs, teacher_macs
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
+from asvit_deploy.ops.torch_op import falling_order
 from asvit_deploy.reduction.threshold import compact_masked
 
 _SLACK = 2
@@ -24,9 +25,13 @@ Rule = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def highest(scores: Tensor, alive: Tensor, count: Tensor) -> Tensor:
-    """The `count` (int64 [B]) highest of the tokens alive, the first of equals; bool [B, N]."""
-    order = scores.masked_fill(~alive, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(1)
+    """The `count` (int64 [B]) highest of the tokens alive, the first of equals; bool [B, N].
+
+    Number > NaN > -inf, as in the op.
+    """
+    order = falling_order(scores)
+    alive_first = (~alive.gather(1, order)).to(torch.uint8).argsort(dim=1, stable=True)
+    rank = order.gather(1, alive_first).argsort(1)
     return (rank < count[:, None]) & alive
 
 

@@ -193,7 +193,8 @@ Result plain(Case const& drawn)
     {
         std::vector<float> const scores(drawn.scores.begin() + b * (drawn.rows - 1),
                                         drawn.scores.begin() + (b + 1) * (drawn.rows - 1));
-        auto const lower = [](float a, float c) { return std::isnan(a) ? !std::isnan(c) : a < c; };
+        auto const kind = [](float a) { return std::isnan(a) ? 1 : a == -kINF ? 0 : 2; };
+        auto const lower = [&](float a, float c) { return kind(a) != kind(c) ? kind(a) < kind(c) : a < c; };
         auto const best = std::max_element(scores.begin(), scores.end(), lower) - scores.begin();
         std::vector<int64_t> rows{0};
         for (int64_t i = 0; i < drawn.rows - 1; ++i)

@@ -26,7 +26,8 @@ from asvit_deploy.evaluate.engine_session import EngineSession, engines_of, is_e
 from asvit_deploy.images import open_images
 from asvit_deploy.ops import trt_library
 from asvit_deploy.runners.onnx_runtime import OrtRunner
-from asvit_deploy.runners.tensorrt import Times, load_plan, plugin_for
+from asvit_deploy.runners.tensorrt import Times
+from asvit_deploy.runners.trt_plan import load_plan, plugin_for
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 

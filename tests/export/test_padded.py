@@ -12,6 +12,9 @@ import torch
 from conftest import sharpened
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnxruntime import InferenceSession as OrtSession
+from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+from op_cases import CASES, EDGES
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.export import padded
@@ -99,30 +102,69 @@ def test_lvvit_votes_of_kept_tokens_only(batch):
     assert parity.failures == []
 
 
-def _keep(scores, threshold, alive):
-    """The stage's function by itself: mask, index, length."""
-    tokens = scores.shape[1]
+def _keep_model(tokens):
+    """The stage's function by itself, inlined: mask, index, length."""
     model = onnx.parser.parse_model(
         f'<ir_version: 10, opset_import: ["": 20, "{padded._DOMAIN}": 1]>\n'
-        "g (float[B,N] scores, float threshold, bool[B,N] alive, float minus_inf)"
+        "g (float[B,N] scores, float threshold, bool[B,N] alive)"
         " => (bool[B,M] mask, int64[B,M] index, int64[B] length) {\n"
-        f"mask, index, length = {padded._DOMAIN}.Keep (scores, threshold, alive, minus_inf)\n}}"
+        f"mask, index, length = {padded._DOMAIN}.Keep (scores, threshold, alive)\n}}"
     )
     model.functions.append(padded._stage_function(tokens, 20))
+    return onnx.inliner.inline_local_functions(model)
+
+
+def _keep(scores, threshold, alive):
     feeds = {"scores": scores, "threshold": np.float32(threshold), "alive": alive}
-    feeds["minus_inf"] = np.float32(-np.inf)
-    return ReferenceEvaluator(onnx.inliner.inline_local_functions(model)).run(None, feeds)
+    return ReferenceEvaluator(_keep_model(scores.shape[1])).run(None, feeds)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_selection_is_the_oracle_s(case):
+    mask, _, length = _keep(case.scores, case.threshold, np.ones(case.scores.shape, bool))
+    np.testing.assert_array_equal(mask[:, 1:], keep_mask(case.scores, case.threshold))
+    np.testing.assert_array_equal(length, 1 + mask[:, 1:].sum(1))
+
+
+@pytest.mark.parametrize("case", EDGES, ids=lambda case: case.name)
+def test_selection_in_onnx_runtime_is_the_oracle_s(case):
+    """Where dropped tokens lie between: each image twice as long, every other token gone."""
+    scores = np.repeat(case.scores, 2, axis=1)
+    alive = np.arange(scores.shape[1])[None] % 2 == 1
+    scores[:, ::2] = -np.inf
+    model = _keep_model(scores.shape[1])
+    session = OrtSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {"scores": scores, "threshold": np.array(case.threshold, np.float32)}
+    feeds["alive"] = np.repeat(alive, len(scores), axis=0)
+    mask = session.run(["mask"], feeds)[0]
+    assert not mask[:, 1::2].any()
+    np.testing.assert_array_equal(mask[:, 2::2], keep_mask(case.scores, case.threshold))
+
+
+@pytest.mark.parametrize("batch", [1, "B"])
+def test_selection_passes_the_shape_inference_of_onnx_runtime_s_quantiser(batch):
+    model = _keep_model(9)
+    for value in (model.graph.input[0], model.graph.input[2]):
+        kind = value.type.tensor_type.elem_type
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, kind, [batch, 9]))
+    inferred = SymbolicShapeInference.infer_shapes(model, 2**31 - 1, False, False, 0)
+    shapes = [[d.dim_value for d in o.type.tensor_type.shape.dim] for o in inferred.graph.output]
+    one = 1 if batch == 1 else 0
+    assert shapes == [[one, 10], [one, 10], [one]]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 2.0, np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 196])
 def test_selection_among_the_alive(tokens, threshold):
     random = np.random.default_rng(tokens)
-    values = np.array([0.0, 0.25, 0.5, 0.75, np.nan, -np.inf, np.inf, -0.0], np.float32)
+    lowest = np.finfo(np.float32).min
+    values = np.array([0.0, 0.25, 0.5, 0.75, np.nan, -np.inf, np.inf, -0.0, lowest], np.float32)
     scores = random.choice(values, (64, tokens))
     alive = random.random((64, tokens)) < 0.6
     alive[np.arange(64), random.integers(0, tokens, 64)] = True
     scores[:8] = np.where(alive[:8], np.nan, -np.inf)
+    scores[8:24] = random.choice(np.array([np.nan, -np.inf], np.float32), (16, tokens))
+    scores[24:32] = random.choice(np.array([np.nan, -np.inf, lowest], np.float32), (8, tokens))
     scores = np.where(alive, scores, -np.inf).astype(np.float32)
     mask, index, length = _keep(scores, threshold, alive)
     for b in range(64):

@@ -49,7 +49,17 @@ def _quantised(scores):
     scores /= 4
 
 
+def _rows(*rows):
+    """These scores, row by row."""
+
+    def change(scores):
+        scores[:] = rows
+
+    return change
+
+
 _ALL = np.s_[:]
+_LOWEST = np.finfo(np.float32).min
 _NAN, _INF = float("nan"), float("inf")
 
 EDGES = [
@@ -73,8 +83,19 @@ EDGES = [
     _case("threshold_plus_inf", 3, 20, 64, _INF),
     _case("threshold_minus_inf", 3, 20, 64, -_INF),
     _case("mixed_specials", 8, 33, 64, 0.3, _mixed),
-    _case("nan_beside_only_minus_inf", 1, 4, 64, 0.5,
-          lambda s: s.__setitem__(slice(None), [[np.nan, -np.inf, -np.inf]])),
+    _case("nan_before_padding", 1, 5, 64, 0.5, _rows([_NAN, _NAN, -_INF, -_INF])),
+    _case("nan_behind_padding", 1, 5, 64, 0.5, _rows([-_INF, -_INF, _NAN, _NAN])),
+    _case("negative_nan_before_padding", 1, 5, 64, 0.5,
+          _rows(np.copysign([_NAN, _NAN, _INF, _INF], -1))),
+    _case("nan_and_padding_in_a_batch", 4, 5, 64, 0.5, _rows(
+        [_NAN, _NAN, -_INF, -_INF], [-_INF, _NAN, -_INF, _NAN], [-_INF] * 4,
+        [_NAN, _LOWEST, -_INF, _NAN])),
+    _case("nan_before_the_lowest_number", 1, 5, 64, 0.5, _rows([_NAN, _LOWEST, _LOWEST, -_INF])),
+    _case("nan_behind_the_lowest_number", 1, 5, 64, 0.5, _rows([-_INF, _LOWEST, _NAN, -_INF])),
+    _case("nan_before_plus_inf", 1, 5, 64, _INF, _rows([-_INF, _NAN, _INF, _INF])),
+    _case("nan_and_padding_against_nan", 2, 4, 64, _NAN, _rows([-_INF, _NAN, _NAN], [-_INF] * 3)),
+    _case("nan_and_padding_against_minus_inf", 2, 4, 64, -_INF,
+          _rows([-_INF, _NAN, _NAN], [_NAN, _LOWEST, -_INF])),
     _case("zero_threshold_negative_zero", 1, 9, 64, 0.0, _set(_ALL, value=-0.0)),
     _case("threshold_rounded_to_float32", 1, 9, 64, 0.1, _set(_ALL, value=np.float32(0.1))),
 ]  # fmt: skip

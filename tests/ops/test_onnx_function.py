@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
@@ -17,6 +18,9 @@ from asvit_deploy.ops import onnx_op
 from asvit_deploy.ops.reference import threshold_compact
 
 ort = pytest.importorskip("onnxruntime")
+SymbolicShapeInference = pytest.importorskip(
+    "onnxruntime.tools.symbolic_shape_infer"
+).SymbolicShapeInference
 
 TYPES = {
     "float": (TensorProto.FLOAT, np.float32),
@@ -98,6 +102,20 @@ def test_function_is_the_oracle_bit_for_bit(batched, case, kind, opset):
         assert (mine.shape, mine.dtype) == (right.shape, right.dtype), field
         same = mine.tobytes() == right.tobytes()  # not in the assert, which would print both
         assert same, field
+
+
+@pytest.mark.parametrize(("rows", "count"), [(9, 8), ("M", "N")])
+def test_inlined_body_passes_the_shape_inference_of_onnx_runtime_s_quantiser(rows, count):
+    """It raises at what it does not know; the batched body's GatherND it takes for another."""
+    model = model_of(TensorProto.FLOAT, False, 20, cast=True)
+    for value, shape in zip(model.graph.input, ([1, rows, 16], [1, count])):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
+    inlined = onnx.inliner.inline_local_functions(model)
+    inferred = SymbolicShapeInference.infer_shapes(inlined, 2**31 - 1, False, False, 0)
+    ranks = {info.name: len(info.type.tensor_type.shape.dim) for info in inferred.graph.value_info}
+    assert ranks["narrow_compact"] == 3
+    outputs = {info.name: info.type.tensor_type for info in inferred.graph.output}
+    assert [len(outputs[name].shape.dim) for name in onnx_op.OUTPUTS] == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("batched", BODIES)

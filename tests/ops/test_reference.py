@@ -9,6 +9,7 @@ from op_cases import CASES, Case
 from asvit_deploy.ops.reference import keep_mask, threshold_compact
 
 NAN, INF = float("nan"), float("inf")
+LOWEST = float(np.finfo(np.float32).min)
 
 
 def kept(scores: list[float], threshold: float) -> list[int]:
@@ -23,8 +24,14 @@ def kept(scores: list[float], threshold: float) -> list[int]:
         ([0.1, 0.4, 0.2, 0.4], 0.5, [1]),
         ([0.1, 0.2, 0.3], 0.0, [0, 1, 2]),
         ([0.3], 0.5, [0]),
-        ([NAN, 0.2, 0.1], 0.5, [1]),  # NaN ranks below every number
-        ([NAN, -INF, -INF], 0.5, [1]),  # and below -inf too
+        ([NAN, 0.2, 0.1], 0.5, [1]),  # NaN ranks below every number,
+        ([NAN, LOWEST, NAN], 0.5, [1]),
+        ([NAN, NAN, -INF, -INF], 0.5, [0]),  # and above -inf: padding never comes back
+        ([-INF, NAN, NAN], 0.5, [1]),
+        ([-INF, LOWEST, NAN], 0.5, [1]),
+        ([NAN, INF, NAN], INF, [1]),  # +inf is a number
+        ([-INF, NAN], -INF, [1]),  # NaN never passes, it stays for want of a number
+        ([NAN, 0.2], -INF, [1]),
         ([NAN, NAN], 0.5, [0]),
         ([-INF, -INF, -INF], 0.5, [0]),
         ([NAN, 0.9, NAN, 0.8], 0.5, [1, 3]),

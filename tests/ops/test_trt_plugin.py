@@ -10,6 +10,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
@@ -201,6 +202,80 @@ def test_size_has_the_type_that_the_engine_was_built_with(driver, libraries, ker
     assert widths == {bits // 8}
 
 
+@dataclass
+class Chain:
+    """Three calls in a row in one execution context, each on what the one before left."""
+
+    tokens: np.ndarray
+    scores: list[np.ndarray]  # of each stage [B, M-1], of which the first `size` - 1 columns count
+    thresholds: list[float]
+
+    def record(self) -> bytes:
+        parts = [self.tokens]
+        for scores, threshold in zip(self.scores, self.thresholds):
+            parts += [scores, np.float32(threshold)]
+        return b"".join(part.tobytes() for part in parts)
+
+    def wanted(self) -> list:
+        """What the oracle says of every stage."""
+        tokens, index, stages = self.tokens, None, []
+        for scores, threshold in zip(self.scores, self.thresholds):
+            mine = scores[:, : tokens.shape[1] - 1].copy()
+            if index is not None:
+                mine[index[:, 1:] < 0] = -INF
+            stages.append(threshold_compact(tokens, mine, threshold))
+            tokens, index = stages[-1].compact, stages[-1].index
+        return stages
+
+
+def chains(dtype: type, seed: int) -> list[tuple[Chain, Chain]]:
+    """Records of two contexts' chains, of one shape and other contents."""
+    rng = np.random.default_rng(seed)
+
+    def chain(shape: tuple[int, ...], thresholds: list[float]) -> Chain:
+        scores = [rng.random((shape[0], shape[1] - 1), np.float32) for _ in range(3)]
+        for values in scores[1:]:
+            values[rng.random(values.shape) < 0.2] = NAN
+        scores[2][0] = NAN  # of one image nothing is a number, and its padding must not come back
+        return Chain(rng.standard_normal(shape, np.float32).astype(dtype), scores, thresholds)
+
+    kinds = [0.3, 0.4, 0.5], [2.0, 0.5, 0.1], [-1.0, -1.0, NAN], [0.6, INF, -INF]
+    shapes = (1, 197, 64), (4, 50, 33), (2, 2, 8), (3, 9, 1)
+    return [(chain(shape, a), chain(shape, b)) for shape in shapes for a, b in pairwise(kinds)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_three_calls_in_a_row_in_two_contexts_that_take_turns(
+    driver, libraries, kernel, bits, dtype
+):
+    """Clones share nothing, and a call's shape is what the `size` of the one before says."""
+    check_chains(driver, libraries[kernel], dtype, bits)
+
+
+def check_chains(driver: Path, library: Path, dtype: type, bits: int) -> None:
+    records = chains(dtype, bits)
+    given = b""
+    for pair in records:
+        head = np.array([*pair[0].tokens.shape, TYPES.index(dtype)], np.int64)
+        given += b"".join([head.tobytes(), *(chain.record() for chain in pair)])
+    done = subprocess.run([driver, library, f"chain{bits}"], input=given, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    stream = BytesIO(done.stdout)
+    for chain in (chain for pair in records for chain in pair):
+        images, rows, _ = chain.tokens.shape
+        for right in chain.wanted():
+            buffers = [stream.read(n) for n in
+                       (chain.tokens.nbytes, images * rows * 8, images * 8, bits // 8)]  # fmt: skip
+            values = [*right[:3], right.size.astype(f"int{bits}")]
+            for name, mine, theirs in zip(right._fields, buffers, values, strict=True):
+                same = mine[: theirs.nbytes] == theirs.tobytes()
+                assert same, f"{name} of {chain.tokens.shape}, θ {chain.thresholds}"
+                assert set(mine[theirs.nbytes :]) <= {POISON}
+    assert not stream.read()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 64), (1, 4097, 4), (2, 1, 0)])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_refuses_what_it_cannot_do_and_writes_nothing(driver, libraries, kernel, shape):
@@ -269,6 +344,8 @@ def test_sanitizers_find_nothing(trt_headers, tmp_path, kernel):
     library = make_library(trt_headers, tmp_path / "library.so", kernel, *SANITIZE)
     calls = [call_of(case, TYPES[i % 3]) for i, case in enumerate(CASES)]
     check(driver, library, [*calls, *random_calls(60, 3)])
+    for bits in (32, 64):
+        check_chains(driver, library, np.float16, bits)
     done = subprocess.run([driver, library, "contract"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
+from op_cases import CASES
 
+from asvit_deploy.ops.reference import keep_mask
 from asvit_deploy.reduction.threshold import (
     TEMPERATURE,
     compact_masked,
@@ -91,10 +95,35 @@ def test_mean_k_of_one_image_is_its_own_count():
     assert keep.int().tolist() == [[0, 1, 0, 1, 0]]
 
 
-def test_mean_k_takes_nan_for_lower_than_every_number():
+def test_mean_k_ranks_as_the_op_does():
     nan, inf = torch.nan, torch.inf
-    scores = torch.tensor([[nan, -inf, 0.5, nan, 0.2], [0.9, nan, 0.8, 0.7, 0.6]])
+    scores = torch.tensor([[-inf, nan, 0.5, nan, 0.2], [0.9, nan, 0.8, 0.7, 0.6]])
     assert mean_k_keep_mask(scores, torch.tensor(0.1)).tolist() == [
         [False, True, True, False, True],
         [True, False, True, True, False],
     ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_training_form_obeys_the_op_s_contract(case):
+    scores = torch.from_numpy(case.scores).requires_grad_()
+    threshold = torch.tensor(case.threshold, dtype=torch.float32, requires_grad=True)
+    mask = soft_keep_mask(scores, threshold, torch.ones_like(scores), TEMPERATURE)
+    np.testing.assert_array_equal(mask.detach(), keep_mask(case.scores, case.threshold))
+    mask.sum().backward()
+    assert scores.grad.isfinite().all()
+    assert threshold.grad.isfinite()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_mean_k_of_one_image_is_the_op_s_choice(case):
+    for row in case.scores:
+        mine = mean_k_keep_mask(torch.from_numpy(row[None]), torch.tensor(case.threshold))
+        np.testing.assert_array_equal(mine, keep_mask(row[None], case.threshold))
+
+
+def test_dropped_tokens_do_not_come_back_where_the_others_are_nan():
+    scores = torch.tensor([[0.9, torch.nan, torch.nan, 0.8]])
+    alive = torch.tensor([[0.0, 1, 1, 0]])
+    mask = soft_keep_mask(scores, torch.tensor(0.5), alive, TEMPERATURE)
+    assert mask.tolist() == [[0, 1, 0, 0]]

@@ -12,8 +12,9 @@ from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.parity import compare
 from asvit_deploy.runners.bucketed import BucketedRunner, smallest
 from asvit_deploy.runners.pytorch import TorchRunner
-from asvit_deploy.runners.torch_stages import StaticModel, TorchStages
+from asvit_deploy.runners.torch_stages import DeviceStages, StaticModel, TorchStages
 
+NAN, INF = float("nan"), float("inf")
 BUCKETS = [32, 64, 96, 128, 160, 197]
 
 
@@ -107,6 +108,25 @@ def test_top_k_of_the_kept_number_equals_the_thresholds(model, pictures):
     np.testing.assert_allclose(mine, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=0)
     fewer = StaticModel(model, [max(n // 2, 2) for n in lengths]).infer(pictures[:1])
     assert np.abs(fewer - wanted.numpy()).max() > 1e-3 * wanted.abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ([NAN, NAN, -INF, -INF], [0, 1]),  # not row 3, which only fills the bucket
+        ([-INF, NAN, -INF, -INF], [0, 2]),
+        ([0.1, NAN, -INF, -INF], [0, 1]),
+        ([NAN, 0.1, -INF, -INF], [0, 2]),
+        ([-INF, -INF, -INF, -INF], [0, 1]),
+    ],
+)
+def test_rows_that_fill_a_bucket_never_come_back(scores, kept):
+    """Three rows in a bucket of five; the runner hands over the whole bucket."""
+    stages = DeviceStages([0.5], [2, 5], 4, 8, 1, torch.float32, torch.float32, "cpu")
+    tokens = torch.arange(20.0).reshape(1, 5, 4)
+    found = stages.compact(0, tokens, torch.tensor([scores]), 3)
+    assert (found.rows, found.index[0, : found.rows].tolist()) == (2, kept)
+    assert found.tokens[0, : found.rows].equal(tokens[0, kept])
 
 
 @pytest.mark.gpu

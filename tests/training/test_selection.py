@@ -38,6 +38,15 @@ def test_highest_takes_the_first_of_equals_among_those_alive():
     assert highest(scores, alive, torch.tensor([4, 0])).tolist() == [alive[0].tolist(), [False] * 4]
 
 
+def test_highest_ranks_as_the_op_does_and_wakes_no_token():
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor([[nan, -inf, 0.5, nan, 0.2], [inf, nan, -inf, -inf, 0.9]])
+    alive = torch.tensor([[True] * 5, [False, True, True, True, False]])
+    kept = highest(scores, alive, torch.tensor([3, 2]))
+    assert kept.int().tolist() == [[1, 0, 1, 0, 1], [0, 1, 1, 0, 0]]
+    assert highest(scores, alive, torch.tensor([5, 3])).equal(alive)
+
+
 def test_the_same_counts_by_scores_are_the_thresholds_own_choice():
     model, images = small(), torch.randn(4, 3, 20, 20)
     for stage, threshold in enumerate(model.thresholds):

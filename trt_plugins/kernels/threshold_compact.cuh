@@ -20,17 +20,19 @@ using Row = uint16_t;
 // Only a number passes, and only against a number.
 ASVIT_BOTH bool keeps(float score, float threshold) { return score > threshold; }
 
-// Higher for the better token: the higher score, then the lower index; NaN below every number. Never 0.
+// Higher for the better token: the higher score, then the lower index; number > NaN > -inf. Never 0.
 ASVIT_BOTH uint64_t rankOf(float score, uint32_t token)
 {
     constexpr uint32_t kSIGN = 0x80000000U;
+    constexpr uint32_t kNAN = 0x007FFFFFU; // what -inf would give: no number lies lower
     uint32_t bits = 0; // both zeros are equal
     if (score != 0.0F)
     {
         memcpy(&bits, &score, sizeof bits);
     }
-    uint32_t const order = (bits & kSIGN) != 0 ? ~bits : bits | kSIGN;
-    return (static_cast<uint64_t>(score != score ? 0U : order) << 32U) | ~token;
+    uint32_t const number = (bits & kSIGN) != 0 ? ~bits : bits | kSIGN;
+    uint32_t const order = number > kNAN ? number : 0U;
+    return (static_cast<uint64_t>(score != score ? kNAN : order) << 32U) | ~token;
 }
 
 // The token of a rank.
@@ -59,6 +61,10 @@ inline bool allowed(AsvitThresholdCompact const& call)
 
 inline size_t workspaceBytes(int64_t images, int64_t rows)
 {
+    if (images < 1 || rows < 1)
+    {
+        return 0; // such a call is refused
+    }
     return static_cast<size_t>(images) * static_cast<size_t>(rows) * sizeof(Row);
 }
 

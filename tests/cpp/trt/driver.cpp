@@ -3,11 +3,16 @@
 //   driver LIBRARY contract         checks names, types, shapes and copies; says what is wrong
 //   driver LIBRARY run < cases      runs the cases and writes what every output buffer holds to stdout
 //   driver LIBRARY run32, run64     the same for an engine whose size tensor is int32 or int64
+//   driver LIBRARY chain32, chain64 < cases
+//                                   runs three calls in a row, of which each has the shape that `size` said, in two
+//                                   execution contexts at once whose calls take turns
 //
 // Buffers have exactly the size that TensorRT would give them (the upper bound of each output) and are poisoned.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +20,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <NvInferRuntime.h>
@@ -212,6 +218,58 @@ void checkTypes(IPluginV3OneBuild& build)
     }
 }
 
+// What the builder asks, with upper bounds of which some may not be known.
+void checkBounds(IPluginV3OneBuild& build)
+{
+    auto const ask = [&](int64_t images, int64_t rows)
+    {
+        auto const all = descriptions(build, DataType::kHALF, images, rows, 64);
+        return std::pair{build.configurePlugin(all.data(), kIN, all.data() + kIN, kOUT),
+                         build.getWorkspaceSize(all.data(), kIN, all.data() + kIN, kOUT)};
+    };
+    require(ask(1, 4096) == std::pair(0, size_t{2 * 4096}), "4096 rows are refused");
+    require(ask(8, 197) == std::pair(0, size_t{2 * 8 * 197}), "the workspace is not two bytes a row");
+    require(ask(8, -1) == std::pair(0, size_t{2 * 8 * 4096}), "rows without a bound do not get all that there may be");
+    require(ask(INT32_MAX, -1) == std::pair(0, size_t{2} * INT32_MAX * 4096), "the workspace overflows");
+    for (auto const& [images, rows] : {std::pair<int64_t, int64_t>{1, 4097}, {1, INT64_MAX}, {-1, 197}, {-1, -1},
+                                       {0, 197}, {1, 1}, {1, 0}, {int64_t{INT32_MAX} + 1, 197}, {INT64_MAX, 4096}})
+    {
+        auto const [status, bytes] = ask(images, rows);
+        require(status != 0, "bounds that no workspace can hold are taken");
+        require(bytes <= size_t{2} * INT32_MAX * 4096, "the workspace overflows");
+    }
+    auto all = descriptions(build, DataType::kHALF, 2, 9, 64);
+    require(build.configurePlugin(all.data(), kIN - 1, all.data() + kIN, kOUT) != 0, "two inputs are taken");
+    require(build.configurePlugin(all.data(), kIN, all.data() + kIN, kOUT - 1) != 0, "three outputs are taken");
+    // Before the shapes are known TensorRT says -1 in the description itself; only the bounds count.
+    all[0].desc.dims = Dims{3, {-1, -1, 64}};
+    all[1].desc.dims = Dims{2, {-1, -1}};
+    require(build.configurePlugin(all.data(), kIN, all.data() + kIN, kOUT) == 0, "unknown shapes are refused");
+    all[0].max.nbDims = 2;
+    require(build.configurePlugin(all.data(), kIN, all.data() + kIN, kOUT) != 0, "tokens of two dimensions are taken");
+}
+
+// What the runtime says when shapes change, which may be before a layer in front has told its own.
+void checkShapeChanges(IPluginV3OneRuntime& runtime, IPluginV3OneBuild& build)
+{
+    auto const ask = [&](Dims const& tokens, Dims const& scores, int32_t inputs = kIN)
+    {
+        auto const all = descriptions(build, DataType::kFLOAT, 1, 9, 64);
+        std::array<PluginTensorDesc, kIN + kOUT> now{};
+        std::transform(all.begin(), all.end(), now.begin(), [](auto const& one) { return one.desc; });
+        now[0].dims = tokens;
+        now[1].dims = scores;
+        return runtime.onShapeChange(now.data(), inputs, now.data() + kIN, kOUT);
+    };
+    require(ask({3, {1, 2, 64}}, {2, {1, 1}}) == 0, "the smallest shape is refused");
+    require(ask({3, {8, 4096, 64}}, {2, {8, 4095}}) == 0, "4096 rows are refused");
+    require(ask({3, {8, -1, 64}}, {2, {8, -1}}) == 0, "rows that are not known yet are refused");
+    require(ask({3, {1, 4097, 64}}, {2, {1, 4096}}) != 0, "4097 rows are taken");
+    require(ask({3, {1, 1, 64}}, {2, {1, 0}}) != 0, "a row alone is taken");
+    require(ask({2, {9, 64}}, {2, {1, 8}}) != 0, "tokens of two dimensions are taken");
+    require(ask({3, {1, 9, 64}}, {2, {1, 8}}, kIN - 1) != 0, "two inputs are taken");
+}
+
 void checkContract(IPluginCreatorV3One& creator)
 {
     require(creator.getPluginName() == std::string("ThresholdCompact"), "the creator's name");
@@ -234,13 +292,8 @@ void checkContract(IPluginCreatorV3One& creator)
         checkShapes(*plugin->mBuild, true, "size3[98,M]");
         checkTypes(*plugin->mBuild);
     }
-    auto const configured = [&](int64_t rows)
-    {
-        auto const all = descriptions(*built.mBuild, DataType::kHALF, 1, rows, 64);
-        return built.mBuild->configurePlugin(all.data(), kIN, all.data() + kIN, kOUT);
-    };
-    require(configured(4096) == 0, "4096 rows are refused");
-    require(configured(4097) != 0, "4097 rows are taken");
+    checkBounds(*built.mBuild);
+    checkShapeChanges(*built.mRuntime, *built.mBuild);
 }
 
 // A buffer that begins `offset` bytes after an aligned place and ends where its memory ends.
@@ -254,6 +307,10 @@ public:
     void read() { require(std::fread(data(), 1, mBytes, stdin) == mBytes, "a case is cut short"); }
 
     void write() { require(std::fwrite(data(), 1, mBytes, stdout) == mBytes, "the result cannot be written"); }
+
+    void poison() { std::fill(mMemory.begin(), mMemory.end(), kPOISON); }
+
+    size_t bytes() const { return mBytes; }
 
 private:
     size_t mBytes;
@@ -294,10 +351,11 @@ void runCases(IPluginCreatorV3One& creator, std::string const& what)
         }
         std::array<void const*, kIN> const inputs{in[0].data(), in[1].data(), in[2].data()};
         std::array<void*, kOUT> const outputs{out[0].data(), out[1].data(), out[2].data(), out[3].data()};
-        require(plugin.mRuntime->onShapeChange(now.data(), kIN, now.data() + kIN, kOUT) == 0, "onShapeChange fails");
+        int32_t const changed = plugin.mRuntime->onShapeChange(now.data(), kIN, now.data() + kIN, kOUT);
         std::array<int64_t, 2> const answer{plugin.mRuntime->enqueue(now.data(), now.data() + kIN, inputs.data(),
                                                                      outputs.data(), workspace.data(), nullptr),
                                             sizeBytes};
+        require((changed == 0) == (answer[0] == 0), "onShapeChange and enqueue disagree");
         require(std::fwrite(answer.data(), sizeof answer, 1, stdout) == 1, "the result cannot be written");
         for (Buffer& buffer : out)
         {
@@ -306,14 +364,162 @@ void runCases(IPluginCreatorV3One& creator, std::string const& what)
     }
 }
 
+constexpr int kSTAGES = 3;
+
+// The shapes and type of a chain's inputs, as its record begins.
+struct Head
+{
+    int64_t images, rows, width, type;
+
+    size_t rowBytes() const { return width * (type == 0 ? 4 : 2); }
+};
+
+// One execution context of an engine of three plugin layers: clones of the engine's plugins, buffers and a stream of
+// its own, and one workspace that the layers take in turn.
+class Context
+{
+public:
+    Context(std::vector<Plugin> const& layers, Head const& head, DataType sizeType, cudaStream_t stream)
+        : mHead(head), mSizeType(sizeType), mStream(stream), mRows(head.rows),
+          mTokens(head.images * head.rows * head.rowBytes(), 0)
+    {
+        size_t const places = head.images * head.rows;
+        for (Plugin const& layer : layers)
+        {
+            mLayers.emplace_back(layer.mRuntime->attachToContext(nullptr));
+            mScores.emplace_back((places - head.images) * 4, 0);
+            mThresholds.emplace_back(4, 0);
+            mOutputs.push_back({Buffer(mTokens.bytes(), 0), Buffer(places * 8, 0), Buffer(head.images * 8, 0),
+                                Buffer(sizeBytes(), 0)});
+        }
+        mWorkspace.emplace_back(2 * places, 0);
+    }
+
+    void read()
+    {
+        mTokens.read();
+        for (int stage = 0; stage < kSTAGES; ++stage)
+        {
+            mScores[stage].read();
+            mThresholds[stage].read();
+        }
+    }
+
+    void run(int stage)
+    {
+        auto& [compact, index, length, size] = mOutputs[stage];
+        auto const all = now();
+        std::array<void const*, kIN> const inputs{stage == 0 ? mTokens.data() : mOutputs[stage - 1][0].data(),
+                                                  scoresOf(stage), mThresholds[stage].data()};
+        std::array<void*, kOUT> const outputs{compact.data(), index.data(), length.data(), size.data()};
+        mWorkspace[0].poison();
+        IPluginV3OneRuntime& runtime = *mLayers[stage].mRuntime;
+        require(runtime.onShapeChange(all.data(), kIN, all.data() + kIN, kOUT) == 0, "onShapeChange fails");
+        require(runtime.enqueue(all.data(), all.data() + kIN, inputs.data(), outputs.data(), mWorkspace[0].data(),
+                                mStream) == 0,
+                "enqueue fails");
+        int64_t wide = 0;
+        int32_t narrow = 0;
+        std::memcpy(sizeBytes() == 8 ? static_cast<void*>(&wide) : &narrow, size.data(), sizeBytes());
+        mRows = sizeBytes() == 8 ? wide : narrow;
+        require(mRows >= 2 && mRows <= mHead.rows, "size is none that a next call can have");
+    }
+
+    void write()
+    {
+        for (auto& stage : mOutputs)
+        {
+            for (Buffer& buffer : stage)
+            {
+                buffer.write();
+            }
+        }
+    }
+
+private:
+    size_t sizeBytes() const { return mSizeType == DataType::kINT64 ? 8 : 4; }
+
+    std::array<PluginTensorDesc, kIN + kOUT> now() const
+    {
+        constexpr std::array kPAYLOADS{DataType::kFLOAT, DataType::kHALF, DataType::kBF16};
+        auto const all = descriptions(*mLayers[0].mBuild, kPAYLOADS[mHead.type], mHead.images, mRows, mHead.width);
+        std::array<PluginTensorDesc, kIN + kOUT> descs{};
+        std::transform(all.begin(), all.end(), descs.begin(), [](auto const& one) { return one.desc; });
+        descs[kIN + 3].type = mSizeType;
+        return descs;
+    }
+
+    // The first scores of the record, -inf for rows that pad the batch, as dense as this call's shape has them.
+    void const* scoresOf(int stage)
+    {
+        auto* const scores = reinterpret_cast<float*>(mScores[stage].data());
+        for (int64_t b = 0; b < mHead.images; ++b)
+        {
+            auto const* index = stage == 0 ? nullptr : reinterpret_cast<int64_t*>(mOutputs[stage - 1][1].data());
+            for (int64_t i = 0; i + 1 < mRows; ++i)
+            {
+                bool const pads = index != nullptr && index[b * mRows + i + 1] < 0;
+                scores[b * (mRows - 1) + i] = pads ? -INFINITY : scores[b * (mHead.rows - 1) + i];
+            }
+        }
+        return scores;
+    }
+
+    Head mHead;
+    DataType mSizeType;
+    cudaStream_t mStream;
+    int64_t mRows; // of the call that is next
+    Buffer mTokens;
+    std::vector<Plugin> mLayers;
+    std::vector<Buffer> mScores, mThresholds, mWorkspace;
+    std::vector<std::array<Buffer, kOUT>> mOutputs;
+};
+
+// A record is images, rows, width and type as int64, then for each of two contexts its tokens, and for each stage
+// scores [B, M-1] and a threshold. The result is the four output buffers of every stage of every context.
+void runChains(IPluginCreatorV3One& creator, DataType sizeType)
+{
+    std::vector<Plugin> layers;
+    for (int stage = 0; stage < kSTAGES; ++stage)
+    {
+        layers.emplace_back(creator.createPlugin("node", nullptr, TensorRTPhase::kRUNTIME));
+    }
+    Head head{};
+    while (std::fread(&head, sizeof head, 1, stdin) == 1)
+    {
+        std::array<Context, 2> contexts{Context(layers, head, sizeType, reinterpret_cast<cudaStream_t>(8)),
+                                        Context(layers, head, sizeType, reinterpret_cast<cudaStream_t>(16))};
+        for (Context& context : contexts)
+        {
+            context.read();
+        }
+        for (int stage = 0; stage < kSTAGES; ++stage)
+        {
+            for (Context& context : contexts)
+            {
+                context.run(stage);
+            }
+        }
+        for (Context& context : contexts)
+        {
+            context.write();
+        }
+    }
+}
+
 } // namespace
 
 int main(int count, char** arguments)
 {
-    require(count == 3, "give a library, and contract or run");
+    require(count == 3, "give a library, and contract, run or chain");
     IPluginCreatorV3One* const creator = creatorOf(arguments[1]);
     std::string const what = arguments[2];
+    if (what == "chain32" || what == "chain64")
+    {
+        runChains(*creator, what == "chain64" ? DataType::kINT64 : DataType::kINT32);
+        return 0;
+    }
     require(what == "contract" || what == "run" || what == "run32" || what == "run64",
-            "what to do is contract, run, run32 or run64");
+            "what to do is contract, run, run32, run64, chain32 or chain64");
     what == "contract" ? checkContract(*creator) : runCases(*creator, what);
 }

@@ -1,6 +1,9 @@
 // Just enough of CUDA to run threshold_compact.cu on a CPU: every thread of a block is a fiber, and blocks run one
 // after the other. It proves a kernel's arithmetic, its barriers and its bounds, and nothing about a GPU's time.
 //
+// There are four devices, one of which is current. A stream's handle is 4096 times its device's number plus anything
+// below, and 0 is the current device's default stream, as in CUDA; a launch on another device's stream fails.
+//
 // Fibers go on in an order drawn anew at every step (ASVIT_ORDER seeds it), so that a missing barrier shows. A barrier
 // or a warp's vote that some thread never reaches ends the process.
 #pragma once
@@ -27,7 +30,9 @@ struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaError_t
 {
-    cudaSuccess = 0
+    cudaSuccess = 0,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorInvalidResourceHandle = 400
 };
 
 struct dim3
@@ -51,6 +56,22 @@ inline dim3 threadIdx, blockIdx, gridDim; // of the fiber that runs
 
 namespace emulator
 {
+
+constexpr int kDEVICES = 4;
+inline int device = 0; // the current one
+inline uint64_t launches[kDEVICES];
+
+// Notes a launch, or says why it fails.
+inline cudaError_t launchOn(cudaStream_t stream)
+{
+    auto const handle = reinterpret_cast<uintptr_t>(stream);
+    if (handle != 0 && handle / 4096 != static_cast<uintptr_t>(device))
+    {
+        return cudaErrorInvalidResourceHandle;
+    }
+    ++launches[device];
+    return cudaSuccess;
+}
 
 constexpr unsigned kWARP = 32;
 constexpr size_t kSTACK = 64 * 1024;
@@ -194,15 +215,39 @@ template <typename T> T atomicMax(T* place, T value)
     return old;
 }
 
-inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t)
+inline cudaError_t cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t stream)
 {
+    if (cudaError_t const error = emulator::launchOn(stream))
+    {
+        return error;
+    }
     std::memset(place, value, bytes);
     return cudaSuccess;
+}
+
+// For tests that load the kernel alone: which device is current, and how much each has done.
+extern "C"
+{
+    [[gnu::used]] inline cudaError_t cudaSetDevice(int device)
+    {
+        if (device < 0 || device >= emulator::kDEVICES)
+        {
+            return cudaErrorInvalidDevice;
+        }
+        emulator::device = device;
+        return cudaSuccess;
+    }
+
+    [[gnu::used]] inline uint64_t emulatorLaunches(int device) { return emulator::launches[device]; }
 }
 
 template <typename... Wanted, typename... Given>
 cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t const* launch, void (*kernel)(Wanted...), Given... given)
 {
+    if (cudaError_t const error = emulator::launchOn(launch->stream))
+    {
+        return error;
+    }
     emulator::fibers = std::vector<emulator::Fiber>(launch->blockDim.x * launch->blockDim.y);
     gridDim = launch->gridDim;
     emulator::body = [=] { kernel(given...); };
