@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from asvit_deploy.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from asvit_deploy.classes.network import ClassNames
     from asvit_deploy.evaluate.accuracy import Scored
     from asvit_deploy.models.registry import ArchConfig
     from asvit_deploy.models.vit import BatchRule
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     help="mean-k is the paper's: a batch shares one count.",
 )  # fmt: skip
 @click.option("--dense", is_flag=True, help="Run the checkpoint without its thresholds.")
+@options.classes
 @options.limit
 @options.library
 @options.as_json
@@ -47,6 +50,7 @@ def command(
     batches: tuple[int, ...],
     batch_rule: BatchRule,
     dense: bool,
+    classes: Path | None,
     limit: int | None,
     library: Path | None,
     as_json: bool,
@@ -73,13 +77,19 @@ def command(
     from asvit_deploy.training.recipe import memory_failures
 
     if output is not None:
-        check_writable(output, force, model, sidecar_path(model))
+        check_writable(output, force, model, sidecar_path(model), classes)
     torch.set_num_threads(1)
     place = _Place.here()
-    runner, config, classes = _open(model, batch_rule, dense, library, place.device)
-    rows = []
+    runner, config, found = _open(model, batch_rule, dense, library, place, classes)
+    if config.num_classes == 1:
+        raise UserError(
+            f"{model} has one output, a score and no class, so there is no top-1; see the scores "
+            "with `asvit-deploy predict`"
+        )
+    rows: list[dict[str, Any]] = []
     for size in batches:
-        labelled = _batches(model, data, config, classes, size, limit, place)
+        say = place.say if not rows else lambda text: None  # the same line for each size
+        labelled = _batches(model, data, config, found, size, limit, place, say)
         with memory_failures(size):
             own = score(runner, labelled, config)
         scored = joined(place.gathered(own))
@@ -87,6 +97,7 @@ def command(
     if place.rank:
         return
     report = {"model": str(model), "data": data, "batch_rule": batch_rule, "arch": config.name,
+              "classes_from": found.origin if found else None,
               "processes": place.world, "runner": runner.describe(), "rows": rows,
               "machine": machine()}  # fmt: skip
     text = json.dumps(report, indent=2) + "\n"
@@ -122,6 +133,11 @@ class _Place:
         found = accelerator_for()
         return _Place(found.process_index, found.num_processes, str(found.device), found)
 
+    def say(self, text: str) -> None:
+        """A status line, once and not in every process."""
+        if not self.rank:
+            options.status(text)
+
     def gathered(self, scored: Scored) -> list[Scored]:
         """The rows of every process, in each of them."""
         if self.accelerator is None:
@@ -135,9 +151,12 @@ class _Place:
 
 
 def _open(
-    path: Path, batch_rule: BatchRule, dense: bool, library: Path | None, device: str
-) -> tuple[Runner, ArchConfig, list[str] | None]:
+    path: Path, batch_rule: BatchRule, dense: bool, library: Path | None, place: _Place,
+    classes: Path | None,
+) -> tuple[Runner, ArchConfig, ClassNames | None]:  # fmt: skip
     """The runner, the architecture, and the classes where they are known."""
+    from asvit_deploy.classes.network import of_checkpoint, of_fields
+
     if path.suffix == ".onnx":
         from asvit_deploy.evaluate.session import Session, find_op_library
 
@@ -145,29 +164,35 @@ def _open(
             raise UserError(f"{path} is an ONNX file, which runs as it is; for --batch-rule mean-k "
                             "or --dense name its checkpoint")  # fmt: skip
         session = Session(path, find_op_library(library))
-        return session.runner(session.library), session.config, session.fields["classes"]
+        found = of_fields(path, session.fields, classes, place.say)
+        return session.runner(session.library), session.config, found
     from asvit_deploy.models.checkpoint import build_model, load_checkpoint
     from asvit_deploy.runners.pytorch import TorchRunner
 
     checkpoint = load_checkpoint(path)
-    network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(device)
-    classes = json.loads(checkpoint.metadata.get("classes", "null"))
-    return TorchRunner(network, batch_rule), checkpoint.config, classes
+    network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(place.device)
+    found = of_checkpoint(checkpoint, classes, place.say)
+    return TorchRunner(network, batch_rule), checkpoint.config, found
 
 
 def _batches(
-    model: Path, data: str, config: ArchConfig, classes: list[str] | None, size: int,
-    limit: int | None, place: _Place,
+    model: Path, data: str, config: ArchConfig, found: ClassNames | None, size: int,
+    limit: int | None, place: _Place, say: Callable[[str], None],
 ) -> Any:  # fmt: skip
     """Batches of NumPy arrays with the model's own class numbers, under a progress bar."""
     from tqdm import tqdm
 
-    from asvit_deploy.evaluate.accuracy import label_map
+    from asvit_deploy.classes.matching import label_map
     from asvit_deploy.training.data import open_labelled
+    from asvit_deploy.training.shards import GIVEN
 
-    source = open_labelled(data, config)
+    ours, firm = (found.names, found.firm) if found else (None, True)
+    # Labels of shards are numbers: where nothing names them, the network's own names do.
+    source = open_labelled(data, config, ours)
+    if source.classes_from == GIVEN:
+        say(f"{data} has no classes.txt: its labels are taken as numbers of the outputs")
     try:
-        numbers = label_map(source.classes, classes, config.num_classes)
+        numbers = label_map(source.classes, ours, config.num_classes, firm, say)
     except UserError as error:
         raise UserError(f"{model} cannot be evaluated on {data}: {error}") from error
     shared = source.validation(size, limit, place.rank, place.world)
@@ -183,8 +208,12 @@ def _print(report: dict[str, Any]) -> None:
     def interval(share: dict[str, float]) -> str:
         return f"{share['value']:.2%} ({share['low']:.2%}-{share['high']:.2%})"
 
+    def five(row: dict[str, Any]) -> str:
+        few = row["classes"] <= 5  # then every class is among the five best
+        return f"- ({row['classes']} classes)" if few else interval(row["top5"])
+
     rows = [
-        [str(row["batch_size"]), str(row["images"]), interval(row["top1"]), interval(row["top5"]),
+        [str(row["batch_size"]), str(row["images"]), interval(row["top1"]), five(row),
          f"{row['gmacs']:.3f}", f"{row['macs_share']:.4f}",
          " ".join(f"{k:.1f}" for k in row["mean_kept"]) or "all"]
         for row in report["rows"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from asvit_deploy.training.augment import NO_AUGMENTATION, Augmentation
 from asvit_deploy.training.batches import Batch, Share, Threads, normalise
 from asvit_deploy.training.digits import CANVAS, CLASSES, ClutteredDigits
 from asvit_deploy.training.folders import FolderPictures, Pictures
-from asvit_deploy.training.shards import ShardOrder, ShardPictures, shards_in
+from asvit_deploy.training.shards import ShardOrder, ShardPictures, names_file, shards_in
 
 DIGITS_EPOCH = 50_000  # placements; the stream itself has no end
 _BICUBIC = Image.Resampling.BICUBIC
@@ -39,6 +39,7 @@ class Source(Protocol):
 
     name: str
     classes: list[str]
+    classes_from: str  # what says what they are called
     epoch: int  # pictures in one
     identity: dict[str, str]  # what a resumed run must find again: the data, classes, pictures
 
@@ -81,6 +82,8 @@ class Source(Protocol):
 
 class DigitsSource:
     """Placements of digits (`digits.py`); validation takes the digits held out."""
+
+    classes_from = "digits"
 
     def __init__(
         self, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION
@@ -131,6 +134,7 @@ class LabelledPictures:
 
     def __init__(self, pictures: Pictures, config: ArchConfig, skip: bool = False) -> None:
         self.classes, self._skip = pictures.classes, skip
+        self.classes_from = pictures.classes_from
         self._pictures, self._config, self._threads = pictures, config, Threads()
 
     def image(self, number: int) -> np.ndarray:
@@ -197,6 +201,7 @@ class PictureSource:
     ) -> None:  # fmt: skip
         augmentation.check_installed()
         self.name, self.classes, self.epoch = name, train.classes, len(train)
+        self.classes_from = train.classes_from
         if held_out is not None and held_out.classes != train.classes:
             odd = sorted(set(held_out.classes) ^ set(train.classes))
             told = f"differ in class {odd[0]!r}" if odd else "have their classes in another order"
@@ -288,19 +293,22 @@ class FolderSource(PictureSource):
 class ShardSource(PictureSource):
     """Pictures in shards (`shards.py`), in `train/` and perhaps `val/`, or in DIR itself.
 
+    Args:
+        names: of the labels, in place of `classes.txt`.
+
     Raises:
         UserError: see `ShardPictures` and `PictureSource`; only `val/` holds shards.
     """
 
     def __init__(
         self, folder: Path, config: ArchConfig, seed: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
+        augmentation: Augmentation = NO_AUGMENTATION, names: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         place = folder / "train" if shards_in(folder / "train") else folder
         if not shards_in(place):
             raise UserError(f"{folder} holds no shards to train on; put some into train/")
-        train = ShardPictures(place)
-        held_out = ShardPictures(folder / "val") if shards_in(folder / "val") else None
+        train = ShardPictures(place, names)
+        held_out = ShardPictures(folder / "val", names) if shards_in(folder / "val") else None
         order = ShardOrder(train.counts, seed)
         super().__init__(str(folder), train, held_out, order, config, seed, augmentation)
 
@@ -339,9 +347,13 @@ def _sharded(folder: Path) -> bool:
 
 
 def open_source(
-    data: str, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION
-) -> Source:
+    data: str, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION,
+    names: Sequence[str] | None = None,
+) -> Source:  # fmt: skip
     """`digits`, a folder of class subfolders, or one of shards.
+
+    Args:
+        names: what the labels of shards mean, in place of their `classes.txt`.
 
     Raises:
         UserError: see `DigitsSource`, `FolderSource` and `ShardSource`.
@@ -351,13 +363,19 @@ def open_source(
     if _is_digits(data):
         return DigitsSource(config, seed, augmentation)
     folder = Path(data)
-    kind = ShardSource if _sharded(folder) else FolderSource
-    return kind(folder, config, seed, augmentation)
+    if _sharded(folder):
+        return ShardSource(folder, config, seed, augmentation, names)
+    return FolderSource(folder, config, seed, augmentation)
 
 
-def open_labelled(data: str, config: ArchConfig) -> DigitsSource | LabelledPictures:
+def open_labelled(
+    data: str, config: ArchConfig, names: Sequence[str] | None = None
+) -> DigitsSource | LabelledPictures:
     """`digits`, or the pictures of a folder of class subfolders or shards, of its `val/` where it
     has one.
+
+    Args:
+        names: what the labels of shards mean where there is no `classes.txt`.
 
     Raises:
         UserError: see `DigitsSource`, `FolderPictures` and `ShardPictures`; there are shards, but
@@ -371,7 +389,8 @@ def open_labelled(data: str, config: ArchConfig) -> DigitsSource | LabelledPictu
         return LabelledPictures(FolderPictures(place), config)
     for place in (folder / "val", folder):
         if shards_in(place):
-            return LabelledPictures(ShardPictures(place), config)
+            own = names_file(place) is not None
+            return LabelledPictures(ShardPictures(place, None if own else names), config)
     raise UserError(
         f"{folder} has shards in train/ alone; name {folder / 'train'} to evaluate on those"
     )

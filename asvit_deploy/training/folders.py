@@ -8,6 +8,7 @@ from typing import NoReturn, Protocol
 
 from PIL import Image
 
+from asvit_deploy.classes.order import in_order
 from asvit_deploy.errors import UserError
 from asvit_deploy.images import load_picture, pictures_in
 
@@ -16,6 +17,7 @@ class Pictures(Protocol):
     """Labelled pictures by number, wherever they lie."""
 
     classes: list[str]
+    classes_from: str  # what says what they are called
 
     def __len__(self) -> int: ...
 
@@ -38,10 +40,14 @@ class Pictures(Protocol):
 class FolderPictures:
     """Pictures in one subfolder per class.
 
+    Classes stand in the order of `classes.order.in_order`.
+
     Raises:
-        UserError: no such folder, fewer than two classes, a class without pictures, or one whose
-            pictures lie in folders of their own.
+        UserError: no such folder, fewer than two classes, two that are one number, a class without
+            pictures, or one whose pictures lie in folders of their own.
     """
+
+    classes_from = "names of the class folders"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -76,7 +82,8 @@ def _pictures_by_class(folder: Path) -> tuple[list[str], list[tuple[Path, int]]]
     if not folder.is_dir():
         raise UserError(f"the data folder {folder} does not exist; pass a folder, or `digits`")
     try:
-        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        found = (p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+        classes = in_order(found, folder)
         if len(classes) < 2:
             raise UserError(
                 f"{folder} holds {len(classes)} class folder{'s' * (len(classes) != 1)}; put the "

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from asvit_deploy.classes.reading import read_names
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic, make_cache_dir
 from asvit_deploy.images import decode_picture
@@ -44,6 +45,7 @@ GROUP = 8  # shards that are shuffled together: enough to mix, few enough to sta
 _FORMAT = 1  # of the index; part of its name
 _ENTRY = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<u2")])
 _MAX_LABEL = 2**16 - 1  # ImageNet-21k has 21,841 classes
+GIVEN = "the list of class names"  # in place of `classes.txt`
 _BLOCK = 512  # bytes: tar's unit
 
 
@@ -62,33 +64,28 @@ def shards_in(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def names_file(folder: Path) -> Path | None:
+    """The `classes.txt` of the shards in `folder`, or the one beside it, where there is one."""
+    places = (folder / "classes.txt", folder.parent / "classes.txt")
+    return next((path for path in places if path.is_file()), None)
+
+
 def class_names(folder: Path) -> list[str]:
-    """The classes of the shards in `folder`: its `classes.txt`, or the one beside it.
+    """The classes of the shards in `folder`, as its `classes.txt` has them.
 
     Raises:
         UserError: there is none, it cannot be read, or it does not hold at least two names, all
             different.
     """
-    path = next((p for p in (folder / "classes.txt", folder.parent / "classes.txt") if p.is_file()),
-                folder / "classes.txt")  # fmt: skip
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
+    path = names_file(folder)
+    if path is None:
         raise UserError(
             f"{folder} holds shards but no classes.txt; write one with a class name a line, in the "
-            "order of the labels"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no UTF-8 text; write a class name a line into it") from None
-    while names and not names[-1]:
-        names.pop()
-    if len(names) < 2 or "" in names:
+            "order of the labels, or name it with --classes"
+        )
+    names = read_names(path)
+    if len(names) < 2:
         raise UserError(f"{path} must hold a class name a line, at least two, and no empty line")
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UserError(f"{path} holds the class {twice!r} twice; make the names differ")
     return names
 
 
@@ -266,14 +263,16 @@ class ShardPictures:
 
     Args:
         folder: holds the tar files.
+        names: of the labels, in place of `classes.txt`.
 
     Raises:
         UserError: see `class_names` and `indexed`; no picture at all; a label that `classes.txt`
             has no name for.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.classes = class_names(folder)
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        self.classes = class_names(folder) if names is None else list(names)
+        self.classes_from = "classes.txt" if names is None else GIVEN
         self._shards = indexed(shards_in(folder))
         counts = []
         for shard in self._shards:
@@ -281,7 +280,7 @@ class ShardPictures:
             counts.append(len(entries))
             if len(entries) and (worst := int(entries["label"].max())) >= len(self.classes):
                 raise UserError(
-                    f"the shard {shard.path} holds label {worst}, and classes.txt names "
+                    f"the shard {shard.path} holds label {worst}, and {self.classes_from} names "
                     f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}; mend one of them"
                 )
         self.counts = tuple(counts)

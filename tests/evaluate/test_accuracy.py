@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluate.accuracy import joined, label_map, score, summarise, wilson
+from asvit_deploy.evaluate.accuracy import joined, score, summarise, wilson
 from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.runners.base import Prediction
@@ -95,16 +95,6 @@ def test_wilson_reproduces_known_intervals():
                                    (97, 100, 0.9155, 0.9897)):  # fmt: skip
         found = wilson(hits, total)
         assert (found["low"], found["high"]) == pytest.approx((low, high), abs=2e-4)
-
-
-def test_classes_are_matched_by_name_or_by_order():
-    assert label_map(["b", "c"], ["a", "b", "c"], 3).tolist() == [1, 2]
-    assert label_map(["x", "y", "z"], None, 3).tolist() == [0, 1, 2]
-    assert label_map(["n01", "n02"], ["0", "1"], 2).tolist() == [0, 1]
-    with pytest.raises(UserError, match="class 'z' that the model does not know"):
-        label_map(["a", "z"], ["a", "b"], 2)
-    with pytest.raises(UserError, match="2 classes and the model 1000"):
-        label_map(["a", "z"], None, 1000)
 
 
 def test_a_model_that_says_nothing_is_not_right(mini):
