@@ -51,7 +51,10 @@ def label_map(
         say("classes of the data matched " + _shown(theirs, numbers, ours))
         return numbers
     free = not ours or not firm or known.imagenet or list(ours) == [str(i) for i in range(count)]
+    # All of them that stand in another order, as in a `classes.txt`, were put there on purpose.
     by_number = _by_number(theirs, count) if free and not any(hits) else None
+    if by_number is not None and len(theirs) == count and (np.diff(by_number) < 0).any():
+        by_number = None
     if by_number is not None:
         if ours or len(theirs) < count or orders_differ(theirs):
             say(f"classes of the data taken by number {_shown(theirs, by_number, ours)}; {_SETTLE}")

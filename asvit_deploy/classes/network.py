@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asvit_deploy.classes import imagenet
-from asvit_deploy.classes.reading import names_of_config, read_names
+from asvit_deploy.classes.reading import Unusable, names_of_config, read_names
 from asvit_deploy.errors import UserError
 
 if TYPE_CHECKING:
@@ -123,8 +123,13 @@ def _beside(path: Path, count: int, say: Say) -> ClassNames | None:
         return None
     try:
         names = names_of_config(config)
+    except Unusable as error:
+        say(f"{error}: its class names are not used")
+        return None
     except UserError as error:
-        raise UserError(f"{error}, or move it away from {path.name}") from None
+        raise UserError(
+            f"{error}; or move it away from {path.name}, or pass --classes FILE where there is that"
+        ) from None
     if names is None:
         return None
     if len(names) != count:

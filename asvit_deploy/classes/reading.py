@@ -15,8 +15,13 @@ from asvit_deploy.classes.order import number_of
 from asvit_deploy.errors import UserError
 
 MAX_BYTES = 16 * 2**20  # ImageNet-21k's longest list has 2
+MAX_NAME = 1000  # characters
 _NO_TEXT = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line ends
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
+
+
+class Unusable(UserError):
+    """A file is what it should be, but its names are not: two alike, no text."""
 
 
 class _Pairs(dict):
@@ -29,20 +34,24 @@ class _Pairs(dict):
             self.twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(path: Path, least: int = 1) -> list[str]:
     """The names of a network's outputs, in their order.
 
     Args:
-        path: UTF-8 text with a name a line; or JSON: a list, an object from number to name, or a
-            `config.json` with `id2label`, `label2id` or `label_names`.
+        path: UTF-8 text with a name a line; or JSON: a list, an object from number to name or
+            from name to number, or a `config.json` with `id2label`, `label2id` or `label_names`.
+        least: fewer names are refused.
 
     Raises:
         UserError: it is none of these, holds a name twice, or is not to be read; ImageNet-1k's own
-            two doubles get their WordNet ids.
+            doubles get their WordNet ids.
     """
     text = _text_of(path)
     listed = _listed_json(path, text) if _is_json(path, text) else _lines(path, text)
-    return _checked(path, listed)
+    names = _checked(path, listed)
+    if len(names) < least:
+        raise UserError(f"{path} holds {len(names)} class name; write at least {least} into it")
+    return names
 
 
 def names_of_config(path: Path) -> list[str] | None:
@@ -115,6 +124,8 @@ def _listed_json(path: Path, text: str) -> list[Any]:
         raise UserError(
             f"{path} holds only placeholders such as LABEL_0; write the real class names into it"
         )
+    if content and all(type(number) is int for number in content.values()):
+        return _by_id(path, "the file", _turned(path, "the file", content))  # name to number
     if not content or not any(number_of(key) for key in content):
         raise UserError(
             f"{path} has none of id2label, label2id and label_names, and its keys are no numbers; "
@@ -133,19 +144,19 @@ def _of_config(path: Path, content: dict[str, Any]) -> list[Any] | None:
             if found is None:
                 continue
             if key == "label2id":
-                found = _turned(path, found)
+                found = _turned(path, key, found)
             listed = found if isinstance(found, list) else _by_id(path, key, found)
             if listed and not all(_PLACEHOLDER.fullmatch(str(name)) for name in listed):
                 return listed
     return None
 
 
-def _turned(path: Path, found: Any) -> Any:
+def _turned(path: Path, key: str, found: Any) -> Any:
     """Name to number as number to name."""
     if not isinstance(found, dict):
         return found
     if len({str(i) for i in found.values()}) < len(found):
-        raise UserError(f"{path}: label2id gives one number to several names; mend it")
+        raise UserError(f"{path}: {key} gives one number to several names; mend it")
     return _Pairs([(str(i), name) for name, i in found.items()])
 
 
@@ -175,19 +186,24 @@ def _by_id(path: Path, key: str, found: Any) -> list[Any]:
 def _checked(path: Path, names: Sequence[Any]) -> list[str]:
     """Real names, all different."""
     if not names:
-        raise UserError(f"{path} holds no class name; write them into it")
+        raise Unusable(f"{path} holds no class name; write them into it")
     for i, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{path}: the name of class {i} is {_short(name)}, no text; mend it")
+            raise Unusable(f"{path}: the name of class {i} is {_short(name)}, no text; mend it")
+        if len(name) > MAX_NAME:
+            raise Unusable(
+                f"{path}: the name of class {i} has {len(name):,} characters; name a file of class "
+                "names"
+            )
         if any(unicodedata.category(c) in _NO_TEXT for c in name.strip()):
-            raise UserError(
+            raise Unusable(
                 f"{path}: the name of class {i}, {_short(name)}, is no plain text; mend it"
             )
     unique = imagenet.told_apart([name.strip() for name in names])
     seen: dict[str, int] = {}
     for i, name in enumerate(unique):
         if name in seen:
-            raise UserError(
+            raise Unusable(
                 f"{path} holds the class {_short(name)} twice, as number {seen[name]} and {i}; "
                 "make the names differ"
             )

@@ -173,7 +173,7 @@ def command(
         raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")
     # Twice: what a batch holds is the recipe's affair, and how long an epoch is the data's.
     draft = recipe_for(config, dense, checkpoint is None, 1, given, told)
-    names = read_names(classes) if classes else None
+    names = read_names(classes, least=2) if classes else None
     source = open_source(data, config, draft.seed, draft.augmentation, names)
     source = in_head_order(source, names, classes, checkpoint, say)
     config = config.at(num_classes=len(source.classes))

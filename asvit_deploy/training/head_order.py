@@ -95,13 +95,13 @@ def _outputs(
     classes: list[str], network: Checkpoint, say: Say, winner: str | None
 ) -> list[str] | None:
     """The data's classes in the order of a network's outputs, or None where nothing tells it."""
-    found = of_checkpoint(network, None, say)
     told: list[str] = []
-    ours, count = (found.names if found else None), len(classes)
     try:
-        numbers = label_map(classes, ours, count, False, told.append)
+        found = of_checkpoint(network, None, say if winner is None else told.append)
+        ours = found.names if found else None
+        numbers = label_map(classes, ours, len(classes), False, told.append)
     except UserError as error:
-        say(f"{network.path} keeps its head, whose classes are others: {error}")
+        say(f"{network.path} knows other classes, its outputs are taken in order: {error}")
         return None
     order = [classes[i] for i in np.argsort(numbers)]
     if winner is not None:
@@ -110,7 +110,7 @@ def _outputs(
                 "wins")  # fmt: skip
         return order
     for line in told:
-        say(f"{network.path} keeps its head, and {line}")
+        say(f"{network.path}: {line}")
     return order
 
 

@@ -83,10 +83,7 @@ def class_names(folder: Path) -> list[str]:
             f"{folder} holds shards but no classes.txt; write one with a class name a line, in the "
             "order of the labels, or name it with --classes"
         )
-    names = read_names(path)
-    if len(names) < 2:
-        raise UserError(f"{path} must hold a class name a line, at least two, and no empty line")
-    return names
+    return read_names(path, least=2)
 
 
 # --- the index ----------------------------------------------------------------------------------
