@@ -106,4 +106,7 @@ def test_a_model_that_says_nothing_is_not_right(mini):
         return Prediction(np.array(rows, np.float32), [])
 
     batch = [(np.zeros((len(rows), 3, 1, 1), np.float32), np.zeros(len(rows), np.int64))]
-    assert score(says, batch, mini.config).rank.tolist() == [0, 1, 2, 1, 3, 3]
+    scored = score(says, batch, mini.config)
+    assert scored.rank.tolist() == [0, 1, 2, 1, 3, 3]
+    # Three classes: all are among the five best, yet NaN has named none.
+    assert summarise(scored, mini.config.at(num_classes=3))["top5"]["value"] == 4 / 6
