@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asvit_deploy.classes import imagenet
-from asvit_deploy.classes.reading import Unusable, names_of_config, read_names
+from asvit_deploy.classes.name_files import Unusable, names_of_config, read_names
 from asvit_deploy.errors import UserError
 
 if TYPE_CHECKING:

@@ -209,8 +209,8 @@ def _print(report: dict[str, Any]) -> None:
         return f"{share['value']:.2%} ({share['low']:.2%}-{share['high']:.2%})"
 
     def five(row: dict[str, Any]) -> str:
-        few = row["classes"] <= 5  # then every class is among the five best
-        return f"- ({row['classes']} classes)" if few else interval(row["top5"])
+        few = row["num_classes"] <= 5  # then every class is among the five best
+        return f"- ({row['num_classes']} classes)" if few else interval(row["top5"])
 
     rows = [
         [str(row["batch_size"]), str(row["images"]), interval(row["top1"]), five(row),

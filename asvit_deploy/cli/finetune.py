@@ -125,7 +125,7 @@ def command(
     A run that was stopped goes on with the same command and --resume.
     """
     from asvit_deploy.artifact import check_target
-    from asvit_deploy.classes.reading import read_names
+    from asvit_deploy.classes.name_files import read_names
     from asvit_deploy.errors import UserError
     from asvit_deploy.files import sha256
     from asvit_deploy.models.checkpoint import load_checkpoint

@@ -41,7 +41,7 @@ def command(
     session = Session(model, find_op_library(library))
     found = of_fields(model, session.fields, classes, options.status)
     if found is None or found.firm:  # of others it has told already
-        options.status(f"labels: {_told(model, found, session.config.num_classes)}")
+        options.status(f"labels: {_told(model, found, classes, session.config.num_classes)}")
     runner = session.runner(list(session.libraries().values())[-1])
     loaded = [(str(path), preprocess(load_picture(path), session.config)) for path in pictures]
     labels = found.names if found else None
@@ -62,13 +62,13 @@ def command(
             click.echo(f"  kept tokens per stage: {kept} of {tokens}")
 
 
-def _told(model: Path, found: ClassNames | None, count: int) -> str:
+def _told(model: Path, found: ClassNames | None, given: Path | None, count: int) -> str:
     """Where the labels come from."""
     if found is None and count == 1:
         return f"{model} has one output, a score"
     if found is None:
         return f"numbers of the outputs, {model} has no class names; --classes FILE gives them"
-    return found.origin
+    return found.origin if given else f"those of {model} ({found.origin})"
 
 
 def _printable(text: str) -> str:

@@ -88,7 +88,7 @@ def summarise(scored: Scored, config: ArchConfig) -> dict[str, Any]:
     """Figures for JSON.
 
     Returns:
-        `top1` and `top5` (value, low, high; of five `classes` or fewer, the latter says only
+        `top1` and `top5` (value, low, high; of five classes or fewer, the latter says only
         whether there was an answer); `gmacs`, and `macs_share` of the teacher, which is
         what a budget means; per stage `mean_kept`, `quantiles_kept` (0, 5, 50, 95, 100 %) and
         `histogram_kept`, whose entry k counts the images that kept k image tokens (Figure 5).
@@ -100,7 +100,7 @@ def summarise(scored: Scored, config: ArchConfig) -> dict[str, Any]:
         "images": images,
         "top1": wilson(int((scored.rank < 1).sum()), images),
         "top5": wilson(int((scored.rank < min(5, config.num_classes)).sum()), images),
-        "classes": config.num_classes,
+        "num_classes": config.num_classes,
         "gmacs": mean / 1e9,
         "macs_share": mean / teacher_macs(config),
         "mean_kept": scored.kept.mean(0).tolist(),

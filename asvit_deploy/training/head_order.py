@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,12 @@ class Relabelled:
         places = {name: i for i, name in enumerate(self.classes)}
         self._new = torch.tensor([places[name] for name in source.classes])
         self._old = self._new.argsort()
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a source tells of itself stays."""
+        if name.startswith("_"):  # not there yet: it is being unpickled
+            raise AttributeError(name)
+        return getattr(self._source, name)
 
     def _relabelled(self, batch: Batch) -> Batch:
         # Mixed pictures have a share of each class, [B, C].

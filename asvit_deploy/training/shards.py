@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from asvit_deploy.classes.reading import read_names
+from asvit_deploy.classes.name_files import read_names
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic, make_cache_dir
 from asvit_deploy.images import decode_picture

@@ -6,7 +6,7 @@ import json
 from importlib.resources import files
 
 from asvit_deploy.classes import imagenet
-from asvit_deploy.classes.reading import read_names
+from asvit_deploy.classes.name_files import read_names
 
 
 def lemmas() -> list[str]:

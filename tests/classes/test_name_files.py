@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import raises_one_line
 
-from asvit_deploy.classes.reading import MAX_BYTES, names_of_config, read_names
+from asvit_deploy.classes.name_files import MAX_BYTES, names_of_config, read_names
 
 NAMES = ["cat", "Dogge, deutsche", "Köpfe"]
 
