@@ -66,6 +66,7 @@ def command(
     from tqdm import tqdm
 
     from asvit_deploy.artifact import check_target, provenance
+    from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.files import sha256
     from asvit_deploy.images import open_images
     from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
@@ -75,6 +76,9 @@ def command(
     target = output or Path(f"{stem}.calibrated.safetensors")
     check_target(target, "checkpoint", force, ckpt)
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema)
+    # What lies beside the checkpoint may not lie beside the output.
+    found = of_checkpoint(checkpoint, None, options.status, assume=False)
+    checkpoint = named(checkpoint, found)
     config = checkpoint.config
     pictures = open_images(
         images, config, limit or (256 if images else 64), skip_limit, options.status
@@ -114,7 +118,9 @@ def _tables(report: dict[str, Any], config: ArchConfig) -> str:
     ]
     rows = [("these thresholds", report["agreement"]), ("chance, same counts", report["random"])]
     split = "/".join(f"{part:.2f}" for part in report["split"])
-    kls = [candidate["agreement"]["kl"] for candidate in report["candidates"]]
+    # One output is a score: there is no top-1, and KL would be 0 whatever it says.
+    measure, name = ("score_error", "error") if config.num_classes == 1 else ("kl", "KL")
+    found = [candidate["agreement"][measure] for candidate in report["candidates"]]
     return "\n".join(
         [
             f"{config.name}: {report['macs_ratio']:.4f} of the dense MACs on {report['images']} "
@@ -123,12 +129,25 @@ def _tables(report: dict[str, Any], config: ArchConfig) -> str:
             "",
             table(["stage", "threshold", f"kept of {config.image_tokens}", "min", "max"], stages),
             "",
-            table(
-                ["agreement with dense", "top-1", "top-5 overlap", "KL"],
-                [[n, f"{a['top1']:.1%}", f"{a['top5']:.1%}", f"{a['kl']:.3g}"] for n, a in rows],
-            ),
+            _agreement_table(rows, config.num_classes),
             "",
-            f"split {split} of the reduction, the best of {len(kls)} (KL {min(kls):.3g} to "
-            f"{max(kls):.3g} on {report['choosing_images']} images)",
+            f"split {split} of the reduction, the best of {len(found)} ({name} {min(found):.3g} to "
+            f"{max(found):.3g} on {report['choosing_images']} images)",
         ]
+    )
+
+
+def _agreement_table(rows: list[tuple[str, dict[str, float]]], classes: int) -> str:
+    from asvit_deploy.evaluate.report import table
+
+    if classes == 1:
+        headers = ["agreement with dense", "mean error of the score"]
+        return table(headers, [[name, f"{a['score_error']:.3g}"] for name, a in rows])
+
+    def five(agreed: dict[str, float]) -> str:
+        return f"{agreed['top5']:.1%}" if classes > 5 else f"- ({classes} classes)"
+
+    return table(
+        ["agreement with dense", "top-1", "top-5 overlap", "KL"],
+        [[name, f"{a['top1']:.1%}", five(a), f"{a['kl']:.3g}"] for name, a in rows],
     )

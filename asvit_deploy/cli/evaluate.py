@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +17,7 @@ from asvit_deploy.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from asvit_deploy.classes.network import ClassNames
     from asvit_deploy.data.skips import Skips
     from asvit_deploy.evaluate.accuracy import Batch
     from asvit_deploy.models.registry import ArchConfig
@@ -41,6 +42,7 @@ _NAMED = 5  # classes without a picture
     help="mean-k is the paper's: a batch shares one count.",
 )  # fmt: skip
 @click.option("--dense", is_flag=True, help="Run the checkpoint without its thresholds.")
+@options.classes
 @options.limit
 @options.skip_limit
 @options.library
@@ -53,6 +55,7 @@ def command(
     batches: tuple[int, ...],
     batch_rule: BatchRule,
     dense: bool,
+    classes: Path | None,
     limit: int | None,
     skip_limit: int,
     library: Path | None,
@@ -81,16 +84,20 @@ def command(
     from asvit_deploy.training.recipe import memory_failures
 
     if output is not None:
-        check_writable(output, force, model, sidecar_path(model))
+        check_writable(output, force, model, sidecar_path(model), classes)
     torch.set_num_threads(1)
     place = _Place.here()
-    runner, config, classes = _open(model, batch_rule, dense, library, place.device)
+    runner, config, found = _open(model, batch_rule, dense, library, place, classes)
+    if config.num_classes == 1:
+        raise UserError(
+            f"{model} has one output, a score and no class, so there is no top-1; see the scores "
+            "with `asvit-deploy predict`"
+        )
     skips = Skips(skip_limit, options.status)
-    labelled = _Labelled(model, data, config, classes, skips)
-    if not place.rank:
-        for note in labelled.source.notes:
-            options.status(note)
-    rows = []
+    labelled = _Labelled(model, data, config, found, skips, place.say)
+    for note in labelled.source.notes:
+        place.say(note)
+    rows: list[dict[str, Any]] = []
     for size in batches:
         with memory_failures(size):
             own = score(runner, labelled.batches(size, limit, place), config)
@@ -102,6 +109,7 @@ def command(
     if place.rank:
         return
     report = {"model": str(model), "data": data, "batch_rule": batch_rule, "arch": config.name,
+              "classes_from": found.origin if found else None,
               "processes": place.world, "runner": runner.describe(), "rows": rows,
               **labelled.account([counts for _, _, counts in parts]),
               "machine": machine()}  # fmt: skip
@@ -138,6 +146,11 @@ class _Place:
         found = accelerator_for()
         return _Place(found.process_index, found.num_processes, str(found.device), found)
 
+    def say(self, text: str) -> None:
+        """A status line, once and not in every process."""
+        if not self.rank:
+            options.status(text)
+
     def gathered(self, own: _T) -> list[_T]:
         """What every process has, in each of them."""
         if self.accelerator is None:
@@ -151,9 +164,12 @@ class _Place:
 
 
 def _open(
-    path: Path, batch_rule: BatchRule, dense: bool, library: Path | None, device: str
-) -> tuple[Runner, ArchConfig, list[str] | None]:
+    path: Path, batch_rule: BatchRule, dense: bool, library: Path | None, place: _Place,
+    classes: Path | None,
+) -> tuple[Runner, ArchConfig, ClassNames | None]:  # fmt: skip
     """The runner, the architecture, and the classes where they are known."""
+    from asvit_deploy.classes.network import of_checkpoint, of_fields
+
     if path.suffix == ".onnx":
         from asvit_deploy.evaluate.session import Session, find_op_library
 
@@ -161,14 +177,15 @@ def _open(
             raise UserError(f"{path} is an ONNX file, which runs as it is; for --batch-rule mean-k "
                             "or --dense name its checkpoint")  # fmt: skip
         session = Session(path, find_op_library(library))
-        return session.runner(session.library), session.config, session.fields["classes"]
+        found = of_fields(path, session.fields, classes, place.say)
+        return session.runner(session.library), session.config, found
     from asvit_deploy.models.checkpoint import build_model, load_checkpoint
     from asvit_deploy.runners.pytorch import TorchRunner
 
     checkpoint = load_checkpoint(path)
-    network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(device)
-    classes = json.loads(checkpoint.metadata.get("classes", "null"))
-    return TorchRunner(network, batch_rule), checkpoint.config, classes
+    network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(place.device)
+    found = of_checkpoint(checkpoint, classes, place.say)
+    return TorchRunner(network, batch_rule), checkpoint.config, found
 
 
 class _Labelled:
@@ -179,16 +196,22 @@ class _Labelled:
     """
 
     def __init__(
-        self, model: Path, data: str, config: ArchConfig, classes: list[str] | None, skips: Skips
-    ) -> None:
-        from asvit_deploy.evaluate.accuracy import label_map
+        self, model: Path, data: str, config: ArchConfig, found: ClassNames | None, skips: Skips,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        from asvit_deploy.classes.matching import label_map
         from asvit_deploy.training.data import open_labelled
+        from asvit_deploy.training.shards import GIVEN
 
-        self.source = open_labelled(data, config, skips)
+        ours, firm = (found.names, found.firm) if found else (None, True)
+        # Labels of shards are numbers: where nothing names them, the network's own names do.
+        self.source = open_labelled(data, config, skips, ours)
+        if self.source.classes_from == GIVEN:
+            say(f"{data} has no classes.txt: its labels are taken as numbers of the outputs")
         self.counts: list[int] = []
         self._skips = skips
         try:
-            self._numbers = label_map(self.source.classes, classes, config.num_classes)
+            self._numbers = label_map(self.source.classes, ours, config.num_classes, firm, say)
         except UserError as error:
             raise UserError(f"{model} cannot be evaluated on {data}: {error}") from error
 
@@ -232,8 +255,12 @@ def _print(report: dict[str, Any]) -> None:
     def interval(share: dict[str, float]) -> str:
         return f"{share['value']:.2%} ({share['low']:.2%}-{share['high']:.2%})"
 
+    def five(row: dict[str, Any]) -> str:
+        few = row["num_classes"] <= 5  # then every class is among the five best
+        return f"- ({row['num_classes']} classes)" if few else interval(row["top5"])
+
     rows = [
-        [str(row["batch_size"]), str(row["images"]), interval(row["top1"]), interval(row["top5"]),
+        [str(row["batch_size"]), str(row["images"]), interval(row["top1"]), five(row),
          f"{row['gmacs']:.3f}", f"{row['macs_share']:.4f}",
          " ".join(f"{k:.1f}" for k in row["mean_kept"]) or "all"]
         for row in report["rows"]

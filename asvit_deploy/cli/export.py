@@ -29,6 +29,7 @@ from asvit_deploy.cli import options
 @click.option("--ema", is_flag=True, help="Use the averaged weights of a training checkpoint.")
 @options.images
 @options.skip_limit
+@options.classes
 @options.force
 def command(
     ckpt: Path,
@@ -42,6 +43,7 @@ def command(
     ema: bool,
     images: Path | None,
     skip_limit: int,
+    classes: Path | None,
     force: bool,
 ) -> None:
     """Write one ONNX file and its sidecar, after comparing it with PyTorch.
@@ -51,6 +53,7 @@ def command(
     asvit-deploy export --ckpt deit_small.pth --dense
     """
     from asvit_deploy.artifact import check_target
+    from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.export import pipeline
     from asvit_deploy.images import open_images
     from asvit_deploy.models.checkpoint import load_checkpoint
@@ -58,10 +61,11 @@ def command(
 
     import_onnxruntime()
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema=ema)
+    checkpoint = named(checkpoint, of_checkpoint(checkpoint, classes, options.status))
     if not dense:
         pipeline.require_adaptive(checkpoint)
     target = output or pipeline.default_output(ckpt, dense)
-    check_target(target, "onnx", force, ckpt)
+    check_target(target, "onnx", force, ckpt, classes)
     pictures = open_images(images, checkpoint.config, 16, skip_limit, options.status)
     config = checkpoint.config
     kind = "dense" if dense else "adaptive"

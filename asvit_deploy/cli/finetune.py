@@ -86,6 +86,10 @@ def _numbers(kind: type, context: click.Context, parameter: click.Parameter, tex
     "--workers", type=click.IntRange(0, 1024), default=0, help="Processes that make batches."
 )
 @options.skip_limit
+@click.option(
+    "--classes", type=options.PATH,
+    help="The data's classes in the order of the outputs: text, one a line, or JSON.",
+)  # fmt: skip
 @click.option("--tensorboard", type=options.PATH, help="Folder for TensorBoard's events.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of this output.")
 @options.force
@@ -104,6 +108,7 @@ def command(
     validation_limit: int | None,
     workers: int,
     skip_limit: int,
+    classes: Path | None,
     tensorboard: Path | None,
     resume: bool,
     force: bool,
@@ -121,11 +126,13 @@ def command(
     A run that was stopped goes on with the same command and --resume.
     """
     from asvit_deploy.artifact import check_target
+    from asvit_deploy.classes.name_files import read_names
     from asvit_deploy.errors import UserError
     from asvit_deploy.files import sha256
     from asvit_deploy.models.checkpoint import load_checkpoint
     from asvit_deploy.models.registry import arch
     from asvit_deploy.training.data import open_source
+    from asvit_deploy.training.head_order import check_teacher, in_head_order
     from asvit_deploy.training.log import log_path
     from asvit_deploy.training.presets import check_options, read_recipe, recipe_for
     from asvit_deploy.training.recipe import Running
@@ -157,7 +164,7 @@ def command(
     config = checkpoint.config if checkpoint else arch(arch_name or "").at(image_size)
     config = config.with_stages(stages) if stages else config
     target = output or Path(f"{config.name}{'_dense' if dense else ''}.safetensors")
-    inputs = [path for path in (pretrained, teacher, recipe_file) if path]
+    inputs = [path for path in (pretrained, teacher, recipe_file, classes) if path]
     check_target(target, "checkpoint", force or resume, *inputs)
     state, log = state_path(target), log_path(target)
     for path, given_path in itertools.product((state, log), inputs):
@@ -167,10 +174,14 @@ def command(
         raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")
     # Twice: what a batch holds is the recipe's affair, and how long an epoch is the data's.
     draft = recipe_for(config, dense, checkpoint is None, 1, given, told)
-    source = open_source(data, config, draft.seed, draft.augmentation)
+    names = read_names(classes, least=2) if classes else None
+    source = open_source(data, config, draft.seed, draft.augmentation, names)
+    source = in_head_order(source, names, classes, checkpoint, say)
     config = config.at(num_classes=len(source.classes))
     recipe = recipe_for(config, dense, checkpoint is None, source.epoch, given, told)
     mentor = load_checkpoint(teacher, config.image_size) if teacher else None
+    if mentor is not None:
+        check_teacher(source, mentor, say)
     identity = {
         "arch": config.name,
         "image_size": config.image_size,

@@ -93,6 +93,10 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 library = click.option(
     "--library", type=PATH, help="The op's library [default: the one `build-plugins` made]."
 )
+classes = click.option(
+    "--classes", type=PATH,
+    help="Names of the network's outputs in their order: text, one a line, or JSON (id2label).",
+)  # fmt: skip
 models = click.argument("models", nargs=-1, type=PATH)
 
 

@@ -88,7 +88,8 @@ def summarise(scored: Scored, config: ArchConfig) -> dict[str, Any]:
     """Figures for JSON.
 
     Returns:
-        `top1` and `top5` (value, low, high); `gmacs`, and `macs_share` of the teacher, which is
+        `top1` and `top5` (value, low, high; of five classes or fewer, the latter says only
+        whether there was an answer); `gmacs`, and `macs_share` of the teacher, which is
         what a budget means; per stage `mean_kept`, `quantiles_kept` (0, 5, 50, 95, 100 %) and
         `histogram_kept`, whose entry k counts the images that kept k image tokens (Figure 5).
     """
@@ -98,7 +99,8 @@ def summarise(scored: Scored, config: ArchConfig) -> dict[str, Any]:
     return {
         "images": images,
         "top1": wilson(int((scored.rank < 1).sum()), images),
-        "top5": wilson(int((scored.rank < 5).sum()), images),
+        "top5": wilson(int((scored.rank < min(5, config.num_classes)).sum()), images),
+        "num_classes": config.num_classes,
         "gmacs": mean / 1e9,
         "macs_share": mean / teacher_macs(config),
         "mean_kept": scored.kept.mean(0).tolist(),
@@ -106,33 +108,3 @@ def summarise(scored: Scored, config: ArchConfig) -> dict[str, Any]:
         "histogram_kept": [np.bincount(k, minlength=tokens + 1).tolist() for k in scored.kept.T],
         "image_tokens": tokens,
     }
-
-
-def label_map(theirs: Sequence[str], ours: Sequence[str] | None, count: int) -> NDArray[np.int64]:
-    """The model's class number for each class of the data.
-
-    By name where the model knows its classes and has them all, else in sorted order, as image
-    folders are read everywhere.
-
-    Args:
-        theirs: classes of the data, in its order.
-        ours: classes of the model, or None where they are not known.
-        count: how many classes the model has.
-
-    Raises:
-        UserError: neither way fits.
-    """
-    if ours and set(theirs) <= set(ours):
-        return np.array([ours.index(name) for name in theirs])
-    if len(theirs) == count and (not ours or list(ours) == [str(i) for i in range(count)]):
-        return np.arange(count)
-    if ours and len(theirs) == count:
-        odd = next(name for name in theirs if name not in ours)
-        raise UserError(
-            f"the data has a class {odd!r} that the model does not know; name its folder as the "
-            "model does"
-        )
-    raise UserError(
-        f"the data has {len(theirs)} classes and the model {count}; give a folder with the "
-        "model's classes, all of them or by their names"
-    )

@@ -42,6 +42,8 @@ def check_fields(artifact: Path, fields: dict[str, Any]) -> None:
         or not all(type(name) is str for name in classes)
     ):
         refuse("classes")
+    if not isinstance(fields.get("classes_from"), str | None):
+        refuse("classes_from")
     if not all(type(source.get(key)) is str for key in ("path", "sha256")):
         refuse("source")
 

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 from asvit_deploy import artifact
+from asvit_deploy.classes.network import OWN
 from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.export.to_onnx import IR_VERSION, OPSET, to_onnx
 from asvit_deploy.images import ImageSet
@@ -59,6 +60,7 @@ def describe_model(
         "image_tokens": config.image_tokens,
         "num_classes": config.num_classes,
         "classes": json.loads(classes) if classes else None,
+        "classes_from": checkpoint.metadata.get("classes_from", OWN) if classes else None,
         "preprocessing": asdict(config.preprocessing),
         "stages": list(config.stages) if model.adaptive else [],
         "thresholds": model.threshold_values(),

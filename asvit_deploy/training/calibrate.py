@@ -146,8 +146,11 @@ def agreement(dense: Tensor, other: Tensor) -> dict[str, float]:
 
     Returns:
         top1: share of equal classes; top5: mean overlap of the five best (all, where there are
-        fewer), 1 at best; kl: mean KL(dense || other) in nats.
+        fewer), 1 at best; kl: mean KL(dense || other) in nats. Of one logit, which is a score and
+        no class, instead score_error: mean |difference|.
     """
+    if dense.shape[1] == 1:
+        return {"score_error": (other.double() - dense.double()).abs().mean().item()}
     five = min(5, dense.shape[1])
     ours, theirs = other.topk(five, 1).indices, dense.topk(five, 1).indices
     log_p, log_q = dense.double().log_softmax(1), other.double().log_softmax(1)
@@ -156,6 +159,13 @@ def agreement(dense: Tensor, other: Tensor) -> dict[str, float]:
         "top5": (ours[:, :, None] == theirs[:, None]).any(2).double().mean().item(),
         "kl": (log_p.exp() * (log_p - log_q)).sum(1).mean().item(),
     }
+
+
+def closeness(agreed: dict[str, float]) -> tuple[float, float]:
+    """What to compare two agreements by; the higher, the closer."""
+    if "score_error" in agreed:
+        return 0.0, -agreed["score_error"]
+    return agreed["top1"], -agreed["kl"]
 
 
 def candidate_splits(stages: int) -> list[tuple[float, ...]]:
@@ -360,12 +370,11 @@ def _best(
     figures: Sequence[dict[str, Any]],
     budget: float,
 ) -> Candidate:
-    """Best top-1 agreement, then least KL, among the candidates on budget."""
+    """Best top-1 agreement, then least KL, or the closest score, among the candidates on budget."""
 
     def rank(i: int) -> tuple[bool, float, float]:
         on_budget = abs(figures[i]["macs_ratio"] / budget - 1) <= _ACCEPTED
-        agreed = figures[i]["agreement"]
-        return on_budget, agreed["top1"], -agreed["kl"]
+        return on_budget, *closeness(figures[i]["agreement"])
 
     return tried[max(range(len(tried)), key=rank)]
 

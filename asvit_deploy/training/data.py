@@ -11,7 +11,7 @@ import hashlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +49,7 @@ class Source(Protocol):
 
     name: str
     classes: list[str]
+    classes_from: str  # what says what they are called
     epoch: int  # pictures in one
     identity: dict[str, str]  # what a resumed run must find again: the data, classes, pictures
     held_out: int | None  # pictures to validate on; None where they have no end
@@ -91,6 +92,8 @@ class Source(Protocol):
 
 class DigitsSource:
     """Placements of digits (`digits.py`); validation takes the digits held out."""
+
+    classes_from = "digits"
 
     def __init__(
         self, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION
@@ -143,6 +146,7 @@ class LabelledPictures:
         notes: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.classes, self.skips = pictures.classes, Skips() if skips is None else skips
+        self.classes_from = pictures.classes_from
         self.held_out: int | None = len(pictures)
         self.passed_over, self.notes = pictures.passed_over, [*notes, *pictures.notes]
         self._pictures, self._config, self._threads = pictures, config, Threads()
@@ -217,6 +221,7 @@ class PictureSource:
     ) -> None:  # fmt: skip
         augmentation.check_installed()
         self.name, self.classes, self.epoch = name, train.classes, len(train)
+        self.classes_from = train.classes_from
         if held_out is not None and held_out.classes != train.classes:
             odd = sorted(set(held_out.classes) ^ set(train.classes))
             told = f"differ in class {odd[0]!r}" if odd else "have their classes in another order"
@@ -313,15 +318,18 @@ class FolderSource(PictureSource):
 class ShardSource(PictureSource):
     """Pictures in shards (`shards.py`), in `train/` and perhaps `val/`, or in DIR itself.
 
+    Args:
+        names: of the labels, in place of `classes.txt`.
+
     Raises:
         UserError: see `parts.shards_to_train` and `PictureSource`.
     """
 
     def __init__(
         self, folder: Path, config: ArchConfig, seed: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
+        augmentation: Augmentation = NO_AUGMENTATION, names: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
-        parts = shards_to_train(folder)
+        parts = shards_to_train(folder, names)
         assert isinstance(parts.train, ShardPictures)
         order = ShardOrder(parts.train.counts, seed)
         super().__init__(
@@ -359,9 +367,13 @@ def _is_digits(data: str) -> bool:
 
 
 def open_source(
-    data: str, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION
-) -> Source:
+    data: str, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION,
+    names: Sequence[str] | None = None,
+) -> Source:  # fmt: skip
     """`digits`, a folder of class subfolders, or one of shards.
+
+    Args:
+        names: what the labels of shards mean, in place of their `classes.txt`.
 
     Raises:
         UserError: see `DigitsSource`, `FolderSource` and `ShardSource`.
@@ -371,18 +383,20 @@ def open_source(
     if _is_digits(data):
         return DigitsSource(config, seed, augmentation)
     folder = Path(data)
-    kind = ShardSource if is_sharded(folder) else FolderSource
-    return kind(folder, config, seed, augmentation)
+    if is_sharded(folder):
+        return ShardSource(folder, config, seed, augmentation, names)
+    return FolderSource(folder, config, seed, augmentation)
 
 
 def open_labelled(
-    data: str, config: ArchConfig, skips: Skips | None = None
+    data: str, config: ArchConfig, skips: Skips | None = None, names: Sequence[str] | None = None
 ) -> DigitsSource | LabelledPictures:
     """`digits`, or the pictures of a folder of class subfolders or shards, of its validation part
     where it has one.
 
     Args:
         skips: see `LabelledPictures`.
+        names: what the labels of shards mean where there is no `classes.txt`.
 
     Raises:
         UserError: see `DigitsSource`, `parts.folders_to_evaluate` and `parts.shards_to_evaluate`.
@@ -390,6 +404,7 @@ def open_labelled(
     if _is_digits(data):
         return DigitsSource(config, 0)
     folder = Path(data)
-    parts = shards_to_evaluate(folder) if is_sharded(folder) else folders_to_evaluate(folder)
+    sharded = is_sharded(folder)
+    parts = shards_to_evaluate(folder, names) if sharded else folders_to_evaluate(folder)
     assert parts.val is not None
     return LabelledPictures(parts.val, config, skips, parts.notes)

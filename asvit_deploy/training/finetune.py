@@ -594,7 +594,8 @@ def _save(
 ) -> None:  # fmt: skip
     made = provenance(("torch", "accelerate", "kornia", "mlxtend"))
     made |= {"recipe": asdict(recipe), **identity, **result.validation}
-    metadata = {"classes": json.dumps(source.classes), "provenance": json.dumps(made)}
+    metadata = {"classes": json.dumps(source.classes), "classes_from": source.classes_from}
+    metadata["provenance"] = json.dumps(made)
     if result.fit is not None:
         metadata["budget"] = str(recipe.budget)
         metadata["budget_fit"] = json.dumps({**asdict(result.fit), "missed": result.fit.missed})

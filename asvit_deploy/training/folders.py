@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from asvit_deploy.classes.order import in_order
 from asvit_deploy.data.decode import SUFFIXES, load_picture
 from asvit_deploy.data.listing import (
     LOOSE,
@@ -35,6 +36,7 @@ class Pictures(Protocol):
     """
 
     classes: list[str]
+    classes_from: str  # what says what they are called
     passed_over: Counter[str]
     notes: list[str]
 
@@ -59,10 +61,14 @@ class Pictures(Protocol):
 class FolderPictures:
     """Pictures in one subfolder per class.
 
+    Classes stand in the order of `classes.order.in_order`.
+
     Raises:
-        UserError: no such folder, fewer than two classes, a class without pictures, or one whose
-            pictures lie in folders of their own; two classes are the same folder.
+        UserError: no such folder, fewer than two classes, two that are one number or one folder, a
+            class without pictures, or one whose pictures lie in folders of their own.
     """
+
+    classes_from = "names of the class folders"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -97,7 +103,7 @@ def _pictures_by_class(folder: Path) -> tuple[list[str], list[Listing], Passed]:
         raise UserError(f"the data folder {folder} does not exist; pass a folder, or `digits`")
     try:
         folders, passed = _top(folder)
-        classes = sorted(folders)
+        classes = in_order(folders, folder)
         if len(classes) < 2:
             told = passed.told()
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from asvit_deploy.training.folders import FolderPictures, Pictures, Splits, part
 from asvit_deploy.training.shard_folders import (
     by_split,
     compressed_in,
+    names_file,
     shards_in,
     split_of,
 )
@@ -87,9 +89,15 @@ def folders_to_evaluate(folder: Path) -> Parts:
 
 
 class _ShardFolder:
-    """The shards of a folder by split: those of its parts' folders, and its own by their names."""
+    """The shards of a folder by split: those of its parts' folders, and its own by their names.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        names: what their labels mean, in place of `classes.txt`.
+        own_first: a `classes.txt` that is there counts more than `names`.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str] | None, own_first: bool) -> None:
+        self.names, self.own_first = names, own_first
         self.splits = Splits(folder)
         self.folder = folder
         self.found: dict[str, tuple[Path, list[Path]]] = {}
@@ -142,12 +150,20 @@ class _ShardFolder:
         return sorted(lines)
 
     def pictures(self, split: str) -> ShardPictures | None:
-        return ShardPictures(*self.found[split]) if split in self.found else None
+        if split not in self.found:
+            return None
+        place, paths = self.found[split]
+        own = self.own_first and names_file(place) is not None
+        return ShardPictures(place, paths, None if own else self.names)
 
 
-def shards_to_train(folder: Path) -> Parts:
-    """Raises UserError where there is nothing to train on; see `ShardPictures`."""
-    found = _ShardFolder(folder)
+def shards_to_train(folder: Path, names: Sequence[str] | None = None) -> Parts:
+    """`names` stand in place of `classes.txt`.
+
+    Raises:
+        UserError: there is nothing to train on; see `ShardPictures`.
+    """
+    found = _ShardFolder(folder, names, own_first=False)
     if found.single in ("val", "test"):
         told = f"the shards of {folder} are trained on, and their names tell of {found.single}"
         return Parts(found.pictures(found.single), None, [told, *found.notes, NO_VALIDATION])
@@ -159,9 +175,13 @@ def shards_to_train(folder: Path) -> Parts:
     return parts
 
 
-def shards_to_evaluate(folder: Path) -> Parts:
-    """Raises UserError where there are only shards to train on; see `ShardPictures`."""
-    found = _ShardFolder(folder)
+def shards_to_evaluate(folder: Path, names: Sequence[str] | None = None) -> Parts:
+    """`names` are those of the labels where there is no `classes.txt`.
+
+    Raises:
+        UserError: there are only shards to train on; see `ShardPictures`.
+    """
+    found = _ShardFolder(folder, names, own_first=True)
     if found.single in ("train", "test"):
         told = f"the shards of {folder} are evaluated on, and their names tell of {found.single}"
         return Parts(None, found.pictures(found.single), [told, *found.notes])

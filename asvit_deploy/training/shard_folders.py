@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from asvit_deploy.classes.name_files import read_names
 from asvit_deploy.errors import UserError
 from asvit_deploy.training.folders import SPLIT_OF
 
@@ -61,33 +62,23 @@ def by_split(folder: Path) -> dict[str | None, list[Path]]:
     return found
 
 
+def names_file(folder: Path) -> Path | None:
+    """The `classes.txt` of the shards in `folder`, or the one beside it, where there is one."""
+    places = (folder / "classes.txt", folder.parent / "classes.txt")
+    return next((path for path in places if path.exists()), None)
+
+
 def class_names(folder: Path) -> list[str]:
-    """The classes of the shards in `folder`: its `classes.txt`, or the one beside it.
+    """The classes of the shards in `folder`, as its `classes.txt` has them.
 
     Raises:
         UserError: there is none, it cannot be read, or it does not hold at least two names, all
             different.
     """
-    path = next((p for p in (folder / "classes.txt", folder.parent / "classes.txt") if p.is_file()),
-                folder / "classes.txt")  # fmt: skip
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is no file; write a class name a line into one")
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
+    path = names_file(folder)
+    if path is None:
         raise UserError(
             f"{folder} holds shards but no classes.txt; write one with a class name a line, in the "
-            "order of the labels"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is no UTF-8 text; write a class name a line into it") from None
-    while names and not names[-1]:
-        names.pop()
-    if len(names) < 2 or "" in names:
-        raise UserError(f"{path} must hold a class name a line, at least two, and no empty line")
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UserError(f"{path} holds the class {twice!r} twice; make the names differ")
-    return names
+            "order of the labels, or name it with --classes"
+        )
+    return read_names(path, least=2)

@@ -52,6 +52,7 @@ GROUP = 8  # shards that are shuffled together: enough to mix, few enough to sta
 _FORMAT = 2  # of the index; part of its name
 _ENTRY = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<u2")])
 _MAX_LABEL = 2**16 - 1  # ImageNet-21k has 21,841 classes
+GIVEN = "the list of class names"  # in place of `classes.txt`
 _BLOCK = 512  # bytes: tar's unit
 
 
@@ -262,14 +263,18 @@ class ShardPictures:
     Args:
         folder: holds the tar files.
         paths: those of them that are meant; by default all.
+        names: of the labels, in place of `classes.txt`.
 
     Raises:
         UserError: see `class_names` and `indexed`; no picture at all; a label that `classes.txt`
             has no name for.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[Path] | None = None) -> None:
-        self.classes = class_names(folder)
+    def __init__(
+        self, folder: Path, paths: Sequence[Path] | None = None, names: Sequence[str] | None = None
+    ) -> None:
+        self.classes = class_names(folder) if names is None else list(names)
+        self.classes_from = "classes.txt" if names is None else GIVEN
         self._shards = indexed(shards_in(folder) if paths is None else paths)
         counts, passed = [], Passed()
         for shard in self._shards:
@@ -278,7 +283,7 @@ class ShardPictures:
             counts.append(len(entries))
             if len(entries) and (worst := int(entries["label"].max())) >= len(self.classes):
                 raise UserError(
-                    f"the shard {shard.path} holds label {worst}, and classes.txt names "
+                    f"the shard {shard.path} holds label {worst}, and {self.classes_from} names "
                     f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}; mend one of them"
                 )
         self.counts = tuple(counts)

@@ -488,3 +488,50 @@ def test_a_missed_budget_is_told(cli, data, dense):
     fit = artifact.read(OUTPUT)["budget_fit"]
     assert fit["missed"]
     assert abs(fit["after"] / 0.65 - 1) > 0.01
+
+
+# --- classes ------------------------------------------------------------------------------------
+
+
+def test_classes_in_the_users_order(cli, data):
+    Path("names.txt").write_text("dog\r\ncat\r\n")
+    result = cli("finetune", "--data", data, *SCRATCH, *SHORT, "--classes", "names.txt")
+    assert result.code == 0, result.err
+    fields = artifact.read(OUTPUT)
+    assert (fields["classes"], fields["classes_from"]) == (["dog", "cat"], "--classes names.txt")
+    again = cli("finetune", "--data", data, *SCRATCH, *SHORT, "--force")
+    assert again.code == 0, again.err
+    fields = artifact.read(OUTPUT)
+    assert (fields["classes"], fields["classes_from"]) == (
+        ["cat", "dog"], "names of the class folders",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [("dog\n", "at least 2"), ("dog\ncow\n", "lacks the class 'cat'"),
+     ("cat\ndog\ncow\n", "names 'cow'"), ("cat\ncat\n", "'cat' twice")],
+)  # fmt: skip
+def test_classes_that_the_data_does_not_have(cli, data, names, words):
+    Path("names.txt").write_text(names)
+    result = cli("finetune", "--data", data, *SCRATCH, *SHORT, "--classes", "names.txt")
+    refused(result, "names.txt", words)
+    assert not OUTPUT.exists()
+
+
+def test_weights_keep_the_order_of_their_outputs(cli, tmp_path):
+    """Those of before stand in the order of text, and the folders now go by number."""
+    numbers = [str(i) for i in range(11)]
+    for name in numbers:
+        add_pictures(tmp_path / "data" / name, 1)
+    torch.manual_seed(0)
+    model = build(arch("as_deit_mini").at(SIZE, 11), adaptive=False)
+    told = {"classes": json.dumps(sorted(numbers))}
+    save_checkpoint(tmp_path / "text.safetensors", model, told)
+    args = ["finetune", "--data", "data", "--dense", "--pretrained", "text.safetensors", *SHORT]
+    result = cli(*args)
+    assert result.code == 0, result.err
+    assert "keeps its head" in result.err
+    assert artifact.read(OUTPUT)["classes"] == sorted(numbers)
+    assert cli("finetune", "--data", "data", *SCRATCH, *SHORT, "--force").code == 0
+    assert artifact.read(OUTPUT)["classes"] == numbers

@@ -379,6 +379,7 @@ def test_sources_travel_in_the_wheel(tmp_path):
     assert {f"asvit_deploy/_cpp/{name}" for name in sources} == {
         name for name in inside if name.startswith("asvit_deploy/_cpp/")
     }
+    assert {f"asvit_deploy/classes/{name}" for name in ("imagenet_1k.txt", "NOTICE")} <= inside
     assert wheel.stat().st_size < 10e6  # no library came along
     assert not [name for name in inside if ".so" in Path(name).suffixes]
 

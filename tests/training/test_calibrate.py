@@ -22,6 +22,7 @@ from asvit_deploy.training.calibrate import (
     agreement,
     calibrate,
     candidate_splits,
+    closeness,
     mid_gap_threshold,
     planned_lengths,
     with_thresholds,
@@ -271,6 +272,14 @@ def test_agreement_by_hand():
     worse = agreement(dense, other)
     assert (worse["top1"], worse["top5"]) == (0.5, 0.9)
     assert worse["kl"] == pytest.approx((p * (p / q).log()).sum().item() / 2)
+
+
+def test_agreement_of_one_output_is_that_of_scores():
+    dense = torch.tensor([[2.0], [-1.0]])
+    assert agreement(dense, dense) == {"score_error": 0}
+    near, far = agreement(dense, dense + 0.5), agreement(dense, dense - 3)
+    assert near == {"score_error": 0.5}
+    assert closeness(near) > closeness(far)
 
 
 def test_with_thresholds_makes_a_dense_checkpoint_adaptive(dense, tmp_path):

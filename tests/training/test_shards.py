@@ -400,15 +400,15 @@ def test_classes_must_be_written_down(tmp_path):
     path = tmp_path / "classes.txt"
     refused(tmp_path, "holds shards but no classes.txt")
     for text, words in (
-        (b"", "at least two"),
-        (b"cat\n", "at least two"),
+        (b"", "is empty"),
+        (b"cat\n", "at least 2"),
         (b"cat\n\ndog\n", "no empty line"),
         (b"cat\ndog\ncat\n", "'cat' twice"),
         (b"cat\n\xff\n", "no UTF-8"),
     ):
         path.write_bytes(text)
         refused(tmp_path, str(path), words)
-    path.write_bytes(b"cat\r\nDogge, deutsche\r\n\r\n")
+    path.write_bytes(b"\xef\xbb\xbfcat\r\nDogge, deutsche\r\n\r\n")
     assert open_source(str(tmp_path), TWO, 0).classes == ["cat", "Dogge, deutsche"]
 
 
