@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,9 @@ from asvit_deploy.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from asvit_deploy.checkpoints.facts import Given
     from asvit_deploy.evaluate.accuracy import Scored
+    from asvit_deploy.models.checkpoint import Checkpoint
     from asvit_deploy.models.registry import ArchConfig
     from asvit_deploy.models.vit import BatchRule
     from asvit_deploy.runners.base import Runner
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     help="mean-k is the paper's: a batch shares one count.",
 )  # fmt: skip
 @click.option("--dense", is_flag=True, help="Run the checkpoint without its thresholds.")
+@options.ema
+@options.facts
 @options.limit
 @options.library
 @options.as_json
@@ -47,11 +53,13 @@ def command(
     batches: tuple[int, ...],
     batch_rule: BatchRule,
     dense: bool,
+    ema: bool,
     limit: int | None,
     library: Path | None,
     as_json: bool,
     output: Path | None,
     force: bool,
+    known: Given,
 ) -> None:
     """Top-1 and top-5, MACs and kept tokens over labelled pictures.
 
@@ -74,9 +82,16 @@ def command(
 
     if output is not None:
         check_writable(output, force, model, sidecar_path(model))
+    of_checkpoints = known.options() + ["--ema"] * ema
+    if model.suffix == ".onnx" and of_checkpoints:
+        raise UserError(
+            f"{model} is an ONNX file, whose sidecar says what it was exported with; leave "
+            f"{' and '.join(of_checkpoints)} out, or export its checkpoint again with them"
+        )
     torch.set_num_threads(1)
     place = _Place.here()
-    runner, config, classes = _open(model, batch_rule, dense, library, place.device)
+    load = partial(_load, model, ema, known, place.rank == 0)
+    runner, config, classes = _open(model, batch_rule, dense, library, place.device, load)
     rows = []
     for size in batches:
         labelled = _batches(model, data, config, classes, size, limit, place)
@@ -134,9 +149,19 @@ class _Place:
             return gather_object([scored])
 
 
+def _load(path: Path, ema: bool, known: Given, first: bool) -> Checkpoint:
+    from asvit_deploy.models.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path, ema=ema, given=known)
+    if first:
+        options.tell(checkpoint)
+    return checkpoint
+
+
 def _open(
-    path: Path, batch_rule: BatchRule, dense: bool, library: Path | None, device: str
-) -> tuple[Runner, ArchConfig, list[str] | None]:
+    path: Path, batch_rule: BatchRule, dense: bool, library: Path | None, device: str,
+    load: Callable[[], Checkpoint],
+) -> tuple[Runner, ArchConfig, list[str] | None]:  # fmt: skip
     """The runner, the architecture, and the classes where they are known."""
     if path.suffix == ".onnx":
         from asvit_deploy.evaluate.session import Session, find_op_library
@@ -146,10 +171,10 @@ def _open(
                             "or --dense name its checkpoint")  # fmt: skip
         session = Session(path, find_op_library(library))
         return session.runner(session.library), session.config, session.fields["classes"]
-    from asvit_deploy.models.checkpoint import build_model, load_checkpoint
+    from asvit_deploy.models.checkpoint import build_model
     from asvit_deploy.runners.pytorch import TorchRunner
 
-    checkpoint = load_checkpoint(path)
+    checkpoint = load()
     network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(device)
     classes = json.loads(checkpoint.metadata.get("classes", "null"))
     return TorchRunner(network, batch_rule), checkpoint.config, classes
