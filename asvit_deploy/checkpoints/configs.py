@@ -48,7 +48,7 @@ def sources_beside(path: Path) -> tuple[list[Source], list[str]]:
     there = [path.with_name(name) for name in (CONFIG, PREPROCESSOR)]
     there = [file for file in there if file.is_file() or file.is_symlink()]
     if not there:
-        return [], []
+        return sources_beside(path.resolve()) if path.is_symlink() else ([], [])
     if path.name not in _HUB_NAMES and (others := _other_checkpoints(path)):
         names = " and ".join(file.name for file in there)
         return [], [
@@ -195,7 +195,7 @@ def _normalisation(told: Mapping[str, Any], source: Source) -> None:
         key = "rescale_offset" if told.get("rescale_offset") else "do_rescale"
         for field in ("mean", "std"):
             source.cannot[field] = f"{key} {quoted(told[key])}, so its mean and std are of other "
-            source.cannot[field] += f"pixels than 0 to 1; pass --{field}"
+            source.cannot[field] += "pixels than 0 to 1"
     elif factor is not None and not _same(factor, 1 / 255):
         usable = isinstance(factor, (int, float)) and 0 < factor < math.inf
         for field in ("mean", "std"):

@@ -131,10 +131,10 @@ def _of_options(place: str, told: Mapping[str, Any]) -> Source:
     source = Source(place)
     for name in ("mean", "std", "interpolation"):
         source.say(name, told.get(name))
-    source.say("crop_pct", told.get("crop_pct") or told.get("eval_crop_ratio"))
-    heads = [key for key in ("num_heads", "num_attention_heads", "heads") if told.get(key)]
-    if heads:
-        source.say("heads", told[heads[0]], heads[0])
+    for name, keys in (("crop_pct", ("crop_pct", "eval_crop_ratio")),
+                       ("heads", ("num_heads", "num_attention_heads", "heads"))):  # fmt: skip
+        for key in reversed([key for key in keys if told.get(key) is not None]):
+            source.say(name, told[key], key)
     source.say("eps", told.get("layer_norm_eps"), "layer_norm_eps")
     source.activation(told.get("act_layer") or told.get("hidden_act"))
     for key in ("input_size", "img_size", "image_size"):
@@ -273,7 +273,7 @@ def settle(
         heads=chosen.get("heads", config.heads),
         eps=chosen.get("eps", config.eps),
     )
-    if config.preprocessing.crop_mode == "center" and origins["crop_mode"] == ASSUMED:
+    if config.preprocessing.crop_mode == "center":  # which goes without saying
         del origins["crop_mode"]
     ours = own is not None
     return config, Told(origins, _line(config, origins, loaded.config, ours)), lines
@@ -284,8 +284,9 @@ def _check_source(
 ) -> None:
     """Refuse what a source says that cannot be obeyed, or that is not true of the weights."""
     for name, what in source.cannot.items():
-        if name not in options:
-            known = f"; pass --{name.replace('_', '-')}" if name in vars(NOTHING_GIVEN) else ""
+        option = {"crop_mode": "crop_pct"}.get(name, name)
+        if option not in options:
+            known = f"; pass --{option.replace('_', '-')}" if option in vars(NOTHING_GIVEN) else ""
             mend = known or "; this version computes exact GELU networks with a class token alone"
             refuse(f"cannot be loaded: {source.name} says {what}{mend}")
     config, settled = loaded.config, set()
@@ -293,7 +294,7 @@ def _check_source(
         settled.add("image_size")
     if loaded.headless:
         settled.add("num_classes")
-    for name, (word, value) in source.weights.items():
+    for name, word, value in source.weights:
         attribute = {"width": "dim"}.get(name, name)
         holds = getattr(config, attribute)
         by_name = loaded.named and word.endswith(f": {name}")
@@ -301,7 +302,7 @@ def _check_source(
             continue
         refuse(
             f"holds {name.replace('_', ' ')} {holds} where {source.name} says {word} "
-            f"{quoted(value)}: one belongs to another network; put its own beside it"
+            f"{quoted(value)}: one of them is another network's; mend or remove what it says"
         )
     heads = source.says.get("heads")
     if heads is not None and config.dim % heads and "heads" not in options:

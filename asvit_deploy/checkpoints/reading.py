@@ -24,10 +24,6 @@ _OLD_TORCH = (
 _LISTED = 3  # keys that a message names before it says how many more there are
 
 
-class _InertDict(dict):
-    """Stands in for Lightning's dictionary of hyper-parameters, which is not imported."""
-
-
 class _InertPath(str):
     """Stands in for a path among a run's options."""
 
@@ -35,14 +31,15 @@ class _InertPath(str):
         return super().__new__(cls, "/".join(map(str, parts)))
 
 
-# Classes that training scripts save beside the weights: argparse's own is as inert as a dict, the
-# others load as stand-ins under their name.
+# Classes that training scripts save beside the weights: argparse's own is as inert as a dict, and
+# stand-ins load under the names of the others, of which nothing is imported. Torch fills none but
+# a plain dict.
 _KNOWN: list[Any] = [
     argparse.Namespace,
-    (_InertDict, "lightning_fabric.utilities.data.AttributeDict"),
-    (_InertDict, "lightning.fabric.utilities.data.AttributeDict"),
-    (_InertDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
-    (_InertDict, "lightning.pytorch.utilities.parsing.AttributeDict"),
+    (dict, "lightning_fabric.utilities.data.AttributeDict"),
+    (dict, "lightning.fabric.utilities.data.AttributeDict"),
+    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (dict, "lightning.pytorch.utilities.parsing.AttributeDict"),
     (_InertPath, "pathlib.PosixPath"),
     (_InertPath, "pathlib.PurePosixPath"),
     (_InertPath, "pathlib.WindowsPath"),

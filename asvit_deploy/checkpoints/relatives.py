@@ -36,7 +36,7 @@ _OPTIONS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("base_rate",), _below_one, "DynamicViT"),
     (("keep_rate",), _below_one, "BAT or EViT"),
     (("tome_r", "tome", "use_tome"), _on, "ToMe"),
-    (("ats_blocks", "ats", "use_ats", "drop_tokens"), _on, "ATS"),
+    (("ats_blocks", "ats", "use_ats"), _on, "ATS"),
     (("mask_ratio",), _on, "MAE"),
 )
 # EViT's further options count where its keep rate does not say that all are kept.
@@ -73,7 +73,8 @@ _KEYS: tuple[tuple[str, str, str], ...] = (
     (r"blocks\.\d+\.(?:merge|prune)_ddp\.", "is a DiffRate network ({key})", _LATER),
     (r"decoder_(?:blocks\.|embed\.|pos_embed)", "is an MAE with its decoder ({key})",
      "pass the encoder alone to `finetune`"),
-    (r"(?:.*\.)?dinov2\w*\.", f"is a DINOv2 and {_HF} ({{key}})", _LATER),
+    (r"(?:.*\.)?dinov2\w*\.|.*\.layer_scale[12]\.lambda1$",
+     f"is a DINOv2 and {_HF} ({{key}})", _LATER),
     (r"(?:.*\.)?(?:vit|deit)\.(?:embeddings|encoder)\.", f"is a ViT that {_HF} ({{key}})", _LATER),
     (r"(?:.*\.)?vision_model\.", f"is a CLIP or SigLIP and {_HF} ({{key}})", _LATER),
     (r"(?:.*\.)?encoder\.layers?\.\d+\.(?:attention\.|self_attn\.)",

@@ -71,8 +71,8 @@ class Source:
         name: what messages call it.
         says: facts by name: mean, std, crop_pct, interpolation, crop_mode, heads, eps.
         stands_for: those that only the model's name implies; anything said outright is stronger.
-        weights: width, depth, hidden, patch_size, image_size, num_classes that it says the weights
-            have, with the word it uses for each.
+        weights: what it says the weights have, each by name (width, depth, hidden, patch_size,
+            image_size, num_classes), its own word for that, and value.
         cannot: by fact, or by the source's own word, what this tool cannot do or read; one of a
             fact is of no account where an option settles the fact.
     """
@@ -80,7 +80,7 @@ class Source:
     name: str
     says: dict[str, Any] = field(default_factory=dict)
     stands_for: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    weights: list[tuple[str, str, Any]] = field(default_factory=list)
     cannot: dict[str, str] = field(default_factory=dict)
 
     def say(self, name: str, value: Any, word: str | None = None) -> None:
@@ -98,7 +98,7 @@ class Source:
         if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
         if value is not None:
-            self.weights[name] = (word, value)
+            self.weights.append((name, word, value))
 
     def size(self, word: str, value: Any) -> None:
         """Note the input's size in any spelling: one side, two, or channels and two."""
@@ -129,7 +129,7 @@ class Source:
             return
         for key, value in stands_for.items():
             if key in ("width", "patch_size"):
-                self.weights.setdefault(key, (f"{name}: {key}", value))
+                self.weights.append((key, f"{name}: {key}", value))
             elif key == "activation":
                 self.activation(value)
             else:

@@ -38,9 +38,12 @@ _FOLLOWERS = frozenset((
 ))  # fmt: skip
 # Wrappers that say nothing; others are told.
 _PLAIN = frozenset((
-    "module", "_orig_mod", "model", "backbone", "state_dict", "model_state_dict", "net", "network",
-    "_forward_module", "_fsdp_wrapped_module",
+    "module", "model", "backbone", "state_dict", "model_state_dict", "net", "network",
 ))  # fmt: skip
+# These stand wherever a part of a network was compiled, sharded or checkpointed.
+_ANYWHERE = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
 # In the place of the head: what a self-supervised method trains and throws away.
 _PROJECTOR = re.compile(r"head\.(?:\d+|mlp|layers|last_layer)\.")
 _DEEPEST, _MOST = 8, 200_000  # levels and names; a file that has more is none of ours
@@ -129,7 +132,7 @@ def _flattened(content: dict, refuse: Refuse) -> _Flat:
 
     def walk(level: Mapping, prefix: str, depth: int) -> None:
         for key, value in level.items():
-            name = f"{prefix}{key}"
+            name = _ANYWHERE.sub("", f"{prefix}{key}")
             if isinstance(key, str) and key.startswith("optim"):
                 continue  # names of weights again, with what an optimiser keeps of each
             if isinstance(value, Tensor) and isinstance(key, str):
@@ -138,7 +141,7 @@ def _flattened(content: dict, refuse: Refuse) -> _Flat:
                 flat.tensors[name] = value
                 flat.levels[name] = prefix
             elif isinstance(value, dict) and isinstance(key, str) and depth < _DEEPEST:
-                walk(value, f"{name}.", depth + 1)
+                walk(value, _ANYWHERE.sub("", f"{prefix}{key}."), depth + 1)
             else:
                 flat.others.append(name)
                 flat.levels.setdefault(name, prefix)
@@ -182,10 +185,7 @@ def _averages(content: dict, flat: _Flat, roots: list[str]) -> list[str]:
     """Prefixes of moving averages: by name, by a counter beside them, or by who wrote the file."""
     found = set(_named(roots, _AVERAGES))
     names = {*flat.tensors, *flat.others}
-    for root in roots:  # torch's AveragedModel counts beside the module that it holds
-        holder = root.removesuffix("module.")
-        if holder != root and f"{holder}n_averaged" in names:
-            found.add(root)
+    found.update(root for root in roots if names & _counters(root))
     if any(root.startswith("current_model_state.") for root in roots):  # Lightning's averaging
         found.update(root for root in roots if root.startswith("state_dict."))
     told = [options for options in options_in(content).values() if "momentum_teacher" in options]
@@ -195,15 +195,22 @@ def _averages(content: dict, flat: _Flat, roots: list[str]) -> list[str]:
     return [root for root in roots if root in found]
 
 
+def _counters(root: str) -> set[str]:
+    """Where torch's AveragedModel would count: beside the module that it holds."""
+    found = set()
+    while root.endswith("module."):
+        root = root.removesuffix("module.")
+        found.add(f"{root}n_averaged")
+    return found
+
+
 def _own(root: str, roots: list[str], flat: _Flat) -> dict[str, Tensor]:
     """The tensors under a prefix, less those of networks that lie deeper."""
     deeper = tuple(other for other in roots if other != root and other.startswith(root))
-    holder = root.removesuffix("module.")
-    counted = {f"{holder}n_averaged", f"{root}n_averaged"}
     return {
         key: value
         for key, value in flat.tensors.items()
-        if key.startswith(root) and not (deeper and key.startswith(deeper)) and key not in counted
+        if key.startswith(root) and not (deeper and key.startswith(deeper))
     }
 
 

@@ -329,6 +329,8 @@ def _infer_config(
     row = ARCHS[name]
     tokens = state["pos_embed"].shape[1] - 1
     grid = round(max(tokens, 0) ** 0.5)
+    if math.isqrt(tokens + 1) ** 2 == tokens + 1 and tokens > 0:
+        refuse("has no position for its class token (no_embed_class); pass a plain DeiT or ViT")
     if grid == 0 or grid * grid != tokens:
         refuse(f"has position embeddings for {tokens} image tokens; only square grids are read")
     return row.at(grid * row.patch_size, None if bare else state["head.weight"].shape[0])

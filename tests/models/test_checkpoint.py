@@ -294,9 +294,9 @@ def test_unknown_size_is_refused_with_its_measures(file):
 
 def test_position_embeddings_must_be_square(file):
     state = dense_state(DEIT)
-    state["pos_embed"] = torch.zeros(1, 1 + 15, 128)
+    state["pos_embed"] = torch.zeros(1, 1 + 14, 128)
     torch.save(state, file)
-    assert "15 image tokens; only square grids" in refusal(file)
+    assert "14 image tokens; only square grids" in refusal(file)
 
 
 # --- files that are no checkpoint ---------------------------------------------------------------
