@@ -24,6 +24,7 @@ from asvit_deploy import artifact
 from asvit_deploy.artifact import provenance
 from asvit_deploy.checkpoints import facts, relatives, unwrapping
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Told
+from asvit_deploy.checkpoints.ours import FORMAT, SCHEMA, check_schema, check_told, parsed, staged
 from asvit_deploy.checkpoints.reading import Refuse, listed, quoted, read
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
@@ -31,8 +32,6 @@ from asvit_deploy.models.registry import ARCHS, ArchConfig
 from asvit_deploy.models.registry import arch as arch_by_name
 from asvit_deploy.models.vit import AdaptiveViT
 
-FORMAT = "asvit-deploy"
-SCHEMA = 3  # 2 tells stages of its own, 3 other facts than the arch's, which those before ignore
 _FOREIGN_THRESHOLD = re.compile(r"^score_predictor\.(\d+)\.keep_threshold$")
 _THRESHOLD = re.compile(r"^thresholds\.(\d+)$")
 _HEADS = re.compile(r"^(?:aux_)?head\.(?:weight|bias)$")
@@ -101,7 +100,7 @@ def load_checkpoint(
     content, metadata = read(path, refuse)
     ours = metadata.get("format") == FORMAT
     if ours:
-        _check_schema(metadata, refuse)
+        check_schema(metadata, refuse)
         if artifact.sidecar_path(path).is_file():
             artifact.read(path)  # refuses a sidecar that does not belong to it
     options = unwrapping.options_in(content)
@@ -115,25 +114,18 @@ def load_checkpoint(
     if bare and not headless:
         _refuse_headless(found.beside, refuse)
     if ours:
-        _check_told(metadata, config, refuse)
-        config = _staged(metadata, config, refuse)
+        check_told(metadata, config, refuse)
+        config = staged(metadata, config, refuse)
     adaptive = any(map(_THRESHOLD.match, state))
     state = _checked(state, config, adaptive, bare, refuse)
-    told, lines = Told(), list[str]()
     if recorded is not None:
-        config = facts.recorded(config, facts.fields_of(recorded))
+        config, told, lines = facts.recorded(config, facts.fields_of(recorded)), Told(), list[str]()
     else:
         own = _own_facts(metadata, config, refuse) if ours else None
         within = facts.sources_within(content, options)
         loaded = facts.Loaded(path, config, bare, image_size is not None, arch is not None)
         config, told, lines = facts.settle(loaded, given, own, within, refuse)
-    if image_size is not None and image_size != config.image_size:
-        try:
-            target = config.at(image_size)
-        except UserError as error:
-            refuse(f"cannot be loaded at another size: {error}")
-        state["pos_embed"] = _resize(state["pos_embed"], config.grid, target.grid)
-        config = target
+    config = _at_size(state, config, image_size, refuse)
     return Checkpoint(
         config=config,
         state=state,
@@ -146,6 +138,20 @@ def load_checkpoint(
         headless=bare,
         has_average=found.average,
     )
+
+
+def _at_size(
+    state: dict[str, Tensor], config: ArchConfig, image_size: int | None, refuse: Refuse
+) -> ArchConfig:
+    """The architecture for that image size, with the position embeddings resized in place."""
+    if image_size is None or image_size == config.image_size:
+        return config
+    try:
+        target = config.at(image_size)
+    except UserError as error:
+        refuse(f"cannot be loaded at another size: {error}")
+    state["pos_embed"] = _resize(state["pos_embed"], config.grid, target.grid)
+    return target
 
 
 def _refuse_headless(beside: tuple[str, ...], refuse: Refuse) -> NoReturn:
@@ -225,73 +231,12 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
         )
     told = {**metadata, **own}
     fields = {"kind": "checkpoint", **provenance(["torch", "safetensors"])}
-    fields |= {key: _parsed(value) for key, value in told.items() if key != "schema"}
+    fields |= {key: parsed(value) for key, value in told.items() if key != "schema"}
     fields["thresholds"] = model.threshold_values()
     artifact.write(path, safetensors.torch.save(tensors, told), fields)
 
 
-def _parsed(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
 # --- objects -> state dict ----------------------------------------------------------------------
-
-
-def _check_schema(metadata: Mapping[str, str], refuse: Refuse) -> None:
-    schema = metadata.get("schema", "")
-    if not schema.isdecimal():
-        refuse("does not say its schema; write it again with this tool")
-    if int(schema) > SCHEMA:
-        refuse(f"has schema {schema}, this version reads up to {SCHEMA}; update the tool")
-    if not {"arch", "image_size", "num_classes"} <= metadata.keys():
-        refuse("does not say its arch, image_size and num_classes; write it again with this tool")
-
-
-def _check_told(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) -> None:
-    """What our own file says of itself must fit its tensors: later steps take it from here."""
-    for key, holds in (("image_size", config.image_size), ("num_classes", config.num_classes)):
-        if metadata[key] != str(holds):
-            refuse(
-                f"says {key} {quoted(metadata[key])} but holds {holds}; write it again with this "
-                "tool"
-            )
-    if "budget" in metadata and not 0 < _number(metadata["budget"]) < math.inf:
-        refuse(
-            f"says budget {quoted(metadata['budget'])}, which is no number above 0; write it "
-            "again with this tool"
-        )
-    if "classes" in metadata:
-        names = _parsed(metadata["classes"])
-        fits = isinstance(names, list) and len(names) == config.num_classes
-        if not fits or not all(isinstance(name, str) for name in names):
-            refuse(
-                f"says classes {quoted(metadata['classes'])}, which is no JSON list of "
-                f"{config.num_classes} names; write it again with this tool"
-            )
-
-
-def _staged(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) -> ArchConfig:
-    """The architecture with the stages that the file tells, where they are not its usual ones."""
-    if "stages" not in metadata:
-        return config
-    stages = _parsed(metadata["stages"])
-    try:
-        return config.with_stages(stages if isinstance(stages, list) else [])
-    except (UserError, TypeError):
-        refuse(
-            f"says stages {quoted(metadata['stages'])}, which do not fit {config.name}; write it "
-            "again with this tool"
-        )
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def _renamed(raw: Mapping[str, Tensor], refuse: Refuse) -> dict[str, Tensor]:
