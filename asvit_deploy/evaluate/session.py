@@ -53,16 +53,13 @@ class Session:
 
     def refuse_other_network(self, other: Session) -> None:
         """Raise UserError where `other` is no reference for this one, in one line that says why."""
-        mine, others = (
-            {key: one.fields[key] for key in _OF_THE_NETWORK} | fields_of(one.config)
-            for one in (self, other)
-        )
-        for key, ours in mine.items():
-            if ours != others[key]:
-                raise UserError(
-                    f"{other.path} is no reference for {self.path}: {key} is {others[key]} there, "
-                    f"{ours} here; name an artefact of the same network"
-                )
+        for made in (_told, lambda session: fields_of(session.config)):
+            for (key, ours), theirs in zip(made(self).items(), made(other).values()):
+                if ours != theirs:
+                    raise UserError(
+                        f"{other.path} is no reference for {self.path}: {key} is {theirs} there, "
+                        f"{ours} here; name an artefact of the same network"
+                    )
 
     @cached_property
     def model(self) -> onnx.ModelProto:
@@ -109,6 +106,10 @@ class Session:
     def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
         """The artefact in ONNX Runtime."""
         return OrtRunner(self.model, library, threads=threads, record=record, name=str(self.path))
+
+
+def _told(session: Session) -> dict[str, Any]:
+    return {key: session.fields[key] for key in _OF_THE_NETWORK}
 
 
 def find_op_library(named: Path | None) -> Path | None:
