@@ -27,19 +27,25 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
     "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
 }
 
 
 def preprocess(picture: Image.Image, config: ArchConfig) -> np.ndarray:
     """An RGB picture as the network's input, float32 [3, H, W] with H = W = `config.image_size`.
 
-    The shorter side is resized to `int(image_size / crop_pct)`, the centre cut out, and the
-    result is (pixel / 255 - mean) / std. Sizes and offsets round as torchvision rounds them.
+    The shorter side is resized to `int(image_size / crop_pct)` (both sides, where the network's
+    pictures are squashed), the centre cut out, and the result is (pixel / 255 - mean) / std. Sizes
+    and offsets round as torchvision rounds them.
     """
     rules, size = config.preprocessing, config.image_size
     short = int(size / rules.crop_pct)
     width, height = picture.size
-    if width <= height:
+    if rules.crop_mode == "squash":
+        width, height = short, short
+    elif width <= height:
         width, height = short, int(short * height / width)
     else:
         width, height = int(short * width / height), short

@@ -10,6 +10,7 @@ import click
 from asvit_deploy.cli import options
 
 if TYPE_CHECKING:
+    from asvit_deploy.checkpoints.facts import Given
     from asvit_deploy.models.registry import ArchConfig
 
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--image-size", type=int, help="Another image size; position embeddings are resized.")
 @click.option("--arch", help="Settle the architecture where the checkpoint is ambiguous.")
-@click.option("--ema", is_flag=True, help="Use the averaged weights of a training checkpoint.")
+@options.ema
+@options.facts
 @click.option(
     "--limit", type=click.IntRange(1),
     help="Use at most so many pictures [default: 256 of --images, else 64].",
@@ -51,6 +53,7 @@ def command(
     skip_limit: int,
     force: bool,
     as_json: bool,
+    known: Given,
 ) -> None:
     """Find thresholds that meet a MACs budget on pictures, without training.
 
@@ -66,16 +69,17 @@ def command(
     from tqdm import tqdm
 
     from asvit_deploy.artifact import check_target, provenance
+    from asvit_deploy.checkpoints.reading import stem_of
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.files import sha256
     from asvit_deploy.images import open_images
     from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
     from asvit_deploy.training.calibrate import calibrate, with_thresholds
 
-    stem = Path(ckpt.name.removesuffix(".tar")).stem
-    target = output or Path(f"{stem}.calibrated.safetensors")
+    target = output or Path(f"{stem_of(ckpt)}.calibrated.safetensors")
     check_target(target, "checkpoint", force, ckpt)
-    checkpoint = load_checkpoint(ckpt, image_size, arch, ema)
+    checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
+    options.tell(checkpoint)
     # What lies beside the checkpoint may not lie beside the output.
     found = of_checkpoint(checkpoint, None, options.status, assume=False)
     checkpoint = named(checkpoint, found)
@@ -96,6 +100,7 @@ def command(
     report |= {"pictures": pictures.source, **pictures.account, "source_sha256": sha256(ckpt)}
     metadata = {
         **checkpoint.metadata,
+        **checkpoint.told.metadata(),
         "budget": str(budget),
         "calibration": json.dumps(report),
         "source_sha256": report["source_sha256"],

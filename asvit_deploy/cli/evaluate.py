@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,9 +18,11 @@ from asvit_deploy.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from asvit_deploy.checkpoints.facts import Given
     from asvit_deploy.classes.network import ClassNames
     from asvit_deploy.data.skips import Skips
     from asvit_deploy.evaluate.accuracy import Batch
+    from asvit_deploy.models.checkpoint import Checkpoint
     from asvit_deploy.models.registry import ArchConfig
     from asvit_deploy.models.vit import BatchRule
     from asvit_deploy.runners.base import Runner
@@ -42,6 +45,8 @@ _NAMED = 5  # classes without a picture
     help="mean-k is the paper's: a batch shares one count.",
 )  # fmt: skip
 @click.option("--dense", is_flag=True, help="Run the checkpoint without its thresholds.")
+@options.ema
+@options.facts
 @options.classes
 @options.limit
 @options.skip_limit
@@ -55,6 +60,7 @@ def command(
     batches: tuple[int, ...],
     batch_rule: BatchRule,
     dense: bool,
+    ema: bool,
     classes: Path | None,
     limit: int | None,
     skip_limit: int,
@@ -62,6 +68,7 @@ def command(
     as_json: bool,
     output: Path | None,
     force: bool,
+    known: Given,
 ) -> None:
     """Top-1 and top-5, MACs and kept tokens over labelled pictures.
 
@@ -85,9 +92,16 @@ def command(
 
     if output is not None:
         check_writable(output, force, model, sidecar_path(model), classes)
+    of_checkpoints = known.options() + ["--ema"] * ema
+    if model.suffix == ".onnx" and of_checkpoints:
+        raise UserError(
+            f"{model} is an ONNX file, whose sidecar says what it was exported with; leave "
+            f"{' and '.join(of_checkpoints)} out, or export its checkpoint again with them"
+        )
     torch.set_num_threads(1)
     place = _Place.here()
-    runner, config, found = _open(model, batch_rule, dense, library, place, classes)
+    load = partial(_load, model, ema, known, place.say)
+    runner, config, found = _open(model, batch_rule, dense, library, place, classes, load)
     if config.num_classes == 1:
         raise UserError(
             f"{model} has one output, a score and no class, so there is no top-1; see the scores "
@@ -163,9 +177,17 @@ class _Place:
             return gather_object([own])
 
 
+def _load(path: Path, ema: bool, known: Given, say: Callable[[str], None]) -> Checkpoint:
+    from asvit_deploy.models.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path, ema=ema, given=known)
+    options.tell(checkpoint, say)
+    return checkpoint
+
+
 def _open(
     path: Path, batch_rule: BatchRule, dense: bool, library: Path | None, place: _Place,
-    classes: Path | None,
+    classes: Path | None, load: Callable[[], Checkpoint],
 ) -> tuple[Runner, ArchConfig, ClassNames | None]:  # fmt: skip
     """The runner, the architecture, and the classes where they are known."""
     from asvit_deploy.classes.network import of_checkpoint, of_fields
@@ -179,10 +201,10 @@ def _open(
         session = Session(path, find_op_library(library))
         found = of_fields(path, session.fields, classes, place.say)
         return session.runner(session.library), session.config, found
-    from asvit_deploy.models.checkpoint import build_model, load_checkpoint
+    from asvit_deploy.models.checkpoint import build_model
     from asvit_deploy.runners.pytorch import TorchRunner
 
-    checkpoint = load_checkpoint(path)
+    checkpoint = load()
     network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(place.device)
     found = of_checkpoint(checkpoint, classes, place.say)
     return TorchRunner(network, batch_rule), checkpoint.config, found

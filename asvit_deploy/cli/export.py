@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from asvit_deploy.cli import options
+
+if TYPE_CHECKING:
+    from asvit_deploy.checkpoints.facts import Given
 
 
 @click.command()
@@ -26,7 +30,8 @@ from asvit_deploy.cli import options
 )  # fmt: skip
 @click.option("--stage-outputs", is_flag=True, help="Make index_0, index_1, … graph outputs.")
 @click.option("--dense", is_flag=True, help="Export the dense twin, without the stages.")
-@click.option("--ema", is_flag=True, help="Use the averaged weights of a training checkpoint.")
+@options.ema
+@options.facts
 @options.images
 @options.skip_limit
 @options.classes
@@ -45,6 +50,7 @@ def command(
     skip_limit: int,
     classes: Path | None,
     force: bool,
+    known: Given,
 ) -> None:
     """Write one ONNX file and its sidecar, after comparing it with PyTorch.
 
@@ -60,7 +66,7 @@ def command(
     from asvit_deploy.runners.onnx_runtime import import_onnxruntime
 
     import_onnxruntime()
-    checkpoint = load_checkpoint(ckpt, image_size, arch, ema=ema)
+    checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
     checkpoint = named(checkpoint, of_checkpoint(checkpoint, classes, options.status))
     if not dense:
         pipeline.require_adaptive(checkpoint)
@@ -69,6 +75,7 @@ def command(
     pictures = open_images(images, checkpoint.config, 16, skip_limit, options.status)
     config = checkpoint.config
     kind = "dense" if dense else "adaptive"
+    options.tell(checkpoint)
     options.status(f"{ckpt}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")
     parity = pipeline.export(checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema)
     for name, result in parity.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,25 @@ import click
 from asvit_deploy.cli import options
 
 if TYPE_CHECKING:
+    from asvit_deploy.checkpoints.facts import Given
+    from asvit_deploy.models.checkpoint import Checkpoint
     from asvit_deploy.training.data import Source
     from asvit_deploy.training.finetune import Result
 
 _NAMED = 10  # skipped pictures
+_BARE = "average"  # --ema without a value
+
+
+def _ema(context: click.Context, parameter: click.Parameter, text: str | None):
+    """True for the bare option, the decay where it has its older meaning."""
+    if text is None or text == _BARE:
+        return text == _BARE
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no decay; --ema alone takes averaged weights") from (
+            None
+        )
 
 
 def _numbers(kind: type, context: click.Context, parameter: click.Parameter, text: str | None):
@@ -74,7 +90,13 @@ def _numbers(kind: type, context: click.Context, parameter: click.Parameter, tex
     help="Where they start: 1e-3,2e-3,3e-3; `fit` scales them onto the budget first.",
 )  # fmt: skip
 @click.option("--masking", help="`attention` (the method), or `activation`.")
-@click.option("--ema", type=float, help="Decay of a moving average of the weights; 0 keeps none.")
+@click.option(
+    "--ema", "averaged", is_flag=False, flag_value=_BARE, callback=_ema, metavar="",
+    help="Start from averaged weights, of --pretrained and --teacher.",
+)  # fmt: skip
+@click.option(
+    "--ema-decay", "ema", type=float, help="Of a moving average of the weights; 0 keeps none."
+)
 @click.option(
     "--amp", help="`bf16` or `fp16` products [default: no]; scores and thresholds stay float32.",
 )  # fmt: skip
@@ -91,6 +113,7 @@ def _numbers(kind: type, context: click.Context, parameter: click.Parameter, tex
     help="The data's classes in the order of the outputs: text, one a line, or JSON.",
 )  # fmt: skip
 @click.option("--tensorboard", type=options.PATH, help="Folder for TensorBoard's events.")
+@options.facts
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run of this output.")
 @options.force
 def command(
@@ -112,6 +135,8 @@ def command(
     tensorboard: Path | None,
     resume: bool,
     force: bool,
+    averaged: bool | float,
+    known: Given,
     **given: Any,
 ) -> None:
     """Train to a MACs budget (Eq. 10-13 of AS-ViT), or train a dense network.
@@ -126,10 +151,10 @@ def command(
     A run that was stopped goes on with the same command and --resume.
     """
     from asvit_deploy.artifact import check_target
+    from asvit_deploy.checkpoints.facts import fields_of
     from asvit_deploy.classes.name_files import read_names
     from asvit_deploy.errors import UserError
     from asvit_deploy.files import sha256
-    from asvit_deploy.models.checkpoint import load_checkpoint
     from asvit_deploy.models.registry import arch
     from asvit_deploy.training.data import open_source
     from asvit_deploy.training.head_order import check_teacher, in_head_order
@@ -149,6 +174,11 @@ def command(
     first = os.environ.get("RANK", "0") == "0"
     say = options.status if first else lambda text: None
 
+    if averaged is not False and averaged is not True:
+        if given["ema"] is not None:
+            raise UserError(f"--ema {averaged:g} and --ema-decay say the same thing; drop one")
+        say(f"--ema {averaged:g} is the older spelling of --ema-decay {averaged:g}")
+        given["ema"], averaged = averaged, False
     check_options(dense, given)
     if dense and teacher is not None:
         raise UserError("--dense has no teacher; drop one of --dense and --teacher")
@@ -159,8 +189,13 @@ def command(
         )
     if arch_name is None and pretrained is None:
         raise UserError("nothing says which network to train; pass --arch or --pretrained")
+    if pretrained is None and (asked := known.options() + ["--ema"] * averaged):
+        raise UserError(f"{' and '.join(asked)} tell of --pretrained's weights; name them, or drop "
+                        "it")  # fmt: skip
     told = read_recipe(recipe_file) if recipe_file else {}
-    checkpoint = load_checkpoint(pretrained, image_size, arch_name) if pretrained else None
+    checkpoint, mentor = _loaded(pretrained, teacher, image_size, arch_name, averaged, known, say)
+    if checkpoint and checkpoint.headless:
+        _start_headless(checkpoint, dense, teacher, given, say)
     config = checkpoint.config if checkpoint else arch(arch_name or "").at(image_size)
     config = config.with_stages(stages) if stages else config
     target = output or Path(f"{config.name}{'_dense' if dense else ''}.safetensors")
@@ -179,7 +214,6 @@ def command(
     source = in_head_order(source, names, classes, checkpoint, say)
     config = config.at(num_classes=len(source.classes))
     recipe = recipe_for(config, dense, checkpoint is None, source.epoch, given, told)
-    mentor = load_checkpoint(teacher, config.image_size) if teacher else None
     if mentor is not None:
         check_teacher(source, mentor, say)
     identity = {
@@ -188,6 +222,9 @@ def command(
         "stages": list(config.stages),
         "pretrained": sha256(pretrained) if pretrained else None,
         "teacher": sha256(teacher) if teacher else None,
+        # None where nothing was said: states of before know of neither.
+        "averaged": True if averaged else None,
+        "facts": fields_of(config) if fields_of(config) != fields_of(arch(config.name)) else None,
     }
     say(
         f"{config.name}, {config.image_size} px, {len(source.classes)} classes of {source.name} "
@@ -228,6 +265,69 @@ def _pictures(source: Source) -> str:
         return f"{source.epoch:,} training pictures an epoch"
     parts = [f"{source.epoch:,} training pictures", f"{source.held_out:,} for validation"]
     return ", ".join(filter(None, (*parts, others(source.passed_over))))
+
+
+def _loaded(
+    pretrained: Path | None, teacher: Path | None, image_size: int | None, arch_name: str | None,
+    averaged: bool, known: Given, say: Callable[[str], None],
+) -> tuple[Checkpoint | None, Checkpoint | None]:  # fmt: skip
+    """The weights to start from and those to learn from, with a line on each.
+
+    Raises:
+        UserError: as `load_checkpoint`; averaged weights are asked for and neither has any.
+    """
+    from asvit_deploy.checkpoints.facts import seen_alike
+    from asvit_deploy.errors import UserError
+    from asvit_deploy.models.checkpoint import load_checkpoint
+
+    if pretrained is None:
+        return None, None
+    load = partial(load_checkpoint, pretrained, image_size, arch_name, given=known, headless=True)
+    start = load()
+    teach = None
+    if teacher is not None:
+        teach = partial(load_checkpoint, teacher, start.config.image_size)
+    mentor = teach() if teach else None
+    if averaged and not (start.has_average or (mentor and mentor.has_average)):
+        where = f"{pretrained} holds" if mentor is None else f"{pretrained} and {teacher} hold"
+        raise UserError(f"{where} no moving average of its weights; drop --ema")
+    if averaged:
+        start = load(ema=True) if start.has_average else start
+        mentor = teach(ema=True) if teach and mentor and mentor.has_average else mentor
+    for checkpoint in (start, mentor):
+        if checkpoint is not None:
+            options.tell(checkpoint, say)
+            if averaged and not checkpoint.has_average:
+                say(f"{checkpoint.path}: holds no moving average; its own weights are taken")
+    if mentor is not None:
+        alike = seen_alike(mentor.config, mentor.told, start.config.preprocessing)
+        if alike != mentor.config:
+            say(f"{teacher}: what is assumed of its pictures is as {pretrained} sees them instead")
+        mentor = replace(mentor, config=alike)
+    return start, mentor
+
+
+def _start_headless(
+    checkpoint: Checkpoint, dense: bool, teacher: Path | None, given: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Say that the head is fresh; such a network is no teacher, so that an adaptive run needs one.
+
+    Raises:
+        UserError: distillation is asked for, and there is nobody to learn from.
+    """
+    from asvit_deploy.errors import UserError
+
+    alone = not dense and teacher is None
+    if alone and given.get("distill_weight"):
+        raise UserError(
+            f"{checkpoint.path} has no head, so it teaches nothing and --distill-weight "
+            f"{given['distill_weight']:g} needs another teacher; pass --teacher, or drop it"
+        )
+    told = ", and without a --teacher nothing is distilled" if alone else ""
+    say(f"{checkpoint.path}: has no head; a fresh one is trained{told}")
+    if alone:
+        given["distill_weight"] = 0.0
 
 
 def _tell(result: Result, of: str, say: Callable[[str], None]) -> None:

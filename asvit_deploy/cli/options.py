@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.models.registry import Interpolation
+
+if TYPE_CHECKING:
+    from asvit_deploy.models.checkpoint import Checkpoint
 
 
 class CheckpointPath(click.ParamType):
@@ -38,6 +44,21 @@ class Capability(click.ParamType):
             return value
         other = ", nor `all`" if self.all_too else ""
         self.fail(f"{value!r} is not a compute capability such as 86 or 120{other}", param, ctx)
+
+
+class Channels(click.ParamType):
+    """A number for each of red, green and blue, or one for all."""
+
+    name = "r,g,b"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        try:
+            numbers = tuple(map(float, value.replace(",", " ").split()))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3):
+            self.fail(f"{value!r} is neither one number nor three such as 0.5,0.5,0.5", param, ctx)
+        return numbers * 3 if len(numbers) == 1 else numbers
 
 
 class ListsTargets(click.Command):
@@ -83,6 +104,7 @@ checkpoint = click.option(
 images = click.option(
     "--images", type=PATH, help="Folder of pictures [default: photographs of scikit-image]."
 )
+ema = click.option("--ema", is_flag=True, help="Use the averaged weights of a training checkpoint.")
 limit = click.option("--limit", type=click.IntRange(1), help="Use at most so many pictures.")
 skip_limit = click.option(
     "--skip-limit", type=click.IntRange(0), default=0, show_default=True,
@@ -98,6 +120,38 @@ classes = click.option(
     help="Names of the network's outputs in their order: text, one a line, or JSON (id2label).",
 )  # fmt: skip
 models = click.argument("models", nargs=-1, type=PATH)
+
+
+_FACTS = (
+    click.option("--mean", type=Channels(), help="Of pixels from 0 to 1: R,G,B or one number."),
+    click.option("--std", type=Channels(), help="Likewise."),
+    click.option(
+        "--crop-pct", type=float, help="Side of the centre crop over the resized shorter side."
+    ),
+    click.option(
+        "--interpolation", type=click.Choice(get_args(Interpolation)), help="Of the resizing."
+    ),
+    click.option("--heads", type=click.IntRange(1), help="Attention heads."),
+)
+
+
+def facts(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for what weights cannot tell, as one argument `known` of the command.
+
+    By default they come from what lies beside or in the checkpoint, else from its arch.
+    """
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any, mean: Any, std: Any, crop_pct: Any, interpolation: Any, heads: Any, **more: Any
+    ) -> Any:
+        from asvit_deploy.checkpoints.facts import Given
+
+        return command(*args, known=Given(mean, std, crop_pct, interpolation, heads), **more)
+
+    for option in reversed(_FACTS):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def artefacts(named: tuple[Path, ...], *kinds: str, several: bool = False) -> list[Path]:
@@ -119,6 +173,12 @@ def artefacts(named: tuple[Path, ...], *kinds: str, several: bool = False) -> li
     if len(found) > 1 and not several:
         raise UserError(f"several artefacts here, name one: {', '.join(map(str, found))}")
     return found
+
+
+def tell(checkpoint: Checkpoint, say: Callable[[str], None] | None = None) -> None:
+    """What a load took, from where, and what it left out, on stderr."""
+    for line in checkpoint.lines:
+        (say or status)(line)
 
 
 def status(message: str) -> None:

@@ -95,15 +95,11 @@ def _graph(graph: bool) -> str:
 
 def dense_peer(session: EngineSession, pictures: ImageSet, folder: Path) -> Path:
     """The dense twin of the engine's checkpoint as an engine for the same batches."""
-    from asvit_deploy.evaluate.reference import source_file
+    from asvit_deploy.evaluate.reference import reference_checkpoint
     from asvit_deploy.export.pipeline import export
-    from asvit_deploy.models.checkpoint import load_checkpoint
 
-    record = session.fields["source"]["checkpoint"]
-    path = source_file(session.onnx, record, "checkpoint", "export")
-    checkpoint = load_checkpoint(
-        path, session.fields["image_size"], session.fields["arch"], record.get("ema", False)
-    )
+    fields = {**session.fields, "source": session.fields["source"]["checkpoint"]}
+    checkpoint = reference_checkpoint(session.onnx, fields)
     onnx = folder / "dense.onnx"
     export(checkpoint, onnx, pictures[:2], session.fields["batch"], dense=True)
     return _build(session, onnx, PARITY[session.fields["precision"]])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
+from asvit_deploy.checkpoints import facts
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
-from asvit_deploy.models.checkpoint import build_model, load_checkpoint
+from asvit_deploy.models.checkpoint import Checkpoint, build_model, load_checkpoint
 from asvit_deploy.models.registry import ARCHS, ArchConfig, arch
 from asvit_deploy.models.vit import AdaptiveViT
 
@@ -46,12 +47,17 @@ def check_fields(artifact: Path, fields: dict[str, Any]) -> None:
         refuse("classes_from")
     if not all(type(source.get(key)) is str for key in ("path", "sha256")):
         refuse("source")
+    try:
+        facts.recorded(arch(fields["arch"]), fields)
+    except ValueError as error:
+        refuse(str(error))
 
 
 def config_of(fields: dict[str, Any]) -> ArchConfig:
-    """The architecture that a sidecar describes."""
+    """The architecture that a sidecar describes, with its own preprocessing, heads and epsilon."""
     config = arch(fields["arch"]).at(fields["image_size"], fields["num_classes"])
-    return config.with_stages(fields["stages"]) if fields.get("stages") else config
+    config = config.with_stages(fields["stages"]) if fields.get("stages") else config
+    return facts.recorded(config, fields)
 
 
 def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -> Path:
@@ -82,8 +88,18 @@ def reference_model(artifact: Path, fields: dict[str, Any], dense: bool = False)
     Raises:
         UserError: as `source_file` and `load_checkpoint`.
     """
-    path = source_file(artifact, fields["source"], "checkpoint", "export")
-    checkpoint = load_checkpoint(
-        path, fields["image_size"], fields["arch"], ema=fields["source"].get("ema", False)
-    )
-    return build_model(checkpoint, dense=dense)
+    return build_model(reference_checkpoint(artifact, fields), dense=dense)
+
+
+def reference_checkpoint(artifact: Path, fields: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of an artefact, with the facts that the artefact records.
+
+    Raises:
+        UserError: as `source_file` and `load_checkpoint`.
+    """
+    record = fields["source"]
+    path = source_file(artifact, record, "checkpoint", "export")
+    return load_checkpoint(
+        path, fields["image_size"], fields["arch"], ema=record.get("ema", False),
+        recorded=config_of(fields),
+    )  # fmt: skip

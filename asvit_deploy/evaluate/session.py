@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 from asvit_deploy import artifact
+from asvit_deploy.checkpoints.facts import fields_of
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluate.reference import check_fields, config_of, reference_model
 from asvit_deploy.models.registry import ArchConfig
@@ -19,7 +20,7 @@ from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
 
 # Sidecar fields that two artefacts share if they can be compared token by token.
-_OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages", "preprocessing")
+_OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages")
 
 
 @dataclass
@@ -85,13 +86,13 @@ class Session:
 
     def refuse_other_network(self, other: Session) -> None:
         """Raise UserError where `other` is no reference for this one, in one line that says why."""
-        for key in _OF_THE_NETWORK:
-            ours, theirs = self.fields[key], other.fields[key]
-            if ours != theirs:
-                raise UserError(
-                    f"{other.path} is no reference for {self.path}: {key} is {theirs} there, "
-                    f"{ours} here; name an artefact of the same network"
-                )
+        for made in (_told, lambda session: fields_of(session.config)):
+            for (key, ours), theirs in zip(made(self).items(), made(other).values()):
+                if ours != theirs:
+                    raise UserError(
+                        f"{other.path} is no reference for {self.path}: {key} is {theirs} there, "
+                        f"{ours} here; name an artefact of the same network"
+                    )
 
     @cached_property
     def model(self) -> onnx.ModelProto:
@@ -145,6 +146,10 @@ class Session:
         stages = len(self.fields["thresholds"]) if self.adaptive else 0
         return OrtRunner(self.model, library, threads=threads, record=record, name=str(self.path),
                          stages=stages)  # fmt: skip
+
+
+def _told(session: Session) -> dict[str, Any]:
+    return {key: session.fields[key] for key in _OF_THE_NETWORK}
 
 
 def find_op_library(named: Path | None) -> Path | None:

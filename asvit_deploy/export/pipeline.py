@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from asvit_deploy import artifact
+from asvit_deploy.checkpoints.facts import fields_of
+from asvit_deploy.checkpoints.reading import stem_of
 from asvit_deploy.classes.network import OWN
 from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.export.to_onnx import IR_VERSION, OPSET, to_onnx
@@ -27,12 +28,7 @@ _OUTSIDE = ("source", "tool", "libraries", "python", "command")
 
 def default_output(checkpoint: Path, dense: bool) -> Path:
     """`as_deit_s.pt` -> `as_deit_s.onnx` (or `as_deit_s.dense.onnx`) in the current folder."""
-    name = checkpoint.name
-    for ending in (".safetensors", ".pth.tar", ".pth", ".pt", ".tar", ".bin"):
-        if name.endswith(ending):
-            name = name.removesuffix(ending)
-            break
-    return Path(name + (".dense.onnx" if dense else ".onnx"))
+    return Path(stem_of(checkpoint) + (".dense.onnx" if dense else ".onnx"))
 
 
 def require_adaptive(checkpoint: Checkpoint) -> None:
@@ -61,7 +57,8 @@ def describe_model(
         "num_classes": config.num_classes,
         "classes": json.loads(classes) if classes else None,
         "classes_from": checkpoint.metadata.get("classes_from", OWN) if classes else None,
-        "preprocessing": asdict(config.preprocessing),
+        **fields_of(config),
+        **checkpoint.told.fields(),
         "stages": list(config.stages) if model.adaptive else [],
         "thresholds": model.threshold_values(),
         "budget": float(budget) if budget and model.adaptive else None,

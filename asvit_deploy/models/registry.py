@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from asvit_deploy.errors import UserError
 
@@ -15,17 +15,30 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
+CropMode = Literal["center", "squash"]
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How a picture becomes the network's input: resize the shorter side, centre crop, normalise.
 
-    The shorter side becomes `int(image_size / crop_pct)` pixels before the centre crop.
+    The shorter side becomes `int(image_size / crop_pct)` pixels before the centre crop; with
+    "squash" both sides do, whatever that makes of the picture's proportions.
     """
 
     crop_pct: float = 224 / 256
-    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    crop_mode: CropMode = "center"
+
+    def fields(self) -> dict[str, Any]:
+        """As sidecars have it: the usual crop goes without saying, as in older ones."""
+        fields = asdict(self)
+        if self.crop_mode == "center":
+            del fields["crop_mode"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,7 @@ class ArchConfig:
     stem: Literal["patch", "conv"] = "patch"
     num_classes: int = 1000
     preprocessing: Preprocessing = Preprocessing()
+    eps: float = 1e-6  # of every LayerNorm
 
     @property
     def grid(self) -> int:
@@ -110,8 +124,8 @@ ARCHS: dict[str, ArchConfig] = {
         ArchConfig("as_deit_tiny", "deit", 192, 3, 12, 4, (4, 7, 10)),
         ArchConfig("as_deit_small", "deit", 384, 6, 12, 4, (4, 7, 10)),
         ArchConfig("as_deit_base", "deit", 768, 12, 12, 4, (4, 7, 10)),
-        ArchConfig("as_lvvit_s", "lvvit", 384, 6, 16, 3, (5, 9, 13), stem="conv"),
-        ArchConfig("as_lvvit_m", "lvvit", 512, 8, 20, 3, (6, 11, 16), stem="conv"),
+        ArchConfig("as_lvvit_s", "lvvit", 384, 6, 16, 3, (5, 9, 13), stem="conv", eps=1e-5),
+        ArchConfig("as_lvvit_m", "lvvit", 512, 8, 20, 3, (6, 11, 16), stem="conv", eps=1e-5),
         # Small enough to train on two cores: demos, CI and the default checkpoint. A DeiT but for
         # LV-ViT's stem, with which it learns from ten times fewer pictures.
         ArchConfig(

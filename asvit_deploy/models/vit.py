@@ -178,10 +178,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ArchConfig) -> None:
         super().__init__()
-        eps = 1e-6 if config.family == "deit" else 1e-5
-        self.norm1 = nn.LayerNorm(config.dim, eps=eps)
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.dim, eps=eps)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
         self.mlp = Mlp(config)
         self.halve = config.family == "lvvit"
 
@@ -208,7 +207,7 @@ class AdaptiveViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.image_tokens, config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.dim, eps=self.blocks[0].norm1.eps)  # type: ignore
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps)
         self.head = nn.Linear(config.dim, config.num_classes)
         self.thresholds = nn.ParameterList(
             nn.Parameter(torch.tensor(INITIAL_THRESHOLD * (stage + 1)))

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from asvit_deploy.artifact import check_target, provenance
 from asvit_deploy.data.skips import too_many
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint
+from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint, with_head
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
 from asvit_deploy.training.batches import Batch
@@ -455,6 +455,8 @@ def _start(
     accelerator: Accelerator,
 ) -> tuple[AdaptiveViT, AdaptiveViT | None]:  # fmt: skip
     """The network to train and its teacher, once it is sure that the run can be made."""
+    if pretrained is not None and pretrained.headless:
+        pretrained = with_head(pretrained, config.num_classes, recipe.seed)
     if accelerator.device.type == "cpu":  # a GPU says itself when it is full
         check_memory(config, recipe.batch_size, accelerator.num_processes)
     if recipe.budget is None:
@@ -574,7 +576,8 @@ def finetune(
             skipped.check()
             log.write({"event": f"validation{of}", **figures})
             if main:
-                _save(path, network, source, recipe, identity, Result(figures, fit))
+                told = pretrained.told.metadata() if pretrained else {}
+                _save(path, network, source, recipe, identity, Result(figures, fit), told)
             return Result(figures, fit)
 
         averaged = None
@@ -590,12 +593,13 @@ def finetune(
 
 def _save(
     path: Path, network: AdaptiveViT, source: Source, recipe: Recipe, identity: dict[str, Any],
-    result: Result,
+    result: Result, facts: dict[str, str],
 ) -> None:  # fmt: skip
+    """Write a network and its sidecar; `facts` says where those of its start came from."""
     made = provenance(("torch", "accelerate", "kornia", "mlxtend"))
     made |= {"recipe": asdict(recipe), **identity, **result.validation}
     metadata = {"classes": json.dumps(source.classes), "classes_from": source.classes_from}
-    metadata["provenance"] = json.dumps(made)
+    metadata |= {"provenance": json.dumps(made), **facts}
     if result.fit is not None:
         metadata["budget"] = str(recipe.budget)
         metadata["budget_fit"] = json.dumps({**asdict(result.fit), "missed": result.fit.missed})

@@ -72,7 +72,7 @@ def in_head_order(
     if names is not None and path is not None:
         _require_same(source, names, path)
         source = Relabelled(source, names, f"--classes {path.name}")
-    if start is None or start.config.num_classes != len(source.classes):
+    if start is None or start.headless or start.config.num_classes != len(source.classes):
         return source
     order = _outputs(source.classes, start, say, "--classes" if names is not None else None)
     if order is None or names is not None or order == source.classes:

@@ -60,8 +60,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
         raise UserError(f"{path} is no TOML: {error}; mend it there") from error
     given = {name.replace("-", "_"): value for name, value in told.items()}
+    given = {{"ema_decay": "ema"}.get(name, name): value for name, value in given.items()}
     if len(given) < len(told):
-        raise UserError(f"{path} has an option twice, once with - and once with _; drop one")
+        raise UserError(f"{path} has an option twice, in two spellings; drop one")
     for name, value in given.items():
         if name not in _KNOWN:
             known = ", ".join(sorted(_KNOWN)).replace("_", "-")
@@ -94,7 +95,7 @@ def check_options(dense: bool, given: Mapping[str, Any]) -> None:
         raise UserError("--steps and --epochs say the same thing; drop one")
     for name in _ADAPTIVE:
         if dense and name in named:
-            option = name.replace("_", "-")
+            option = "ema-decay" if name == "ema" else name.replace("_", "-")
             raise UserError(f"--dense has no {option}; drop one of --dense and --{option}")
 
 

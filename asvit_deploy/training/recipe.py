@@ -71,7 +71,7 @@ def _check(options: Any) -> None:
     for field in fields(options):
         value = getattr(options, field.name)
         if meant := wanted(field.name, value):
-            option = field.name.replace("_", "-")
+            option = "ema-decay" if field.name == "ema" else field.name.replace("_", "-")
             raise UserError(f"--{option} {value} cannot be used; pass {meant}")
 
 

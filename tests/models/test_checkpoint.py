@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -175,7 +176,8 @@ def test_our_own_format_round_trips(config, adaptive, tmp_path):
     assert checkpoint.format == "asvit-deploy"
     assert checkpoint.metadata == {
         "format": "asvit-deploy", "schema": "1", "arch": config.name, "image_size": "64",
-        "num_classes": "7", "budget": "0.65",
+        "num_classes": "7", "budget": "0.65", "heads": str(config.heads), "eps": str(config.eps),
+        "preprocessing": json.dumps(config.preprocessing.fields()),
     }  # fmt: skip
     assert logits(build_model(checkpoint)).equal(logits(model))
     assert sorted(os.listdir(tmp_path)) == ["own.safetensors", "own.safetensors.json"]
@@ -216,7 +218,7 @@ def test_the_real_sizes_are_told_apart():
     for name, row in ARCHS.items():
         with torch.device("meta"):
             state = build(row).state_dict()
-        assert _fitting_archs(state, refuse) == [name]
+        assert _fitting_archs(state, False, refuse) == [name]
 
 
 # --- another image size -------------------------------------------------------------------------
@@ -292,9 +294,9 @@ def test_unknown_size_is_refused_with_its_measures(file):
 
 def test_position_embeddings_must_be_square(file):
     state = dense_state(DEIT)
-    state["pos_embed"] = torch.zeros(1, 1 + 15, 128)
+    state["pos_embed"] = torch.zeros(1, 1 + 14, 128)
     torch.save(state, file)
-    assert "15 image tokens; only square grids" in refusal(file)
+    assert "14 image tokens; only square grids" in refusal(file)
 
 
 # --- files that are no checkpoint ---------------------------------------------------------------
@@ -417,8 +419,8 @@ def changed(config, **extra):
         ({"score_predictor.2.out_conv.4.bias": torch.zeros(2)}, "DynamicViT"),
         ({"dist_token": torch.zeros(1, 1, 128)}, "distilled DeiT"),
         ({"head_dist.weight": torch.zeros(7, 128)}, "distilled DeiT"),
-        ({"norm_pre.weight": torch.zeros(128)}, "does not know: norm_pre.weight"),
-        ({"blocks.0.ls1.gamma": torch.zeros(128)}, "does not know: blocks.0.ls1.gamma"),
+        ({"norm_pre.weight": torch.zeros(128)}, "is a CLIP (norm_pre.weight)"),
+        ({"blocks.0.ls1.gamma": torch.zeros(128)}, "DINOv2 (LayerScale: blocks.0.ls1.gamma)"),
         ({f"extra.{i}": torch.zeros(1) for i in range(9)}, "extra.0, extra.1, extra.2 and 6 more"),
     ],
 )
@@ -573,7 +575,7 @@ def rewrite(path, **metadata):
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"schema": "3"}, "has schema 3, this version reads up to 2; update the tool"),
+        ({"schema": "4"}, "has schema 4, this version reads up to 3; update the tool"),
         ({"schema": "one"}, "does not say its schema"),
         ({"schema": None}, "does not say its schema"),
         ({"arch": None}, "does not say its arch"),

@@ -50,7 +50,7 @@ def test_a_dense_run_has_no_budget_and_no_average():
     assert (recipe.budget, recipe.ema, recipe.lr, recipe.min_lr) == (None, 0.0, 1e-3, 1e-6)
     assert recipe.smoothing == 0.1
     for name, value in (("budget", 0.5), ("ema", 0.9), ("flops_weight", 1.0)):
-        option = name.replace("_", "-")
+        option = {"ema": "ema-decay"}.get(name, name.replace("_", "-"))
         with pytest.raises(UserError, match=f"--dense has no {option}; drop one"):
             recipe_for(SMALL, True, True, 100, {name: value}, {})
 

@@ -1,0 +1,368 @@
+"""Facts that weights cannot tell: how pictures are prepared, heads, the norms' epsilon.
+
+They come from an option, our own file's metadata, the config files beside a checkpoint, or what
+it holds of its training. What none of these says is assumed by the row of the table, and the line
+that `Told` makes always says which.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from asvit_deploy.checkpoints.configs import sources_beside
+from asvit_deploy.checkpoints.names import moco_name, timm_name
+from asvit_deploy.checkpoints.reading import Refuse, quoted
+from asvit_deploy.checkpoints.source import Source, checked, meant
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.registry import ArchConfig, Preprocessing
+
+_PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
+_FACTS = (*_PREPROCESSING, "heads", "eps")
+ASSUMED = "assumed"
+_OPTION = "option"
+_OURS = "its metadata"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Facts that the user gives; None where not.
+
+    Raises:
+        UserError: one is not what it must be.
+    """
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    heads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.settled().items():
+            if checked(name, value) is None:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} {quoted(value)} cannot be used; pass {meant(name)}")
+
+    def settled(self) -> dict[str, Any]:
+        """Those that are given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def options(self) -> list[str]:
+        """Their options, as the command line has them."""
+        return [f"--{name.replace('_', '-')}" for name in self.settled()]
+
+
+NOTHING_GIVEN = Given()
+
+
+@dataclass(frozen=True)
+class Told:
+    """Where each fact came from, by its name: `assumed`, or what said it."""
+
+    origins: dict[str, str] = field(default_factory=dict)
+    line: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        """As sidecars and metadata keep it."""
+        of = {name: origin for name, origin in self.origins.items() if name in _PREPROCESSING}
+        return {"preprocessing_from": of, "heads_from": self.origins.get("heads", ASSUMED),
+                "eps_from": self.origins.get("eps", ASSUMED)}  # fmt: skip
+
+    def metadata(self) -> dict[str, str]:
+        """The same for `save_checkpoint`; nothing where there was no load."""
+        return {k: json.dumps(v) for k, v in self.fields().items()} if self.origins else {}
+
+
+def seen_alike(config: ArchConfig, told: Told, other: Preprocessing) -> ArchConfig:
+    """The architecture with another network's preprocessing, where its own is only assumed."""
+    assumed = [name for name in _PREPROCESSING if told.origins.get(name, ASSUMED) == ASSUMED]
+    rules = {name: getattr(other, name) for name in assumed}
+    return replace(config, preprocessing=replace(config.preprocessing, **rules))
+
+
+# --- what a file holds of itself ----------------------------------------------------------------
+
+
+def model_names(content: Any, options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What a file calls its model, by the place that does."""
+    found = {}
+    if isinstance(content, dict) and isinstance(content.get("arch"), str):
+        found["arch"] = content["arch"]
+    for place, told in options.items():
+        for key in ("model", "arch", "model_name", "architecture"):
+            if isinstance(told.get(key), str):
+                found[f"{place}.{key}"] = told[key]
+                break
+    return found
+
+
+def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> list[Source]:
+    """What `args` and their like, and the model's name, say."""
+    sources = [_of_options(place, told) for place, told in options.items()]
+    keys = content.keys() if isinstance(content, dict) else ()
+    moco = "student" not in keys and "teacher" not in keys
+    for place, name in model_names(content, options).items():
+        source = Source(f"{place} {name}")
+        by_moco = place == "arch" or any(key.startswith("moco") for key in _all(options))
+        implied = moco_name(name) if moco and by_moco else None
+        if implied:  # these heads are none that the shapes suggest: they count as said
+            source.say("heads", implied.pop("heads"))
+        else:
+            implied = timm_name(name)
+            cropped = place == "arch" or "crop_pct" in options.get(place.split(".")[0], {})
+            if implied and not cropped:  # DeiT's own scripts crop otherwise than timm's
+                del implied["crop_pct"]
+        if implied:
+            source.named(name, implied)
+            sources.append(source)
+    return sources
+
+
+def _all(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [key for told in options.values() for key in told]
+
+
+def _of_options(place: str, told: Mapping[str, Any]) -> Source:
+    source = Source(place)
+    for name in ("mean", "std", "interpolation"):
+        source.say(name, told.get(name))
+    for name, keys in (("crop_pct", ("crop_pct", "eval_crop_ratio")),
+                       ("heads", ("num_heads", "num_attention_heads", "heads"))):  # fmt: skip
+        for key in reversed([key for key in keys if told.get(key) is not None]):
+            source.say(name, told[key], key)
+    source.say("eps", told.get("layer_norm_eps"), "layer_norm_eps")
+    source.activation(told.get("act_layer") or told.get("hidden_act"))
+    for key in ("input_size", "img_size", "image_size"):
+        if told.get(key):
+            source.size(key, told[key])
+            break
+    pooling = told.get("gp", told.get("global_pool"))
+    if pooling not in (None, False, "", "token", "fast"):
+        source.cannot["global_pool"] = f"global_pool {quoted(pooling)}, not the class token"
+    return source
+
+
+def own_source(metadata: Mapping[str, str], config: ArchConfig) -> tuple[Source, dict[str, str]]:
+    """What our own file's metadata says, and where it had that from.
+
+    Older files say nothing: they were made with their arch's own row.
+
+    Raises:
+        ValueError: a field is not what it must be.
+    """
+    told = {k: json.loads(metadata[k]) for k in _FIELDS if k in metadata}
+    known = recorded(config, told)
+    source = Source(_OURS)
+    source.says = {**vars(known.preprocessing), "heads": known.heads, "eps": known.eps}
+    origins = told.get("preprocessing_from", {}) if "preprocessing" in told else {}
+    if not isinstance(origins, dict) or not all(isinstance(o, str) for o in origins.values()):
+        raise ValueError("preprocessing_from")
+    of = dict.fromkeys(_FACTS, f"its arch {config.name}")
+    of |= {name: origin for name, origin in origins.items() if name in _PREPROCESSING}
+    for name in ("heads", "eps"):
+        origin = told.get(f"{name}_from", of[name])
+        if not isinstance(origin, str):
+            raise ValueError(f"{name}_from")
+        of[name] = origin
+    return source, of
+
+
+_FIELDS = ("preprocessing", "heads", "eps", "preprocessing_from", "heads_from", "eps_from")
+
+
+def fields_of(config: ArchConfig) -> dict[str, Any]:
+    """The facts of a network, as sidecars and metadata keep them."""
+    return {
+        "preprocessing": config.preprocessing.fields(), "heads": config.heads, "eps": config.eps,
+    }  # fmt: skip
+
+
+def recorded(config: ArchConfig, fields: Mapping[str, Any]) -> ArchConfig:
+    """The architecture with the facts that a sidecar or our own metadata records.
+
+    Raises:
+        ValueError: a field is not what it must be; it names the field.
+    """
+    rules = config.preprocessing
+    if "preprocessing" in fields:
+        told = fields["preprocessing"]
+        needed = set(_PREPROCESSING) - {"crop_mode"}
+        if not isinstance(told, Mapping) or not needed <= told.keys() <= set(_PREPROCESSING):
+            raise ValueError("preprocessing")
+        known = {name: checked(name, value) for name, value in told.items()}
+        if None in known.values():
+            raise ValueError("preprocessing")
+        rules = Preprocessing(**known)
+    heads, eps = fields.get("heads", config.heads), fields.get("eps", config.eps)
+    if checked("heads", heads) is None or config.dim % heads:
+        raise ValueError("heads")
+    if checked("eps", eps) is None:
+        raise ValueError("eps")
+    return replace(config, preprocessing=rules, heads=heads, eps=float(eps))
+
+
+# --- who wins -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is known of a file before its facts are settled.
+
+    Attributes:
+        config: the row that its shapes fit, at the file's own size.
+        headless: it has no classes of its own.
+        sized: the user asked for an image size, so that none which is told matters.
+        named: the user said which architecture it is, so that no name matters.
+    """
+
+    path: Path
+    config: ArchConfig
+    headless: bool
+    sized: bool
+    named: bool
+
+
+def settle(
+    loaded: Loaded, given: Given, own: tuple[Source, dict[str, str]] | None,
+    within: list[Source], refuse: Refuse,
+) -> tuple[ArchConfig, Told, list[str]]:  # fmt: skip
+    """The architecture with every fact settled, where each came from, and lines on what was not
+    taken.
+
+    Raises:
+        UserError: a source is broken, cannot be obeyed, disagrees with the weights or with another
+            one, and no option settles it.
+    """
+    config, options = loaded.config, given.settled()
+    heads = options.get("heads")
+    if heads is not None and config.dim % heads:
+        fits = [h for h in range(1, config.dim + 1) if config.dim % h == 0]
+        near = min(fits, key=lambda h: abs(h - heads))
+        raise UserError(
+            f"--heads {heads} does not divide the width {config.dim} of {config.name}; pass a "
+            f"divisor, such as {near}"
+        )
+    beside, lines = ([], []) if own is not None else sources_beside(loaded.path)
+    sources = [*([own[0]] if own else []), *beside, *within]
+    for source in sources:
+        _check_source(source, loaded, options, refuse)
+    chosen: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name in _FACTS:
+        if name in options:
+            chosen[name], origins[name] = options[name], f"{_OPTION} --{name.replace('_', '-')}"
+            continue
+        # Who says how to crop has said it for both ways.
+        settled = name == "crop_mode" and "crop_pct" in options
+        found = _first(name, sources, refuse, settled)
+        if found is not None:
+            value, source = found
+            chosen[name] = value
+            origins[name] = own[1][name] if own and source is own[0] else source.name
+        else:
+            origins[name] = ASSUMED
+    rules = {name: chosen[name] for name in _PREPROCESSING if name in chosen}
+    config = replace(
+        config,
+        preprocessing=replace(config.preprocessing, **rules),
+        heads=chosen.get("heads", config.heads),
+        eps=chosen.get("eps", config.eps),
+    )
+    if config.preprocessing.crop_mode == "center":  # which goes without saying
+        del origins["crop_mode"]
+    ours = own is not None
+    return config, Told(origins, _line(config, origins, loaded.config, ours)), lines
+
+
+def _check_source(
+    source: Source, loaded: Loaded, options: Mapping[str, Any], refuse: Refuse
+) -> None:
+    """Refuse what a source says that cannot be obeyed, or that is not true of the weights."""
+    for name, what in source.cannot.items():
+        option = {"crop_mode": "crop_pct"}.get(name, name)
+        if option not in options:
+            known = f"; pass --{option.replace('_', '-')}" if option in vars(NOTHING_GIVEN) else ""
+            mend = known or "; this version computes exact GELU networks with a class token alone"
+            refuse(f"cannot be loaded: {source.name} says {what}{mend}")
+    config, settled = loaded.config, set()
+    if loaded.sized:
+        settled.add("image_size")
+    if loaded.headless:
+        settled.add("num_classes")
+    for name, word, value in source.weights:
+        attribute = {"width": "dim"}.get(name, name)
+        holds = getattr(config, attribute)
+        by_name = loaded.named and word.endswith(f": {name}")
+        if name in settled or by_name or (type(value) is int and value == holds):
+            continue
+        refuse(
+            f"holds {name.replace('_', ' ')} {holds} where {source.name} says {word} "
+            f"{quoted(value)}: one of them is another network's; mend or remove what it says"
+        )
+    heads = source.says.get("heads")
+    if heads is not None and config.dim % heads and "heads" not in options:
+        refuse(
+            f"has width {config.dim}, which the {heads} heads of {source.name} do not divide; pass "
+            "--heads"
+        )
+
+
+def _equal(name: str, a: Any, b: Any) -> bool:
+    if name in ("mean", "std"):
+        return all(abs(x - y) <= 1e-3 for x, y in zip(a, b))
+    if name == "crop_pct":
+        return abs(a - b) <= 1e-3
+    return math.isclose(a, b, rel_tol=1e-6) if name == "eps" else a == b
+
+
+def _first(
+    name: str, sources: list[Source], refuse: Refuse, settled: bool
+) -> tuple[Any, Source] | None:
+    """The first that says a fact, once those that say it agree; what is said outright comes
+    before what a model's name stands for."""
+    for place in ("says", "stands_for"):
+        found = [(getattr(s, place)[name], s) for s in sources if name in getattr(s, place)]
+        if not found:
+            continue
+        value, first = found[0]
+        for other, source in found[1:]:
+            # Our own file is the later one: what it was made from is not asked again.
+            if not (settled or first.name == _OURS or _equal(name, value, other)):
+                option = "--crop-pct" if name == "crop_mode" else f"--{name.replace('_', '-')}"
+                refuse(
+                    f"has two accounts of its {name}: {first.name} says {_shown(value)}, "
+                    f"{source.name} says {_shown(other)}; pass {option}, or mend one"
+                )
+        return value, first
+    return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]:.4g}" if len(set(value)) == 1 else " ".join(f"{v:.4g}" for v in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours: bool) -> str:
+    """All facts by where they came from, in one line."""
+    rules, groups = config.preprocessing, dict[str, list[str]]()
+    words = {
+        "mean": f"mean {_shown(rules.mean)}", "std": f"std {_shown(rules.std)}",
+        "crop_pct": f"crop {rules.crop_pct:.4g}", "interpolation": rules.interpolation,
+        "crop_mode": {"squash": "squashed"}.get(rules.crop_mode, ""),
+        "heads": f"{config.heads} heads",
+        "eps": f"eps {config.eps:g}" if config.eps != row.eps else "",
+    }  # fmt: skip
+    for name, word in words.items():
+        if word and name in origins:
+            groups.setdefault(origins[name], []).append(word)
+    parts = []
+    for origin, told in groups.items():
+        what = f"assumed ({config.name}'s)" if origin == ASSUMED else f"from {origin}"
+        parts.append(f"{', '.join(told)} {what.replace(f'from {_OPTION} ', 'by ')}")
+    return "; ".join(parts) + (", as its metadata says" if ours else "")

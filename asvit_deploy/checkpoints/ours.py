@@ -1,0 +1,78 @@
+"""What a file of our own says of itself must fit what it holds: later steps take it from there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from asvit_deploy.checkpoints.reading import Refuse, quoted
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.registry import ArchConfig
+
+FORMAT = "asvit-deploy"
+SCHEMA = 3  # 2 tells stages of its own, 3 other facts than the arch's, which those before ignore
+
+
+def parsed(value: str) -> Any:
+    """JSON, or the text as it is."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def check_schema(metadata: Mapping[str, str], refuse: Refuse) -> None:
+    """Refuse a file of a newer schema, or one that lacks what every schema has."""
+    schema = metadata.get("schema", "")
+    if not schema.isdecimal():
+        refuse("does not say its schema; write it again with this tool")
+    if int(schema) > SCHEMA:
+        refuse(f"has schema {schema}, this version reads up to {SCHEMA}; update the tool")
+    if not {"arch", "image_size", "num_classes"} <= metadata.keys():
+        refuse("does not say its arch, image_size and num_classes; write it again with this tool")
+
+
+def check_told(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) -> None:
+    """What our own file says of itself must fit its tensors: later steps take it from here."""
+    for key, holds in (("image_size", config.image_size), ("num_classes", config.num_classes)):
+        if metadata[key] != str(holds):
+            refuse(
+                f"says {key} {quoted(metadata[key])} but holds {holds}; write it again with this "
+                "tool"
+            )
+    if "budget" in metadata and not 0 < _number(metadata["budget"]) < math.inf:
+        refuse(
+            f"says budget {quoted(metadata['budget'])}, which is no number above 0; write it "
+            "again with this tool"
+        )
+    if "classes" in metadata:
+        names = parsed(metadata["classes"])
+        fits = isinstance(names, list) and len(names) == config.num_classes
+        if not fits or not all(isinstance(name, str) for name in names):
+            refuse(
+                f"says classes {quoted(metadata['classes'])}, which is no JSON list of "
+                f"{config.num_classes} names; write it again with this tool"
+            )
+
+
+def staged(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) -> ArchConfig:
+    """The architecture with the stages that the file tells, where they are not its usual ones."""
+    if "stages" not in metadata:
+        return config
+    stages = parsed(metadata["stages"])
+    try:
+        return config.with_stages(stages if isinstance(stages, list) else [])
+    except (UserError, TypeError):
+        refuse(
+            f"says stages {quoted(metadata['stages'])}, which do not fit {config.name}; write it "
+            "again with this tool"
+        )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

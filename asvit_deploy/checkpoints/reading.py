@@ -1,0 +1,138 @@
+"""Bytes to objects: what a checkpoint file holds, of which nothing is ever run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+Refuse = Callable[[str], NoReturn]
+
+# Endings of checkpoint files, the longer ones first.
+ENDINGS = (".safetensors", ".pth.tar", ".pth", ".ckpt", ".pt", ".tar", ".bin")
+_OLD_TORCH = (
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before its zip files
+)
+_LISTED = 3  # keys that a message names before it says how many more there are
+
+
+class _InertPath(str):
+    """Stands in for a path among a run's options."""
+
+    def __new__(cls, *parts: Any) -> _InertPath:
+        return super().__new__(cls, "/".join(map(str, parts)))
+
+
+# Classes that training scripts save beside the weights: argparse's own is as inert as a dict, and
+# stand-ins load under the names of the others, of which nothing is imported. Torch fills none but
+# a plain dict.
+_KNOWN: list[Any] = [
+    argparse.Namespace,
+    (dict, "lightning_fabric.utilities.data.AttributeDict"),
+    (dict, "lightning.fabric.utilities.data.AttributeDict"),
+    (dict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (dict, "lightning.pytorch.utilities.parsing.AttributeDict"),
+    (_InertPath, "pathlib.PosixPath"),
+    (_InertPath, "pathlib.PurePosixPath"),
+    (_InertPath, "pathlib.WindowsPath"),
+    (_InertPath, "pathlib._local.PosixPath"),
+    (_InertPath, "pathlib._local.WindowsPath"),
+]
+
+
+def stem_of(checkpoint: Path) -> str:
+    """The file's name without what says that it is a checkpoint."""
+    for ending in ENDINGS:
+        if checkpoint.name.endswith(ending):
+            return checkpoint.name.removesuffix(ending)
+    return checkpoint.name
+
+
+def listed(names: Any) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def quoted(value: Any) -> str:
+    """A foreign value in one line, not too long."""
+    text = value if isinstance(value, str) else str(value)
+    short = text if len(text) <= 40 else f"{text[:40]}…"
+    return repr(short) if isinstance(value, str) else " ".join(short.split())
+
+
+def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str]]:
+    """The objects in a file, and the metadata of a `.safetensors`; told apart by content."""
+    if path.is_dir():
+        refuse("is a folder; name the checkpoint file in it")
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        refuse("is no regular file; name a checkpoint file")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except FileNotFoundError:
+        refuse("does not exist; check the path")
+    except OSError as error:
+        refuse(f"cannot be read: {error.strerror}; check its permissions")
+    if not head:
+        refuse("is empty; copy or download it again")
+    # A safetensors file starts with the length of its header, which is JSON.
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+        return _read_safetensors(path, refuse)
+    return _read_torch(path, refuse), {}
+
+
+def _read_safetensors(path: Path, refuse: Refuse) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError:
+        refuse("is truncated or damaged; copy or download it again")
+
+
+def _read_torch(path: Path, refuse: Refuse) -> Any:
+    try:
+        with torch.serialization.safe_globals(_KNOWN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them comes as an error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch answers to bad bytes with nearly any exception
+        _refuse_unread(path, str(error), refuse)
+
+
+def _refuse_unread(path: Path, message: str, refuse: Refuse) -> NoReturn:
+    """Say in one line why torch.load did not read a file."""
+    # torch names what it would have had to import: "Unsupported global: GLOBAL a.B was not an
+    # allowed global" or, for modules it never allows, "unsupported GLOBAL a.B whose module".
+    code = re.search(r"unsupported (?:global: )?GLOBAL ([\w.]+)", message, re.I)
+    if code or re.search(r"unsupported class|trying to call reduce", message, re.I):
+        name = f" ({code[1]})" if code else ""
+        refuse(f"holds pickled code{name}, which was not run; save only the model's state_dict()")
+    if "TorchScript" in message:
+        refuse("is a TorchScript archive; save the model's state_dict() instead")
+    with open(path, "rb") as file:
+        head = file.read(len(_OLD_TORCH))
+    if head == _OLD_TORCH or (head[:4] == b"PK\x03\x04" and _cut_or_torch_zip(path)):
+        refuse("is truncated or damaged; copy or download it again")
+    if head[:1] == b"\x80" and "Unsupported operand" in message:
+        refuse("is a pickle that torch.save did not write; it was not run; name a checkpoint file")
+    refuse("is not a checkpoint (neither safetensors nor torch.save); name a file that holds one")
+
+
+def _cut_or_torch_zip(path: Path) -> bool:
+    """Whether a zip file has lost its end, or holds what torch.save puts into one."""
+    if not zipfile.is_zipfile(path):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return True

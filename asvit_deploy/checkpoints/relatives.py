@@ -1,0 +1,142 @@
+"""Networks that share most names with ours, yet are others: told by their options and names.
+
+What a row of these tables names would load as a plain DeiT, or fail with a word about keys, and
+compute something else than it was trained for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from asvit_deploy.checkpoints.reading import Refuse, quoted
+
+
+def _said(value: Any) -> bool:
+    return value is not None and value is not False and value != "" and value != ()
+
+
+def _on(value: Any) -> bool:
+    return bool(value) if isinstance(value, (bool, int, float, str, list, tuple)) else False
+
+
+def _below_one(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_below_one, value))
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value < 1
+
+
+# (options of the training script, when they tell, whose they are). The release declares the first
+# two and never passes them on: a file with them set came from other code.
+_OPTIONS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("accu", "ema_accu"), _on, "accumulated scores"),
+    (("gate_scale", "gate_center", "act_mode", "ponder_token_scale"), _said, "A-ViT"),
+    (("base_keep_rate",), _below_one, "EViT"),
+    (("base_rate",), _below_one, "DynamicViT"),
+    (("keep_rate",), _below_one, "BAT or EViT"),
+    (("tome_r", "tome", "use_tome"), _on, "ToMe"),
+    (("ats_blocks", "ats", "use_ats"), _on, "ATS"),
+    (("mask_ratio",), _on, "MAE"),
+)
+# EViT's further options count where its keep rate does not say that all are kept.
+_EVIT_TOO = ("fuse_token", "drop_loc")
+
+# Names of models, as training scripts register them.
+_MODELS: tuple[tuple[str, str], ...] = (
+    (r"avit_", "A-ViT"),
+    (r".*_shrink", "EViT"),
+    (r"evo_", "Evo-ViT"),
+    (r"dyvit|dynamic_?vit|.*_dyvit", "DynamicViT"),
+    (r"mae_vit", "MAE"),
+    (r".*(?:^|_)tome(?:_|$)", "ToMe"),
+    (r".*(?:^|_)ats(?:_|$)", "ATS"),
+)
+
+_NO_DISTILLED = "pass the DeiT of the same size without distillation"
+_LATER = "this version does not load it; pass a DeiT, a plain ViT, LV-ViT or AS-ViT"
+_HF = "has transformers' names"
+# (a key of the state dict, what that means, what to do); the first that fits is told.
+_KEYS: tuple[tuple[str, str, str], ...] = (
+    (
+        r"score_predictor\.\d+\.(?:in_conv|out_conv)\.",
+        "holds DynamicViT predictors (in_conv); AS-ViT needs keep_threshold",
+        "pass an AS-ViT file, or dense weights to `calibrate` or `finetune`",
+    ),
+    (
+        r"dist_token$|head_dist\.",
+        "is a distilled DeiT (dist_token, head_dist), which has a second class token that AS-ViT "
+        "does not",
+        _NO_DISTILLED,
+    ),
+    (r"blocks\.\d+\.(?:merge|prune)_masker\.", "is an LTMP network ({key})", _LATER),
+    (r"blocks\.\d+\.(?:merge|prune)_ddp\.", "is a DiffRate network ({key})", _LATER),
+    (r"decoder_(?:blocks\.|embed\.|pos_embed)", "is an MAE with its decoder ({key})",
+     "pass the encoder alone to `finetune`"),
+    (r"(?:.*\.)?dinov2\w*\.|.*\.layer_scale[12]\.lambda1$",
+     f"is a DINOv2 and {_HF} ({{key}})", _LATER),
+    (r"(?:.*\.)?(?:vit|deit)\.(?:embeddings|encoder)\.", f"is a ViT that {_HF} ({{key}})", _LATER),
+    (r"(?:.*\.)?vision_model\.", f"is a CLIP or SigLIP and {_HF} ({{key}})", _LATER),
+    (r"(?:.*\.)?encoder\.layers?\.\d+\.(?:attention\.|self_attn\.)",
+     f"{_HF} ({{key}})", _LATER),
+    (r"(?:.*\.)?encoder\.layers\.encoder_layer_\d+\.", "is a torchvision ViT ({key})", _LATER),
+    (r"(?:.*\.)?visual\.transformer\.resblocks\.|(?:.*\.)?norm_pre\.", "is a CLIP ({key})", _LATER),
+    (r"reg_token$|register_tokens$", "has register tokens ({key})", _LATER),
+    (r"fc_norm\.", "averages its tokens instead of reading the class token ({key})", _LATER),
+    (r"attn_pool\.", "pools its tokens by attention, as SigLIP does ({key})", _LATER),
+    (r"(?:.*\.)?relative_position_bias|.*\.attn\.q_bias$", "is a BEiT or EVA ({key})", _LATER),
+    (r"blocks\.\d+\.attn\.[qk]_norm\.", "normalises queries and keys ({key})", _LATER),
+    (r"blocks\.\d+\.mlp\.(?:w12|w1|fc1_g)\.", "has a gated MLP ({key})", _LATER),
+)  # fmt: skip
+_LAYER_SCALE = re.compile(r"blocks\.\d+\.(?:gamma_[12]|ls[12]\.gamma)$")
+
+
+def refuse_options(
+    sources: Mapping[str, Mapping[str, Any]], names: Iterable[str], refuse: Refuse
+) -> None:
+    """Refuse a file whose own options, or whose model's name, tell of another method.
+
+    Args:
+        sources: options by the key of the file that holds them.
+        names: what the file calls its model.
+    """
+    for options in sources.values():
+        for flags, tells, method in _OPTIONS:
+            for flag in flags:
+                if flag in options and tells(options[flag]):
+                    _refuse_method(method, f"--{flag} {quoted(options[flag])}", refuse)
+        if "base_keep_rate" not in options:
+            for flag in _EVIT_TOO:
+                if _on(options.get(flag)):
+                    _refuse_method("EViT", f"--{flag} {quoted(options[flag])}", refuse)
+    for name in names:
+        for pattern, method in _MODELS:
+            if re.match(pattern, name):
+                _refuse_method(method, f"the model {quoted(name)}", refuse)
+
+
+def _refuse_method(method: str, told: str, refuse: Refuse) -> None:
+    refuse(
+        f"was trained with {told} ({method}), which is another method; pass a file trained "
+        "without it"
+    )
+
+
+def refuse_keys(state: Mapping[str, Any], refuse: Refuse) -> None:
+    """Refuse a state dict that holds what only another network has, by that network's name."""
+    for pattern, what, mend in _KEYS:
+        if key := next((key for key in state if re.match(pattern, key)), None):
+            refuse(f"{what.format(key=quoted(key)[1:-1])}; {mend}")
+    if key := next(filter(_LAYER_SCALE.match, state), None):
+        refuse(f"{_layer_scaled(state)} (LayerScale: {key}); {_LATER}")
+
+
+def _layer_scaled(state: Mapping[str, Any]) -> str:
+    """Which family it is that scales its branches: DeiT-III has no position for the class token."""
+    shapes = {key: list(getattr(value, "shape", [])) for key, value in state.items()}
+    positions, stem = shapes.get("pos_embed", []), shapes.get("patch_embed.proj.weight", [])
+    if "mask_token" in state or stem[3:] == [14]:
+        return "is a DINOv2"
+    if len(positions) == 3 and round(positions[1] ** 0.5) ** 2 == positions[1]:
+        return "is a DeiT-III"
+    return "is a DeiT-III, CaiT or DINOv2"

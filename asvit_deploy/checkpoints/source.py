@@ -1,0 +1,136 @@
+"""One place that says something of a network which its weights do not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from asvit_deploy.checkpoints.reading import quoted
+from asvit_deploy.models.registry import CropMode, Interpolation
+
+# Activations that are GELU by the error function, which is what these networks compute.
+_EXACT_GELU = ("gelu", "gelu_python", "gelu_erf")
+_ALLOWED = {
+    "mean": "three numbers, for pixels from 0 to 1",
+    "std": "three numbers above 0, for pixels from 0 to 1",
+    "crop_pct": "a number from 0.1 to 1",
+    "interpolation": f"one of {', '.join(get_args(Interpolation))}",
+    "crop_mode": f"one of {', '.join(get_args(CropMode))}",
+    "heads": "a whole number of at least 1",
+    "eps": "a number above 0, up to 0.001",
+}
+
+
+def _number(value: Any) -> float | None:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if plain and abs(value) < 1e30 else None  # false for NaN
+
+
+def _triple(value: Any) -> tuple[float, ...] | None:
+    if hasattr(value, "tolist"):  # a tensor among a run's options
+        value = value.tolist()
+    numbers = [_number(v) for v in value] if isinstance(value, (list, tuple)) else [_number(value)]
+    numbers = numbers * 3 if len(numbers) == 1 else numbers
+    if len(numbers) != 3 or any(n is None or abs(n) > 10 for n in numbers):
+        return None
+    return tuple(n for n in numbers if n is not None)
+
+
+def checked(name: str, value: Any) -> Any:
+    """A fact in our own type, or None where it cannot be one."""
+    if name == "mean":
+        return _triple(value)
+    if name == "std":
+        numbers = _triple(value)
+        return numbers if numbers and min(numbers) >= 1e-4 else None
+    if name == "heads":
+        return value if type(value) is int and value >= 1 else None
+    if name in ("crop_pct", "eps"):
+        single = isinstance(value, (list, tuple)) and len(value) == 1  # as nargs="+" keeps one
+        value = value[0] if single else value
+        number = _number(value)
+        low, high = (0.1, 1.0) if name == "crop_pct" else (math.ulp(0.0), 1e-3)
+        return number if number is not None and low <= number <= high else None
+    known = get_args(Interpolation if name == "interpolation" else CropMode)
+    text = value.lower() if isinstance(value, str) else None
+    return text if text in known else None
+
+
+def meant(name: str) -> str:
+    """What a fact must be, for messages."""
+    return _ALLOWED[name]
+
+
+@dataclass
+class Source:
+    """What one place says, in our own words.
+
+    Attributes:
+        name: what messages call it.
+        says: facts by name: mean, std, crop_pct, interpolation, crop_mode, heads, eps.
+        stands_for: those that only the model's name implies; anything said outright is stronger.
+        weights: what it says the weights have, each by name (width, depth, hidden, patch_size,
+            image_size, num_classes), its own word for that, and value.
+        cannot: by fact, or by the source's own word, what this tool cannot do or read; one of a
+            fact is of no account where an option settles the fact.
+    """
+
+    name: str
+    says: dict[str, Any] = field(default_factory=dict)
+    stands_for: dict[str, Any] = field(default_factory=dict)
+    weights: list[tuple[str, str, Any]] = field(default_factory=list)
+    cannot: dict[str, str] = field(default_factory=dict)
+
+    def say(self, name: str, value: Any, word: str | None = None) -> None:
+        """Note a fact; None and the empty text say nothing."""
+        if value is None or (isinstance(value, str) and value in ("", "random")):
+            return
+        known = checked(name, value)
+        if known is None:
+            self.cannot[name] = f"{word or name} {quoted(value)}, which is not {meant(name)}"
+        else:
+            self.says[name] = known
+
+    def network(self, name: str, value: Any, word: str) -> None:
+        """Note what the weights should be."""
+        if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
+            value = value[0]
+        if value is not None:
+            self.weights.append((name, word, value))
+
+    def size(self, word: str, value: Any) -> None:
+        """Note the input's size in any spelling: one side, two, or channels and two."""
+        if isinstance(value, Mapping):
+            value = (value.get("height"), value.get("width"))
+        if isinstance(value, (list, tuple)):
+            sides = value[1:] if len(value) == 3 else value
+            value = sides[0] if len(sides) in (1, 2) and sides[0] == sides[-1] else list(value)
+        self.network("image_size", value, word)
+
+    def activation(self, value: Any) -> None:
+        """Note the activation, which must be exact GELU."""
+        if value is None:
+            return
+        name = value.rsplit(".", 1)[-1].lower() if isinstance(value, str) else quoted(value)
+        if name not in _EXACT_GELU:
+            self.cannot["activation"] = f"the activation {quoted(value)}, not exact GELU"
+
+    def named(self, name: str, stands_for: Mapping[str, Any] | None, tag: Any = None) -> None:
+        """Note what a model's name stands for; one that is no ViT at all is another network."""
+        if isinstance(tag, str) and "." not in name:
+            from asvit_deploy.checkpoints.names import timm_name
+
+            stands_for = timm_name(f"{name}.{tag}")
+        if stands_for is None:
+            if not name.startswith(("vit_", "deit_", "as_", "lvvit", "flexivit")):
+                self.cannot["architecture"] = f"the architecture {quoted(name)}, no ViT or DeiT"
+            return
+        for key, value in stands_for.items():
+            if key in ("width", "patch_size"):
+                self.weights.append((key, f"{name}: {key}", value))
+            elif key == "activation":
+                self.activation(value)
+            else:
+                self.stands_for[key] = value
