@@ -59,8 +59,8 @@ def config_of(fields: dict[str, Any]) -> ArchConfig:
 def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -> Path:
     """Where an artefact's source is.
 
-    At its recorded path, at the name that it was given by, beside the artefact under either name,
-    or there under any name with the recorded size and sha256.
+    Where it was given, at the file that a link there led to, beside the artefact under either
+    name, or there under any name with the recorded size and sha256.
 
     Args:
         record: a sidecar's `source`, as `artifact.source_of` makes it; older ones hold only `path`
@@ -73,7 +73,7 @@ def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -
     """
     recorded, given = Path(record["path"]), Path(str(record.get("given") or record["path"]))
     folder = artifact.absolute().parent
-    named = (recorded, given, folder / given.name, folder / recorded.name, _packaged(given.name))
+    named = (given, recorded, folder / given.name, folder / recorded.name, _packaged(given.name))
     there = [path for path in dict.fromkeys(filter(None, named)) if _is_file(path)]
     for path in (*there, *_of_size(folder, record.get("size"))):
         with contextlib.suppress(PermissionError):

@@ -37,6 +37,8 @@ def test_a_link_and_its_blob_are_both_recorded(hub):
     record = artifact.source_of(link)
     assert (record["path"], record["given"]) == (str(blob), str(link))
     assert record["size"] == 7000
+    assert found(made, record) == link  # what lies beside it, such as a config, is found there
+    link.unlink()
     assert found(made, record) == blob
 
 
@@ -52,7 +54,7 @@ def test_a_link_that_became_a_file_is_found(hub):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ab" * 32, "renamed.bin"])
 def test_a_copy_beside_the_artefact_is_found_under_any_name(hub, tmp_path, name):
-    blob, link, made = hub
+    _, link, made = hub
     record = artifact.source_of(link)
     copy = made.with_name(name)
     shutil.copyfile(link, copy)
@@ -63,7 +65,7 @@ def test_a_copy_beside_the_artefact_is_found_under_any_name(hub, tmp_path, name)
 
 
 def test_another_file_of_the_same_size_is_none(hub, tmp_path):
-    blob, link, made = hub
+    _, link, made = hub
     record = artifact.source_of(link)
     made.with_name("other.bin").write_bytes(b"WEIGHTS" * 1000)
     shutil.rmtree(tmp_path / "hub")
@@ -75,7 +77,7 @@ def test_another_file_of_the_same_size_is_none(hub, tmp_path):
 def test_only_files_of_the_recorded_size_are_read(hub, tmp_path, monkeypatch):
     from asvit_deploy.evaluate import reference
 
-    blob, link, made = hub
+    _, link, made = hub
     record = artifact.source_of(link)
     shutil.copyfile(link, made.with_name("renamed.bin"))
     for i in range(5):

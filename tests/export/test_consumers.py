@@ -61,19 +61,22 @@ def test_every_form_at_another_opset(mini, photos, opset, batch):
     pictures = [photos[i] for i in range(4)]
     size = 3 if batch == "dynamic" else 1
     half = to_half(proto, "fp16")
-    forms = {
-        "float32": [proto, to_padded(proto)],
-        "float16": [rounded(half), rounded(to_half(to_padded(proto), "fp16"))],
-    }
-    for precision, models in forms.items():
-        for model in models:
-            result = compare(
-                TorchRunner(mini), OrtRunner(model), pictures, photos.names,
-                mini.threshold_values(), precision, size,
-            )  # fmt: skip
-            assert result.logit_error < (1e-4 if precision == "float32" else 2e-2)
-            if precision == "float32":
-                assert result.failures == []
+    reference = TorchRunner(mini)
+    for model in (proto, to_padded(proto)):
+        result = compare(
+            reference, OrtRunner(model), pictures, photos.names, mini.threshold_values(),
+            batch=size,
+        )  # fmt: skip
+        assert result.failures == []
+    for model in (rounded(half), rounded(to_half(to_padded(proto), "fp16"))):
+        runner, alike = OrtRunner(model), 0
+        for picture in pictures:
+            exact, other = reference(picture[None]), runner(picture[None])
+            if all(np.array_equal(a, b) for a, b in zip(exact.lengths, other.lengths)):
+                alike += 1
+                error = np.abs(exact.logits - other.logits).max() / np.abs(exact.logits).max()
+                assert error < 2e-2
+        assert alike >= 2, "rounding moved the tokens of most pictures"
     to_half(proto, "bf16")
     if batch == "1":
         for stage in [*split_stages(proto), *split_stages(half)]:
