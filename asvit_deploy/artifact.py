@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterable
@@ -81,8 +82,18 @@ def _program(path: Path) -> str:
 
 
 def source_of(path: Path, **more: Any) -> dict[str, Any]:
-    """The file that an artefact was made from: its absolute path and sha256."""
-    return {"path": str(path.resolve()), "sha256": sha256(path), **more}
+    """The file that an artefact was made from, as `evaluate.reference.source_file` looks for it.
+
+    `path` is the file itself and `given` the name that it was given by, which may be a link: a
+    hub's cache links `model.safetensors` to a file that is called by its digest.
+    """
+    return {
+        "path": str(path.resolve()),
+        "given": os.path.abspath(path),
+        "size": path.stat().st_size,
+        "sha256": sha256(path),
+        **more,
+    }
 
 
 def write(artifact: Path, data: bytes, fields: dict[str, Any]) -> None:

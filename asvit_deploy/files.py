@@ -224,11 +224,19 @@ def cache_dir() -> Path:
         raise UserError("there is no home folder; set XDG_CACHE_HOME to a folder") from None
 
 
+def cached(pattern: str) -> list[Path]:
+    """What the cache folder holds under names of a pattern; nothing where the user has none."""
+    try:
+        return list(cache_dir().glob(pattern))
+    except UserError:
+        return []
+
+
 def make_cache_dir(name: str = "") -> Path:
     """The cache folder, or one in it, made where it is missing.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or not be written in.
     """
     folder = cache_dir() / name
     try:
@@ -237,4 +245,6 @@ def make_cache_dir(name: str = "") -> Path:
         raise UserError(
             f"cannot make {folder} ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
         ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder} may not be written; set XDG_CACHE_HOME to a folder that may")
     return folder

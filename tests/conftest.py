@@ -234,7 +234,7 @@ def rtx():
     from asvit_deploy.engine.flavour import RTX
 
     if RTX.module is None or importlib.util.find_spec("polygraphy") is None:
-        pytest.skip('TensorRT-RTX is not installed (pip install "asvit-deploy[rtx]")')
+        pytest.skip("TensorRT-RTX is not installed (scripts/setup cpu,train,dev,rtx)")
     return RTX
 
 

@@ -14,6 +14,7 @@ import click
 
 from asvit_deploy.cli import options
 from asvit_deploy.errors import UserError
+from asvit_deploy.requirements import pip_install
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -155,7 +156,7 @@ class _Place:
             if error.name != "accelerate":
                 raise
             raise UserError(
-                'several processes need accelerate; pip install "asvit-deploy[train]"'
+                f"several processes need accelerate; {pip_install('accelerate')}"
             ) from error
         found = accelerator_for()
         return _Place(found.process_index, found.num_processes, str(found.device), found)

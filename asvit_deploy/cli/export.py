@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     "--ops", type=click.Choice(["auto", "custom", "standard"]), default="auto", show_default=True,
     help="Custom node with its function, node alone, or standard ops only.",
 )  # fmt: skip
+@click.option(
+    "--opset", type=int, metavar="N", help="Version of the standard ops, 18 to 25 [default: 20]."
+)
 @click.option("--stage-outputs", is_flag=True, help="Make index_0, index_1, … graph outputs.")
 @click.option("--dense", is_flag=True, help="Export the dense twin, without the stages.")
 @options.ema
@@ -43,6 +46,7 @@ def command(
     arch: str | None,
     batch: str,
     ops: str,
+    opset: int | None,
     stage_outputs: bool,
     dense: bool,
     ema: bool,
@@ -61,11 +65,14 @@ def command(
     from asvit_deploy.artifact import check_target
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.export import pipeline
+    from asvit_deploy.export.to_onnx import OPSET, check_opset
     from asvit_deploy.images import open_images
     from asvit_deploy.models.checkpoint import load_checkpoint
     from asvit_deploy.runners.onnx_runtime import import_onnxruntime
 
     import_onnxruntime()
+    opset = OPSET if opset is None else opset
+    check_opset(opset)
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
     checkpoint = named(checkpoint, of_checkpoint(checkpoint, classes, options.status))
     if not dense:
@@ -77,7 +84,9 @@ def command(
     kind = "dense" if dense else "adaptive"
     options.tell(checkpoint)
     options.status(f"{ckpt}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")
-    parity = pipeline.export(checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema)
+    parity = pipeline.export(
+        checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema, opset
+    )
     for name, result in parity.items():
         kept = ", ".join(f"{k:.1f}" for k in result.mean_kept)
         options.status(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from asvit_deploy.cli import options
+from asvit_deploy.requirements import pip_install
 
 if TYPE_CHECKING:
     from asvit_deploy.checkpoints.facts import Given
@@ -168,7 +169,7 @@ def command(
     except ModuleNotFoundError as error:
         if error.name != "accelerate":
             raise
-        raise UserError('finetune needs accelerate; pip install "asvit-deploy[train]"') from error
+        raise UserError(f"finetune needs accelerate; {pip_install('accelerate')}") from error
 
     # `torchrun` and `accelerate launch` number their processes; the first one speaks for them all.
     first = os.environ.get("RANK", "0") == "0"

@@ -52,14 +52,18 @@ def nvcc(site: Installation) -> list[Finding]:
 # Looks only: `find_headers` would download where nothing is found.
 _ASK_LIBRARY = """
 import json, os, pathlib
+from asvit_deploy.errors import UserError
 from asvit_deploy.ops import headers, library
 runtime, named = headers.runtime_api(), os.environ.get("ORT_INCLUDE_DIR")
 given = named and headers.read_headers(pathlib.Path(named), "given")
 found = [given] if named else headers.present()
 fit = [str(h) for h in found if h and not headers.unfit(h, runtime)]
-path = library.find_library()
+try:
+    path, nowhere = library.find_library(), None
+except (UserError, OSError) as error:
+    path, nowhere = None, str(error)
 print(json.dumps({"headers": fit, "named": named, "library": path and str(path),
-                  "trouble": path and library.check_library(path)}))
+                  "nowhere": nowhere, "trouble": path and library.check_library(path)}))
 """
 
 
@@ -71,7 +75,7 @@ def op_library(site: Installation) -> list[Finding]:
         mend = "mend onnxruntime first; models run without the library"
         return [Finding(name, "broken", answer["error"], mend) for name in names]
     return [_headers(answer["headers"], answer["named"]),
-            _library(answer["library"], answer["trouble"])]  # fmt: skip
+            _library(answer["library"], answer["trouble"], answer["nowhere"])]  # fmt: skip
 
 
 def _headers(fit: list[str], named: str | None) -> Finding:
@@ -85,9 +89,12 @@ def _headers(fit: list[str], named: str | None) -> Finding:
     return Finding("ORT headers", "missing", "none on this machine", mend)
 
 
-def _library(path: str | None, trouble: str | None) -> Finding:
+def _library(path: str | None, trouble: str | None, nowhere: str | None) -> Finding:
     from asvit_deploy.ops.library import cuda_targets
 
+    if nowhere is not None:
+        detail, _, mend = nowhere.partition("; ")
+        return Finding("op library", "missing", detail, f"{mend} (models also run without it)")
     if path is None:
         mend = "`asvit-deploy build-plugins ort` (models also run without, on their function)"
         return Finding("op library", "missing", "not built", mend)

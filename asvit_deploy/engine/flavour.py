@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.requirements import pip_install, pip_install_extra
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,9 @@ def find_flavour(name: str = "auto") -> Flavour:
         wanted = candidates[-1]
         titles = "TensorRT" if name == "auto" else wanted.title
         raise UserError(
-            f'{titles} is not installed; pip install "asvit-deploy[{wanted.extra}]"'
+            f"{titles} is not installed; {pip_install_extra(wanted.extra)}"
             + ("" if wanted.enterprise else " (builds without a GPU)")
         )
     if not importlib.util.find_spec("polygraphy"):
-        raise UserError(
-            f'Polygraphy is not installed; pip install "asvit-deploy[{found[0].extra}]"'
-        )
+        raise UserError(f"Polygraphy is not installed; {pip_install('polygraphy')}")
     return found[0]

@@ -18,6 +18,7 @@ from asvit_deploy.engine.job import Job
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import FULL
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.requirements import pip_install_extra
 
 # (phase, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -116,7 +117,7 @@ def _ended(code: int, stage: str, printed: str, job: Job, flavour: Flavour, name
             "name another library with --plugin, or build it with `asvit-deploy build-plugins trt`"
         )
     else:
-        mend = f'reinstall it with pip install "asvit-deploy[{flavour.extra}]" if this goes on'
+        mend = f"reinstall it with {pip_install_extra(flavour.extra)} if this goes on"
     return (
         f"{flavour.title} was ended {how} while {stage}: {what}{said}; nothing was written; {mend}"
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from asvit_deploy.checkpoints import facts
+from asvit_deploy.checkpoints import default_checkpoint, facts
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.models.checkpoint import Checkpoint, build_model, load_checkpoint
@@ -61,25 +64,59 @@ def config_of(fields: dict[str, Any]) -> ArchConfig:
 
 
 def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -> Path:
-    """Where an artefact's source is: at its recorded path, or by name beside the artefact.
+    """Where an artefact's source is.
+
+    Where it was given, at the file that a link there led to, beside the artefact under either
+    name, or there under any name with the recorded size and sha256.
 
     Args:
-        record: `path` and `sha256`, as a sidecar's `source` has them.
+        record: a sidecar's `source`, as `artifact.source_of` makes it; older ones hold only `path`
+            and `sha256`.
         noun: what the source is.
         maker: the command that made the artefact.
 
     Raises:
         UserError: it is gone, or has other contents now.
     """
-    recorded = Path(record["path"])
-    there = [path for path in (recorded, artifact.parent / recorded.name) if path.is_file()]
-    for path in there:
-        if sha256(path) == record["sha256"]:
-            return path
+    recorded, given = Path(record["path"]), Path(str(record.get("given") or record["path"]))
+    folder = artifact.absolute().parent
+    named = (given, recorded, folder / given.name, folder / recorded.name, _packaged(given.name))
+    there = [path for path in dict.fromkeys(filter(None, named)) if _is_file(path)]
+    for path in (*there, *_of_size(folder, record.get("size"))):
+        with contextlib.suppress(PermissionError):
+            if sha256(path) == record["sha256"]:
+                return path
     again = f"run `asvit-deploy {maker}` again"
+    if closed := [path for path in there if not os.access(path, os.R_OK)]:
+        raise UserError(f"{closed[0]} may not be read; check its permissions, or {again}")
     if there:
         raise UserError(f"{there[0]} changed since {artifact} was made from it; {again}")
-    raise UserError(f"the {noun} of {artifact}, {recorded}, is gone; put it back, or {again}")
+    raise UserError(f"the {noun} of {artifact}, {given}, is gone; put it back, or {again}")
+
+
+def _packaged(name: str) -> Path | None:
+    """The package's own checkpoint of that name: each installation has it in another place."""
+    with contextlib.suppress(UserError):
+        if (packaged := default_checkpoint()).name == name:
+            return packaged
+    return None
+
+
+def _is_file(path: Path) -> bool:
+    """As `Path.is_file`; what lies in a closed folder is as good as gone."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _of_size(folder: Path, size: Any) -> Iterator[Path]:
+    """The files of a folder that are of this size, so that no other need be read."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.is_file() and entry.stat().st_size == size:
+                    yield Path(entry.path)
 
 
 def reference_model(artifact: Path, fields: dict[str, Any], dense: bool = False) -> AdaptiveViT:

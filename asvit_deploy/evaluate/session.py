@@ -163,9 +163,12 @@ def find_op_library(named: Path | None) -> Path | None:
     if named is None:
         try:
             return find_library()
-        except PermissionError as error:
+        except (UserError, OSError) as error:
             # It is an addition: what it does, the function in the file does too.
-            print(f"no library, {error.filename} may not be read", file=sys.stderr)
+            said = str(error)
+            if isinstance(error, PermissionError):
+                said = f"{error.filename} may not be read"
+            print(f"no library, {said}", file=sys.stderr)
             return None
     # A library without the op would load, and the function would silently run in its place.
     if reason := check_library(named):

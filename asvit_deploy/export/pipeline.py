@@ -13,7 +13,7 @@ from asvit_deploy.checkpoints.facts import fields_of
 from asvit_deploy.checkpoints.reading import stem_of
 from asvit_deploy.classes.network import OWN
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.export.to_onnx import IR_VERSION, OPSET, to_onnx
+from asvit_deploy.export.to_onnx import OPSET, to_onnx
 from asvit_deploy.images import ImageSet
 from asvit_deploy.models.checkpoint import Checkpoint, build_model
 from asvit_deploy.models.vit import AdaptiveViT
@@ -41,8 +41,13 @@ def require_adaptive(checkpoint: Checkpoint) -> None:
         )
 
 
+def opset_of(proto: onnx.ModelProto) -> int:
+    """Version of the standard ops."""
+    return next(entry.version for entry in proto.opset_import if not entry.domain)
+
+
 def describe_model(
-    model: AdaptiveViT, checkpoint: Checkpoint, batch: str, ops: str
+    model: AdaptiveViT, checkpoint: Checkpoint, proto: onnx.ModelProto, batch: str, ops: str
 ) -> dict[str, Any]:
     """The sidecar fields that say what a model is and how its input is made."""
     config = model.config
@@ -65,8 +70,8 @@ def describe_model(
         "precision": "float32",
         "mode": "dynamic" if model.adaptive else "dense",
         "batch": batch,
-        "opset": OPSET,
-        "ir_version": IR_VERSION,
+        "opset": opset_of(proto),
+        "ir_version": proto.ir_version,
         "ops": ops if model.adaptive else "standard",
     }
 
@@ -86,7 +91,7 @@ def verify(
         # The node alone runs nowhere without a library; its meaning is the function.
         checked = onnx.ModelProto()
         checked.CopyFrom(proto)
-        checked.functions.append(onnx_op.function_body(batch == "dynamic", OPSET))
+        checked.functions.append(onnx_op.function_body(batch == "dynamic", opset_of(proto)))
     runner, reference = OrtRunner(checked), TorchRunner(model)
     thresholds = model.threshold_values()
     pictures, names = images.loaded()
@@ -105,6 +110,7 @@ def export(
     dense: bool = False,
     stage_outputs: bool = False,
     ema: bool = False,
+    opset: int = OPSET,
 ) -> dict[str, Parity]:
     """Export a checkpoint; the file takes its place only once it agrees with PyTorch.
 
@@ -116,6 +122,7 @@ def export(
         dense: export without the stages.
         stage_outputs: make `index_s` graph outputs too.
         ema: whether `checkpoint` was loaded from the averaged weights; recorded for later.
+        opset: version of the standard ops, see `to_onnx`.
 
     Raises:
         UserError: a dense checkpoint without `dense`, or an output that cannot be written.
@@ -124,7 +131,7 @@ def export(
     if not dense:
         require_adaptive(checkpoint)
     model = build_model(checkpoint, dense=dense)
-    proto = to_onnx(model, batch, ops)
+    proto = to_onnx(model, batch, ops, opset)
     if stage_outputs:
         for stage in range(len(model.thresholds)):
             info = onnx.helper.make_tensor_value_info(
@@ -132,7 +139,7 @@ def export(
             )
             proto.graph.output.append(info)
     fields = {
-        **describe_model(model, checkpoint, batch, ops),
+        **describe_model(model, checkpoint, proto, batch, ops),
         "source": artifact.source_of(checkpoint.path, format=checkpoint.format, ema=ema),
         **artifact.provenance(),
     }

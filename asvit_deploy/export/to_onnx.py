@@ -6,7 +6,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,10 +15,14 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from asvit_deploy.errors import UserError
+from asvit_deploy.export.translations import translations
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops import onnx_op
 
-OPSET, IR_VERSION = 20, 10
+OPSET = 20
+# The op's body needs 18; PyTorch writes up to 25.
+OPSETS = range(18, 26)
 
 
 class _Graph(nn.Module):
@@ -32,39 +35,6 @@ class _Graph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         logits, trace = self.model(images, padded=self.dynamic)
         return (logits, *trace.length)
-
-
-def _translate_op(tokens: Any, scores: Any, threshold: Any) -> Any:
-    opset = onnxscript.values.Opset(onnx_op.DOMAIN, onnx_op.VERSION)
-    op = onnxscript.values.Op(opset, onnx_op.OP_TYPE, op_schema=onnx_op.schema())
-    return op(tokens, scores, threshold, **onnx_op.PLUGIN_ATTRIBUTES)
-
-
-def _translate_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """softmax(Q K^T / sqrt(Dh)) V in five nodes; the exporter's own form reshapes twice as well."""
-    op = onnxscript.values.Opset("", OPSET)
-    factor = query.shape[3] ** -0.5 if scale is None else scale
-    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
-    logits = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
-    if attn_mask is not None:
-        minus_inf = op.CastLike(op.Constant(value_float=float("-inf")), query)
-        logits = op.Where(attn_mask, logits, minus_inf)
-    return op.MatMul(op.Softmax(logits, axis=3), value)
-
-
-_TRANSLATIONS: dict[Any, Any] = {
-    torch.ops.asvit.threshold_compact.default: _translate_op,
-    torch.ops.aten.scaled_dot_product_attention.default: _translate_attention,
-}
 
 
 @contextlib.contextmanager
@@ -83,7 +53,29 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def to_onnx(model: AdaptiveViT, batch: str = "1", ops: str = "auto") -> onnx.ModelProto:
+def ir_version(opset: int) -> int:
+    """The lowest that goes with the opset: readers refuse what is newer than they are."""
+    return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+
+
+def check_opset(opset: int) -> None:
+    """Find out before the work whether a graph of that opset can be written here.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if opset not in OPSETS:
+        raise UserError(f"opset {opset} cannot be written; {OPSETS[0]} to {OPSETS[-1]} can")
+    known = onnx.defs.onnx_opset_version()
+    if opset > known:
+        raise UserError(
+            f"onnx {onnx.__version__} knows no opset {opset}; take {known} or less, or a newer onnx"
+        )
+
+
+def to_onnx(
+    model: AdaptiveViT, batch: str = "1", ops: str = "auto", opset: int = OPSET
+) -> onnx.ModelProto:
     """Export a model in eval mode.
 
     Args:
@@ -91,12 +83,18 @@ def to_onnx(model: AdaptiveViT, batch: str = "1", ops: str = "auto") -> onnx.Mod
         batch: "1" (static) or "dynamic".
         ops: "auto" (node and model-local function), "custom" (node only) or "standard" (function
             inlined, no custom node).
+        opset: version of the standard ops, one of `OPSETS`.
 
     Returns:
-        Opset 20, IR 10. Input `images` float32 [B, 3, H, W]; outputs `logits` [B, C] and per stage
-        `length_s` int64 [B], class token included. Inside, each stage's values carry the names
-        `tokens_s`, `scores_s`, `threshold_s`, `compact_s` and `index_s`.
+        The model in the lowest IR version that its opset allows. Input `images` float32
+        [B, 3, H, W]; outputs `logits` [B, C] and per stage `length_s` int64 [B], class token
+        included. Inside, each stage's values carry the names `tokens_s`, `scores_s`,
+        `threshold_s`, `compact_s` and `index_s`.
+
+    Raises:
+        UserError: this opset cannot be written here.
     """
+    check_opset(opset)
     dynamic = batch == "dynamic"
     size = model.config.image_size
     # A batch of one would be baked into the graph, so a dynamic one is traced with two.
@@ -108,21 +106,32 @@ def to_onnx(model: AdaptiveViT, batch: str = "1", ops: str = "auto") -> onnx.Mod
             (example,),
             dynamo=True,
             verbose=False,
-            opset_version=OPSET,
+            opset_version=opset,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},) if dynamic else None,
             input_names=["images"],
             output_names=["logits", *(f"length_{s}" for s in range(stages))],
-            custom_translation_table=_TRANSLATIONS,
+            custom_translation_table=translations(dynamic, opset),
         )
     assert program is not None  # with dynamo=True there always is one
     proto = program.model_proto
-    proto.ir_version = IR_VERSION
+    _refuse_other_opset(proto, opset)
+    proto.ir_version = ir_version(opset)
     _name_stages(proto.graph)
     _refuse_zero_placeholders(proto.graph)
     if stages and ops != "custom":
-        proto.functions.append(onnx_op.function_body(dynamic, OPSET))
+        proto.functions.append(onnx_op.function_body(dynamic, opset))
     onnx.checker.check_model(proto, full_check=True)
     return onnx.inliner.inline_local_functions(proto) if ops == "standard" else proto
+
+
+def _refuse_other_opset(proto: onnx.ModelProto, opset: int) -> None:
+    """Raise UserError where the exporter left the opset that it starts from."""
+    made = next(entry.version for entry in proto.opset_import if not entry.domain)
+    if made != opset:
+        raise UserError(
+            f"torch {torch.__version__} with onnxscript {onnxscript.__version__} writes opset "
+            f"{made} where {opset} was asked for; take another --opset, or newer packages"
+        )
 
 
 def _name_stages(graph: onnx.GraphProto) -> None:

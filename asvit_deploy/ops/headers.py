@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import cache_dir, make_cache_dir
+from asvit_deploy.files import cached, make_cache_dir
 
 MINIMUM_API = 17  # the first with shape inference for custom ops
 HEADER = "onnxruntime_c_api.h"
@@ -134,7 +134,7 @@ def _installed() -> Iterator[Headers]:
 
 def _cached() -> list[Headers]:
     """What `_obtain` kept, the newest API first."""
-    found = (read_headers(place, "cached") for place in (cache_dir() / "headers").glob("api-*"))
+    found = (read_headers(place, "cached") for place in cached("headers/api-*"))
     return sorted(filter(None, found), key=lambda headers: -headers.api)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from asvit_deploy import child, files
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import cache_dir, make_cache_dir
+from asvit_deploy.files import cache_dir, cached, make_cache_dir
 from asvit_deploy.ops.headers import Say, silent
 from asvit_deploy.ops.library import find_compiler, run_compiler
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
@@ -176,7 +176,7 @@ def library_folder(version: tuple[int, int], targets: Sequence[str]) -> Path:
 def find_trt_plugin() -> Path | None:
     """The library in the user's cache that fits the sources and runs on GPUs, the newest build."""
     found = []
-    for folder in cache_dir().glob("trt-*"):
+    for folder in cached("trt-*"):
         match = re.match(r"trt-(\d+)\.(\d+)-([\w.]+)-", folder.name)
         library = folder / f"{LIBRARIES[-1][0]}.so"
         if match and library.is_file():

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.requirements import pip_install
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 
 # Float32 means float32 on every backend.
@@ -31,7 +32,7 @@ def import_onnxruntime():
         import onnxruntime
     except ImportError:
         raise UserError(
-            "onnxruntime is not installed; pip install 'asvit-deploy[cpu]' (or [gpu])"
+            f"onnxruntime is not installed; {pip_install('onnxruntime')} (CUDA: onnxruntime-gpu)"
         ) from None
     return onnxruntime
 

@@ -13,6 +13,7 @@ from asvit_deploy.engine.flavour import FLAVOURS, Flavour
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.requirements import pip_install_extra
 
 
 def require_gpu(name: str) -> None:
@@ -38,9 +39,7 @@ def import_flavour(name: str) -> tuple[Flavour, Any]:
     """
     flavour = FLAVOURS[name]
     if flavour.module is None:
-        raise UserError(
-            f'{flavour.title} is not installed; pip install "asvit-deploy[{flavour.extra}]"'
-        )
+        raise UserError(f"{flavour.title} is not installed; {pip_install_extra(flavour.extra)}")
     return flavour, importlib.import_module(flavour.module)
 
 

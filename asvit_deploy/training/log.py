@@ -14,6 +14,7 @@ from typing import Any
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import check_writable, unwritten, write_text
+from asvit_deploy.requirements import pip_install
 
 
 def log_path(output: Path) -> Path:
@@ -95,9 +96,7 @@ def _board(folder: Path, step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError(
-            '--tensorboard needs tensorboard; pip install "asvit-deploy[train]"'
-        ) from error
+        raise UserError(f"--tensorboard needs tensorboard; {pip_install('tensorboard')}") from error
     threading.excepthook = partial(_quiet_board, threading.excepthook)
     try:
         return SummaryWriter(str(folder), purge_step=None if step is None else step + 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.requirements import pip_install
 from asvit_deploy.training.recipe import FIT, Recipe, wanted
 
 # AS-ViT's fine-tuning. Colour jitter of 0.4 is among its options too, but does nothing beside
@@ -48,9 +49,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         try:
             import tomli as tomllib
         except ModuleNotFoundError as error:
-            raise UserError(
-                '--recipe needs tomli; run: pip install "asvit-deploy[train]"'
-            ) from error
+            raise UserError(f"--recipe needs tomli; run: {pip_install('tomli')}") from error
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

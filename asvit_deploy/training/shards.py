@@ -19,6 +19,8 @@ unpacked. Only headers, pictures and labels are read; nothing in a shard is run 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import hashlib
 import io
@@ -26,9 +28,11 @@ import json
 import os
 import platform
 import random
+import shutil
 import stat
 import sys
 import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,7 +47,7 @@ from tqdm import tqdm
 from asvit_deploy.data.decode import SUFFIXES, decode_picture
 from asvit_deploy.data.listing import HIDDEN, Passed, ending_of
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic, make_cache_dir
+from asvit_deploy.files import atomic, cache_dir, make_cache_dir
 from asvit_deploy.training.shard_folders import class_names, shards_in
 
 # Where a sample has one of these, other pictures of it (a mask, a depth map) are not meant.
@@ -127,15 +131,38 @@ def _mapped(index: Path) -> NDArray:
         raise UserError(f"the index {index} is gone or damaged; delete it, start again") from error
 
 
+@functools.cache
+def _temporary_cache(why: str) -> Path:
+    """A folder that goes with this process."""
+    folder, owner = tempfile.mkdtemp(prefix="asvit-shards-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not where a forked worker ends
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    print(f"the shards' index is kept for this run only: {why}", file=sys.stderr)
+    return Path(folder)
+
+
 def indexed(paths: Sequence[Path]) -> list[Shard]:
     """These tar files with their indices made, in the order given; a bar on stderr meanwhile.
 
+    Where the user's cache cannot be written, the indices are made for this run alone.
+
     Raises:
-        UserError: a shard is damaged, or its members are not what this module's heading says; the
-            cache cannot be written.
+        UserError: a shard is damaged, or its members are not what this module's heading says.
     """
     # By host: nodes that share a home folder must not take one another's temporary files for dead.
-    cache = make_cache_dir(f"shards/{platform.node() or 'host'}")
+    name = f"shards/{platform.node() or 'host'}"
+    with contextlib.suppress(UserError):  # a cache that may only be read may hold them all
+        shards = [Shard.at(path, cache_dir() / name) for path in paths]
+        if all(shard.index.is_file() for shard in shards):
+            return shards
+    try:
+        cache = make_cache_dir(name)
+    except UserError as error:
+        cache = _temporary_cache(str(error))
     shards = [Shard.at(path, cache) for path in paths]
     missing = [shard for shard in shards if not shard.index.exists()]
     # Processes that start together each begin elsewhere, and so share the work.

@@ -21,7 +21,7 @@ from asvit_deploy.export.precision import to_half
 
 rtx = pytest.mark.skipif(
     RTX.module is None or importlib.util.find_spec("polygraphy") is None,
-    reason='TensorRT-RTX is not installed (pip install "asvit-deploy[rtx]")',
+    reason="TensorRT-RTX is not installed (scripts/setup cpu,train,dev,rtx)",
 )
 
 
@@ -120,7 +120,7 @@ def test_no_tensorrt(cli, model, monkeypatch):
         importlib.util, "find_spec", lambda name, *a: None if name in gone else real(name, *a)
     )
     result = cli("build-engine", "--fp16")
-    refused(result, "TensorRT is not installed", 'pip install "asvit-deploy[rtx]"')
+    refused(result, "TensorRT is not installed", 'pip install "tensorrt-rtx-cu13-bindings')
 
 
 @rtx

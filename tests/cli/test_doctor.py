@@ -20,6 +20,7 @@ from asvit_deploy.doctor.installation import Installation
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops.nvcc import find_nvcc
 from asvit_deploy.ops.trt_library import library_folder
+from asvit_deploy.requirements import declared, pip_install, pip_install_extra
 
 NAMES = {"python", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx",
          "polygraphy", "openvino", "mlxtend", "scikit-image", "C++ compiler", "nvcc", "ORT headers",
@@ -32,7 +33,7 @@ class FakeSite:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def package(self, name: str, version: str = "1.2.3", module: str | None = None) -> FakeSite:
+    def package(self, name: str, version: str = "99.2.3", module: str | None = None) -> FakeSite:
         info = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -61,7 +62,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> list[Finding]:
     )  # fmt: skip
     findings = [Finding(**row) for row in json.loads(done.stdout)]
     assert done.returncode == int(any(finding.fatal for finding in findings))
-    assert not list(home.rglob("*.h")), "it looks and fetches nothing"
+    assert not list(home.rglob("*")), "it looks, and neither fetches nor leaves anything"
     return findings
 
 
@@ -74,7 +75,9 @@ def the(findings: list[Finding], name: str) -> Finding:
 
 
 def test_every_row_is_there_and_says_what_to_do(here: list[Finding]) -> None:
-    assert {finding.name for finding in here} == NAMES
+    assert {finding.name for finding in here} == NAMES | declared().keys() | declared(
+        "train"
+    ).keys()
     for finding in here:
         assert finding.detail
         assert "\n" not in finding.detail + finding.mend
@@ -146,11 +149,66 @@ def test_companions_of_onnxruntime_do_not_clash(site: FakeSite) -> None:
     assert packages.onnxruntime(site.installation)[0].status == "ok"
 
 
+@pytest.mark.parametrize(
+    ("check", "name", "version", "needs"),
+    [
+        (packages.onnxscript, "onnxscript", "0.4.0", "onnxscript>="),
+        (packages.onnx, "onnx", "1.16.2", "onnx>="),
+        (packages.onnxruntime, "onnxruntime", "1.10.0", "onnxruntime>="),
+        (packages.others, "pillow", "9.5", "pillow>="),
+        (packages.others, "safetensors", "0.3.9", "safetensors>="),
+        (packages.training, "accelerate", "1.0", "accelerate>="),
+        (
+            packages.tensorrt_rtx,
+            "tensorrt-rtx-cu13-bindings",
+            "1.5",
+            "tensorrt-rtx-cu13-bindings>=",
+        ),
+    ],
+)
+def test_a_package_below_its_declared_minimum_is_named(
+    site: FakeSite, check, name: str, version: str, needs: str
+) -> None:
+    pytest.importorskip("packaging")
+    if not declared():
+        pytest.skip("asvit-deploy runs without being installed here, so nothing is declared")
+    site.package(name, version)
+    (finding,) = [f for f in check(site.installation) if f.detail.startswith(version)]
+    assert finding.status == "broken"
+    assert "asvit-deploy needs >=" in finding.detail
+    assert finding.mend.startswith(f'pip install "{needs}')
+    assert finding.core == (check not in (packages.training, packages.tensorrt_rtx))
+
+
+def test_every_dependency_is_imported(site: FakeSite) -> None:
+    """Not looked for alone: one that cannot be imported is named, with the mend."""
+    if not declared():
+        pytest.skip("asvit-deploy runs without being installed here, so nothing is declared")
+    site.package("tqdm", module="raise ImportError('half a package')")
+    findings = {f.name: f for f in packages.others(site.installation)}
+    assert findings["tqdm"].status == "broken"
+    assert "half a package" in findings["tqdm"].detail
+    assert "tqdm" in findings["tqdm"].mend
+    assert findings["click"].status == "missing"
+    assert findings["click"].mend.startswith('pip install "click>=')
+    assert all(f.fatal for f in findings.values())
+
+
+def test_commands_name_packages_that_an_index_has() -> None:
+    """asvit-deploy itself is on none."""
+    assert pip_install("onnxruntime").startswith('pip install "onnxruntime>=')
+    assert pip_install("no-dependency-of-ours") == "pip install no-dependency-of-ours"
+    assert "tensorrt-rtx-cu13-bindings" in pip_install_extra("rtx")
+    package = Path(packages.__file__).parent.parent
+    told = [path for path in package.rglob("*.py") if "asvit-deploy[" in path.read_text()]
+    assert [path.name for path in told] == ["requirements.py"]  # which says why not
+
+
 def test_no_onnxruntime_is_fatal_and_names_both_ways(site: FakeSite) -> None:
     (finding,) = packages.onnxruntime(site.installation)
     assert (finding.status, finding.fatal) == ("missing", True)
-    assert "[cpu]" in finding.mend
-    assert "[gpu]" in finding.mend
+    assert '"onnxruntime>=' in finding.mend
+    assert '"onnxruntime-gpu>=' in finding.mend
 
 
 def test_gpu_build_with_the_files_of_a_cpu_build(site: FakeSite) -> None:
@@ -215,7 +273,7 @@ def test_tensorrt_for_two_cudas_clashes(site: FakeSite) -> None:
     (finding,) = packages.tensorrt(site.installation)
     assert finding.status == "clash"
     assert not finding.fatal
-    assert "tensorrt-cu12-bindings 1.2.3 and tensorrt-cu13-bindings" in finding.detail
+    assert "tensorrt-cu12-bindings 99.2.3 and tensorrt-cu13-bindings" in finding.detail
 
 
 def test_tensorrt_and_its_rtx_sister_are_told_apart(site: FakeSite) -> None:

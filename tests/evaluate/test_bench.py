@@ -132,5 +132,5 @@ def test_only_score_work_counts_as_scoring(mini_artifacts):
     assert compaction == ["ThresholdCompact"] * 3
     # Per stage: one row of logits, its softmax, the context norms; never a projection.
     assert scoring.count("Softmax") == 3
-    assert scoring.count("ReduceL2") == 3
+    assert scoring.count("Sqrt") == 3
     assert scoring.count("MatMul") == 3

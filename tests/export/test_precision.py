@@ -60,7 +60,7 @@ def test_what_is_half_and_what_is_not(exported, precision):
     assert inputs.count({TensorProto.FLOAT}) == 3  # the class row of each stage's scores
     # q k, weights v and four layers a block, and the head
     assert inputs.count({half}) == len(products) - 3 == 6 * 6 + 1
-    islands = [n for n in graph.node if n.op_type in ("Softmax", "LayerNormalization", "ReduceL2")]
+    islands = [n for n in graph.node if n.op_type in ("Softmax", "LayerNormalization", "Sqrt")]
     assert {kinds[node.input[0]] for node in islands} == {TensorProto.FLOAT}
     convs = {kinds[value] for n in graph.node if n.op_type == "Conv" for value in n.input}
     # Opset 20 defines no Conv for bfloat16.

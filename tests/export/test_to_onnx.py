@@ -64,7 +64,7 @@ def test_one_or_all_tokens_stay(mini, photos, pictures, stage, threshold, kept):
 def test_form_of_the_file(mini_artifacts):
     path = mini_artifacts["1", "auto"]
     proto = onnx.load(path, load_external_data=False)
-    assert proto.ir_version == 10
+    assert proto.ir_version == 9  # the lowest at opset 20: ONNX Runtime 1.17 reads it
     assert {o.domain: o.version for o in proto.opset_import}[""] == 20
     assert {o.domain: o.version for o in proto.opset_import}["asvit"] == 1
     assert [f.name for f in proto.functions if f.domain == "asvit"] == ["ThresholdCompact"]
