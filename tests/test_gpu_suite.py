@@ -160,9 +160,6 @@ def test_folder_is_small_whole_and_holds_device_code(folder):
             assert b".nv_fatbin" in (folder / path).read_bytes(), path
 
 
-# ---------------------------------------------------------------- what cannot be run
-
-
 @pytest.fixture
 def links(folder, tmp_path) -> Path:
     """The folder again: its files are links, to be replaced one by one."""
@@ -176,6 +173,21 @@ def links(folder, tmp_path) -> Path:
 def replace(place: Path, name: str, text: str) -> None:
     (place / name).unlink(missing_ok=True)
     (place / name).write_text(text)
+
+
+def test_program_that_lost_its_permission_runs(links, tmp_path):
+    """As after a copy that keeps contents alone."""
+    (links / "host" / "gpu_driver").unlink()
+    shutil.copyfile((links / "host" / "libasvit_trt_host.so").resolve().with_name("gpu_driver"),
+                    links / "host" / "gpu_driver")  # fmt: skip
+    assert not os.access(links / "host" / "gpu_driver", os.X_OK)
+    done = suite(
+        "run", "--prepared", links, "-o", tmp_path / "out", "--rehearse", "--only", "speed"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- what cannot be run
 
 
 @pytest.mark.parametrize("name", ["gpu_parts/table.py", "data/deit_s.npz", "gpu_suite"])

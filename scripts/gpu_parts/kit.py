@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +79,20 @@ class Kit:
             words = missing.get(f"{kind} {role}") or missing.get(role) or "nothing asked for it"
             raise SkipPart(f"{role} was not prepared: {words}")
         return self.root / found
+
+    def program(self, role: str) -> Path:
+        """As `file`, something that can be run even where the copy to here lost its permissions.
+
+        Raises:
+            SkipPart: as `file`.
+        """
+        path = self.file(role)
+        if os.access(path, os.X_OK):
+            return path
+        mine = self.scratch / path.name
+        shutil.copyfile(path, mine)
+        mine.chmod(0o755)
+        return mine
 
     def some(self, calls: list[Any], share: int = 8) -> list[Any]:
         """All of them; one in `share` for a rehearsal."""

@@ -32,10 +32,12 @@ for name in sys.argv[1:]:
     except BaseException as error:
         found[name] = None
         found[name + " error"] = f"{type(error).__name__}: {error}"[:200]
-if found.get("torch"):
+try:
     import torch
     found["torch CUDA"] = torch.version.cuda
     found["torch sees a GPU"] = torch.cuda.is_available()
+except BaseException as error:
+    found["torch CUDA"] = f"{type(error).__name__}: {error}"[:200]
 print(json.dumps(found))
 """
 

@@ -35,7 +35,7 @@ def oracle_calls(kit: Kit) -> Iterator[list[Call]]:
 
 def oracle(kit: Kit) -> Report:
     """One kept and all kept, ties, NaN, infinities, three types, B to 256: equal bits."""
-    driver, plugin = kit.file("driver"), kit.file("plugin")
+    driver, plugin = kit.program("driver"), kit.file("plugin")
     count = 0
     for number, calls in enumerate(oracle_calls(kit)):
         # A rehearsal keeps the small portions whole; the others take gigabytes.
@@ -49,7 +49,7 @@ def oracle(kit: Kit) -> Report:
 
 def graph_capture(kit: Kit) -> Report:
     """The launch captured before its inputs are there, replayed twice; both widths of `size`."""
-    driver, plugin = kit.file("driver"), kit.file("plugin")
+    driver, plugin = kit.program("driver"), kit.file("plugin")
     calls = kit.some([call for kind in KINDS for call in stored_calls(kit.root, kind)])
     for bits in (32, 64):
         check(driver, plugin, calls, "graph", bits)
@@ -58,7 +58,7 @@ def graph_capture(kit: Kit) -> Report:
 
 def contexts(kit: Kit) -> Report:
     """What a runtime does around `enqueue`: clones, changing shapes, chains, two streams."""
-    driver, plugin = kit.file("driver"), kit.file("plugin")
+    driver, plugin = kit.program("driver"), kit.file("plugin")
     drive(driver, plugin, "configure", b"")
     cases = kit.some([call for kind in KINDS for call in stored_calls(kit.root, kind)], 4)
     busy = [plain(shape, kind, 0.3) for kind in KINDS

@@ -19,7 +19,6 @@ from asvit_deploy.ops.nvcc import ALL_SMS, find_nvcc, gencode, targets_of
 from asvit_deploy.ops.trt_library import build_trt, find_trt_headers, sources_dir
 from gpu_parts import prepared
 from gpu_parts.kit import MANIFEST, Report
-from gpu_parts.prepare_data import start_export, write_all
 
 MAX_BYTES = 55 << 20
 # What of the checkout the parts need; the C++ sources tell the plugin's cache what it holds.
@@ -70,6 +69,8 @@ def prepare(
             55 MiB.
     """
     _refuse(folder, sms, rehearse, checkout)
+    from gpu_parts.prepare_data import start_export, write_all
+
     with files.atomic_folder(folder) as place:
         _copy_code(place, checkout)
         export = start_export(place, checkout)

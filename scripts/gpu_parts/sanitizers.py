@@ -31,7 +31,7 @@ def find_sanitizer() -> str:
 
 def sanitize(kit: Kit, tool: str) -> Report:
     """Run a selection of calls under a tool."""
-    driver, plugin = kit.file("driver"), kit.file("plugin")
+    driver, plugin = kit.program("driver"), kit.file("plugin")
     wrapper, log = kit.scratch / tool, kit.scratch / f"{tool}.log"
     wrapper.write_text(
         f"#!/bin/sh\nexec {shlex.quote(find_sanitizer())} --tool {tool} --error-exitcode 9 "

@@ -12,7 +12,7 @@ COPY_SHARE, LATENCY_US = 0.70, 10.0
 
 def speed(kit: Kit) -> Report:
     """Bandwidth beside a device copy at B=64, M=577, D=768; latency at B=1, M=197, D=384; half."""
-    said = drive(kit.file("driver"), kit.file("plugin"), "bench", b"").read()
+    said = drive(kit.program("driver"), kit.file("plugin"), "bench", b"").read()
     result = json.loads(said)
     share = min(row["share"] for row in result["bandwidth"])
     return {
