@@ -115,16 +115,19 @@ def library(kit: Kit, tmp_path: Path, file: str, right: str, wrong: str) -> Path
 
 
 PLUGIN = "threshold_compact_plugin.cpp"
+ARGUMENTS = "PluginTensorDesc const*, int32_t"
+CHANGE = "int32_t ThresholdCompactPlugin::onShapeChange"
 MISTAKES = {
     "size is always 32 bits wide": (
         plugin.contexts, PLUGIN, "DataType::kINT64 ? 8 : 4;", "DataType::kINT64 ? 4 : 4;",
     ),
     "more rows than can be counted are taken": (
-        plugin.contexts, PLUGIN, "inputs[kTOKENS].max.d[1] <= kASVIT_MAX_ROWS", "true",
+        plugin.contexts, "kernels/threshold_compact.h", "kASVIT_MAX_ROWS = 4096;",
+        "kASVIT_MAX_ROWS = 9999;",
     ),
     "shapes may not change": (
-        plugin.contexts, PLUGIN, "{\n    return 0;\n}\n\nint32_t ThresholdCompactPlugin::enqueue",
-        "{\n    return 1;\n}\n\nint32_t ThresholdCompactPlugin::enqueue",
+        plugin.contexts, PLUGIN, f"{CHANGE}(",
+        f"{CHANGE}({ARGUMENTS}, {ARGUMENTS}) noexcept {{ return 1; }}\nint32_t right(",
     ),
     "a context gets no clone": (
         plugin.contexts, PLUGIN, "noexcept { return clone(); }", "noexcept { return nullptr; }",
@@ -133,9 +136,9 @@ MISTAKES = {
         plugin.oracle, "kernels/threshold_compact.cuh", "return score > threshold;",
         "return score >= threshold;",
     ),
-    "NaN wins": (
-        plugin.graph_capture, "kernels/threshold_compact.cuh", "score != score ? 0U : order",
-        "order",
+    "none may be left": (
+        plugin.graph_capture, "kernels/threshold_compact.cuh", "1 + (above > 0 ? above : 1)",
+        "1 + above",
     ),
 }  # fmt: skip
 

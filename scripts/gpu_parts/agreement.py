@@ -20,17 +20,14 @@ class Remembered:
     def __init__(self, runner: Any) -> None:
         self.runner, self.known = runner, {}  # type: ignore[var-annotated]
 
-    def infer(self, images: NDArray[np.float32]) -> Any:
-        return self(images).logits
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
 
     def __call__(self, images: NDArray[np.float32]) -> Any:
         key = images.tobytes()
         if key not in self.known:
             self.known[key] = self.runner(images)
         return self.known[key]
-
-    def describe(self) -> dict[str, str]:
-        return self.runner.describe()
 
 
 class Batches:
@@ -88,9 +85,11 @@ def agreement(kit: Kit) -> Report:
             parity = compare(reference, runner, pictures, labels,  # type: ignore[arg-type]
                              network.model.threshold_values(), precision, batch)  # fmt: skip
             said = parity.as_dict()
-            flips = said.pop("flips", [])
-            row = {"network": name, "precision": dtype, "batch": batch, **said,
-                   "flips": len(flips), "first_flips": flips[:5]}  # fmt: skip
+            # Hundreds of near ties would bury the figures.
+            lists = {key: said.pop(key) for key in ("flips", "top1_changes") if key in said}
+            counts = {key: len(items) for key, items in lists.items()}
+            firsts = {f"first_{key}": items[:5] for key, items in lists.items()}
+            row = {"network": name, **said, **counts, **firsts, "precision": dtype, "batch": batch}
             result["runs"].append(row)
             kit.save(result)
             failures += [f"{name}, {dtype}, B = {batch}: {words}" for words in parity.failures]

@@ -1,5 +1,8 @@
 """The one place from which the parts take the comparison with the reference."""
 
-from asvit_deploy.evaluate.parity import compare
+try:
+    from asvit_deploy.parity import compare
+except ImportError:  # where it stood before
+    from asvit_deploy.evaluate.parity import compare
 
 __all__ = ["compare"]
