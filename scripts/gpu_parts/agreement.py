@@ -86,7 +86,7 @@ def agreement(kit: Kit) -> Report:
                              network.model.threshold_values(), precision, batch)  # fmt: skip
             said = parity.as_dict()
             # Hundreds of near ties would bury the figures.
-            lists = {key: said.pop(key) for key in ("flips", "top1_changes") if key in said}
+            lists: Report = {key: said.pop(key) for key in ("flips", "top1_changes") if key in said}
             counts = {key: len(items) for key, items in lists.items()}
             firsts = {f"first_{key}": items[:5] for key, items in lists.items()}
             row = {"network": name, **said, **counts, **firsts, "precision": dtype, "batch": batch}

@@ -3,6 +3,6 @@
 try:
     from asvit_deploy.parity import compare
 except ImportError:  # where it stood before
-    from asvit_deploy.evaluate.parity import compare
+    from asvit_deploy.evaluate.parity import compare  # type: ignore[no-redef]
 
 __all__ = ["compare"]
