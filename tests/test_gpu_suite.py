@@ -200,7 +200,10 @@ def test_damaged_folder_is_refused(links, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 1}', '{"schema": 99}'])
+_LISTS = json.dumps({"schema": 1, "sms": [], **{key: [] for key in prepared_folder.TABLES}})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 1}', '{"schema": 99}', _LISTS])
 def test_manifest_that_is_none_is_refused(links, tmp_path, text):
     replace(links, "manifest.json", text)
     refused(suite("run", "--prepared", links, "-o", tmp_path / "out"), "manifest.json")

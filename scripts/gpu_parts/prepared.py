@@ -11,6 +11,7 @@ from asvit_deploy.errors import UserError
 from gpu_parts.kit import MANIFEST
 
 SCHEMA = 1
+TABLES = ("device", "host", "data", "missing", "sha256", "made_by")
 MAKE = "make it with `scripts/gpu_suite prepare DIR --sm NN`"
 
 
@@ -25,15 +26,15 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         found = json.loads(path.read_bytes())
-        schema = found["schema"]
-        complete = all(name in found for name in ("sms", "device", "host", "data", "sha256"))
+        schema, sms = found["schema"], [str(sm) for sm in found["sms"]]
+        tables = [found[name] for name in TABLES]
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {MANIFEST}, so it was not prepared; {MAKE}") from None
     except (ValueError, KeyError, TypeError, OSError):
         raise UserError(f"{path} is damaged; prepare the folder again") from None
-    if schema != SCHEMA or not complete:
+    if schema != SCHEMA or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"{path} is of another version of this suite; prepare the folder again")
-    return found
+    return {**found, "sms": sms}
 
 
 def check(folder: Path) -> dict[str, Any]:
