@@ -179,7 +179,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _remove(leftover)
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
+        for file in filter(Path.is_file, temporary.rglob("*")):
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
         try:

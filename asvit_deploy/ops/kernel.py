@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
 from asvit_deploy.ops.trt_library import KERNEL, TWIN, sources_dir
 
 FLAGS = ("-std=c++17", "-O3", "-shared")
+GIVEN = "ASVIT_KERNEL"
 
 
 class _Call(ctypes.Structure):
@@ -127,16 +130,25 @@ class Kernel:
             raise RuntimeError(f"{name} ended with {status} for B={call.images}, M={call.rows}")
 
 
-def build_kernel(cuda: bool, say: Say = silent) -> Path:
+def build_kernel(cuda: bool, say: Say = silent, sms: Sequence[str] = ()) -> Path:
     """The kernel's library for device memory (`cuda`) or host memory, in the user's cache.
 
+    Where there is no compiler, the environment variable ASVIT_KERNEL names one built elsewhere.
+
+    Args:
+        sms: compute capabilities such as "90", as `nvcc.targets_of` takes them.
+
     Raises:
-        UserError: no compiler, or it fails.
+        UserError: no compiler, or it fails; ASVIT_KERNEL names no file.
     """
+    if given := os.environ.get(GIVEN):
+        if not Path(given).is_file():
+            raise UserError(f"{GIVEN}={given} is no file; correct it or unset it")
+        return Path(given)
     sources, nvcc = sources_dir(), find_nvcc() if cuda else None
     if cuda and nvcc is None:
         raise UserError("no CUDA compiler: no nvcc; install the CUDA toolkit or set CUDA_HOME")
-    targets = targets_of(()) if cuda else ("host",)
+    targets = targets_of(sms) if cuda else ("host",)
     digest = hashlib.sha256(repr((FLAGS, targets, sys.platform, platform.machine())).encode())
     for file in sorted((sources / "kernels").iterdir()):
         digest.update(file.read_bytes())

@@ -186,8 +186,9 @@ def run_compiler(command: Sequence[str | Path]) -> str | None:
 
 
 def build_ort(
-    headers: Path | None = None, force: bool = False, say: Say = silent, cuda: bool | None = None
-) -> Path:
+    headers: Path | None = None, force: bool = False, say: Say = silent, cuda: bool | None = None,
+    sms: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """The library for ONNX Runtime, compiled into the user's cache unless it is there.
 
     Args:
@@ -196,6 +197,7 @@ def build_ort(
         say: is told what is used.
         cuda: with kernels for the CUDA provider, or without; by default with them where nvcc is
             and can compile them. The CPU's are always there.
+        sms: compute capabilities such as "90" to compile for, as `nvcc.targets_of` takes them.
 
     Raises:
         UserError: no headers, no compiler, or the result cannot be loaded. The cache keeps what
@@ -207,7 +209,7 @@ def build_ort(
             "no CUDA compiler: no nvcc under CUDA_HOME, on the PATH or in /usr/local/cuda; install "
             "the CUDA toolkit or set CUDA_HOME, or leave --cuda out for the CPU alone"
         )
-    if headers is None and not force and (path := find_library(nvcc is not None)):
+    if headers is None and not force and not sms and (path := find_library(nvcc is not None)):
         say(f"built before for {_kernels(cuda_targets(path))}; --force builds it again")
         return path
     compiler = find_compiler()
@@ -216,7 +218,7 @@ def build_ort(
     say(f"compiler: {shlex.join(compiler)}")
     if nvcc is not None:
         try:
-            return _build(compiler, found, force, say, nvcc)
+            return _build(compiler, found, force, say, nvcc, sms)
         except UserError as error:
             if cuda:
                 raise
@@ -229,10 +231,11 @@ def _kernels(targets: Targets) -> str:
 
 
 def _build(
-    compiler: list[str], headers: Headers, force: bool, say: Say, nvcc: Path | None = None
-) -> Path:
+    compiler: list[str], headers: Headers, force: bool, say: Say, nvcc: Path | None = None,
+    sms: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """Compile one flavour into the cache, and put it in place once it has been loaded."""
-    targets = targets_of(()) if nvcc else ()
+    targets = targets_of(sms) if nvcc else ()
     path = library_path(headers.api, targets)
     say(f"kernels: {_kernels(targets)}")
     if path.is_file() and not force:

@@ -75,3 +75,14 @@ def test_cuda_kernel_loads_without_a_driver():
     if kernel_module.find_nvcc() is None:
         pytest.skip("no nvcc")
     Kernel(build_kernel(cuda=True))
+
+
+def test_library_built_elsewhere_stands_in_for_a_compiler(tmp_path, monkeypatch):
+    built = build_kernel(cuda=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ASVIT_KERNEL", str(built))
+    assert build_kernel(cuda=True) == build_kernel(cuda=False) == built
+    monkeypatch.setenv("ASVIT_KERNEL", str(tmp_path / "none.so"))
+    with pytest.raises(UserError, match=r"ASVIT_KERNEL=.*none\.so is no file"):
+        build_kernel(cuda=False)

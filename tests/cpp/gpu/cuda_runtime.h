@@ -1,6 +1,9 @@
 // CUDA's runtime over host memory, as far as scripts/gpu_driver.cu asks: its protocol can then be run without a GPU.
-// Work is done when it is put on a stream; so a graph holds nothing, and time is not measured.
+// Work is done when it is put on a stream; so a graph holds nothing (the driver does its work again), and time is not
+// measured.
 #pragma once
+
+#define ASVIT_EMULATED
 
 #include <cstdlib>
 #include <cstring>
