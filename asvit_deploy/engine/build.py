@@ -284,14 +284,7 @@ def describe(
         "layers": outcome.layers,
         "plugin_layers": outcome.plugin_layers,
         "build_seconds": round(seconds, 2),
-        "checked": checked and {
-            "reference": checked.reference,
-            "pictures": checked.pictures,
-            "skipped": checked.skipped,
-            **{k: v for k, v in checked.parity.as_dict().items()
-               if k not in ("flips", "top1_changes")},
-            "near_ties": len(checked.parity.top1_changes),
-        },
+        "checked": checked and checked.fields(),
         "source": artifact.source_of(source.path, checkpoint=source.fields.get("source")),
     }  # fmt: skip
     return {**model, **own, **artifact.provenance(("onnx", "onnxruntime", "polygraphy", "torch"))}

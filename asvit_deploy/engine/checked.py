@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -19,6 +20,8 @@ from asvit_deploy.runners.base import Reference, Remembered, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
+_LISTED = 50  # flips in a sidecar: bfloat16 can have thousands
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -29,6 +32,14 @@ class Checked:
     pictures: str
     parity: Parity
     skipped: int = 0
+
+    def fields(self) -> dict[str, Any]:
+        """For a sidecar: every figure, and the first of the flips and of the changes of top-1."""
+        said = self.parity.as_dict()
+        counts = {f"{key}_in_all": len(said[key]) for key in ("flips", "top1_changes")}
+        firsts = {key: said[key][:_LISTED] for key in ("flips", "top1_changes")}
+        return {"reference": self.reference, "pictures": self.pictures, "skipped": self.skipped,
+                **said, **counts, **firsts}  # fmt: skip
 
     @property
     def told(self) -> str:
