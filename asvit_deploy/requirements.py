@@ -55,5 +55,8 @@ def pip_install(*names: str) -> str:
 
 def pip_install_extra(extra: str) -> str:
     """The command that installs what an extra names."""
-    names = declared(extra)
-    return pip_install(*names) if names else f'pip install ".[{extra}]" in the checkout'
+    found = declared(extra)
+    if not found:
+        return f'pip install ".[{extra}]" in the checkout'
+    words = (f'"{name}{wanted.specifier}"' for name, wanted in found.items())
+    return " ".join(["pip install", *words])

@@ -113,7 +113,12 @@ def find_library(cuda: bool | None = None) -> Path | None:
         fits = cuda is None or cuda == bool(targets)
         if fits and library_path(int(match[1]), targets) == path:
             found.append((int(match[1]), bool(targets), path.stat().st_mtime, path))
-    return max(found)[-1] if found else None
+    if not found:
+        return None
+    alike = [path for *kind, _, path in sorted(found) if kind == [*max(found)[:2]]]
+    # Of several, one that was built for another machine's GPUs holds nothing that runs on these.
+    here = targets_of(()) if len(alike) > 1 else None
+    return max(alike, key=lambda path: (cuda_targets(path) == here, alike.index(path)))
 
 
 def find_compiler() -> list[str]:

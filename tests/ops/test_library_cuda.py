@@ -194,3 +194,16 @@ def test_builds_with_cmake_and_cuda(ort_headers, with_cuda, tmp_path):
     (library,) = tmp_path.glob("*asvit_ort.*")
     check(library, "float")
     assert "CUDAExecutionProvider" in library.read_bytes().decode("latin-1")
+
+
+def test_a_library_for_other_gpus_is_not_preferred(with_cuda, monkeypatch, tmp_path):
+    """As where the GPU suite was prepared for another machine after this one's was built."""
+    other = with_cuda.with_name(with_cuda.name.replace("cuda.", "cuda.sm999."))
+    monkeypatch.setattr(library_module, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(library_module, "library_path", lambda api, targets: tmp_path / (
+        with_cuda.name if targets == cuda_targets(with_cuda) else other.name))  # fmt: skip
+    for path in (with_cuda, other):
+        (tmp_path / path.name).write_bytes(b"")
+    assert find_library() == tmp_path / with_cuda.name
+    (tmp_path / with_cuda.name).unlink()
+    assert find_library() == tmp_path / other.name, "its CPU kernels run here too"

