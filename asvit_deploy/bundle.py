@@ -53,7 +53,7 @@ def _refuse_foreign(path: Path, kind: str) -> None:
     """Raise UserError where replacing `path` would remove what this tool did not write."""
     mend = "remove it, or name another folder"
     try:
-        fields = read_signed(path / MANIFEST, "manifest", path.name, "kind", "files")
+        fields = _manifest(path)
     except UserError:
         raise UserError(f"{path} is not a folder that this tool made; {mend}") from None
     ours = {MANIFEST, *fields["files"]}
@@ -91,6 +91,15 @@ def write(folder: Path, files: Mapping[str, bytes], fields: dict[str, Any]) -> d
     return fields
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    fields = read_signed(path, "manifest", folder.name, "kind", "files")
+    files = fields["files"]
+    if not isinstance(files, dict) or any(Path(name).name != name or not name for name in files):
+        raise UserError(f"{path} names no plain files; make {folder.name} again")
+    return fields
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The fields of a bundle's manifest, checked against its files.
 
@@ -103,7 +112,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} does not exist; name a folder that this tool made")
     if not path.is_file():
         raise UserError(f"{folder} holds no {MANIFEST}; name a folder that this tool made")
-    fields = read_signed(path, "manifest", folder.name, "kind", "files")
+    fields = _manifest(folder)
     for name, expected in fields["files"].items():
         file = folder / name
         if not file.is_file():
