@@ -1,4 +1,4 @@
-"""Two runs and one output: one makes it, whole, the other says why not; and no link bends a write."""
+"""Two runs and one output: one makes it, whole, the other says why not; no link bends a write."""
 
 from __future__ import annotations
 
@@ -212,11 +212,10 @@ def test_a_write_waits_for_a_claim_a_while(tmp_path, holder, monkeypatch):
     assert artifact.read(path)["kind"] == "onnx"
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_claim_covers_every_spelling_of_a_path(tmp_path, holder, monkeypatch, inside):
+def test_a_claim_covers_every_spelling_of_a_path(tmp_path, holder, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for path in (Path("x.onnx"), tmp_path / "link" / "x.onnx", Path("link/../x.onnx")):
+    for path in (Path("x.onnx"), tmp_path / "link" / "x.onnx", Path("link/./x.onnx")):
         conftest.raises_one_line(lambda path=path: enter(claims.claimed(path)), "another run")
 
 

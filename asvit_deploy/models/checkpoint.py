@@ -25,7 +25,15 @@ from asvit_deploy.artifact import provenance
 from asvit_deploy.checkpoints import facts, relatives, unwrapping
 from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Told
-from asvit_deploy.checkpoints.ours import FORMAT, SCHEMA, check_schema, check_told, parsed, staged
+from asvit_deploy.checkpoints.ours import (
+    FORMAT,
+    SCHEMA,
+    check_schema,
+    check_sealed,
+    check_told,
+    parsed,
+    staged,
+)
 from asvit_deploy.checkpoints.reading import Refuse, listed, quoted, read
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
@@ -105,7 +113,8 @@ def load_checkpoint(
         artifact.read(path)  # refuses a sidecar that does not belong to it
     if ours:
         check_schema(metadata, refuse)
-        metadata = unsealed(metadata)
+    check_sealed(content, metadata, refuse)
+    metadata = unsealed(metadata)
     options = unwrapping.options_in(content)
     names = facts.model_names(content, options)
     relatives.refuse_options(options, names.values(), refuse)
