@@ -36,7 +36,7 @@ def check_schema(metadata: Mapping[str, str], refuse: Refuse) -> None:
 
 
 def check_sealed(content: Any, metadata: Mapping[str, str], refuse: Refuse) -> None:
-    """Compare a file that has a digest with it; files of before have none, nor have foreign ones."""
+    """Compare a file that has a digest with it; older files have none, nor have those of others."""
     if is_sealed(metadata):
         try:
             check_seal(content, metadata)
