@@ -11,16 +11,20 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from asvit_deploy import __version__
+from asvit_deploy import __version__, claims
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic_together, check_writable, sha256
+from asvit_deploy.files import atomic_together, check_parent, check_writable, sha256
 
 SCHEMA = 1
+PATIENCE = 10.0  # seconds that a write without a claim of its own waits for another run's
+_BETWEEN = 0.05  # seconds, far more than two renames take
 # Artefacts by the ending of their file name.
 KINDS = {".onnx": "onnx", ".engine": "engine", ".safetensors": "checkpoint"}
 
@@ -53,6 +57,17 @@ def check_target(path: Path, kind: str, force: bool, *sources: Path | None) -> N
         raise UserError(f"{path} cannot be written: give the {noun} a name in {suffix}")
     for file in (path, sidecar_path(path)):
         check_writable(file, force, *sources)
+
+
+def claimed(
+    path: Path, kind: str, force: bool, *sources: Path | None
+) -> AbstractContextManager[None]:
+    """No other run makes an artefact at `path` meanwhile; `check_target` is asked at both ends.
+
+    Raises:
+        UserError: another run is making it, or `check_target` refuses.
+    """
+    return claims.claimed(path, force, lambda: check_target(path, kind, force, *sources))
 
 
 def _digest(fields: dict[str, Any]) -> str:
@@ -101,13 +116,18 @@ def write(artifact: Path, data: bytes, fields: dict[str, Any]) -> None:
 
     Two files take two renames, the artefact's first. A process that is killed between them leaves
     a new artefact beside an old sidecar or none: `read` refuses that pair by its sha256, and the
-    next `write` mends it.
+    next `write` mends it. Of several writers at once the last one's pair stays; within a claim
+    without `force` nothing is replaced.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, another run has a claim on the artefact, or the
+            caller's claim says no.
     """
     text = signed({**fields, "sha256": hashlib.sha256(data).hexdigest()})
-    with atomic_together(artifact, sidecar_path(artifact)) as (file, sidecar):
+    with (
+        claims.claimed(artifact, check=lambda: check_parent(artifact), wait=PATIENCE),
+        atomic_together(artifact, sidecar_path(artifact)) as (file, sidecar),
+    ):
         file.write_bytes(data)
         sidecar.write_text(text)
 
@@ -122,14 +142,33 @@ def read(artifact: Path) -> dict[str, Any]:
     if artifact.is_dir():
         raise UserError(f"{artifact} is a folder; name a file in it that this tool made")
     path = sidecar_path(artifact)
-    if not artifact.is_file():
-        raise UserError(f"{artifact} does not exist; name an artefact that this tool made")
-    if not path.is_file():
-        raise UserError(f"{artifact} has no sidecar {path.name} beside it; make it again")
-    fields = read_signed(path, "sidecar", artifact.name, "sha256")
-    if fields["sha256"] != sha256(artifact):
-        raise UserError(f"{path} does not belong to {artifact} (sha256 differs); make it again")
-    return fields
+    while True:
+        if not artifact.is_file():
+            raise UserError(f"{artifact} does not exist; name an artefact that this tool made")
+        if not path.is_file():
+            raise UserError(f"{artifact} has no sidecar {path.name} beside it; make it again")
+        before = _identity(artifact, path)
+        fields = read_signed(path, "sidecar", artifact.name, "sha256")
+        if fields["sha256"] == sha256(artifact):
+            return fields
+        time.sleep(_BETWEEN)  # a writer may stand between its two renames
+        if _identity(artifact, path) == before:
+            raise UserError(f"{path} does not belong to {artifact} (sha256 differs); make it again")
+
+
+def _identity(*paths: Path) -> list[tuple[int, ...]]:
+    """What another file in the same place has not."""
+    found = [path.stat() for path in paths if path.exists()]
+    return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
+
+
+def describes(artifact: Path, kind: str) -> bool:
+    """Whether there is a sidecar of ours, whole, for an artefact of this kind at that path."""
+    path = sidecar_path(artifact)
+    try:
+        return path.is_file() and read_signed(path, "sidecar", "", "sha256").get("kind") == kind
+    except UserError:
+        return False
 
 
 def signed(fields: dict[str, Any]) -> str:
@@ -153,7 +192,7 @@ def read_signed(path: Path, noun: str, name: str, *needed: str) -> dict[str, Any
         schema, digest, *_ = (fields[key] for key in ("schema", "digest", *needed))
     except PermissionError:
         raise UserError(f"{path} may not be read; check its permissions") from None
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(f"{path} is not a {noun} of this tool; make {name} again") from None
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}; update the tool")

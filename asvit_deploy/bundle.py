@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from asvit_deploy.artifact import read_signed, signed
+from asvit_deploy import claims
+from asvit_deploy.artifact import PATIENCE, read_signed, signed
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic_folder, check_parent, sha256
 
@@ -38,11 +40,20 @@ def check_target(path: Path, kind: str, force: bool) -> None:
         raise UserError(f"cannot write {path}: it is a file; name another folder")
 
 
+def claimed(path: Path, kind: str, force: bool) -> AbstractContextManager[None]:
+    """No other run makes a bundle at `path` meanwhile; `check_target` is asked at both ends.
+
+    Raises:
+        UserError: another run is making it, or `check_target` refuses.
+    """
+    return claims.claimed(path, force, lambda: check_target(path, kind, force))
+
+
 def _refuse_foreign(path: Path, kind: str) -> None:
     """Raise UserError where replacing `path` would remove what this tool did not write."""
     mend = "remove it, or name another folder"
     try:
-        fields = read_signed(path / MANIFEST, "manifest", path.name, "kind", "files")
+        fields = _manifest(path)
     except UserError:
         raise UserError(f"{path} is not a folder that this tool made; {mend}") from None
     ours = {MANIFEST, *fields["files"]}
@@ -55,6 +66,8 @@ def _refuse_foreign(path: Path, kind: str) -> None:
 def write(folder: Path, files: Mapping[str, bytes], fields: dict[str, Any]) -> dict[str, Any]:
     """Put a bundle in place, whole or not at all; one that is there is replaced.
 
+    Within a claim without `force`, nothing is.
+
     Args:
         files: contents by plain file name.
         fields: what the manifest says; `files` is added.
@@ -63,14 +76,27 @@ def write(folder: Path, files: Mapping[str, bytes], fields: dict[str, Any]) -> d
         The manifest's fields.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the place cannot be written, another run has a claim on it, or the caller's own
+            claim says no.
     """
     fingerprints = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     fields = {**fields, "files": fingerprints}
-    with atomic_folder(folder) as temporary:
+    with (
+        claims.claimed(folder, check=lambda: check_parent(folder), wait=PATIENCE),
+        atomic_folder(folder) as temporary,
+    ):
         for name, data in files.items():
             (temporary / name).write_bytes(data)
         (temporary / MANIFEST).write_text(signed(fields))
+    return fields
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    fields = read_signed(path, "manifest", folder.name, "kind", "files")
+    files = fields["files"]
+    if not isinstance(files, dict) or any(Path(name).name != name or not name for name in files):
+        raise UserError(f"{path} names no plain files; make {folder.name} again")
     return fields
 
 
@@ -86,7 +112,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} does not exist; name a folder that this tool made")
     if not path.is_file():
         raise UserError(f"{folder} holds no {MANIFEST}; name a folder that this tool made")
-    fields = read_signed(path, "manifest", folder.name, "kind", "files")
+    fields = _manifest(folder)
     for name, expected in fields["files"].items():
         file = folder / name
         if not file.is_file():

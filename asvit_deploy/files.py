@@ -4,17 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import platform
 import re
+import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from asvit_deploy.claims import claim_on, same, try_lock
 from asvit_deploy.errors import UserError
 
 # What the system says where a disk, a quota or a file-size limit is at its end.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ABANDONED = 3600  # seconds after which a temporary that nobody changed is nobody's
+
+
+SEAL = 32  # bytes of a digest at a file's end
+
+
+def seal(path: Path) -> None:
+    """Append to a file a digest of its bytes, for `check_seal`."""
+    digest = bytes.fromhex(sha256(path))
+    with open(path, "ab") as file:
+        file.write(digest)
+
+
+def check_seal(path: Path) -> None:
+    """Compare a file with the digest that `seal` appended.
+
+    Raises:
+        ValueError: they differ.
+    """
+    size, digest = path.stat().st_size - SEAL, hashlib.sha256()
+    with open(path, "rb") as file:
+        for place in range(0, size, 1 << 20):
+            digest.update(file.read(min(1 << 20, size - place)))
+        if file.read() != digest.digest():
+            raise ValueError(f"{path} was damaged after it was written")
 
 
 def sha256(path: Path) -> str:
@@ -64,17 +95,7 @@ def check_writable(path: Path, force: bool, *sources: Path | None) -> None:
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     if os.path.lexists(path) and not force:  # a link that leads nowhere would be replaced too
-        raise UserError(f"{path} exists already; pass --force to replace it")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        raise _exists(path)
 
 
 # By folder: when it last changed, as far as we know by our own hand, and the temporaries in it. To
@@ -96,13 +117,56 @@ def _changed_by_us(folder: Path) -> None:
         _seen[key] = folder.stat().st_mtime_ns, _seen[key][1]
 
 
+def _kernel() -> str:
+    """Four hex digits that tell this kernel, as it runs now, from others that share a volume."""
+    try:
+        name = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        name = platform.node()
+    return hashlib.sha256(name.encode()).hexdigest()[:4]
+
+
+_KERNEL = _kernel()
+
+
 def _sweep(path: Path) -> None:
     """Remove what killed runs left beside `path`."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)(\.old)?\.tmp$")
+    # The second form is that of versions before, by process number.
+    pattern = re.escape(f".{path.name}.") + r"(?:([0-9a-f]{4})[0-9a-f]{10}|\d+(?:\.old)?)\.tmp"
     for name in _temporaries(path.parent):
-        match = pattern.match(name)
-        if match and not _alive(int(match[1])):
-            _remove(path.with_name(name))
+        if match := re.fullmatch(pattern, name):
+            with contextlib.suppress(OSError):
+                _sweep_one(path.with_name(name), match[1] == _KERNEL)
+
+
+def _sweep_one(left: Path, here: bool) -> None:
+    """Remove a temporary of ours that nobody holds.
+
+    Args:
+        here: whether it was made under this kernel, whose locks hold then; what another machine
+            made, and what stands where there are no locks, goes once it has not changed for long.
+    """
+    status = os.lstat(left)
+    if status.st_uid != os.geteuid() or not (
+        stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
+    ):
+        return
+    handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            here = False
+        if same(handle, left) and (here or time.time() - _changed(left) > _ABANDONED):
+            _remove(left)
+    finally:
+        os.close(handle)
+
+
+def _changed(path: Path) -> float:
+    return max(os.lstat(file).st_mtime for file in (path, *path.rglob("*")))
 
 
 def _remove(path: Path) -> None:
@@ -112,15 +176,94 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _new_folder(path: Path) -> tuple[Path, int]:
+    """A folder beside `path` under a name that nobody could know, and a handle that has its lock.
+
+    Only we may enter it: what is made in it is no link of another's.
+    """
+    while True:
+        folder = path.with_name(f".{path.name}.{_KERNEL}{secrets.token_hex(5)}.tmp")
+        try:
+            folder.mkdir(0o700)
+        except FileExistsError:
+            continue
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        if try_lock(handle) and same(handle, folder):
+            return folder, handle
+        os.close(handle)  # a sweep found it before we had the lock
+
+
+@contextlib.contextmanager
+def _workspace(path: Path) -> Iterator[Path]:
+    """A folder of ours beside `path`, which no sweep takes for one that was left."""
+    _sweep(path)
+    folder, handle = _new_folder(path)
+    _changed_by_us(path.parent)
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            if same(handle, folder):
+                _clear(folder, path.name)
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            _changed_by_us(path.parent)
+
+
+def _clear(folder: Path, name: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(folder / name)
+    try:
+        os.rmdir(folder)  # nearly always: and it lists nothing
+    except OSError:
+        shutil.rmtree(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _asked_again(paths: Sequence[Path]) -> bool:
+    """Whether claims allow that files there are replaced, once these are sure that it may be."""
+    claims = [claim for claim in map(claim_on, paths) if claim is not None]
+    for claim in claims:
+        claim.check()
+    return all(claim.replace for claim in claims)
+
+
+def _exists(path: Path) -> UserError:
+    return UserError(f"{path} exists already; pass --force to replace it")
+
+
+def _place(temporary: Path, path: Path, replace: bool) -> None:
+    """Give a file its name; without `replace`, only a name that is free at that moment."""
+    if replace:
+        os.replace(temporary, path)
+        return
+    try:
+        os.link(temporary, path, follow_symlinks=False)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError:  # no hard links here
+        if os.path.lexists(path):
+            raise _exists(path) from None
+        os.replace(temporary, path)
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place only if the block succeeds.
+    """A temporary file that takes its place at `path` only if the block succeeds.
 
     The replacement is one rename of a synced file: a reader, or a run that is killed at any
-    moment, sees the old file or the new one, whole.
+    moment, sees the old file or the new one, whole. Within a claim on `path` that allows no
+    replacement, a file that has come there meanwhile stays.
 
     Raises:
-        UserError: the folder does not exist or cannot be written.
+        UserError: the folder does not exist or cannot be written, or the claim says no.
     """
     with atomic_together(path) as (temporary,):
         yield temporary
@@ -130,82 +273,87 @@ def atomic(path: Path) -> Iterator[Path]:
 def atomic_together(*paths: Path) -> Iterator[list[Path]]:
     """As `atomic`, for several files: all are whole on disk before the first takes its place.
 
-    They take their places in the order given.
+    They take their places in the order given. A claim on one of them speaks for all.
     """
     for path in paths:
         if not path.parent.is_dir():
             raise _no_folder(path)
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder; name a file")
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths}
     current = paths[0]
     try:
-        for current in paths:
-            _sweep(current)
-            temporary[current].touch()
-            _changed_by_us(current.parent)
-        yield list(temporary.values())
-        for current in paths:
-            with open(temporary[current], "rb") as file:
-                os.fsync(file.fileno())
-        for current in paths:
-            os.replace(temporary[current], current)
-            _changed_by_us(current.parent)
+        with contextlib.ExitStack() as stack:
+            temporary = {}
+            for current in paths:
+                file = stack.enter_context(_workspace(current)) / current.name
+                os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+                temporary[current] = file
+            yield list(temporary.values())
+            for current in paths:
+                _sync(temporary[current])
+            replace, placed = _asked_again(paths), list[Path]()
+            try:
+                for current in paths:
+                    _place(temporary[current], current, replace)
+                    placed.append(current)
+            except BaseException:
+                for path in (
+                    () if replace else placed
+                ):  # where not all names were free, none is ours
+                    path.unlink()
+                raise
     except OSError as error:
         raise unwritten(current, error) from error
-    finally:
-        for leftover in temporary.values():
-            with contextlib.suppress(OSError):
-                leftover.unlink()
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place only if the block succeeds.
+    """A temporary folder that takes its place at `path` only if the block succeeds.
 
     A folder that is at `path` already is moved away first and then removed: a run that is killed
     between the two renames leaves no folder there, never a part of one.
 
     Raises:
-        UserError: the parent folder does not exist or cannot be written.
+        UserError: the parent folder does not exist or cannot be written, or a claim on `path` says
+            no.
     """
     if not path.parent.is_dir():
         raise _no_folder(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     try:
-        _sweep(path)
-        for leftover in (temporary, old):  # of a killed run that had our number
-            _remove(leftover)
-        temporary.mkdir()
-        yield temporary
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        try:
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-        except BaseException:  # Ctrl-C too: what was there comes back
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
+        with _workspace(path) as workspace:
+            temporary, old = workspace / path.name, workspace / f"{path.name}.old"
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    _sync(file)
+            if not _asked_again([path]) and os.path.lexists(path):
+                raise _exists(path)
+            try:
+                if path.exists():
+                    path.rename(old)
+                temporary.rename(path)
+            except BaseException:  # Ctrl-C too: what was there comes back
+                if old.exists() and not path.exists():
+                    old.rename(path)
+                raise
     except OSError as error:
         raise unwritten(path, error) from error
-    finally:
-        for leftover in (temporary, old) if path.exists() else (temporary,):
-            with contextlib.suppress(OSError):
-                _remove(leftover)
+
+
+def no_link(path: str, flags: int) -> int:
+    """An `opener` for `open` that refuses a link at the path itself."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a file atomically."""
+    """Write a file atomically, see `atomic`."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically."""
+    """Write a UTF-8 file atomically, see `atomic`."""
     write_bytes(path, text.encode())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,19 +94,40 @@ def test_a_failure_leaves_the_old_folder(folder, monkeypatch):
     assert [p.name for p in folder.parent.iterdir()] == ["m.bucketed"]
 
 
-def test_the_next_run_sweeps_what_a_killed_one_left(tmp_path):
+HALF_WRITER = """
+import sys, time
+from pathlib import Path
+from asvit_deploy.files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "a.bin").write_bytes(b"half")
+    print("half", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_next_run_sweeps_what_a_killed_one_left_and_no_living_one_s(tmp_path):
     folder = tmp_path / "m.bucketed"
-    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    dead = int(done.stdout)
-    for ending in ("tmp", "old.tmp"):
-        left = folder.with_name(f".m.bucketed.{dead}.{ending}")
-        left.mkdir()
-        (left / "a.bin").touch()
-    mine = folder.with_name(f".m.bucketed.{os.getppid()}.tmp")
-    mine.mkdir()  # of a run that is alive
+    writers = [
+        subprocess.Popen([sys.executable, "-c", HALF_WRITER, folder], stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout.readline() == b"half\n"
+        before = {path.name for path in tmp_path.iterdir()}
+        assert len(before) == 2
+        writers[0].kill()
+        writers[0].wait()
+        bundle.write(folder, FILES, {"kind": "bucketed"})
+        left = {path.name for path in tmp_path.iterdir()} - {"m.bucketed"}
+        assert len(left) == 1
+        assert left < before
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
     bundle.write(folder, FILES, {"kind": "bucketed"})
-    assert {p.name for p in folder.parent.iterdir()} == {"m.bucketed", mine.name}
+    assert [path.name for path in tmp_path.iterdir()] == ["m.bucketed"]
 
 
 @pytest.mark.parametrize("renamed", [False, True])
@@ -128,12 +150,17 @@ def test_ctrl_c_between_the_two_renames_leaves_the_old_folder(folder, monkeypatc
     assert [p.name for p in folder.parent.iterdir()] == ["m.bucketed"]
 
 
-def test_what_a_killed_run_of_our_own_number_left_is_no_obstacle(folder):
-    """In a container every run may be process 1."""
-    for ending in ("tmp", "old.tmp"):
-        left = folder.with_name(f".m.bucketed.{os.getpid()}.{ending}")
-        left.mkdir()
-        (left / "a.bin").touch()
+@pytest.mark.parametrize("hours", [0, 2])
+def test_what_a_killed_run_of_an_earlier_version_left(folder, hours):
+    """It is named by process number and has no lock, so that only its age tells."""
+    left = {f".m.bucketed.{os.getpid()}.{ending}" for ending in ("tmp", "old.tmp")}
+    for name in left:
+        old = folder.with_name(name)
+        old.mkdir()
+        (old / "a.bin").touch()
+        for path in (old / "a.bin", old):
+            os.utime(path, (time.time() - 3600 * hours,) * 2)
     bundle.write(folder, {"c.bin": b"three"}, {"kind": "bucketed"})
     assert list(bundle.read(folder)["files"]) == ["c.bin"]
-    assert [p.name for p in folder.parent.iterdir()] == ["m.bucketed"]
+    rest = set() if hours else left
+    assert {p.name for p in folder.parent.iterdir()} == {"m.bucketed", *rest}

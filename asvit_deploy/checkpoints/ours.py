@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from asvit_deploy.checkpoints.damage import Damaged, check_seal, is_sealed
 from asvit_deploy.checkpoints.reading import Refuse, quoted
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
@@ -32,6 +33,15 @@ def check_schema(metadata: Mapping[str, str], refuse: Refuse) -> None:
         refuse(f"has schema {schema}, this version reads up to {SCHEMA}; update the tool")
     if not {"arch", "image_size", "num_classes"} <= metadata.keys():
         refuse("does not say its arch, image_size and num_classes; write it again with this tool")
+
+
+def check_sealed(content: Any, metadata: Mapping[str, str], refuse: Refuse) -> None:
+    """Compare a file that has a digest with it; older files have none, nor have those of others."""
+    if is_sealed(metadata):
+        try:
+            check_seal(content, metadata)
+        except Damaged as damage:
+            refuse(str(damage))
 
 
 def check_told(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) -> None:

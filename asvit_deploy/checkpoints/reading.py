@@ -14,12 +14,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from asvit_deploy.checkpoints.damage import Damaged, check_archive
+
 Refuse = Callable[[str], NoReturn]
 
 # Endings of checkpoint files, the longer ones first.
 ENDINGS = (".safetensors", ".pth.tar", ".pth", ".ckpt", ".pt", ".tar", ".bin")
 _OLD_TORCH = (
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before its zip files
+)
+_UNSUMMED = (
+    "has no checksums (torch's format of before 1.6, or saved with compute_crc32 off), so damage "
+    "to its weights would go unnoticed; compare it with its source, or save it again"
 )
 _LISTED = 3  # keys that a message names before it says how many more there are
 
@@ -70,8 +76,12 @@ def quoted(value: Any) -> str:
     return repr(short) if isinstance(value, str) else " ".join(short.split())
 
 
-def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str]]:
-    """The objects in a file, and the metadata of a `.safetensors`; told apart by content."""
+def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[str, ...]]:
+    """The objects in a file, the metadata of a `.safetensors`, and what is to be said of the file.
+
+    Formats are told apart by content. The checksums of torch.save's zip files are tested; a
+    `.safetensors` has none of its own, see `damage.check_seal` for ours.
+    """
     if path.is_dir():
         refuse("is a folder; name the checkpoint file in it")
     if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -87,23 +97,33 @@ def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str]]:
         refuse("is empty; copy or download it again")
     # A safetensors file starts with the length of its header, which is JSON.
     if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
-        return _read_safetensors(path, refuse)
-    return _read_torch(path, refuse), {}
+        return *_read_safetensors(path, refuse), ()
+    return _read_torch(path, refuse)
 
 
 def _read_safetensors(path: Path, refuse: Refuse) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        return tensors, metadata
     except SafetensorError:
         refuse("is truncated or damaged; copy or download it again")
 
 
-def _read_torch(path: Path, refuse: Refuse) -> Any:
+def _read_torch(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[str, ...]]:
     try:
-        with torch.serialization.safe_globals(_KNOWN), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals(_KNOWN),
+            warnings.catch_warnings(),
+            open(path, "rb") as file,  # one and the same for both readers
+        ):
             warnings.simplefilter("ignore")  # what matters of them comes as an error
-            return torch.load(path, map_location="cpu", weights_only=True)
+            summed = check_archive(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        return content, {}, () if summed else (_UNSUMMED,)
+    except Damaged as damage:
+        refuse(str(damage))
     except Exception as error:  # torch answers to bad bytes with nearly any exception
         _refuse_unread(path, str(error), refuse)
 

@@ -57,12 +57,14 @@ def command(
     and on a machine with a GPU the engines that were built from it.
     """
     from asvit_deploy.artifact import sidecar_path
+    from asvit_deploy.claims import claimed
     from asvit_deploy.evaluate.engine_session import is_engine
     from asvit_deploy.evaluate.session import find_op_library
 
     if output is not None:
         chosen = [path for path in models if path.is_file()]
-        files.check_writable(output, force, *chosen, *map(sidecar_path, chosen))
+        inputs = [*chosen, *map(sidecar_path, chosen)]
+        options.within(claimed(output, force, lambda: files.check_writable(output, force, *inputs)))
     counts = {"1": [1], "all": [0], "both": [1, 0]}[threads]
     found = find_op_library(library)
     reading = partial(_pictures, images, limit, skip_limit)

@@ -103,6 +103,7 @@ def command(
     asvit-deploy build-engine --fp16 --mode bucketed --buckets 64,128,197
     """
     from asvit_deploy import artifact, bundle
+    from asvit_deploy.claims import claimed
     from asvit_deploy.files import check_writable
 
     path = options.artefacts((model,) if model else (), "onnx")[0]
@@ -133,11 +134,11 @@ def command(
     refuse_misfits(found, wanted)
     target = output or default_output(path, wanted)
     if mode == "bucketed":
-        bundle.check_target(target, "bucketed", force)
+        options.within(bundle.claimed(target, "bucketed", force))
     else:
-        artifact.check_target(target, "engine", force, path)
+        options.within(artifact.claimed(target, "engine", force, path))
     if layers is not None:
-        check_writable(layers, force)
+        options.within(claimed(layers, force, lambda: check_writable(layers, force)))
     source = open_source(path)
     if source.session is None:
         options.status(f"{path} is not an artefact of ours: built as it is, compared with nothing")

@@ -68,7 +68,7 @@ def command(
 
     from tqdm import tqdm
 
-    from asvit_deploy.artifact import check_target, provenance
+    from asvit_deploy.artifact import claimed, provenance
     from asvit_deploy.checkpoints.reading import stem_of
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.files import sha256
@@ -77,7 +77,7 @@ def command(
     from asvit_deploy.training.calibrate import calibrate, with_thresholds
 
     target = output or Path(f"{stem_of(ckpt)}.calibrated.safetensors")
-    check_target(target, "checkpoint", force, ckpt)
+    options.within(claimed(target, "checkpoint", force, ckpt))
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
     options.tell(checkpoint)
     # What lies beside the checkpoint may not lie beside the output.

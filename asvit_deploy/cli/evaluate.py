@@ -85,14 +85,18 @@ def command(
     import torch
 
     from asvit_deploy.artifact import sidecar_path
+    from asvit_deploy.claims import claimed
     from asvit_deploy.data.skips import Skips
     from asvit_deploy.evaluate.accuracy import joined, score, summarise
     from asvit_deploy.evaluate.machine import machine
     from asvit_deploy.files import check_writable, write_text
     from asvit_deploy.training.recipe import memory_failures
 
-    if output is not None:
-        check_writable(output, force, model, sidecar_path(model), classes)
+    def check() -> None:
+        if output is not None:
+            check_writable(output, force, model, sidecar_path(model), classes)
+
+    check()
     of_checkpoints = known.options() + ["--ema"] * ema
     if model.suffix == ".onnx" and of_checkpoints:
         raise UserError(
@@ -101,6 +105,8 @@ def command(
         )
     torch.set_num_threads(1)
     place = _Place.here()
+    if output is not None and not place.rank:
+        options.within(claimed(output, force, check))
     load = partial(_load, model, ema, known, place.say)
     runner, config, found = _open(model, batch_rule, dense, library, place, classes, load)
     if config.num_classes == 1:

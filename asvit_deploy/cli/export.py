@@ -62,7 +62,7 @@ def command(
     asvit-deploy export --ckpt as_deit_s.pt
     asvit-deploy export --ckpt deit_small.pth --dense
     """
-    from asvit_deploy.artifact import check_target
+    from asvit_deploy import artifact
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.export import pipeline
     from asvit_deploy.export.to_onnx import OPSET, check_opset
@@ -78,7 +78,7 @@ def command(
     if not dense:
         pipeline.require_adaptive(checkpoint)
     target = output or pipeline.default_output(ckpt, dense)
-    check_target(target, "onnx", force, ckpt, classes)
+    options.within(artifact.claimed(target, "onnx", force, ckpt, classes))
     pictures = open_images(images, checkpoint.config, 16, skip_limit, options.status)
     config = checkpoint.config
     kind = "dense" if dense else "adaptive"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,6 +15,11 @@ from asvit_deploy.models.registry import Interpolation
 
 if TYPE_CHECKING:
     from asvit_deploy.models.checkpoint import Checkpoint
+
+
+def within(context: AbstractContextManager[object]) -> None:
+    """Enter a context that lasts until the command ends."""
+    click.get_current_context().with_resource(context)
 
 
 class CheckpointPath(click.ParamType):

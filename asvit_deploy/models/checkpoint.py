@@ -23,8 +23,17 @@ from torch import Tensor, nn
 from asvit_deploy import artifact
 from asvit_deploy.artifact import provenance
 from asvit_deploy.checkpoints import facts, relatives, unwrapping
+from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Told
-from asvit_deploy.checkpoints.ours import FORMAT, SCHEMA, check_schema, check_told, parsed, staged
+from asvit_deploy.checkpoints.ours import (
+    FORMAT,
+    SCHEMA,
+    check_schema,
+    check_sealed,
+    check_told,
+    parsed,
+    staged,
+)
 from asvit_deploy.checkpoints.reading import Refuse, listed, quoted, read
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
@@ -88,8 +97,9 @@ def load_checkpoint(
         headless: take weights without a head, too.
 
     Raises:
-        UserError: the file cannot be read, does not hold exactly one known network, or is ours and
-            has a sidecar that was edited or belongs to another file; what lies beside or in it
+        UserError: the file cannot be read, is damaged where it carries checksums, does not hold
+            exactly one known network, or has a sidecar of ours that was edited or belongs to
+            another file; what lies beside or in it
             cannot be obeyed, or contradicts the weights or itself.
     """
     path = Path(path)
@@ -97,12 +107,14 @@ def load_checkpoint(
     def refuse(reason: str) -> NoReturn:
         raise UserError(f"{path} {reason}")
 
-    content, metadata = read(path, refuse)
-    ours = metadata.get("format") == FORMAT
+    content, metadata, said = read(path, refuse)
+    ours, sidecar = metadata.get("format") == FORMAT, artifact.sidecar_path(path).is_file()
+    if sidecar and (ours or artifact.describes(path, "checkpoint")):
+        artifact.read(path)  # refuses a sidecar that does not belong to it
     if ours:
         check_schema(metadata, refuse)
-        if artifact.sidecar_path(path).is_file():
-            artifact.read(path)  # refuses a sidecar that does not belong to it
+    check_sealed(content, metadata, refuse)
+    metadata = unsealed(metadata)
     options = unwrapping.options_in(content)
     names = facts.model_names(content, options)
     relatives.refuse_options(options, names.values(), refuse)
@@ -134,7 +146,7 @@ def load_checkpoint(
         format=FORMAT if ours else _format_of(config, adaptive),
         metadata=metadata if ours else {},
         told=told,
-        notes=(*found.notes, *lines),
+        notes=(*said, *found.notes, *lines),
         headless=bare,
         has_average=found.average,
     )
@@ -229,11 +241,11 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
             f"{path} is not written: {listed(odd)} holds NaN or infinite values; "
             "lower the learning rate, or start from other weights"
         )
-    told = {**metadata, **own}
+    told = unsealed({**metadata, **own})
     fields = {"kind": "checkpoint", **provenance(["torch", "safetensors"])}
     fields |= {key: parsed(value) for key, value in told.items() if key != "schema"}
     fields["thresholds"] = model.threshold_values()
-    artifact.write(path, safetensors.torch.save(tensors, told), fields)
+    artifact.write(path, safetensors.torch.save(tensors, sealed(tensors, told)), fields)
 
 
 # --- objects -> state dict ----------------------------------------------------------------------

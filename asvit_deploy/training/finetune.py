@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -28,7 +26,7 @@ from accelerate.utils import broadcast
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from asvit_deploy.artifact import check_target, provenance
+from asvit_deploy.artifact import claimed, provenance
 from asvit_deploy.data.skips import too_many
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint, with_head
@@ -474,32 +472,6 @@ def _start(
 
 
 @contextlib.contextmanager
-def _claimed(output: Path, replace: bool) -> Iterator[None]:
-    """No other run makes the same output meanwhile; the claim ends with the process at the latest.
-
-    Raises:
-        UserError: another one does, or has just done so and `replace` is off.
-    """
-    path = output.with_name(f".{output.name}.lock")
-    # A link there is another's, and is not followed.
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is making {output}; wait for it, or name another output"
-            ) from None
-        ours = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        if not ours:  # its last owner removed it
-            raise UserError(f"another run has just made {output}; start again")
-        try:
-            check_target(output, "checkpoint", replace)
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def _kept(output: Path, recipe: Recipe) -> Iterator[None]:
     """A stop after the last step loses nothing either: the state of that step is saved."""
     before = None
@@ -557,10 +529,11 @@ def finetune(
         )  # fmt: skip
         with together(accelerator):
             if main:
-                stack.enter_context(_claimed(output, force or resume))
+                stack.enter_context(claimed(output, "checkpoint", force or resume))
             if main and recipe.ema:
                 inputs = [given.path for given in (pretrained, teacher) if given is not None]
-                check_target(average_path(output), "checkpoint", force or resume, *inputs)
+                beside = average_path(output)
+                stack.enter_context(claimed(beside, "checkpoint", force or resume, *inputs))
         skipped = Skipped(accelerator, running.skip_limit)
         log = train(trainer, source, output, identity, skipped, resume, running, force)
         stack.enter_context(_kept(output, recipe))

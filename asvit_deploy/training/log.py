@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import check_writable, unwritten, write_text
+from asvit_deploy.files import check_writable, no_link, unwritten, write_text
 from asvit_deploy.requirements import pip_install
 
 
@@ -73,7 +73,7 @@ class Log:
             write_text(self._path, "".join(json.dumps(event) + "\n" for event in self._head))
             self._head = None
         try:
-            with open(self._path, "a") as file:
+            with open(self._path, "a", opener=no_link) as file:
                 file.write(json.dumps(rounded) + "\n")
         except OSError as error:
             raise unwritten(self._path, error) from error

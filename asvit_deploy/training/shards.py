@@ -47,13 +47,13 @@ from tqdm import tqdm
 from asvit_deploy.data.decode import SUFFIXES, decode_picture
 from asvit_deploy.data.listing import HIDDEN, Passed, ending_of
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic, cache_dir, make_cache_dir
+from asvit_deploy.files import SEAL, atomic, cache_dir, check_seal, make_cache_dir, seal
 from asvit_deploy.training.shard_folders import class_names, shards_in
 
 # Where a sample has one of these, other pictures of it (a mask, a depth map) are not meant.
 _USUAL = frozenset((".jpeg", ".jpg", ".png", ".webp"))
 GROUP = 8  # shards that are shuffled together: enough to mix, few enough to stay in the page cache
-_FORMAT = 2  # of the index; part of its name
+_FORMAT = 3  # of the index; part of its name
 _ENTRY = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<u2")])
 _MAX_LABEL = 2**16 - 1  # ImageNet-21k has 21,841 classes
 GIVEN = "the list of class names"  # in place of `classes.txt`
@@ -95,7 +95,7 @@ class Shard:
         entries = self.entries()
         with open(self.index, "rb") as file:
             file.seek(entries.offset + entries.nbytes)  # type: ignore[attr-defined]
-            endings, kinds = json.loads(file.read())
+            endings, kinds = json.loads(file.read()[:-SEAL])
         return Passed(Counter(endings), Counter(kinds))
 
     def bytes_at(self, offset: int, count: int) -> bytes:
@@ -126,6 +126,7 @@ def _pread(file: BinaryIO, offset: int, count: int) -> Iterator[bytes]:
 @functools.lru_cache(maxsize=64)
 def _mapped(index: Path) -> NDArray:
     try:
+        check_seal(index)
         return np.load(index, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the index {index} is gone or damaged; delete it, start again") from error
@@ -176,6 +177,8 @@ def indexed(paths: Sequence[Path]) -> list[Shard]:
             with atomic(shard.index) as temporary, open(temporary, "wb") as file:
                 np.save(file, entries, allow_pickle=False)
                 file.write(json.dumps([passed.endings, passed.kinds]).encode())
+                file.flush()
+                seal(temporary)
     return shards
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asvit_deploy.checkpoints.damage import Damaged, check_archive, digest
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import write_bytes
 
@@ -26,7 +27,7 @@ def save_state(path: Path, step: int, trainer: Trainer, recipe: dict[str, Any]) 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
-    content = {
+    content: dict[str, Any] = {
         "step": step,
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
@@ -35,6 +36,7 @@ def save_state(path: Path, step: int, trainer: Trainer, recipe: dict[str, Any]) 
         "rng": torch.get_rng_state(),
         "recipe": recipe,
     }
+    content["digest"] = digest(content)
     # By way of memory: where the disk is full, torch's own writer hides what the system said.
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -50,7 +52,12 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
     if not path.is_file():
         raise UserError(f"nothing to resume: {path} does not exist; run without --resume")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            check_archive(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        told = content.pop("digest", None)  # states of earlier versions have none
+        if told is not None and told != digest(content):
+            raise Damaged("its digest differs")
         step, saved = int(content["step"]), dict(content["recipe"])
     except PermissionError as error:
         raise UserError(

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from asvit_deploy import artifact
+from asvit_deploy.checkpoints.damage import unsealed
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
@@ -566,7 +567,7 @@ def test_thresholds_of_one_element_are_scalars_and_longer_ones_refused(file):
 def rewrite(path, **metadata):
     """The same weights with other metadata; None takes a field out."""
     with safe_open(path, "pt") as file:
-        fields = {**file.metadata(), **metadata}
+        fields = {**unsealed(file.metadata()), **metadata}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     fields = {key: value for key, value in fields.items() if value is not None}
     safetensors.torch.save_file(tensors, path, fields)

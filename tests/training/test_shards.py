@@ -290,6 +290,24 @@ def test_a_damaged_index_is_named(tmp_path, cache):
     refused(tmp_path, str(index), "delete it")
 
 
+def test_flipped_bytes_in_an_index(tmp_path, cache):
+    """They would be other labels, or other parts of the shard."""
+    classes(tmp_path)
+    write_tar(tmp_path / "0.tar", some())
+    open_source(str(tmp_path), TWO, 0)
+    (index,) = indices(cache)
+    data = index.read_bytes()
+    for offset in range(0, len(data), 3):
+        damaged = bytearray(data)
+        damaged[offset] ^= 0xFF
+        index.write_bytes(damaged)
+        _mapped.cache_clear()
+        refused(tmp_path, str(index), "delete it")
+    index.write_bytes(data)
+    _mapped.cache_clear()
+    assert open_source(str(tmp_path), TWO, 0).epoch == 3
+
+
 def test_a_large_shard_is_never_in_memory(tmp_path):
     """A sparse 2 GB member is skipped over under a limit of memory far below it."""
     classes(tmp_path)
