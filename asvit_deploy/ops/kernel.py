@@ -14,12 +14,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from asvit_deploy import files
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, make_cache_dir
 from asvit_deploy.ops.headers import Say, silent
 from asvit_deploy.ops.library import find_compiler, run_compiler
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
+from asvit_deploy.ops.prebuilt import building, usable
 from asvit_deploy.ops.trt_library import KERNEL, TWIN, sources_dir
 
 FLAGS = ("-std=c++17", "-O3", "-shared")
@@ -131,7 +131,7 @@ def build_kernel(cuda: bool, say: Say = silent) -> Path:
     """The kernel's library for device memory (`cuda`) or host memory, in the user's cache.
 
     Raises:
-        UserError: no compiler, or it fails.
+        UserError: no compiler, or it fails; or others may write in the cache.
     """
     sources, nvcc = sources_dir(), find_nvcc() if cuda else None
     if cuda and nvcc is None:
@@ -142,7 +142,7 @@ def build_kernel(cuda: bool, say: Say = silent) -> Path:
         digest.update(file.read_bytes())
     name = f"libasvit_kernel-{'.'.join(targets)}-{digest.hexdigest()[:16]}.so"
     path = cache_dir() / name
-    if path.is_file():
+    if usable(path, "it is built again"):
         return path
     compiler = find_compiler()
     command = [*compiler, *FLAGS, "-fPIC", str(sources / TWIN)]
@@ -151,7 +151,7 @@ def build_kernel(cuda: bool, say: Say = silent) -> Path:
                    "static", *gencode(targets), str(sources / KERNEL)]  # fmt: skip
     say(f"compiling the kernel with {command[0]} for {' '.join(targets)}")
     make_cache_dir()
-    with files.atomic(path) as temporary:
+    with building(path) as temporary:
         if reason := run_compiler([*command, "-o", temporary]):
             raise UserError(f"{command[0]} cannot compile {sources} ({reason})")
     return path
