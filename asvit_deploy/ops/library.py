@@ -26,7 +26,7 @@ from asvit_deploy.ops.headers import (
     silent,
 )
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
-from asvit_deploy.ops.prebuilt import building, complain, usable
+from asvit_deploy.ops.prebuilt import building, complain, differs, usable
 
 SOURCES = ("ort_ops.cc", "ort_kernel.h", "threshold_compact.h")
 # What the CUDA kernels add; they share the TensorRT plugin's.
@@ -268,6 +268,8 @@ def check_library(path: Path) -> str | None:
     """Why this onnxruntime cannot use the op's library `path`, in one line; None when it can."""
     if not path.is_file():
         return "there is no such file"
+    if reason := differs(path):
+        return reason
     done = subprocess.run(
         child.command(_PROBE, str(path.resolve())),
         capture_output=True, text=True, errors="replace",

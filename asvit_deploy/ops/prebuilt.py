@@ -20,7 +20,7 @@ from pathlib import Path
 from asvit_deploy import files, trusted
 from asvit_deploy.errors import UserError
 
-_LONGEST_WAIT = 1.0  # seconds; whoever may read the folder could hold its lock for ever
+_LONGEST_WAIT = 5.0  # seconds; whoever may read the folder could hold its lock for ever
 
 
 def digest_path(library: Path) -> Path:
@@ -47,6 +47,17 @@ def usable(library: Path, mend: str, say: Callable[[str], None] = complain) -> b
     return reason is None
 
 
+def differs(library: Path) -> str | None:
+    """Why a library that the user names is damaged, where a sha256 of ours is beside it."""
+    try:
+        recorded = _recorded(library)
+    except (UserError, OSError):
+        return None
+    if recorded is None or recorded == files.sha256(library):
+        return None
+    return "it is damaged (its sha256 is not the one beside it)"
+
+
 def usable_tree(folder: Path, say: Callable[[str], None] = complain) -> bool:
     """Whether a folder of headers in the cache, all of it, is ours alone."""
     try:
@@ -68,8 +79,10 @@ def building(library: Path) -> Iterator[Path]:
         yield temporary
         mode = stat.S_IMODE(temporary.stat().st_mode)
         temporary.chmod(mode & ~(stat.S_IWGRP | stat.S_IWOTH))
-        lock.take(shared=False)
+        with open(temporary, "rb") as built:
+            os.fsync(built.fileno())  # here, so that the lock is held for a moment only
         told = f"{files.sha256(temporary)}  {library.name}\n"
+        lock.take(shared=False)
         with files.atomic(digest_path(library)) as digest:
             digest.write_text(told)
             digest.chmod(0o644)
@@ -82,17 +95,22 @@ def _trouble(library: Path, mend: str) -> str | None:
             lock.take(shared=True)
             with trusted.opened(library) as file:
                 found = hashlib.sha256(file.read()).hexdigest()
-            with trusted.opened(digest_path(library)) as file:
-                wanted = re.match(rb"([0-9a-f]{64})\s", file.read(100))
+            wanted = _recorded(library)
     except UserError as error:
         return str(error)
     except FileNotFoundError:
         return f"{library} has no {digest_path(library).name} beside it; {mend}"
     except OSError as error:
         return f"{library} cannot be read ({error.strerror}); {mend}"
-    if wanted is None or wanted[1].decode() != found:
+    if wanted != found:
         return f"{library} is damaged (its sha256 is not the one beside it); {mend}"
     return None
+
+
+def _recorded(library: Path) -> str | None:
+    with trusted.opened(digest_path(library)) as file:
+        match = re.match(rb"([0-9a-f]{64})\s", file.read(100))
+    return match[1].decode() if match else None
 
 
 class _Lock:
@@ -122,7 +140,7 @@ class _Lock:
             except BlockingIOError:
                 if time.monotonic() > end:
                     return
-                time.sleep(0.02)
+                time.sleep(0.002)
             except OSError:
                 return
 

@@ -27,7 +27,7 @@ from asvit_deploy.files import cache_dir, cached, make_cache_dir
 from asvit_deploy.ops.headers import Say, silent
 from asvit_deploy.ops.library import find_compiler, run_compiler
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
-from asvit_deploy.ops.prebuilt import building, complain, usable, usable_tree
+from asvit_deploy.ops.prebuilt import building, complain, differs, usable, usable_tree
 
 PLUGIN = "threshold_compact_plugin.cpp"
 KERNEL, TWIN = "kernels/threshold_compact.cu", "kernels/threshold_compact_host.cpp"
@@ -288,6 +288,8 @@ def check_trt_library(path: Path) -> str | None:
     """Why `path` is no library for TensorRT's plugin registry, in one line; None when it is."""
     if not path.is_file():
         return "there is no such file"
+    if reason := differs(path):
+        return reason
     done = subprocess.run(
         child.command(_PROBE, str(path.resolve())), capture_output=True, text=True, errors="replace"
     )
