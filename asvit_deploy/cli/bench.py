@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asvit_deploy import files
+from asvit_deploy import files, trusted
 from asvit_deploy.cli import options
 from asvit_deploy.errors import UserError
 
@@ -218,6 +218,7 @@ def _bench_engine(
     from asvit_deploy.runners.pytorch import TorchRunner
     from asvit_deploy.runners.trt_plan import require_allowed, require_gpu
 
+    trusted.require_temporary()  # engines are built there, and run
     session = EngineSession(path, allowed)
     require_allowed(session.fields, str(path), allowed)
     require_gpu(str(path))
