@@ -99,7 +99,8 @@ def _library(
 
     if nowhere is not None:
         detail, _, mend = nowhere.partition("; ")
-        return Finding("op library", "missing", detail, f"{mend} (models also run without it)")
+        status = "missing" if "no home folder" in detail else "broken"
+        return Finding("op library", status, detail, f"{mend} (models also run without it)")
     if path is None and passed:
         return _passed_over("op library", passed[0], " (models also run without it)")
     if path is None:

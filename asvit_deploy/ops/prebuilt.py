@@ -76,6 +76,7 @@ def building(library: Path) -> Iterator[Path]:
     nothing, and the library is built again.
     """
     with _Lock(library.parent) as lock, files.atomic(library) as temporary:
+        temporary.unlink()  # else the linker writes into a file of whatever the umask allows
         yield temporary
         mode = stat.S_IMODE(temporary.stat().st_mode)
         temporary.chmod(mode & ~(stat.S_IWGRP | stat.S_IWOTH))
@@ -129,9 +130,10 @@ class _Lock:
     def take(self, shared: bool) -> None:
         try:
             import fcntl
-        except ImportError:
+
+            self._descriptor = os.open(self.folder, os.O_RDONLY)
+        except (ImportError, OSError):
             return
-        self._descriptor = os.open(self.folder, os.O_RDONLY)
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         end = time.monotonic() + _LONGEST_WAIT
         while True:

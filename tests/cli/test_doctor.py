@@ -429,7 +429,9 @@ def test_plugin_is_looked_for_and_loaded(
 
 
 def test_library_that_cannot_be_loaded() -> None:
-    finding = machine_checks._library("/x/lib.so", "it was built for another ONNX Runtime", None, [])
+    finding = machine_checks._library(
+        "/x/lib.so", "it was built for another ONNX Runtime", None, []
+    )
     assert finding.status == "broken"
     assert "/x/lib.so: it was built for another" in finding.detail
     assert "--force" in finding.mend

@@ -213,6 +213,7 @@ def test_doctor_says_what_is_not_trusted(shared, planted, mark, name, monkeypatc
     trt.chmod(0o777)
     rows = {row["name"]: row for row in json.loads(cli("doctor", "--json").out)}
     for row in (rows["op library"], rows["TensorRT plugin"]):
+        assert row["status"] == "broken"
         assert f"others may write in {trt}" in row["detail"]
         assert "chmod go-w" in row["mend"]
     assert not mark.left()
