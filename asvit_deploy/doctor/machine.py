@@ -99,8 +99,9 @@ def _library(
 
     if nowhere is not None:
         detail, _, mend = nowhere.partition("; ")
-        status = "missing" if "no home folder" in detail else "broken"
-        return Finding("op library", status, detail, f"{mend} (models also run without it)")
+        if "no home folder" not in detail:
+            return _passed_over("op library", nowhere, " (models also run without it)")
+        return Finding("op library", "missing", detail, f"{mend} (models also run without it)")
     if path is None and passed:
         return _passed_over("op library", passed[0], " (models also run without it)")
     if path is None:
