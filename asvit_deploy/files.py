@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from asvit_deploy import trusted
 from asvit_deploy.claims import claim_on, same, try_lock
 from asvit_deploy.errors import UserError
 
@@ -357,12 +358,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def cache_dir() -> Path:
-    """The user's cache folder of asvit-deploy, which may not exist yet.
-
-    Raises:
-        UserError: the user has no home and no XDG_CACHE_HOME.
-    """
+def _cache_place() -> Path:
     root = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(root):  # the XDG rule: anything else is ignored
         return Path(root) / "asvit-deploy"
@@ -372,27 +368,49 @@ def cache_dir() -> Path:
         raise UserError("there is no home folder; set XDG_CACHE_HOME to a folder") from None
 
 
+def cache_dir() -> Path:
+    """The user's cache folder of asvit-deploy, which may not exist yet; only we and root write it.
+
+    Raises:
+        UserError: the user has no home and no XDG_CACHE_HOME, or others may write in the folder or
+            exchange it.
+    """
+    folder = _cache_place()
+    trusted.require_folder(folder)
+    return folder
+
+
 def cached(pattern: str) -> list[Path]:
-    """What the cache folder holds under names of a pattern; nothing where the user has none."""
+    """What the cache folder holds under names of a pattern; nothing where the user has none.
+
+    Raises:
+        UserError: others may write in the folder or exchange it.
+    """
     try:
-        return list(cache_dir().glob(pattern))
+        folder = _cache_place()
     except UserError:
         return []
+    trusted.require_folder(folder)
+    return list(folder.glob(pattern))
 
 
 def make_cache_dir(name: str = "") -> Path:
-    """The cache folder, or one in it, made where it is missing.
+    """The cache folder, or one in it, made where it is missing; what is made is for us alone.
 
     Raises:
-        UserError: it cannot be made, or not be written in.
+        UserError: it cannot be made, or not be written in, or others may write in it.
     """
     folder = cache_dir() / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in reversed((folder, *folder.parents)):
+            if not place.is_dir():
+                # Not mkdir's `parents`: those would be open to whomever the umask lets in.
+                place.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot make {folder} ({error.strerror}); set XDG_CACHE_HOME to a writable folder"
         ) from None
+    trusted.require_folder(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder} may not be written; set XDG_CACHE_HOME to a folder that may")
     return folder

@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from two_users import mark, planted, shared  # noqa: F401
 
 from asvit_deploy.images import ImageSet, open_images
 from asvit_deploy.models import build

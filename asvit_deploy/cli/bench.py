@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from asvit_deploy import files
+from asvit_deploy import files, trusted
 from asvit_deploy.cli import options
 from asvit_deploy.errors import UserError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from asvit_deploy.evaluate.session import Session
     from asvit_deploy.images import ImageSet
     from asvit_deploy.models.registry import ArchConfig
+    from asvit_deploy.runners.trt_plan import Allowed
 
 
 @click.command()
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.Choice(["1", "all", "both"]), default="both",
               show_default=True, help="One thread, every core, or both in turn.")  # fmt: skip
 @options.library
+@options.engine_code
 @options.as_json
 @click.option("-o", "--output", type=options.PATH, help="Also write the JSON report here.")
 @options.force
@@ -46,6 +48,7 @@ def command(
     warmup: int,
     threads: str,
     library: Path | None,
+    allowed: Allowed,
     as_json: bool,
     output: Path | None,
     force: bool,
@@ -73,7 +76,7 @@ def command(
     for path in _chosen(models):
         try:
             if is_engine(path):
-                reports.append(_bench_engine(path, reading, runs, warmup))
+                reports.append(_bench_engine(path, reading, runs, warmup, allowed))
             else:
                 reports += _bench(path, reading, runs, warmup, counts, found)
         except UserError as error:
@@ -203,8 +206,9 @@ def _measure(
 
 
 def _bench_engine(
-    path: Path, reading: Callable[[Path, ArchConfig], ImageSet], runs: int, warmup: int
-) -> dict[str, Any]:
+    path: Path, reading: Callable[[Path, ArchConfig], ImageSet], runs: int, warmup: int,
+    allowed: Allowed,
+) -> dict[str, Any]:  # fmt: skip
     import tempfile
 
     import torch
@@ -214,9 +218,11 @@ def _bench_engine(
     from asvit_deploy.evaluate.engine_session import EngineSession
     from asvit_deploy.evaluate.machine import machine
     from asvit_deploy.runners.pytorch import TorchRunner
-    from asvit_deploy.runners.tensorrt import require_gpu
+    from asvit_deploy.runners.trt_plan import require_allowed, require_gpu
 
-    session = EngineSession(path)
+    trusted.require_temporary()  # engines are built there, and run
+    session = EngineSession(path, allowed)
+    require_allowed(session.fields, str(path), allowed)
     require_gpu(str(path))
     pictures = reading(path, session.config)
     loaded = [pictures[i] for i in range(len(pictures))]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from asvit_deploy.evaluate.session import Session
     from asvit_deploy.parity import Parity
     from asvit_deploy.runners.base import Reference, Runner
+    from asvit_deploy.runners.trt_plan import Allowed
 
     # artefact, reference, runner of each way
     Opened = tuple[Session | EngineSession, Reference, dict[str, Runner]]
@@ -33,6 +34,7 @@ _LISTED = 20
 @click.option("--reference", type=options.PATH,
               help="Another ONNX artefact to compare with [default: PyTorch].")  # fmt: skip
 @options.library
+@options.engine_code
 @options.as_json
 def command(
     models: tuple[Path, ...],
@@ -41,6 +43,7 @@ def command(
     skip_limit: int,
     reference: Path | None,
     library: Path | None,
+    allowed: Allowed,
     as_json: bool,
 ) -> None:
     """Compare logits, top-1 and kept tokens with PyTorch; exit 1 when they do not agree.
@@ -64,10 +67,10 @@ def command(
     # A bad one is refused before the first has run for minutes; each is let go again, so that
     # never more than one is in memory.
     for path in paths[1:]:
-        _open(path, reference, found)
+        _open(path, reference, found, allowed)
     results: list[dict[str, Any]] = []
     for path in paths:
-        results += _check(_open(path, reference, found), images, limit, skip_limit)
+        results += _check(_open(path, reference, found, allowed), images, limit, skip_limit)
     if as_json:
         click.echo(json.dumps([{**r, "parity": r["parity"].as_dict()} for r in results], indent=2))
     else:
@@ -79,7 +82,7 @@ def command(
         raise CheckFailed(reasons)
 
 
-def _open(path: Path, other: Path | None, library: Path | None) -> Opened:
+def _open(path: Path, other: Path | None, library: Path | None, allowed: Allowed) -> Opened:
     """Everything that checking `path` needs, loaded: what cannot be loaded is refused here."""
     from asvit_deploy.evaluate.engine_session import EngineSession, is_engine
     from asvit_deploy.evaluate.session import Session
@@ -87,7 +90,7 @@ def _open(path: Path, other: Path | None, library: Path | None) -> Opened:
 
     reference: Reference
     if is_engine(path):
-        engine = EngineSession(path)
+        engine = EngineSession(path, allowed)
         if other is not None:
             raise UserError(f"{path} is an engine, which is compared with PyTorch; leave "
                             "--reference out")  # fmt: skip

@@ -121,6 +121,16 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON inste
 library = click.option(
     "--library", type=PATH, help="The op's library [default: the one `build-plugins` made]."
 )
+_ENGINE_CODE = (
+    click.option(
+        "--plugin", type=PATH,
+        help="The op's TensorRT library, for engines [default: the one `build-plugins trt` made].",
+    ),
+    click.option(
+        "--allow-engine-code", is_flag=True,
+        help="Run code that an engine brings along (--embed-plugin, --version-compatible).",
+    ),
+)  # fmt: skip
 classes = click.option(
     "--classes", type=PATH,
     help="Names of the network's outputs in their order: text, one a line, or JSON (id2label).",
@@ -156,6 +166,20 @@ def facts(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(*args, known=Given(mean, std, crop_pct, interpolation, heads), **more)
 
     for option in reversed(_FACTS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def engine_code(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for the code that engines may run, as one argument `allowed` of the command."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, plugin: Path | None, allow_engine_code: bool, **more: Any) -> Any:
+        from asvit_deploy.runners.trt_plan import Allowed, named_plugin
+
+        return command(*args, allowed=Allowed(named_plugin(plugin), allow_engine_code), **more)
+
+    for option in reversed(_ENGINE_CODE):
         wrapped = option(wrapped)
     return wrapped
 

@@ -56,13 +56,14 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.ops import headers, library
 runtime, named = headers.runtime_api(), os.environ.get("ORT_INCLUDE_DIR")
 given = named and headers.read_headers(pathlib.Path(named), "given")
-found = [given] if named else headers.present()
-fit = [str(h) for h in found if h and not headers.unfit(h, runtime)]
+path, nowhere, found, passed = None, None, [given], []
 try:
-    path, nowhere = library.find_library(), None
+    found = found if named else headers.present()
+    path = library.find_library(say=passed.append)
 except (UserError, OSError) as error:
-    path, nowhere = None, str(error)
-print(json.dumps({"headers": fit, "named": named, "library": path and str(path),
+    found, nowhere = found if named else list(headers.installed()), str(error)
+fit = [str(h) for h in found if h and not headers.unfit(h, runtime)]
+print(json.dumps({"headers": fit, "named": named, "library": path and str(path), "passed": passed,
                   "nowhere": nowhere, "trouble": path and library.check_library(path)}))
 """
 
@@ -74,8 +75,10 @@ def op_library(site: Installation) -> list[Finding]:
     if "error" in answer:
         mend = "mend onnxruntime first; models run without the library"
         return [Finding(name, "broken", answer["error"], mend) for name in names]
-    return [_headers(answer["headers"], answer["named"]),
-            _library(answer["library"], answer["trouble"], answer["nowhere"])]  # fmt: skip
+    return [
+        _headers(answer["headers"], answer["named"]),
+        _library(answer["library"], answer["trouble"], answer["nowhere"], answer["passed"]),
+    ]
 
 
 def _headers(fit: list[str], named: str | None) -> Finding:
@@ -89,12 +92,18 @@ def _headers(fit: list[str], named: str | None) -> Finding:
     return Finding("ORT headers", "missing", "none on this machine", mend)
 
 
-def _library(path: str | None, trouble: str | None, nowhere: str | None) -> Finding:
+def _library(
+    path: str | None, trouble: str | None, nowhere: str | None, passed: list[str]
+) -> Finding:
     from asvit_deploy.ops.library import cuda_targets
 
     if nowhere is not None:
         detail, _, mend = nowhere.partition("; ")
+        if "no home folder" not in detail:
+            return _passed_over("op library", nowhere, " (models also run without it)")
         return Finding("op library", "missing", detail, f"{mend} (models also run without it)")
+    if path is None and passed:
+        return _passed_over("op library", passed[0], " (models also run without it)")
     if path is None:
         mend = "`asvit-deploy build-plugins ort` (models also run without, on their function)"
         return Finding("op library", "missing", "not built", mend)
@@ -105,12 +114,24 @@ def _library(path: str | None, trouble: str | None, nowhere: str | None) -> Find
     return Finding("op library", "ok", f"{path}, {f'CPU and CUDA ({cuda})' if cuda else 'CPU'}")
 
 
+def _passed_over(name: str, reason: str, more: str = "") -> Finding:
+    """The row of a library that is there and not loaded: damaged, or not ours alone."""
+    detail, _, mend = reason.partition("; ")
+    return Finding(name, "broken", detail, f"{mend}{more}")
+
+
 def trt_plugin(site: Installation) -> list[Finding]:
     """The built TensorRT plugin, loaded in a child."""
     from asvit_deploy.ops.trt_library import check_trt_library, find_trt_plugin
 
     name = "TensorRT plugin"
-    path = find_trt_plugin()
+    passed: list[str] = []
+    try:
+        path = find_trt_plugin(passed.append)
+    except UserError as error:
+        return [_passed_over(name, str(error))]
+    if path is None and passed:
+        return [_passed_over(name, passed[0])]
     if path is None:
         mend = "`asvit-deploy build-plugins trt` (`build-engine --mode padded` needs none)"
         return [Finding(name, "missing", "not built", mend)]

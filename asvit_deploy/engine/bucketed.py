@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from asvit_deploy import bundle
+from asvit_deploy import bundle, trusted
 from asvit_deploy.engine import process
 from asvit_deploy.engine.buckets import choose_buckets, profiles_of
 from asvit_deploy.engine.build import Built, Options, describe, make_job, refuse_misfits
@@ -101,6 +101,7 @@ def _build(
     """Plans by file name, and what the builders said together."""
     plans: dict[str, bytes] = {}
     total = process.Outcome()
+    trusted.require_temporary()  # the builder is told there what to load
     for number, stage in enumerate(stages):
         part = f"stage {number + 1} of {len(stages)}"
 

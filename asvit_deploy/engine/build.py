@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from asvit_deploy import artifact, files
+from asvit_deploy import artifact, files, trusted
 from asvit_deploy.engine import process
 from asvit_deploy.engine.checked import Checked, check, make_graph
 from asvit_deploy.engine.flavour import Flavour
@@ -185,6 +185,7 @@ def build_engine(
             "build with --mode padded"
         )
     start = time.perf_counter()
+    trusted.require_temporary()  # the builder is told there what to load
     with tempfile.TemporaryDirectory(prefix="asvit-engine-") as name:
         folder = Path(name)
         job = make_job(folder, graph, flavour, options, profiles, stages)
@@ -248,7 +249,11 @@ def make_job(
 def _timing_folder() -> Path | None:
     """Where TensorRT's timings are kept from build to build; they only save time."""
     try:
-        return files.make_cache_dir()
+        folder = files.make_cache_dir()
+        for path in folder.glob("timing-*"):  # and the lock that Polygraphy makes beside it
+            with trusted.opened(path):
+                pass
+        return folder
     except UserError as error:
         print(f"timings are not kept, {error}", file=sys.stderr)
         return None
@@ -292,7 +297,5 @@ def describe(
 
 def _plugin_fields(options: Options) -> dict[str, Any]:
     assert options.plugin is not None
-    path = options.plugin.resolve()
-    return {
-        "path": str(path), "sha256": files.sha256(path), "embedded": options.embed_plugin,
-    }  # fmt: skip
+    # No path: what loads the engine takes no library from where a file says that one is.
+    return {"sha256": files.sha256(options.plugin), "embedded": options.embed_plugin}

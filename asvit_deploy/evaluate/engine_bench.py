@@ -84,7 +84,7 @@ def variants_of(
     for kind, path in peers.items():
         fields = {**artifact.read(path), "precision": session.fields["precision"]}
         for graph in (False, True):
-            peer = TensorRTRunner(path, fields, graph)
+            peer = TensorRTRunner(path, fields, graph, allowed=session.allowed)
             variants.append(EngineVariant(f"{kind}{_graph(graph)}", kind, peer.timed))
     return variants
 

@@ -6,18 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from asvit_deploy import artifact, bundle
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluate.reference import check_fields, config_of, reference_model, source_file
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.runners.trt_plan import NOTHING, Allowed, require_allowed
 
 if TYPE_CHECKING:
     from asvit_deploy.runners.bucketed import BucketedRunner
     from asvit_deploy.runners.tensorrt import TensorRTRunner
 
+_KINDS: dict[str, type] = {
+    "flavour": str, "flavour_version": str, "mode": str, "target_sms": list,
+}  # fmt: skip
 PARITY = {"float32": "float32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -51,6 +55,7 @@ class EngineSession:
 
     Attributes:
         path: the plan, or the folder of a bucketed one.
+        allowed: the code that it may run beside its own kernels.
         fields: the sidecar or manifest.
 
     Raises:
@@ -58,6 +63,7 @@ class EngineSession:
     """
 
     path: Path
+    allowed: Allowed = NOTHING
     fields: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +75,15 @@ class EngineSession:
                 "trtexec can run it"
             )
         check_fields(self.path, self.fields)
+        for name, kind in _KINDS.items():
+            if type(self.fields.get(name)) is not kind:
+                self._refuse(name)
+        if self.fields["precision"] not in PARITY:
+            self._refuse("precision")
+
+    def _refuse(self, name: str) -> NoReturn:
+        told = repr(self.fields.get(name))[:60]
+        raise UserError(f"{self.path} says {name} {told}; make {self.path} again")
 
     @property
     def config(self) -> ArchConfig:
@@ -111,8 +126,9 @@ class EngineSession:
         from asvit_deploy.runners.bucketed import BucketedRunner
         from asvit_deploy.runners.tensorrt import TensorRTRunner, TensorRTStages, require_gpu
 
+        require_allowed(self.fields, str(self.path), self.allowed)
         require_gpu(str(self.path))
         if not self.bucketed:
-            return TensorRTRunner(self.path, self.fields, graph)
-        stages = TensorRTStages(self.path, self.fields, graph)
+            return TensorRTRunner(self.path, self.fields, graph, allowed=self.allowed)
+        stages = TensorRTStages(self.path, self.fields, graph, allowed=self.allowed)
         return BucketedRunner(stages, len(self.fields["thresholds"]), self.fields["buckets"])

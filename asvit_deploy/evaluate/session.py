@@ -162,13 +162,13 @@ def find_op_library(named: Path | None) -> Path | None:
 
     if named is None:
         try:
-            return find_library()
+            return find_library(say=_no_library)
         except (UserError, OSError) as error:
             # It is an addition: what it does, the function in the file does too.
             said = str(error)
             if isinstance(error, PermissionError):
                 said = f"{error.filename} may not be read"
-            print(f"no library, {said}", file=sys.stderr)
+            _no_library(said)
             return None
     # A library without the op would load, and the function would silently run in its place.
     if reason := check_library(named):
@@ -176,3 +176,7 @@ def find_op_library(named: Path | None) -> Path | None:
             f"{named} cannot be used: {reason}; `asvit-deploy build-plugins ort` makes one"
         )
     return named.resolve()
+
+
+def _no_library(reason: str) -> None:
+    print("no library,", " ".join(reason.splitlines()), file=sys.stderr)

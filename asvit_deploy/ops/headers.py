@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from asvit_deploy import trusted
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cached, make_cache_dir
+from asvit_deploy.ops.prebuilt import usable_tree
 
 MINIMUM_API = 17  # the first with shape inference for custom ops
 HEADER = "onnxruntime_c_api.h"
@@ -123,10 +125,11 @@ def find_headers(given: Path | None = None, say: Say = silent) -> Headers:
 
 def present() -> list[Headers]:
     """The headers that are on this machine, installed before cached; some may not fit."""
-    return [*_installed(), *_cached()]
+    return [*installed(), *_cached()]
 
 
-def _installed() -> Iterator[Headers]:
+def installed() -> Iterator[Headers]:
+    """The system's own headers."""
     for prefix in ("/usr/include", "/usr/local/include"):
         if headers := read_headers(Path(prefix), "installed"):
             yield headers
@@ -134,7 +137,8 @@ def _installed() -> Iterator[Headers]:
 
 def _cached() -> list[Headers]:
     """What `_obtain` kept, the newest API first."""
-    found = (read_headers(place, "cached") for place in cached("headers/api-*"))
+    places = filter(usable_tree, cached("headers/api-*"))
+    found = (read_headers(place, "cached") for place in places)
     return sorted(filter(None, found), key=lambda headers: -headers.api)
 
 
@@ -152,7 +156,7 @@ def _obtain(say: Say) -> Headers:
     reasons = []
     for mirror in mirrors:
         say(f"taking {PACKAGE} ({PACKAGE_SUITE}) from {_without_password(mirror)}")
-        with tempfile.TemporaryDirectory(prefix="asvit-apt-") as scratch:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".") as scratch:
             try:
                 headers = _download(mirror, keyring, Path(scratch))
                 return _keep(headers, place / f"api-{headers.api}")
@@ -165,10 +169,12 @@ def _keep(headers: Headers, target: Path) -> Headers:
     """Copy freshly unpacked headers to their place, whole or not at all."""
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
-            shutil.copytree(headers.folder, Path(scratch) / "copy").rename(target)
+            copy = shutil.copytree(headers.folder, Path(scratch) / "copy")
+            trusted.close_tree(copy)
+            copy.rename(target)
     except OSError as error:
         # Another process may have been faster.
-        if read_headers(target, "cached") is None:
+        if not usable_tree(target) or read_headers(target, "cached") is None:
             raise _Unavailable(f"cannot write {target} ({error.strerror or error})") from None
     return Headers(target, headers.api, f"Debian {PACKAGE}")
 

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from asvit_deploy import files
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, make_cache_dir
 from asvit_deploy.ops.headers import Say, silent
 from asvit_deploy.ops.library import find_compiler, run_compiler
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
+from asvit_deploy.ops.prebuilt import building, usable
 from asvit_deploy.ops.trt_library import KERNEL, TWIN, sources_dir
 
 FLAGS = ("-std=c++17", "-O3", "-shared")
@@ -139,7 +139,7 @@ def build_kernel(cuda: bool, say: Say = silent, sms: Sequence[str] = ()) -> Path
         sms: compute capabilities such as "90", as `nvcc.targets_of` takes them.
 
     Raises:
-        UserError: no compiler, or it fails; ASVIT_KERNEL names no file.
+        UserError: no compiler, or it fails; ASVIT_KERNEL names no file; others may write in the cache.
     """
     if given := os.environ.get(GIVEN):
         if not Path(given).is_file():
@@ -154,7 +154,7 @@ def build_kernel(cuda: bool, say: Say = silent, sms: Sequence[str] = ()) -> Path
         digest.update(file.read_bytes())
     name = f"libasvit_kernel-{'.'.join(targets)}-{digest.hexdigest()[:16]}.so"
     path = cache_dir() / name
-    if path.is_file():
+    if usable(path, "it is built again"):
         return path
     compiler = find_compiler()
     command = [*compiler, *FLAGS, "-fPIC", str(sources / TWIN)]
@@ -163,7 +163,7 @@ def build_kernel(cuda: bool, say: Say = silent, sms: Sequence[str] = ()) -> Path
                    "static", *gencode(targets), str(sources / KERNEL)]  # fmt: skip
     say(f"compiling the kernel with {command[0]} for {' '.join(targets)}")
     make_cache_dir()
-    with files.atomic(path) as temporary:
+    with building(path) as temporary:
         if reason := run_compiler([*command, "-o", temporary]):
             raise UserError(f"{command[0]} cannot compile {sources} ({reason})")
     return path

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from asvit_deploy import child, files
+from asvit_deploy import child, trusted
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, make_cache_dir
 from asvit_deploy.ops.headers import (
@@ -26,6 +26,7 @@ from asvit_deploy.ops.headers import (
     silent,
 )
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
+from asvit_deploy.ops.prebuilt import building, complain, differs, usable
 
 SOURCES = ("ort_ops.cc", "ort_kernel.h", "threshold_compact.h")
 # What the CUDA kernels add; they share the TensorRT plugin's.
@@ -37,6 +38,8 @@ FLAGS = ("-std=c++17", "-O3", "-shared")
 HOST_FLAGS = ("-fPIC", "-fvisibility=hidden")
 # CUDA's runtime goes into the file, hidden: it loads where there is neither CUDA nor a driver.
 CUDA_FLAGS = ("-DASVIT_CUDA", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL")
+
+MEND = "run `asvit-deploy build-plugins ort`"
 
 Targets = tuple[str, ...]  # as `nvcc.targets_of` names them; none: no CUDA kernels
 
@@ -97,11 +100,17 @@ def cuda_targets(library: Path) -> Targets:
     return tuple(match[1].split(".")) if match else ()
 
 
-def find_library(cuda: bool | None = None) -> Path | None:
+def find_library(cuda: bool | None = None, say: Say = complain) -> Path | None:
     """The library in the user's cache that fits the sources and the installed onnxruntime.
+
+    One that is damaged, or that another user could have written, is passed over.
 
     Args:
         cuda: with CUDA kernels or without; by default one with them is preferred.
+        say: is told what was passed over, and why.
+
+    Raises:
+        UserError: there is no cache, or others may write in it.
     """
     runtime = runtime_api()
     found: list[tuple[int, bool, float, Path]] = []
@@ -112,13 +121,12 @@ def find_library(cuda: bool | None = None) -> Path | None:
         targets = cuda_targets(path)
         fits = cuda is None or cuda == bool(targets)
         if fits and library_path(int(match[1]), targets) == path:
-            found.append((int(match[1]), bool(targets), path.stat().st_mtime, path))
-    if not found:
-        return None
-    alike = [path for *kind, _, path in sorted(found) if kind == [*max(found)[:2]]]
+            found.append((int(match[1]), bool(targets), path.lstat().st_mtime, path))
     # Of several, one that was built for another machine's GPUs holds nothing that runs on these.
-    here = targets_of(()) if len(alike) > 1 else None
-    return max(alike, key=lambda path: (cuda_targets(path) == here, alike.index(path)))
+    here = targets_of(()) if len(found) > 1 else None
+    ranked = sorted((api, gpu, cuda_targets(path) == here, *rest, path)
+                    for api, gpu, *rest, path in found)  # fmt: skip
+    return next((path for *_, path in reversed(ranked) if usable(path, MEND, say)), None)
 
 
 def find_compiler() -> list[str]:
@@ -178,9 +186,18 @@ def compile_library(
 
 
 def run_compiler(command: Sequence[str | Path]) -> str | None:
-    """Why a compilation failed, in one line; None when it did not."""
+    """Why a compilation failed, in one line; None when it did not.
+
+    Raises:
+        UserError: others may exchange what compilers put into the folder for temporary files.
+    """
+    trusted.require_temporary()
+    # What comes out is for us alone, also while it is being written.
+    umask = 0o077 if os.name == "posix" else -1
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", umask=umask
+        )
     except OSError as error:  # a script without its interpreter, a program of another machine
         return f"it cannot be run: {error.strerror}"
     if done.returncode == 0:
@@ -214,7 +231,7 @@ def build_ort(
             "no CUDA compiler: no nvcc under CUDA_HOME, on the PATH or in /usr/local/cuda; install "
             "the CUDA toolkit or set CUDA_HOME, or leave --cuda out for the CPU alone"
         )
-    if headers is None and not force and not sms and (path := find_library(nvcc is not None)):
+    if headers is None and not force and not sms and (path := find_library(nvcc is not None, say)):
         say(f"built before for {_kernels(cuda_targets(path))}; --force builds it again")
         return path
     compiler = find_compiler()
@@ -243,10 +260,10 @@ def _build(
     targets = targets_of(sms) if nvcc else ()
     path = library_path(headers.api, targets)
     say(f"kernels: {_kernels(targets)}")
-    if path.is_file() and not force:
+    if not force and usable(path, MEND, silent):
         return path
     make_cache_dir()
-    with files.atomic(path) as temporary:
+    with building(path) as temporary:
         compile_library(compiler, headers, temporary, nvcc, targets)
         if runtime_api() is not None and (reason := check_library(temporary)):
             raise UserError(f"the library was built, but {reason}; {WITHOUT}")
@@ -257,6 +274,8 @@ def check_library(path: Path) -> str | None:
     """Why this onnxruntime cannot use the op's library `path`, in one line; None when it can."""
     if not path.is_file():
         return "there is no such file"
+    if reason := differs(path):
+        return reason
     done = subprocess.run(
         child.command(_PROBE, str(path.resolve())),
         capture_output=True, text=True, errors="replace",

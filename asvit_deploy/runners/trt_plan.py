@@ -1,9 +1,16 @@
-"""A TensorRT plan and what it takes to load one: the flavour's module, its logger, the plugin."""
+"""A TensorRT plan and what it takes to load one: the flavour's module, its logger, the plugin.
+
+A plan is a program, and what stands beside it was written by whoever wrote the plan. So no sidecar
+says what is loaded: the plugin is the one that this user built or named, and code that a plan
+brings along runs only where the user allows it.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +42,109 @@ def import_flavour(name: str) -> tuple[Flavour, Any]:
     """The flavour that a sidecar names, and its Python module.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is unknown or not installed.
     """
+    if name not in FLAVOURS:
+        raise UserError(f"no flavour of TensorRT is called {name!r}; build the engine again")
     flavour = FLAVOURS[name]
     if flavour.module is None:
         raise UserError(f"{flavour.title} is not installed; {pip_install_extra(flavour.extra)}")
     return flavour, importlib.import_module(flavour.module)
 
 
-def plugin_for(fields: dict[str, Any], name: str) -> Path | None:
-    """The plugin library to load before a plan: None where the plan needs or carries none.
+@dataclass(frozen=True)
+class Allowed:
+    """The code, beside a plan's own kernels, that the user lets an engine run.
 
-    The one that it was built with, as long as that is unchanged and no host twin; else the one that
-    this machine built.
+    Attributes:
+        plugin: the op's TensorRT library that the user named, or None for the cache's.
+        engine_code: run host code that the plan itself carries.
+    """
+
+    plugin: Path | None = None
+    engine_code: bool = False
+
+
+NOTHING = Allowed()
+
+
+def named_plugin(path: Path | None) -> Path | None:
+    """The plugin library that the user named, once a child process could load it.
 
     Raises:
-        UserError: there is none, or the recorded one has changed.
+        UserError: it is no plugin library, or one that runs on no GPU.
     """
-    from asvit_deploy.ops.trt_library import find_trt_plugin, runs_on_gpus
+    from asvit_deploy.ops.trt_library import check_trt_library, runs_on_gpus
 
-    recorded = fields.get("plugin")
-    if recorded is None or recorded["embedded"]:
+    if path is None:
         return None
-    path = Path(recorded["path"])
-    changed = path.is_file() and sha256(path) != recorded["sha256"]
-    if path.is_file() and not changed and runs_on_gpus(path):
-        return path
-    if (here := find_trt_plugin()) is not None:
-        return here
-    build = "run `asvit-deploy build-plugins trt`"
-    if changed:
-        raise UserError(f"{path} changed since {name} was built with it; {build}")
-    raise UserError(f"{name} needs the TensorRT plugin, which is not built here; {build}")
+    make = "`asvit-deploy build-plugins trt` makes one"
+    if reason := check_trt_library(path):
+        raise UserError(f"{path} cannot be used: {reason}; {make}")
+    if not runs_on_gpus(path):
+        raise UserError(f"{path} holds no CUDA code (a host twin, for building only); {make}")
+    return path.resolve()
+
+
+def carries_code(fields: dict[str, Any]) -> str | None:
+    """What host code a plan brings along, as its sidecar says; None for none."""
+    if _recorded_plugin(fields).get("embedded"):
+        return "the plugin's library is embedded in it"
+    if fields.get("version_compatible"):
+        return "it holds a runtime of its own TensorRT version"
+    return None
+
+
+def require_allowed(fields: dict[str, Any], name: str, allowed: Allowed) -> None:
+    """Refuse an engine that carries host code, unless the user allows that.
+
+    Raises:
+        UserError: it names the mend.
+    """
+    if (what := carries_code(fields)) and not allowed.engine_code:
+        raise UserError(
+            f"{name} carries code that would run with your rights ({what}); pass "
+            "--allow-engine-code if you trust who built it, or build it again without "
+            "--embed-plugin and --version-compatible"
+        )
+
+
+def _recorded_plugin(fields: dict[str, Any]) -> dict[str, Any]:
+    recorded = fields.get("plugin")
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def plugin_for(
+    fields: dict[str, Any], name: str, allowed: Allowed = NOTHING
+) -> Path | None:  # fmt: skip
+    """The plugin library to load before a plan: None where the plan needs or carries none.
+
+    The one that the user named, else the one in the user's cache that fits our sources. What the
+    sidecar says of the one that it was built with is compared, and a difference told.
+
+    Raises:
+        UserError: there is none.
+    """
+    from asvit_deploy.ops.trt_library import find_trt_plugin
+
+    recorded = _recorded_plugin(fields)
+    if fields.get("plugin") is None or recorded.get("embedded"):
+        return None
+    library = allowed.plugin or find_trt_plugin()
+    if library is None:
+        raise UserError(
+            f"{name} needs the TensorRT plugin, which is not built here; run `asvit-deploy "
+            "build-plugins trt`, or name it with --plugin"
+        )
+    if sha256(library) != recorded.get("sha256"):
+        _tell(f"{name} was built with another file of the plugin than {library}, which is used")
+    return library
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """One line on stderr, once: a model has several engines, or runs in several ways."""
+    print(" ".join(line.splitlines()), file=sys.stderr)
 
 
 @functools.cache
@@ -92,20 +170,22 @@ def said(logger: Any) -> str:
 
 
 def load_plan(
-    trt: Any, flavour: Flavour, plan: bytes, fields: dict[str, Any], name: str
-) -> tuple[Any, Any]:
+    trt: Any, flavour: Flavour, plan: bytes, fields: dict[str, Any], name: str,
+    allowed: Allowed = NOTHING,
+) -> tuple[Any, Any]:  # fmt: skip
     """The runtime, which must outlive the engine, and the engine; its plugin is loaded too.
 
     Raises:
-        UserError: the plugin is missing, or TensorRT does not take it or the plan.
+        UserError: the plan carries code that is not allowed, the plugin is missing, or TensorRT
+            does not take it or the plan.
     """
+    require_allowed(fields, name, allowed)
     logger = logger_of(trt)
     logger.errors = []
     runtime = trt.Runtime(logger)  # first: before it, errors go to a logger that prints them
-    if library := plugin_for(fields, name):
+    if library := plugin_for(fields, name, allowed):
         _load_plugin(trt, str(library.resolve()))
-    # Such plans carry code: the plugin's library, or the runtime of their own version.
-    if (fields.get("plugin") or {}).get("embedded") or fields.get("version_compatible"):
+    if carries_code(fields) and allowed.engine_code:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:

@@ -19,6 +19,7 @@ from asvit_deploy.doctor import machine as machine_checks
 from asvit_deploy.doctor.installation import Installation
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops.nvcc import find_nvcc
+from asvit_deploy.ops.prebuilt import building
 from asvit_deploy.ops.trt_library import library_folder
 from asvit_deploy.requirements import declared, pip_install, pip_install_extra
 
@@ -417,12 +418,20 @@ def test_plugin_is_looked_for_and_loaded(
     (folder / "libasvit_trt.so").write_bytes(b"no library")
     (finding,) = machine_checks.trt_plugin(site.installation)
     assert finding.status == "broken"
+    assert "has no libasvit_trt.so.sha256 beside it" in finding.detail
+    assert finding.mend == "run `asvit-deploy build-plugins trt`"
+    with building(folder / "libasvit_trt.so") as temporary:
+        temporary.write_bytes(b"no library")
+    (finding,) = machine_checks.trt_plugin(site.installation)
+    assert finding.status == "broken"
     assert "it cannot be loaded" in finding.detail
     assert finding.mend == "`asvit-deploy build-plugins trt --force`"
 
 
 def test_library_that_cannot_be_loaded() -> None:
-    finding = machine_checks._library("/x/lib.so", "it was built for another ONNX Runtime", None)
+    finding = machine_checks._library(
+        "/x/lib.so", "it was built for another ONNX Runtime", None, []
+    )
     assert finding.status == "broken"
     assert "/x/lib.so: it was built for another" in finding.detail
     assert "--force" in finding.mend

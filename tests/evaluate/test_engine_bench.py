@@ -27,7 +27,7 @@ from asvit_deploy.images import open_images
 from asvit_deploy.ops import trt_library
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.tensorrt import Times
-from asvit_deploy.runners.trt_plan import load_plan, plugin_for
+from asvit_deploy.runners.trt_plan import Allowed, load_plan, plugin_for
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -155,27 +155,23 @@ def test_the_host_twin_is_no_plugin_to_run_with(engine, tmp_path, monkeypatch):
         plugin_for(fields, "mini.engine")
     assert plugin_for({**fields, "plugin": {**fields["plugin"], "embedded": True}}, "x") is None
     assert plugin_for({**fields, "plugin": None}, "x") is None
-    other = tmp_path / "libother.so"
-    other.write_bytes(b"other")
-    changed = {**fields, "plugin": {**fields["plugin"], "path": str(other)}}
-    with pytest.raises(UserError, match="changed since x was built with it"):
-        plugin_for(changed, "x")
 
 
-def test_the_plugin_that_an_engine_was_built_with_comes_first(engine, tmp_path, monkeypatch):
-    """It is the one whose size tensor and version fit, whatever was built after it."""
-    library = tmp_path / "libmine.so"
-    library.write_bytes(b"\x7fELF .nv_fatbin")
-    record = {"path": str(library), "sha256": files.sha256(library), "embedded": False}
-    newest = tmp_path / "libnewest.so"
-    monkeypatch.setattr(trt_library, "find_trt_plugin", lambda: newest)
+def test_the_plugin_is_the_one_named_else_the_cache_s(engine, tmp_path, monkeypatch, capsys):
+    """What the sidecar says of the one that it was built with is compared and told."""
+    ours, named = tmp_path / "libours.so", tmp_path / "libnamed.so"
+    ours.write_bytes(b"ours")
+    named.write_bytes(b"named")
+    monkeypatch.setattr(trt_library, "find_trt_plugin", lambda: ours)
+    record = {"sha256": files.sha256(ours), "embedded": False}
     fields = {**artifact.read(engine), "plugin": record}
-    assert plugin_for(fields, "x") == library
-    assert plugin_for(artifact.read(engine), "x") == newest, "the host twin runs nothing"
-    library.write_bytes(b"\x7fELF .nv_fatbin, but another")
-    assert plugin_for(fields, "x") == newest
-    library.unlink()
-    assert plugin_for(fields, "x") == newest
+    assert plugin_for(fields, "first.engine") == ours
+    assert capsys.readouterr().err == ""
+    assert plugin_for(fields, "first.engine", Allowed(named)) == named
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"first.engine was built with another file of the plugin than {named}, which is used"
+    )
 
 
 @no_gpu
@@ -258,11 +254,12 @@ def test_peers_of_an_engine_keep_what_its_sidecar_says():
 def test_a_plan_that_is_not_taken_costs_one_line_and_prints_nothing(rtx, capfd, more):
     trt = importlib.import_module(rtx.module)
     fields = {"flavour_version": "1.2", "target_sms": [], "plugin": None, **more}
+    allowed = Allowed(engine_code=bool(more))
     with pytest.raises(UserError) as error:
-        load_plan(trt, rtx, b"no plan" * 100, fields, "x.engine")
+        load_plan(trt, rtx, b"no plan" * 100, fields, "x.engine", allowed)
     message = str(error.value)
     assert "cannot load x.engine, which 1.2 built for the GPUs of its own list (" in message
     assert "\n" not in message
     with pytest.raises(UserError, match=r"built for SM 86, SM 89"):
-        load_plan(trt, rtx, b"", {**fields, "target_sms": ["86", "89"]}, "x.engine")
+        load_plan(trt, rtx, b"", {**fields, "target_sms": ["86", "89"]}, "x.engine", allowed)
     assert capfd.readouterr() == ("", "")

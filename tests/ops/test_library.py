@@ -375,7 +375,7 @@ def test_headers_are_found_in_every_layout(ort_headers, tmp_path, monkeypatch, l
 
 
 def test_without_headers_and_apt_one_line_says_what_goes_on(tmp_path, monkeypatch):
-    if list(headers_module._installed()):
+    if list(headers_module.installed()):
         pytest.skip("headers are installed on this system")
     (tmp_path / "g++").symlink_to("/bin/true")
     monkeypatch.setenv("PATH", str(tmp_path))
