@@ -139,7 +139,8 @@ def build_kernel(cuda: bool, say: Say = silent, sms: Sequence[str] = ()) -> Path
         sms: compute capabilities such as "90", as `nvcc.targets_of` takes them.
 
     Raises:
-        UserError: no compiler, or it fails; ASVIT_KERNEL names no file; others may write in the cache.
+        UserError: no compiler, or it fails; ASVIT_KERNEL names no file; or others may write in the
+            cache.
     """
     if given := os.environ.get(GIVEN):
         if not Path(given).is_file():

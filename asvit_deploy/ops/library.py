@@ -124,9 +124,10 @@ def find_library(cuda: bool | None = None, say: Say = complain) -> Path | None:
             found.append((int(match[1]), bool(targets), path.lstat().st_mtime, path))
     # Of several, one that was built for another machine's GPUs holds nothing that runs on these.
     here = targets_of(()) if len(found) > 1 else None
-    ranked = sorted((api, gpu, cuda_targets(path) == here, *rest, path)
-                    for api, gpu, *rest, path in found)  # fmt: skip
-    return next((path for *_, path in reversed(ranked) if usable(path, MEND, say)), None)
+    ranked = sorted((api, gpu, cuda_targets(path) == here, changed, path)
+                    for api, gpu, changed, path in found)  # fmt: skip
+    best_first = (path for *_, path in reversed(ranked))
+    return next((path for path in best_first if usable(path, MEND, say)), None)
 
 
 def find_compiler() -> list[str]:
