@@ -21,9 +21,11 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.ops.reference import keep_mask
 from asvit_deploy.runners.base import Prediction, Reference, Runner
 
-# A flip is explained within so many times the noise: 5.4 standard deviations of a normal error. The
-# largest seen on the networks that `LIMITS` names was 4.7.
-EXPLAINED = 8
+# A flip is explained within so many times the noise: 5.4 standard deviations of a normal error.
+# Errors have longer tails than that: one of 200 photographs on the trained ViT-S of `LIMITS` had a
+# flip at 14 times the noise in bfloat16. So a few images may have one within four times that.
+EXPLAINED, STRAY = 8, 4
+_STRAYS = 0.01  # of the images, or one
 _LEAST = 1e-6  # noise that there always is: float32's own
 _FEW_STAGES = 3  # up to so many, images without any flip are counted
 
@@ -39,8 +41,8 @@ class Limits:
             times the noise of its image or of its stage, whichever is larger, but at most `noise`;
             `noise` itself where a candidate does not tell its scores.
         alike: least share of images without a flip; one image may always have some.
-        logits: largest |logit error| of an image as a share of its largest |logit|. A top-1 that
-            changes is borderline where the reference's two logits lie within that.
+        logits: |logit error| of an image, the largest of its classes, as a share of its largest
+            |logit|: the median over the images.
     """
 
     noise: float
@@ -48,17 +50,23 @@ class Limits:
     margin: float | None = None
     alike: float = 0.0
 
+    @property
+    def worst(self) -> float:
+        """The same for every single image; a top-1 that changes is borderline where the reference's
+        two logits lie within that."""
+        return 4 * self.logits
 
-# Noise and logit errors of half precision, measured with `export.precision.rounded` on the default
-# checkpoint (100 digits), a trained ViT-S (32 photographs) and random DeiT-T, DeiT-S and LV-ViT-S
-# with and without sharpened attention (12 each): noise at most 1.4e-3 (fp16) and 1.0e-2 (bf16),
-# logits 3.1e-3 and 2.0e-2. The limits of noise are eight roundings of the type.
+
+# Noise and logit errors as measured with `export.precision.rounded` on up to 200 pictures of the
+# default checkpoint, a trained ViT-S and random DeiT-T, DeiT-S and LV-ViT-S with and without
+# sharpened attention: noise at most 1.4e-3 (fp16) and 1.0e-2 (bf16), the median of logit errors
+# 1.5e-3 and 1.2e-2, the largest 5.6e-3 and 3.8e-2. The limits of noise are eight roundings.
 LIMITS = {
-    "float32": Limits(noise=1e-4, logits=1e-4, margin=1e-3, alike=0.99),
-    "fp16": Limits(noise=8 * 2**-11, logits=2e-2),
-    "bf16": Limits(noise=8 * 2**-8, logits=4e-2),
-    # As ONNX Runtime's `quantize_dynamic` makes it: 3.9e-2 and 5.5e-2 on the first two.
-    "int8": Limits(noise=0.125, logits=0.15),
+    "float32": Limits(noise=1e-4, logits=2.5e-5, margin=1e-3, alike=0.99),
+    "fp16": Limits(noise=8 * 2**-11, logits=1e-2),
+    "bf16": Limits(noise=8 * 2**-8, logits=3e-2),
+    # As ONNX Runtime's `quantize_dynamic` makes it: noise 3.9e-2, largest logit error 5.5e-2.
+    "int8": Limits(noise=0.125, logits=8e-2),
 }
 
 
@@ -113,7 +121,7 @@ class Parity:
         judged: images whose logits were compared; without knowing which tokens a candidate keeps,
             those where it keeps as many.
         decisions, decisions_equal: tokens at all stages.
-        logit_error: the largest, as `Limits.logits`.
+        logit_error, typical_logit_error: the largest and the median, as `Limits.logits`.
         noise: per stage, as `Limits.noise`; empty where the candidate does not tell its scores.
         mean_kept, candidate_kept: image tokens after each stage.
         flips, top1_changes: each one, borderline or not.
@@ -129,6 +137,7 @@ class Parity:
     decisions: int = 0
     decisions_equal: int = 0
     logit_error: float = 0.0
+    typical_logit_error: float = 0.0
     noise: list[float] = field(default_factory=list)
     mean_kept: list[float] = field(default_factory=list)
     candidate_kept: list[float] = field(default_factory=list)
@@ -378,18 +387,19 @@ def _judge_logits(result: Parity, seen: Sequence[_Seen], limits: Limits) -> None
     known = [image for image in seen if image.logits is not None]
     result.judged = len(known)
     largest = [float(np.abs(image.logits).max()) for image in known]  # type: ignore[arg-type]
+    errors = []
     for image, own in zip(known, largest):
         assert image.logits is not None
         scale = max(own, float(np.median(largest)), 1e-12)
         error = float(np.abs(image.logits - image.theirs).max()) / scale
         # A NaN would lose every comparison, so it is turned into the failure that it is.
-        result.logit_error = max(result.logit_error, error if np.isfinite(error) else np.inf)
+        errors.append(error if np.isfinite(error) else np.inf)
         best, mine = int(image.logits.argmax()), int(image.theirs.argmax())
         if best != mine:
             margin = float(image.logits[best] - image.logits[mine]) / scale
-            result.top1_changes.append(
-                Top1(image.name, best, mine, margin, margin <= limits.logits)
-            )
+            result.top1_changes.append(Top1(image.name, best, mine, margin, margin <= limits.worst))
+    if errors:
+        result.logit_error, result.typical_logit_error = max(errors), float(np.median(errors))
 
 
 def _failures(result: Parity, stages: int, limits: Limits) -> list[str]:
@@ -400,7 +410,9 @@ def _failures(result: Parity, stages: int, limits: Limits) -> list[str]:
         if not noise <= limits.noise
     ]
     far = [flip for flip in result.flips if not flip.borderline]
-    if far:
+    wild = [flip for flip in far if flip.margin > STRAY * flip.allowed]
+    strays = 0 if limits.margin is not None else max(1, _STRAYS * n)
+    if wild or n - result.explained > strays:
         worst = max(far, key=lambda flip: flip.margin)
         failures.append(
             f"{len(far)} tokens flipped beyond rounding on {n - result.explained}/{n} images (the "
@@ -414,7 +426,10 @@ def _failures(result: Parity, stages: int, limits: Limits) -> list[str]:
         failures.append(f"top-1 changed beyond rounding on {changed}/{n} images")
     if not result.judged:
         failures.append("no image's logits could be compared: all keep other tokens")
-    if not result.logit_error <= limits.logits:
-        failures.append(f"logits differ by {result.logit_error:.1e} of the largest, "
-                        f"{limits.logits:.0e} allowed")  # fmt: skip
+    if not result.typical_logit_error <= limits.logits:
+        failures.append(f"logits differ by {result.typical_logit_error:.1e} of the largest on the "
+                        f"median image, {limits.logits:.1e} allowed")  # fmt: skip
+    elif not result.logit_error <= limits.worst:
+        failures.append(f"logits differ by {result.logit_error:.1e} of the largest on one image, "
+                        f"{limits.worst:.1e} allowed")  # fmt: skip
     return failures

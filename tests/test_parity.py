@@ -172,6 +172,40 @@ def test_half_precision_excuses_no_fault(mini, half, photos, precision, count, f
     assert any(told in failure for failure in result.failures), result.failures
 
 
+class Strays(TorchRunner):
+    """Scores with a known noise, and `count` images on which one decision is far beyond it."""
+
+    def __init__(self, model, count, times):
+        super().__init__(model)
+        self.count, self.times, self.thresholds = count, times, model.threshold_values()
+        self.seen = 0
+
+    def __call__(self, images):
+        own, noise = super().__call__(images), 3.5e-3
+        scores = [[row * np.float32(1 + noise) for row in stage] for stage in own.scores]
+        kept = [list(stage) for stage in own.kept]
+        row, threshold, alive = own.scores[2][0], self.thresholds[2], own.kept[1][0]
+        far = np.abs(np.abs(row[alive] / threshold - 1) - self.times * noise)
+        if self.seen < self.count and far.min() < 0.02:
+            self.seen += 1
+            kept[2] = [np.setxor1d(own.kept[2][0], [alive[far.argmin()]])]
+        lengths = [np.array([1 + len(stage[0])]) for stage in kept]
+        return replace(super().replay(images, [stage[0] for stage in kept]), kept=kept,
+                       scores=scores, lengths=lengths)  # fmt: skip
+
+
+@pytest.mark.parametrize(("strays", "passes"), [(1, True), (2, False), (3, False)])
+def test_one_image_may_have_a_flip_beyond_the_noise(mini, photos, strays, passes):
+    result = judged(mini, Strays(mini, strays, 18), photos, "fp16")
+    assert result.images - result.explained == strays
+    assert result.passed is passes, result.failures
+
+
+def test_no_image_may_have_one_far_beyond_it(mini, photos):
+    result = judged(mini, Strays(mini, 1, 80), photos, "fp16")
+    assert any("1 tokens flipped beyond rounding on 1/12" in told for told in result.failures)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_excuses_no_moved_threshold(mini, half, photos, precision):
     def moved(proto):
