@@ -19,6 +19,7 @@ from asvit_deploy.checkpoints.names import moco_name, timm_name
 from asvit_deploy.checkpoints.reading import Refuse, quoted
 from asvit_deploy.checkpoints.source import Source, checked, meant
 from asvit_deploy.errors import UserError
+from asvit_deploy.files import parse_json
 from asvit_deploy.models.registry import ArchConfig, Preprocessing
 
 _PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
@@ -155,7 +156,7 @@ def own_source(metadata: Mapping[str, str], config: ArchConfig) -> tuple[Source,
     Raises:
         ValueError: a field is not what it must be.
     """
-    told = {k: json.loads(metadata[k]) for k in _FIELDS if k in metadata}
+    told = {k: parse_json(metadata[k]) for k in _FIELDS if k in metadata}
     known = recorded(config, told)
     source = Source(_OURS)
     source.says = {**vars(known.preprocessing), "heads": known.heads, "eps": known.eps}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import reprlib
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,13 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-Refuse = Callable[[str], NoReturn]
+from asvit_deploy.checkpoints import bounds
+from asvit_deploy.checkpoints.bounds import Refuse
+from asvit_deploy.files import open_regular
 
 # Endings of checkpoint files, the longer ones first.
 ENDINGS = (".safetensors", ".pth.tar", ".pth", ".ckpt", ".pt", ".tar", ".bin")
 _OLD_TORCH = (
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before its zip files
 )
+_LONGEST_PATH = 4096  # characters, Linux's own limit
 _LISTED = 3  # keys that a message names before it says how many more there are
 
 
@@ -28,7 +31,25 @@ class _InertPath(str):
     """Stands in for a path among a run's options."""
 
     def __new__(cls, *parts: Any) -> _InertPath:
-        return super().__new__(cls, "/".join(map(str, parts)))
+        text = "/".join(part for part in parts if isinstance(part, str))
+        return super().__new__(cls, text[:_LONGEST_PATH])  # or one made of two would double
+
+
+class _Short(reprlib.Repr):
+    """Writes a foreign value out so far as a message shows it: of 200 bytes of pickle can come a
+    list that takes gigabytes, and a number too long for Python to write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.repr_OrderedDict = self.repr_dict
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**40 else "a number of many digits"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        plain = isinstance(x, (bool, float, complex, torch.dtype, torch.device, type(None)))
+        return repr(x) if plain else f"a {type(x).__name__}"
 
 
 # Classes that training scripts save beside the weights: argparse's own is as inert as a dict, and
@@ -56,6 +77,9 @@ def stem_of(checkpoint: Path) -> str:
     return checkpoint.name
 
 
+_SHORT = _Short()
+
+
 def listed(names: Any) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
@@ -65,7 +89,8 @@ def listed(names: Any) -> str:
 
 def quoted(value: Any) -> str:
     """A foreign value in one line, not too long."""
-    text = value if isinstance(value, str) else str(value)
+    # Not str: a pickle of 200 bytes can hold a list that takes gigabytes to write out.
+    text = value if isinstance(value, str) else _SHORT.repr(value)
     short = text if len(text) <= 40 else f"{text[:40]}…"
     return repr(short) if isinstance(value, str) else " ".join(short.split())
 
@@ -74,10 +99,8 @@ def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str]]:
     """The objects in a file, and the metadata of a `.safetensors`; told apart by content."""
     if path.is_dir():
         refuse("is a folder; name the checkpoint file in it")
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        refuse("is no regular file; name a checkpoint file")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, "checkpoint file") as file:
             head = file.read(9)
     except FileNotFoundError:
         refuse("does not exist; check the path")
@@ -86,7 +109,9 @@ def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str]]:
     if not head:
         refuse("is empty; copy or download it again")
     # A safetensors file starts with the length of its header, which is JSON.
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+    if head[8:] == b"{" and (length := int.from_bytes(head[:8], "little")) < 100_000_000:
+        if length > bounds.MOST_HEADER:
+            refuse("holds too many objects for a checkpoint; save only the model's weights")
         return _read_safetensors(path, refuse)
     return _read_torch(path, refuse), {}
 
@@ -94,16 +119,26 @@ def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str]]:
 def _read_safetensors(path: Path, refuse: Refuse) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            keys = list(file.keys())
+            if len(keys) > bounds.MOST_NAMES:
+                refuse("holds too many objects for a checkpoint; save only the model's weights")
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except SafetensorError:
         refuse("is truncated or damaged; copy or download it again")
 
 
 def _read_torch(path: Path, refuse: Refuse) -> Any:
+    bounds.check(path, refuse)
     try:
-        with torch.serialization.safe_globals(_KNOWN), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals(_KNOWN),
+            warnings.catch_warnings(),
+            bounds.bounded_memory(path.stat().st_size),
+        ):
             warnings.simplefilter("ignore")  # what matters of them comes as an error
             return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        refuse("asks for more memory than its size can fill; save it again with torch.save")
     except Exception as error:  # torch answers to bad bytes with nearly any exception
         _refuse_unread(path, str(error), refuse)
 
@@ -116,6 +151,8 @@ def _refuse_unread(path: Path, message: str, refuse: Refuse) -> NoReturn:
     if code or re.search(r"unsupported class|trying to call reduce", message, re.I):
         name = f" ({code[1]})" if code else ""
         refuse(f"holds pickled code{name}, which was not run; save only the model's state_dict()")
+    if "can't allocate memory" in message:
+        refuse("asks for more memory than its size can fill; save it again with torch.save")
     if "TorchScript" in message:
         refuse("is a TorchScript archive; save the model's state_dict() instead")
     with open(path, "rb") as file:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from asvit_deploy.checkpoints import bounds
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import write_bytes
 
@@ -49,9 +50,17 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
     """
     if not path.is_file():
         raise UserError(f"nothing to resume: {path} does not exist; run without --resume")
+
+    def refuse(reason: str) -> NoReturn:
+        raise UserError(f"{path} {reason}; delete it and start over")
+
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        bounds.check(path, refuse)
+        with bounds.bounded_memory(path.stat().st_size):
+            content = torch.load(path, map_location="cpu", weights_only=True)
         step, saved = int(content["step"]), dict(content["recipe"])
+    except UserError:
+        raise
     except PermissionError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}; check its permissions"

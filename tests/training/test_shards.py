@@ -205,7 +205,7 @@ def test_a_pipe_among_shards_is_not_waited_for(tmp_path):
     (tmp_path / "1.tar").unlink()
     (tmp_path / "classes.txt").unlink()
     os.mkfifo(tmp_path / "classes.txt")
-    refused(tmp_path, "classes.txt is no file")
+    refused(tmp_path, "classes.txt is no regular file")
 
 
 # --- the order ----------------------------------------------------------------------------------
