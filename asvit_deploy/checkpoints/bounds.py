@@ -6,14 +6,12 @@ terabyte: such a file is refused from its opcodes and its directory alone.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import pickletools
 import struct
-import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -30,7 +28,7 @@ _MOST_PICKLE = 8 << 20  # bytes; each can make an object of 200
 _MOST_OPCODES = 1_000_000
 _HEAVIEST = 4 * _MOST_PICKLE  # values, and bytes of text, that objects stand for when written out
 _MOST_DIRECTORY = 32 << 20  # bytes of a zip file's directory, some 70 a tensor
-_SPARE = 1 << 30  # bytes of memory that a load may take beside what the file holds
+SPARE = 1 << 30  # bytes of memory that a load may take beside what the file holds
 _OLD_PICKLES = 5  # with which a torch.save of before the zip files begins
 
 
@@ -185,33 +183,3 @@ class _Scale:
             elif kind is not pickletools.markobject:
                 found.append(stack.pop())
         return found[::-1]
-
-
-# --- memory -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def bounded_memory(size: int) -> Iterator[None]:
-    """Let this process take no more than a load of a file of `size` bytes needs (Linux).
-
-    Raises:
-        MemoryError: the block asks for more; libraries raise their own kinds.
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    import resource
-
-    used = 0
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("VmData:"):
-                used = int(line.split()[1]) << 10
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = used + 2 * size + _SPARE
-    lower = wanted if soft == resource.RLIM_INFINITY else min(soft, wanted)
-    resource.setrlimit(resource.RLIMIT_DATA, (lower, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

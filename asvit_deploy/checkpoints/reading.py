@@ -17,6 +17,7 @@ from torch import Tensor
 from asvit_deploy.checkpoints import bounds
 from asvit_deploy.checkpoints.bounds import Refuse
 from asvit_deploy.files import open_regular
+from asvit_deploy.memory import memory
 
 # Endings of checkpoint files, the longer ones first.
 ENDINGS = (".safetensors", ".pth.tar", ".pth", ".ckpt", ".pt", ".tar", ".bin")
@@ -133,7 +134,7 @@ def _read_torch(path: Path, refuse: Refuse) -> Any:
         with (
             torch.serialization.safe_globals(_KNOWN),
             warnings.catch_warnings(),
-            bounds.bounded_memory(path.stat().st_size),
+            memory.within(2 * path.stat().st_size + bounds.SPARE),
         ):
             warnings.simplefilter("ignore")  # what matters of them comes as an error
             return torch.load(path, map_location="cpu", weights_only=True)

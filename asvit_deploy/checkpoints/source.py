@@ -111,7 +111,9 @@ class Source:
             value = (value.get("height"), value.get("width"))
         if isinstance(value, (list, tuple)):
             sides = value[1:] if len(value) == 3 else value
-            value = sides[0] if len(sides) in (1, 2) and _alike(sides[0], sides[-1]) else list(value)
+            value = (
+                sides[0] if len(sides) in (1, 2) and _alike(sides[0], sides[-1]) else list(value)
+            )
         self.network("image_size", value, word)
 
     def activation(self, value: Any) -> None:

@@ -173,7 +173,11 @@ def _without_network(content: dict, refuse: Refuse) -> dict[str, Tensor]:
     """The most likely state dict of a file that holds no network of ours."""
     kept = [content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)]
     state = kept[0] if kept else content
-    odd = [k if isinstance(k, str) else quoted(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    odd = [
+        k if isinstance(k, str) else quoted(k)
+        for k, v in state.items()
+        if not (isinstance(k, str) and isinstance(v, Tensor))
+    ]
     if odd or not state:
         told = f"{listed(odd)} are no weights" if odd else "there are no weights in it"
         refuse(f"is no state dict: {told}; save the model's state_dict()")

@@ -16,7 +16,6 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.files import check_writable, open_regular, parse_json, unwritten, write_text
 from asvit_deploy.requirements import pip_install
 
-
 _MOST_LINE = 1 << 20  # bytes; a line of ours has some hundreds
 
 

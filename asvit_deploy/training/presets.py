@@ -66,11 +66,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for name, value in given.items():
         if name not in _KNOWN:
             known = ", ".join(sorted(_KNOWN)).replace("_", "-")
-            raise UserError(f"{path} has an option {reprlib.repr(name)} that there is not; it knows {known}")
+            raise UserError(
+                f"{path} has an option {reprlib.repr(name)} that there is not; it knows {known}"
+            )
         several = name == "thresholds" and value != FIT
         parts, kinds = (value, (int, float)) if several else ([value], _kinds(name))
         if not isinstance(parts, list) or not all(type(part) in kinds for part in parts):
-            raise UserError(f"{path} says {name} = {reprlib.repr(value)}, which it cannot be; mend it there")
+            raise UserError(
+                f"{path} says {name} = {reprlib.repr(value)}, which it cannot be; mend it there"
+            )
         if meant := wanted(name, value):
             raise UserError(f"{path} says {name} = {reprlib.repr(value)}; make it {meant}")
     return given

@@ -11,6 +11,7 @@ import torch
 from asvit_deploy.checkpoints import bounds
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import write_bytes
+from asvit_deploy.memory import memory
 
 if TYPE_CHECKING:
     from asvit_deploy.training.trainer import Trainer
@@ -56,7 +57,7 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
 
     try:
         bounds.check(path, refuse)
-        with bounds.bounded_memory(path.stat().st_size):
+        with memory.within(2 * path.stat().st_size + bounds.SPARE):
             content = torch.load(path, map_location="cpu", weights_only=True)
         step, saved = int(content["step"]), dict(content["recipe"])
     except UserError:

@@ -84,7 +84,7 @@ class Members:
         block = self._file.read(_BLOCK)
         if block == bytes(_BLOCK):
             return None
-        if 0 < self._at and len(block) < _BLOCK:
+        if self._at > 0 and len(block) < _BLOCK:
             raise tarfile.ReadError(f"cut off at byte {self._at + len(block)}")
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         if info.size < 0:
