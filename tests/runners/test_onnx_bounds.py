@@ -45,7 +45,7 @@ def filled(proto):
 
 
 def expanded(proto):
-    constant(proto, "shape", np.int64([1_000_000, 1, 1000]))
+    constant(proto, "shape", np.int64([100_000_000, 1, 1]))
     through(proto, helper.make_node("Expand", ["logits_0", "shape"], ["y"]))
 
 
@@ -124,7 +124,7 @@ CHANGES = {
     "the logits a million times": (expanded, "too large"),
     "a shape that the picture decides": (hidden_shape, "cannot be run"),
     "rows doubled 40 times": (doubled, "too large"),
-    "a loop": (looped, "loop"),
+    "a loop": (looped, "Loop"),
     "a weight without its data": (claimed, ""),
     "functions that double": (functions, "nodes, functions written out"),
     "functions in a ring": (lambda p: functions(p, 3, loop=True), "calls itself"),
