@@ -36,7 +36,7 @@ _ADAPTIVE = (
 _PAPER_LR, _PAPER_BATCH = 2e-5, 512  # the rate grows with the batch
 _SCRATCH_LR = 1e-3
 
-# Bytes. A recipe has some 30 lines; tomllib's time and memory grow with the square of a key's parts.
+# Bytes, for some 30 lines: tomllib's time and memory grow with the square of a key's parts.
 _MOST_RECIPE = 16 << 10
 
 _KNOWN = {field.name for field in fields(Recipe)} | {"epochs"}
