@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy import __version__, claims
+from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic_together, check_parent, check_writable, sha256
 
@@ -172,9 +173,19 @@ def describes(artifact: Path, kind: str) -> bool:
 
 
 def signed(fields: dict[str, Any]) -> str:
-    """The fields as JSON, with the schema and a digest of them all."""
+    """The fields as JSON, with the schema and a digest of them all.
+
+    Raises:
+        UserError: they are too long to be read again.
+    """
     fields = {"schema": SCHEMA, **fields}
-    return json.dumps({**fields, "digest": _digest(fields)}, indent=2) + "\n"
+    text = json.dumps({**fields, "digest": _digest(fields)}, indent=2) + "\n"
+    if len(text) > MOST_TEXT:  # which `read_signed` would refuse
+        raise UserError(
+            f"what is to be said of the file takes {len(text):,} bytes, more than {MOST_TEXT:,}; "
+            "shorten the class names"
+        )
+    return text
 
 
 def read_signed(path: Path, noun: str, name: str, *needed: str) -> dict[str, Any]:
@@ -187,12 +198,11 @@ def read_signed(path: Path, noun: str, name: str, *needed: str) -> dict[str, Any
     Raises:
         UserError: it is unreadable, not ours, edited, or of another schema.
     """
+    data = read_bounded(path, MOST_TEXT, noun)
     try:
-        fields = json.loads(path.read_bytes())
+        fields = parse_json(data)
         schema, digest, *_ = (fields[key] for key in ("schema", "digest", *needed))
-    except PermissionError:
-        raise UserError(f"{path} may not be read; check its permissions") from None
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not a {noun} of this tool; make {name} again") from None
     if schema != SCHEMA:
         raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}; update the tool")

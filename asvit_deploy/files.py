@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and their fingerprints."""
+"""Files that are whole or absent, their fingerprints, and reading that comes to an end."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from asvit_deploy import trusted
+from asvit_deploy.bounded import open_regular
 from asvit_deploy.claims import claim_on, same, try_lock
 from asvit_deploy.errors import UserError
 
@@ -50,9 +51,13 @@ def check_seal(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex digest of a file's bytes.
+
+    Raises:
+        UserError, OSError: as `open_regular`.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -285,3 +285,42 @@ def compiler() -> str:
     if found is None:
         pytest.skip("no C++ compiler")
     return found
+
+
+_SECONDS = 60  # the aim is 20 on a machine of one's own; tests share theirs
+_CHILD = """
+import resource, sys
+from asvit_deploy.errors import UserError
+from pathlib import Path
+import torch, onnx, onnxruntime
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+path = Path(sys.argv[1])
+try:
+    {code}
+    said = "fine"
+except UserError as error:
+    said = str(error)
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(used >> 10, said)
+"""
+
+
+@pytest.fixture
+def ends() -> Callable[..., str]:
+    """Read a file by a line of code in a child: what it said, or "fine".
+
+    More than `mebibytes` beside what the libraries take, or more than `_SECONDS`, fail the test.
+    """
+
+    def run(code: str, path: Path, mebibytes: int = 512) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", _CHILD.format(code=code), str(path)],
+            capture_output=True, text=True, timeout=_SECONDS,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        used, said = done.stdout.rstrip("\n").split(" ", 1)
+        assert "\n" not in said
+        assert int(used) < mebibytes, (used, said)
+        return said
+
+    return run

@@ -5,13 +5,13 @@ Each becomes a `Source` in our own words. Nothing here decides which source wins
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from asvit_deploy import artifact
+from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.checkpoints.names import timm_name
 from asvit_deploy.checkpoints.reading import ENDINGS, quoted
 from asvit_deploy.checkpoints.source import Source
@@ -24,7 +24,6 @@ _HUB_NAMES = frozenset((
 ))  # fmt: skip
 # What trainers leave beside it.
 _NO_CHECKPOINTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
-_LARGEST = 32 << 20  # bytes; 22,000 class names take less than one MiB
 
 # transformers' numbers are Pillow's.
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -87,12 +86,10 @@ def _other_checkpoints(path: Path) -> list[str]:
 def _read(file: Path, path: Path) -> dict[str, Any]:
     mend = f"mend it, or take it away from beside {path.name}"
     try:
-        if file.stat().st_size > _LARGEST:
-            raise UserError(f"{file} is larger than any config; {mend}")
-        told = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}; {mend}") from None
-    except (ValueError, RecursionError):
+        told = parse_json(read_bounded(file, MOST_TEXT, "config"))
+    except UserError as error:
+        raise UserError(f"{error}; {mend}") from None
+    except ValueError:
         raise UserError(f"{file} is cut or no JSON; {mend}") from None
     if not isinstance(told, dict):
         raise UserError(f"{file} holds a JSON {type(told).__name__}, not an object; {mend}")

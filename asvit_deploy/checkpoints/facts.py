@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from asvit_deploy.bounded import parse_json
 from asvit_deploy.checkpoints.configs import sources_beside
 from asvit_deploy.checkpoints.names import moco_name, timm_name
 from asvit_deploy.checkpoints.reading import Refuse, quoted
@@ -155,7 +156,7 @@ def own_source(metadata: Mapping[str, str], config: ArchConfig) -> tuple[Source,
     Raises:
         ValueError: a field is not what it must be.
     """
-    told = {k: json.loads(metadata[k]) for k in _FIELDS if k in metadata}
+    told = {k: parse_json(metadata[k]) for k in _FIELDS if k in metadata}
     known = recorded(config, told)
     source = Source(_OURS)
     source.says = {**vars(known.preprocessing), "heads": known.heads, "eps": known.eps}

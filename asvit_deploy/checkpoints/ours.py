@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from asvit_deploy.bounded import parse_json
 from asvit_deploy.checkpoints.damage import Damaged, check_seal, is_sealed
 from asvit_deploy.checkpoints.reading import Refuse, quoted
 from asvit_deploy.errors import UserError
@@ -19,8 +19,8 @@ SCHEMA = 3  # 2 tells stages of its own, 3 other facts than the arch's, which th
 def parsed(value: str) -> Any:
     """JSON, or the text as it is."""
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
+        return parse_json(value)
+    except ValueError:
         return value
 
 

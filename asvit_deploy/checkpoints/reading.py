@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import reprlib
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from asvit_deploy.bounded import open_regular
+from asvit_deploy.checkpoints import bounds
+from asvit_deploy.checkpoints.bounds import Refuse
 from asvit_deploy.checkpoints.damage import Damaged, check_archive
-
-Refuse = Callable[[str], NoReturn]
+from asvit_deploy.errors import UserError
+from asvit_deploy.memory import memory
 
 # Endings of checkpoint files, the longer ones first.
 ENDINGS = (".safetensors", ".pth.tar", ".pth", ".ckpt", ".pt", ".tar", ".bin")
@@ -27,6 +30,7 @@ _UNSUMMED = (
     "has no checksums (torch's format of before 1.6, or saved with compute_crc32 off), so damage "
     "to its weights would go unnoticed; compare it with its source, or save it again"
 )
+_LONGEST_PATH = 4096  # characters, Linux's own limit
 _LISTED = 3  # keys that a message names before it says how many more there are
 
 
@@ -34,7 +38,25 @@ class _InertPath(str):
     """Stands in for a path among a run's options."""
 
     def __new__(cls, *parts: Any) -> _InertPath:
-        return super().__new__(cls, "/".join(map(str, parts)))
+        text = "/".join(part for part in parts if isinstance(part, str))
+        return super().__new__(cls, text[:_LONGEST_PATH])  # or one made of two would double
+
+
+class _Short(reprlib.Repr):
+    """Writes a foreign value out so far as a message shows it: of 200 bytes of pickle can come a
+    list that takes gigabytes, and a number too long for Python to write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.repr_OrderedDict = self.repr_dict
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if abs(x) < 10**40 else "a number of many digits"
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        plain = isinstance(x, (bool, float, complex, torch.dtype, torch.device, type(None)))
+        return repr(x) if plain else f"a {type(x).__name__}"
 
 
 # Classes that training scripts save beside the weights: argparse's own is as inert as a dict, and
@@ -62,6 +84,9 @@ def stem_of(checkpoint: Path) -> str:
     return checkpoint.name
 
 
+_SHORT = _Short()
+
+
 def listed(names: Any) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
@@ -71,7 +96,8 @@ def listed(names: Any) -> str:
 
 def quoted(value: Any) -> str:
     """A foreign value in one line, not too long."""
-    text = value if isinstance(value, str) else str(value)
+    # Not str: a pickle of 200 bytes can hold a list that takes gigabytes to write out.
+    text = value if isinstance(value, str) else _SHORT.repr(value)
     short = text if len(text) <= 40 else f"{text[:40]}…"
     return repr(short) if isinstance(value, str) else " ".join(short.split())
 
@@ -84,10 +110,8 @@ def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[str, ..
     """
     if path.is_dir():
         refuse("is a folder; name the checkpoint file in it")
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        refuse("is no regular file; name a checkpoint file")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path, "checkpoint file") as file:
             head = file.read(9)
     except FileNotFoundError:
         refuse("does not exist; check the path")
@@ -96,7 +120,9 @@ def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[str, ..
     if not head:
         refuse("is empty; copy or download it again")
     # A safetensors file starts with the length of its header, which is JSON.
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000:
+    if head[8:] == b"{" and (length := int.from_bytes(head[:8], "little")) < 100_000_000:
+        if length > bounds.MOST_HEADER:
+            refuse("holds too many objects for a checkpoint; save only the model's weights")
         return *_read_safetensors(path, refuse), ()
     return _read_torch(path, refuse)
 
@@ -104,26 +130,33 @@ def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[str, ..
 def _read_safetensors(path: Path, refuse: Refuse) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-        return tensors, metadata
+            keys = list(file.keys())
+            if len(keys) > bounds.MOST_NAMES:
+                refuse("holds too many objects for a checkpoint; save only the model's weights")
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except SafetensorError:
         refuse("is truncated or damaged; copy or download it again")
 
 
 def _read_torch(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[str, ...]]:
     try:
+        bounds.check(path, refuse)
         with (
             torch.serialization.safe_globals(_KNOWN),
             warnings.catch_warnings(),
             open(path, "rb") as file,  # one and the same for both readers
+            memory.within(2 * path.stat().st_size + bounds.SPARE),
         ):
             warnings.simplefilter("ignore")  # what matters of them comes as an error
             summed = check_archive(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
         return content, {}, () if summed else (_UNSUMMED,)
+    except UserError:
+        raise
     except Damaged as damage:
         refuse(str(damage))
+    except MemoryError:
+        refuse("asks for more memory than its size can fill; save it again with torch.save")
     except Exception as error:  # torch answers to bad bytes with nearly any exception
         _refuse_unread(path, str(error), refuse)
 
@@ -136,6 +169,8 @@ def _refuse_unread(path: Path, message: str, refuse: Refuse) -> NoReturn:
     if code or re.search(r"unsupported class|trying to call reduce", message, re.I):
         name = f" ({code[1]})" if code else ""
         refuse(f"holds pickled code{name}, which was not run; save only the model's state_dict()")
+    if "can't allocate memory" in message:
+        refuse("asks for more memory than its size can fill; save it again with torch.save")
     if "TorchScript" in message:
         refuse("is a TorchScript archive; save the model's state_dict() instead")
     with open(path, "rb") as file:

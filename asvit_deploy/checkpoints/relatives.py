@@ -22,8 +22,12 @@ def _on(value: Any) -> bool:
 
 
 def _below_one(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_below_one, value))
+    # One level: a list may hold itself, or others so often that to walk them takes for ever.
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return any(map(_number_below_one, parts))
+
+
+def _number_below_one(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value < 1
 
 

@@ -63,6 +63,11 @@ def meant(name: str) -> str:
     return _ALLOWED[name]
 
 
+def _alike(a: Any, b: Any) -> bool:
+    """Equal numbers; of lists of lists the comparison may have no end."""
+    return isinstance(a, (int, float)) and isinstance(b, (int, float)) and a == b
+
+
 @dataclass
 class Source:
     """What one place says, in our own words.
@@ -95,7 +100,7 @@ class Source:
 
     def network(self, name: str, value: Any, word: str) -> None:
         """Note what the weights should be."""
-        if isinstance(value, (list, tuple)) and len(value) == 2 and value[0] == value[1]:
+        if isinstance(value, (list, tuple)) and len(value) == 2 and _alike(*value):
             value = value[0]
         if value is not None:
             self.weights.append((name, word, value))
@@ -106,7 +111,9 @@ class Source:
             value = (value.get("height"), value.get("width"))
         if isinstance(value, (list, tuple)):
             sides = value[1:] if len(value) == 3 else value
-            value = sides[0] if len(sides) in (1, 2) and sides[0] == sides[-1] else list(value)
+            value = (
+                sides[0] if len(sides) in (1, 2) and _alike(sides[0], sides[-1]) else list(value)
+            )
         self.network("image_size", value, word)
 
     def activation(self, value: Any) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asvit_deploy.checkpoints.reading import Refuse, listed
+from asvit_deploy.checkpoints.bounds import LONGEST_NAME, MOST_NAMES, MOST_NETWORKS
+from asvit_deploy.checkpoints.reading import Refuse, listed, quoted
 
 # What every network of these families has, directly under its prefix.
 _ANCHOR = re.compile(
@@ -46,7 +47,7 @@ _ANYWHERE = re.compile(
 )
 # In the place of the head: what a self-supervised method trains and throws away.
 _PROJECTOR = re.compile(r"head\.(?:\d+|mlp|layers|last_layer)\.")
-_DEEPEST, _MOST = 8, 200_000  # levels and names; a file that has more is none of ours
+_DEEPEST = 8  # levels; a file that has more is none of ours
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def select(content: Any, ema: bool, refuse: Refuse) -> Selected:
         refuse(f"holds a {type(content).__name__}, not a state dict; save the model's state_dict()")
     flat = _flattened(content, refuse)
     roots = _roots(flat)
+    if len(roots) > MOST_NETWORKS:
+        refuse(f"holds {len(roots)} networks; save the state_dict() of one of them")
     if not roots:
         return Selected(_without_network(content, refuse))
     averages, followers = _averages(content, flat, roots), _named(roots, _FOLLOWERS)
@@ -132,7 +135,11 @@ def _flattened(content: dict, refuse: Refuse) -> _Flat:
 
     def walk(level: Mapping, prefix: str, depth: int) -> None:
         for key, value in level.items():
-            name = _ANYWHERE.sub("", f"{prefix}{key}")
+            text = key if isinstance(key, str) else quoted(key)
+            if len(prefix) + len(text) > LONGEST_NAME:
+                refuse(f"has a name of {len(prefix) + len(text):,} characters ({quoted(text)}); "
+                       "save the model's state_dict()")  # fmt: skip
+            name = _ANYWHERE.sub("", f"{prefix}{text}")
             if isinstance(key, str) and key.startswith("optim"):
                 continue  # names of weights again, with what an optimiser keeps of each
             if isinstance(value, Tensor) and isinstance(key, str):
@@ -145,7 +152,7 @@ def _flattened(content: dict, refuse: Refuse) -> _Flat:
             else:
                 flat.others.append(name)
                 flat.levels.setdefault(name, prefix)
-            if len(flat.levels) > _MOST:
+            if len(flat.levels) > MOST_NAMES:
                 refuse("holds too many objects for a checkpoint; save the model's state_dict()")
 
     walk(content, "", 0)
@@ -166,7 +173,11 @@ def _without_network(content: dict, refuse: Refuse) -> dict[str, Tensor]:
     """The most likely state dict of a file that holds no network of ours."""
     kept = [content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)]
     state = kept[0] if kept else content
-    odd = [str(k) for k, v in state.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    odd = [
+        k if isinstance(k, str) else quoted(k)
+        for k, v in state.items()
+        if not (isinstance(k, str) and isinstance(v, Tensor))
+    ]
     if odd or not state:
         told = f"{listed(odd)} are no weights" if odd else "there are no weights in it"
         refuse(f"is no state dict: {told}; save the model's state_dict()")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.classes import imagenet
 from asvit_deploy.classes.order import number_of
 from asvit_deploy.errors import UserError
 
-MAX_BYTES = 16 * 2**20  # ImageNet-21k's longest list has 2
 MAX_NAME = 1000  # characters
 _NO_TEXT = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of surrogate pairs, line ends
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
@@ -67,17 +67,7 @@ def names_of_config(path: Path) -> list[str] | None:
 
 def _text_of(path: Path) -> str:
     try:
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "is no regular file"
-            raise UserError(f"{path} {what if path.exists() else 'does not exist'}; name a file of "
-                            "class names")  # fmt: skip
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise UserError(
-                f"{path} has {size:,} bytes, too many for class names; name a file of them"
-            )
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+        text = read_bounded(path, MOST_TEXT, "file of class names").decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is no UTF-8 text; write a class name a line into it") from None
     if not text.strip():
@@ -105,8 +95,8 @@ def _lines(path: Path, text: str) -> list[str]:
 
 def _parsed(path: Path, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_Pairs)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, object_pairs_hook=_Pairs)
+    except ValueError as error:
         told = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path} is no whole JSON file{told}; copy or write it again") from None
 

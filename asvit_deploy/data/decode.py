@@ -8,11 +8,13 @@ import stat
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from asvit_deploy.data.metadata import without_exif
+from asvit_deploy.data.patience import MOST_SCANNED, SECONDS, patient, scans
 from asvit_deploy.errors import UserError
 
 # Formats and the endings they go by. Only decoders that run in this process: Pillow's full list
@@ -42,6 +44,7 @@ _ENDINGS = {
 _LIBRARIES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 MAX_PIXELS = 100_000_000
 MAX_ASPECT = 100  # the resized picture would be this many times the crop
+_STRIP = 256  # rows
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -118,12 +121,19 @@ def _refuse_no_file(path: Path) -> None:
 
 def decode_picture(file: Path | io.BytesIO, name: object, suffix: str = "") -> Image.Image:
     """`load_picture` of a file, or of bytes that came from elsewhere; messages call it `name`."""
+
+    def stop() -> PictureError:
+        return PictureError(
+            f"{name} takes more than {SECONDS} s to read; save it again, or take it out", "too long"
+        )
+
     try:
         with warnings.catch_warnings():
             # What matters is raised as an error: our own size limit, the decoder's complaints.
             warnings.simplefilter("ignore")
-            with _opened(file, suffix) as picture:
+            with patient(file, stop) as opened, _opened(opened, suffix) as picture:
                 _refuse_odd_size(name, *picture.size)
+                _refuse_many_scans(name, picture, opened)
                 picture = _upright(picture)
                 _refuse_odd_size(name, *picture.size)  # what an icon holds need not be what it says
                 return _to_rgb(picture)
@@ -166,17 +176,31 @@ def _refuse_odd_size(name: object, width: int, height: int) -> None:
         )  # fmt: skip
 
 
+def _refuse_many_scans(name: object, picture: Image.Image, file: io.BufferedIOBase) -> None:
+    width, height = picture.size
+    if picture.format in ("JPEG", "MPO"):
+        place = file.tell()
+        passes = scans(file)
+        file.seek(place)
+        if passes * width * height > MOST_SCANNED and passes > 1:
+            raise PictureError(
+                f"{name} goes through its {width} x {height} pixels {passes} times; save it again",
+                "too long",
+            )
+
+
 # --- metadata -----------------------------------------------------------------------------------
 
 
-def _opened(file: Path | io.BytesIO, suffix: str) -> Image.Image:
+def _opened(file: IO[bytes], suffix: str) -> Image.Image:
     """The picture; where Pillow trips over the EXIF as it opens the file, without that."""
     try:
         return Image.open(file, formats=_formats(suffix))
-    except (PermissionError, Image.DecompressionBombError):
+    except (PictureError, Image.DecompressionBombError):
         raise
     except Exception:
-        data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+        file.seek(0)
+        data = file.read()
         rest = without_exif(data)
         if rest is None:
             raise
@@ -212,10 +236,20 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "I" or picture.mode.startswith("I;16"):
         picture = _sixteen_to_eight(picture)
     if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        picture = Image.alpha_composite(white, layer)
+        return _on_white(picture)
     return picture.convert("RGB")
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """Strip by strip: whole layers of a large picture would take four times its memory."""
+    result = Image.new("RGB", picture.size)
+    width, height = picture.size
+    for top in range(0, height, _STRIP):
+        box = (0, top, width, min(top + _STRIP, height))
+        layer = picture.crop(box).convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        result.paste(Image.alpha_composite(white, layer).convert("RGB"), box)
+    return result
 
 
 def _sixteen_to_eight(picture: Image.Image) -> Image.Image:

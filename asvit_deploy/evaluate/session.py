@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import onnx
 
@@ -14,9 +14,10 @@ from asvit_deploy import artifact
 from asvit_deploy.checkpoints.facts import fields_of
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluate.reference import check_fields, config_of, reference_model
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.registry import STEM_WIDTH, ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.runners import onnx_bounds
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
 
 # Sidecar fields that two artefacts share if they can be compared token by token.
@@ -96,7 +97,15 @@ class Session:
 
     @cached_property
     def model(self) -> onnx.ModelProto:
-        return load_model(self.path)
+        def refuse(reason: str) -> NoReturn:
+            raise UserError(f"{self.path} {reason}; export it again")
+
+        model, own = load_model(self.path), "fields" in vars(self)
+        if own:
+            onnx_bounds.check_ours(model, refuse)
+        config = self.config if own or self.original is None else self.original.config
+        onnx_bounds.check_runnable(model, _largest(config), refuse)
+        return model
 
     @cached_property
     def config(self) -> ArchConfig:
@@ -146,6 +155,17 @@ class Session:
         stages = len(self.fields["thresholds"]) if self.adaptive else 0
         return OrtRunner(self.model, library, threads=threads, record=record, name=str(self.path),
                          stages=stages)  # fmt: skip
+
+
+def _largest(config: ArchConfig) -> int:
+    """Values that a tensor of such a network may hold for one picture, with room to spare."""
+    rows, hidden = config.image_tokens + 1, config.hidden
+    patch = 3 * config.patch_size**2
+    return 8 * max(
+        3 * config.image_size**2, STEM_WIDTH * config.image_size**2 // 4, config.heads * rows**2,
+        rows * max(hidden, 3 * config.dim, patch), config.dim * max(hidden, 3 * config.dim, patch),
+        config.dim * config.num_classes, STEM_WIDTH**2 * 49,
+    )  # fmt: skip
 
 
 def _told(session: Session) -> dict[str, Any]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.memory import memory
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.requirements import pip_install
+from asvit_deploy.runners import onnx_bounds
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 
 # Float32 means float32 on every backend.
@@ -23,6 +26,7 @@ _INTEGER = frozenset(
     ("ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "MatMulNBits",
      "QLinearConv", "QLinearMatMul", "QuantizeLinear")
 )  # fmt: skip
+_SPARE = 4 << 30  # bytes beside the weights, for a batch of the largest pictures
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 
@@ -56,9 +60,15 @@ def load_model(source: Path | onnx.ModelProto) -> onnx.ModelProto:
     """
     if isinstance(source, onnx.ModelProto):
         return source
+
+    def refuse(reason: str) -> NoReturn:
+        raise UserError(f"{source} {reason}; export it again")
+
     try:
-        model = onnx.load(source)
+        model = onnx_bounds.read(source, refuse)
         onnx.checker.check_model(model)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{source} does not exist; `asvit-deploy export` makes it") from None
     except Exception as error:
@@ -184,6 +194,7 @@ class OrtRunner(RunnerBase):
         shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         self.batch = shape[0] or None
         self.image_size = shape[2]
+        self._tried = False  # a first run within bounds; those that are timed are free of them
         self._replayed: tuple[onnx.ModelProto, Path | None, str] = model, library, name
         options = session_options(threads)
         if not optimize:
@@ -199,14 +210,42 @@ class OrtRunner(RunnerBase):
                 model = with_stage_outputs(model, self.stages)
             data = model.SerializeToString()
             chosen = (provider, PROVIDER_OPTIONS.get(provider, {}))
-            self.session = ort.InferenceSession(data, options, providers=[chosen])
+            # CUDA maps far more than it uses.
+            limited = provider == "CPUExecutionProvider"
+            self._most = _SPARE + 8 * len(data) if limited else None
+            with self._limited():
+                self.session = ort.InferenceSession(data, options, providers=[chosen])
         except Exception as error:
             raise UserError(_load_failure(name, library, str(error))) from None
         self._input = self.session.get_inputs()[0].name
         self._outputs = _outputs_of(name, self.session, self.stages, record)
 
     def infer(self, images: NDArray[np.float32]) -> list[NDArray]:
-        return self.session.run(self._outputs, {self._input: images})
+        if self._tried:
+            return self.session.run(self._outputs, {self._input: images})
+        return self._bounded(images)
+
+    def _limited(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._most is None else memory.within(self._most)
+
+    def _bounded(self, images: NDArray[np.float32]) -> list[NDArray]:
+        """A run that ends: what shapes do not tell of a graph shows then.
+
+        Raises:
+            UserError: it takes more memory or time than any network of ours.
+        """
+        options = import_onnxruntime().RunOptions()
+        try:
+            with self._limited(), onnx_bounds.time_limit(options, len(images)):
+                outputs = self.session.run(self._outputs, {self._input: images}, options)
+        except Exception as error:
+            told = " ".join(str(error).split())
+            raise UserError(
+                f"{self._replayed[2]} cannot be run by ONNX Runtime within {onnx_bounds.SECONDS} s "
+                f"a picture and the memory of its network ({told[:120]}); export it again"
+            ) from None
+        self._tried = True
+        return outputs
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
         """images float32 [B, 3, H, W]; a static model runs them one by one.
@@ -215,7 +254,7 @@ class OrtRunner(RunnerBase):
         """
         if self.batch == 1 and len(images) > 1:
             return stack([self(image[None]) for image in images])
-        return self._decoded(self.infer(images))
+        return self._decoded(self._bounded(images))
 
     def _decoded(self, outputs: list[NDArray]) -> Prediction:
         logits, *rest = outputs

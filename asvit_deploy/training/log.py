@@ -12,9 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from asvit_deploy.bounded import open_regular, parse_json
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import check_writable, no_link, unwritten, write_text
 from asvit_deploy.requirements import pip_install
+
+_MOST_LINE = 1 << 20  # bytes; a line of ours has some hundreds
 
 
 def log_path(output: Path) -> Path:
@@ -51,10 +54,10 @@ class Log:
         if quiet:
             return
         start = {"event": "start", "run": _digest(known)}
-        before = [] if step is None else list(_events(path))
-        own = before[:1] == [start]
+        before = iter(()) if step is None else _events(path)
+        own = next(before, None) == start
         check_writable(path, force or own)
-        kept = [event for event in before[1:] if _step(event) <= (step or 0)] if own else []
+        kept = [event for event in before if _step(event) <= (step or 0)] if own else []
         self._path = path
         self._head: list[dict[str, Any]] | None = [start, *kept]
         if tensorboard is not None:
@@ -126,12 +129,14 @@ def _numbers(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, f
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:
     """The objects in a file of JSON lines; a killed run may leave half a line."""
-    text = path.read_text(errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict):
-                yield event
+    if not path.is_file():
+        return
+    with open_regular(path, "log") as file:
+        while line := file.readline(_MOST_LINE):
+            with contextlib.suppress(ValueError):
+                event = parse_json(line.decode(errors="replace"))
+                if isinstance(event, dict):
+                    yield event
 
 
 def _step(event: dict[str, Any]) -> float:

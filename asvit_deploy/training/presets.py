@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from asvit_deploy.bounded import read_bounded
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.requirements import pip_install
@@ -34,6 +36,9 @@ _ADAPTIVE = (
 _PAPER_LR, _PAPER_BATCH = 2e-5, 512  # the rate grows with the batch
 _SCRATCH_LR = 1e-3
 
+# Bytes, for some 30 lines: tomllib's time and memory grow with the square of a key's parts.
+_MOST_RECIPE = 16 << 10
+
 _KNOWN = {field.name for field in fields(Recipe)} | {"epochs"}
 
 
@@ -51,13 +56,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         except ModuleNotFoundError as error:
             raise UserError(f"--recipe needs tomli; run: {pip_install('tomli')}") from error
     try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; name a TOML file") from error
+        told = tomllib.loads(read_bounded(path, _MOST_RECIPE, "TOML file").decode())
     except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-        raise UserError(f"{path} is no TOML: {error}; mend it there") from error
+        raise UserError(f"{path} is no TOML: {str(error)[:200]}; mend it there") from error
     given = {name.replace("-", "_"): value for name, value in told.items()}
     given = {{"ema_decay": "ema"}.get(name, name): value for name, value in given.items()}
     if len(given) < len(told):
@@ -65,13 +66,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for name, value in given.items():
         if name not in _KNOWN:
             known = ", ".join(sorted(_KNOWN)).replace("_", "-")
-            raise UserError(f"{path} has an option {name!r} that there is not; it knows {known}")
+            raise UserError(
+                f"{path} has an option {reprlib.repr(name)} that there is not; it knows {known}"
+            )
         several = name == "thresholds" and value != FIT
         parts, kinds = (value, (int, float)) if several else ([value], _kinds(name))
         if not isinstance(parts, list) or not all(type(part) in kinds for part in parts):
-            raise UserError(f"{path} says {name} = {value!r}, which it cannot be; mend it there")
+            raise UserError(
+                f"{path} says {name} = {reprlib.repr(value)}, which it cannot be; mend it there"
+            )
         if meant := wanted(name, value):
-            raise UserError(f"{path} says {name} = {value!r}; make it {meant}")
+            raise UserError(f"{path} says {name} = {reprlib.repr(value)}; make it {meant}")
     return given
 
 

@@ -44,11 +44,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from asvit_deploy.bounded import open_regular
 from asvit_deploy.data.decode import SUFFIXES, decode_picture
 from asvit_deploy.data.listing import HIDDEN, Passed, ending_of
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import SEAL, atomic, cache_dir, check_seal, make_cache_dir, seal
 from asvit_deploy.training.shard_folders import class_names, shards_in
+from asvit_deploy.training.tar_members import Member, Members
 
 # Where a sample has one of these, other pictures of it (a mask, a depth map) are not meant.
 _USUAL = frozenset((".jpeg", ".jpg", ".png", ".webp"))
@@ -106,7 +108,7 @@ class Shard:
         """
         try:
             # Opened each time: no handle to share among threads, or to carry through a fork.
-            with open(self.path, "rb", buffering=0) as file:
+            with open_regular(self.path, "shard") as file:
                 status = os.fstat(file.fileno())
                 if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):
                     raise UserError(f"the shard {self.path} was changed meanwhile; start again")
@@ -200,13 +202,12 @@ def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
     """
     sample = _Sample("")
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+        with open_regular(path, "shard") as file:
+            for member in Members(file):
                 key, suffix = _split(member.name)
-                if member.isdir():
+                if member.folder:
                     continue
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                if not member.plain:
                     passed.add_kind("link or special member", member.name)
                     continue
                 if not key:
@@ -216,7 +217,6 @@ def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
                     yield from _finished(path, sample)
                     sample = _Sample(key)
                 _note(path, file, member, suffix, sample, passed)
-            _check_end(path, file, tar.offset)  # first: a cut may have parted the last sample
             yield from _finished(path, sample)
     except (tarfile.TarError, EOFError, ValueError) as error:
         told = " ".join(str(error).split()) or type(error).__name__
@@ -235,7 +235,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _note(
-    path: Path, file: BinaryIO, member: tarfile.TarInfo, suffix: str, sample: _Sample,
+    path: Path, file: BinaryIO, member: Member, suffix: str, sample: _Sample,
     passed: Passed,
 ) -> None:  # fmt: skip
     if suffix in SUFFIXES:
@@ -246,9 +246,9 @@ def _note(
             return
         if sample.picture is not None:
             passed.add(f"x{sample.suffix}")
-        sample.picture, sample.suffix = (member.offset_data, member.size), suffix
+        sample.picture, sample.suffix = (member.offset, member.size), suffix
     elif suffix == ".cls":
-        file.seek(member.offset_data)
+        file.seek(member.offset)
         raw = file.read(min(member.size, 20))
         if len(raw) < min(member.size, 20):
             raise EOFError("it ends within a label")
@@ -273,15 +273,6 @@ def _finished(path: Path, sample: _Sample) -> Iterator[tuple[int, int, int]]:
             "on) and KEY.cls, one after the other"
         )
     yield (*sample.picture, sample.label)
-
-
-def _check_end(path: Path, file: BinaryIO, offset: int) -> None:
-    """A tar file ends with zeros; one cut off between two members, or overwritten, does not."""
-    file.seek(offset)
-    if file.read(_BLOCK) != bytes(_BLOCK):
-        raise UserError(
-            f"the shard {path} is damaged or cut off at byte {offset}; make or copy it again"
-        )
 
 
 # --- pictures by number -------------------------------------------------------------------------

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from asvit_deploy.checkpoints import bounds
 from asvit_deploy.checkpoints.damage import Damaged, check_archive, digest
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import write_bytes
+from asvit_deploy.memory import memory
 
 if TYPE_CHECKING:
     from asvit_deploy.training.trainer import Trainer
@@ -51,14 +53,21 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
     """
     if not path.is_file():
         raise UserError(f"nothing to resume: {path} does not exist; run without --resume")
+
+    def refuse(reason: str) -> NoReturn:
+        raise UserError(f"{path} {reason}; delete it and start over")
+
     try:
-        with open(path, "rb") as file:
+        bounds.check(path, refuse)
+        with open(path, "rb") as file, memory.within(2 * path.stat().st_size + bounds.SPARE):
             check_archive(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
         told = content.pop("digest", None)  # states of earlier versions have none
         if told is not None and told != digest(content):
             raise Damaged("its digest differs")
         step, saved = int(content["step"]), dict(content["recipe"])
+    except UserError:
+        raise
     except PermissionError as error:
         raise UserError(
             f"{path} cannot be read: {error.strerror}; check its permissions"

@@ -193,7 +193,7 @@ def test_a_compressed_bomb_is_not_unpacked(small, tmp_path):
             new.writestr(name, old.read(name))
         new.writestr("small/data/9", bytes(1 << 28), zipfile.ZIP_DEFLATED)
     assert bomb.stat().st_size < 1 << 20
-    conftest.raises_one_line(lambda: content_of(bomb), "compressed")
+    conftest.raises_one_line(lambda: content_of(bomb), "claims to hold more than its size")
 
 
 @pytest.mark.parametrize("how", ["old", "unsummed"])

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import raises_one_line
 
-from asvit_deploy.classes.name_files import MAX_BYTES, names_of_config, read_names
+from asvit_deploy.bounded import MOST_TEXT
+from asvit_deploy.classes.name_files import names_of_config, read_names
 
 NAMES = ["cat", "Dogge, deutsche", "Köpfe"]
 
@@ -123,8 +124,8 @@ def test_what_is_no_file_of_names_is_not_opened(tmp_path):
     raises_one_line(lambda: read_names(tmp_path / "pipe"), "no regular file")
     huge = tmp_path / "huge.txt"
     with open(huge, "wb") as file:
-        file.truncate(MAX_BYTES + 1)
-    raises_one_line(lambda: read_names(huge), "too many for class names")
+        file.truncate(MOST_TEXT + 1)
+    raises_one_line(lambda: read_names(huge), "too many for a file of class names")
 
 
 def test_many_names_take_no_quadratic_time(tmp_path):

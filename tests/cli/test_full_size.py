@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -27,16 +26,24 @@ def checkpoint(tmp_path):
     return tmp_path / "as_deit_s.pt"
 
 
+# A process begins with the memory of the one that starts it, and that counts: so a small one does.
+_RUN = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], stdout=open(sys.argv[1], "w"), stderr=subprocess.STDOUT)
+_, status, usage = os.wait4(process.pid, 0)
+unit = 1 if sys.platform == "darwin" else 1024
+print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+"""
+
+
 def measured(command, folder):
-    """Run it: output, CPU seconds and peak memory in GiB of that process and its children."""
-    with open(folder / "out", "w+") as out:
-        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-        seconds = usage.ru_utime + usage.ru_stime
-        return process.returncode, out.read(), seconds, usage.ru_maxrss * unit / 2**30
+    """Run it: code, output, CPU seconds and peak memory in GiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, "out", *command], cwd=folder, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    code, seconds, memory = done.stdout.split()
+    return int(code), (folder / "out").read_text(), float(seconds), int(memory) / 2**30
 
 
 @pytest.mark.slow

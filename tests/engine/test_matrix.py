@@ -22,7 +22,7 @@ PICTURES = 4
 MODELS = ("default", "as_deit_small", "as_lvvit_s")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A model with one image or a dynamic batch, opened once: it keeps its reference."""
     folder = tmp_path_factory.mktemp("matrix")

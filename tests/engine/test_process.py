@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 import asvit_deploy
-from asvit_deploy import child
+from asvit_deploy import artifact, child
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.flavour import RTX
 from asvit_deploy.engine.source import open_source
@@ -192,6 +192,11 @@ def test_interrupted_build_leaves_nothing(rtx, mini_artifacts, tmp_path, signum)
     _, error = process.communicate(timeout=60)
     assert "Traceback" not in error
     assert process.returncode != 0
+    # One that is killed cannot take its claim away; the next run does, and is not held up by it.
+    left = [".x.engine.lock"] if signum == signal.SIGKILL else []
+    assert [path.name for path in tmp_path.iterdir()] == left
+    with artifact.claimed(tmp_path / "x.engine", "engine", force=False):
+        pass
     assert list(tmp_path.iterdir()) == []
     deadline = time.monotonic() + 10
     while Path(f"/proc/{worker[0]}").exists() and time.monotonic() < deadline:

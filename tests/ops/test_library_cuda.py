@@ -202,6 +202,7 @@ def test_a_library_for_other_gpus_is_not_preferred(with_cuda, monkeypatch, tmp_p
     monkeypatch.setattr(library_module, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(library_module, "library_path", lambda api, targets: tmp_path / (
         with_cuda.name if targets == cuda_targets(with_cuda) else other.name))  # fmt: skip
+    monkeypatch.setattr(library_module, "usable", lambda path, *_: path.is_file())
     for path in (with_cuda, other):
         (tmp_path / path.name).write_bytes(b"")
     assert find_library() == tmp_path / with_cuda.name

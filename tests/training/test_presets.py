@@ -93,5 +93,5 @@ def test_a_bad_file_is_one_line(tmp_path, text, said):
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_recipe(tmp_path / "no.toml")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match="is a folder; name a TOML file"):
         read_recipe(tmp_path)
