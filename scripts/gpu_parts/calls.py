@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,7 +146,7 @@ def compare(stream: BytesIO, call: Call, bits: int, mode: str) -> NDArray[np.int
     wanted = threshold_compact(call.tokens, call.scores, call.threshold)
     size = wanted.size.astype({4: np.int32, 8: np.int64}[width])
     space = call.tokens.nbytes, images * rows * 8, images * 8, width
-    right = wanted.compact, wanted.index, wanted.length, size
+    right: tuple[NDArray[Any], ...] = wanted.compact, wanted.index, wanted.length, size
     for name, room, value in zip(wanted._fields, space, right):
         mine, theirs = stream.read(room), value.tobytes()
         if mine[: len(theirs)] != theirs:
