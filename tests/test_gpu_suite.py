@@ -121,6 +121,7 @@ def test_every_part_ends_by_itself_in_a_bare_environment(folder, bare_python, tm
     assert json.loads(done.stdout) == summary
     assert list(summary["parts"]) == list(PARTS)
     skipped = {"onnxruntime_cuda": "onnxruntime is not installed",
+               "training": "not installed: click",
                "tensorrt": "neither TensorRT nor TensorRT-RTX is installed"}  # fmt: skip
     for name, part in summary["parts"].items():
         if "compute-sanitizer" in part.get("reason", "") or name in skipped:
@@ -147,11 +148,25 @@ def test_parts_with_other_runtimes_end_too(folder, tmp_path):
     assert report["result"]["images"] == 24
 
 
+@pytest.mark.slow
+def test_training_ends_too_where_its_packages_are(folder, tmp_path):
+    """`evaluate` and `finetune` as commands, and steps of each kind."""
+    for name in ("accelerate", "kornia", "mlxtend"):
+        pytest.importorskip(name)
+    output = tmp_path / "out"
+    done = suite("run", "--prepared", folder, "-o", output, "--rehearse", "--only", "training")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((output / "06_training.json").read_text())["training"]["result"]
+    assert result["evaluate"]["cpu"]["top1"] > 0.8
+    assert result["finetune"]["no"]["top1"] > 0.7
+    assert set(result["steps"][0]["ms"]) == {"dense", "adaptive", "adaptive_with_teacher"}
+
+
 def test_folder_is_small_whole_and_holds_device_code(folder):
     manifest = prepared_folder.check(folder)
     assert size_of(folder) * 2**20 <= MAX_BYTES
     assert set(manifest["host"]) == {"plugin", "kernel", "driver", "onnxruntime"}
-    assert set(manifest["data"]) == {"model", "model_pictures"}
+    assert set(manifest["data"]) == {"model", "model_pictures", "checkpoint"}
     assert manifest["missing"] == {}
     if manifest["sms"]:
         wanted = {"plugin", "autoreg", "kernel", "driver", "onnxruntime", "switch"}

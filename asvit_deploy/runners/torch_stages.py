@@ -6,9 +6,11 @@ comparison: the whole model as one graph, dense or with a fixed number of tokens
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,20 @@ from asvit_deploy.runners.bucketed import Kept, smallest
 from asvit_deploy.runners.place import Place
 
 Outputs = tuple[Tensor, ...]
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's collector still: graphs of a discarded runner that it frees within a capture
+    call CUDA functions that end the capture.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Captured:
@@ -57,7 +73,8 @@ class Captured:
         current.wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         # PyTorch's own capture stream is one for the process, on the device of its first capture.
-        with torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.Stream(index)):
+        capture = torch.cuda.graph(self.graph, pool=pool, stream=torch.cuda.Stream(index))
+        with _no_collection(), capture:
             self.outputs = self.function(*self.inputs)
 
     def __call__(self) -> Outputs:

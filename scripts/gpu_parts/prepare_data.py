@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ NETWORKS = (
 )
 REHEARSED = ("mini_56", "as_deit_mini", 56, "mini", 8)
 MODEL, MODEL_PICTURES = "data/digits.onnx", 24
+CHECKPOINT = "data/digits.safetensors"
 
 
 def write_all(
@@ -45,7 +47,8 @@ def write_all(
     write_cases(folder / CASES, checkout)
     pixels = uint8_pictures(arch("as_deit_mini"), MODEL_PICTURES)
     np.save(data / "model_pictures.npy", pixels)
-    roles = {"model_pictures": "data/model_pictures.npy"}
+    shutil.copyfile(_checkpoint(checkout), folder / CHECKPOINT)
+    roles = {"model_pictures": "data/model_pictures.npy", "checkpoint": CHECKPOINT}
     said = export.communicate()[1].strip().splitlines()
     if export.returncode:
         return roles, {"model": (said or ["export gives no reason"])[-1][:300]}
@@ -104,11 +107,22 @@ def write_cases(path: Path, checkout: Path) -> None:
     )
 
 
+def _checkpoint(checkout: Path) -> Path:
+    return checkout / "asvit_deploy" / "checkpoints" / "as_vit_digits.safetensors"
+
+
 def start_export(folder: Path, checkout: Path) -> subprocess.Popen[str]:
     """The default checkpoint as ONNX, in a process of its own while others compile."""
     (folder / "data").mkdir()
-    checkpoint = checkout / "asvit_deploy" / "checkpoints" / "as_vit_digits.safetensors"
-    words = ["export", "--ckpt", str(checkpoint), "-o", str(folder / MODEL), "--batch", "1"]
+    words = [
+        "export",
+        "--ckpt",
+        str(_checkpoint(checkout)),
+        "-o",
+        str(folder / MODEL),
+        "--batch",
+        "1",
+    ]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     return subprocess.Popen(
         [sys.executable, "-m", "asvit_deploy", *words], env=environment, text=True,

@@ -29,6 +29,7 @@ PARTS = {
     for part in (
         Part("stage_curve", "stage_curve:stage_curve", "01_stage_curve", 130, 30),
         Part("cut_cost", "cut_cost:cut_cost", "01_stage_curve", 60),
+        Part("scale", "scale:scale", "01_stage_curve", 120, 30),
         Part("oracle", "plugin:oracle", "02_correctness", 90),
         Part("graph_capture", "plugin:graph_capture", "02_correctness", 40),
         Part("contexts", "plugin:contexts", "02_correctness", 40),
@@ -39,7 +40,9 @@ PARTS = {
         Part("racecheck", "sanitizers:racecheck", "05_kernel", 45),
         Part("synccheck", "sanitizers:synccheck", "05_kernel", 45),
         Part("speed", "speed:speed", "05_kernel", 30, 10),
-        Part("switch", "switch:switch", "06_switch", 60, 20),
+        Part("switch", "switch:switch", "03_bucketed", 60, 20),
+        Part("training", "training:training", "06_training", 150, 40),
+        Part("compiled", "scale:compiled", "01_stage_curve", 180, 60),
         Part("onnxruntime_cuda", "onnxruntime_cuda:onnxruntime_cuda", "07_runtimes", 60),
         Part("tensorrt", "tensorrt:tensorrt", "07_runtimes", 150, 30),
     )
