@@ -8,8 +8,8 @@ guard, streams and graphs, stands here as what it does to the current device, an
 from __future__ import annotations
 
 import contextlib
-import gc
 import ctypes
+import gc
 import subprocess
 from pathlib import Path
 
