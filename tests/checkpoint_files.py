@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from asvit_deploy.models import build
-from asvit_deploy.models.registry import ArchConfig, arch
+from asvit_deploy.models.archs import arch
+from asvit_deploy.models.config import ArchConfig
 
 THIN = replace(
     arch("as_deit_small"), name="as_deit_thin", depth=3, stages=(1, 2), mlp_ratio=1, image_size=32,

@@ -19,9 +19,10 @@ import pytest
 import torch
 from two_users import mark, planted, shared  # noqa: F401
 
-from asvit_deploy.images import ImageSet, open_images
+from asvit_deploy.data.images import ImageSet, open_images
 from asvit_deploy.models import build
-from asvit_deploy.models.registry import ArchConfig, arch
+from asvit_deploy.models.archs import arch
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
 
 
@@ -119,7 +120,7 @@ def signed_copy(source: Path, target: Path, change=lambda proto: None, /, **fiel
     """A copy of an ONNX artefact, changed, and with a sidecar that belongs to it."""
     import onnx
 
-    from asvit_deploy import artifact
+    from asvit_deploy.artefacts import sidecar as artifact
 
     proto = onnx.load(source)
     change(proto)
@@ -215,8 +216,8 @@ def op_library() -> Path:
 @pytest.fixture(scope="session")
 def mini_artifacts(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The small model exported, by (batch, ops)."""
-    from asvit_deploy.export.pipeline import export
-    from asvit_deploy.models.checkpoint import load_checkpoint
+    from asvit_deploy.checkpoints.load import load_checkpoint
+    from asvit_deploy.exporting.pipeline import export
 
     folder = tmp_path_factory.mktemp("artifacts")
     checkpoint = load_checkpoint(mini_checkpoint)
@@ -232,7 +233,7 @@ def mini_artifacts(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def rtx():
     """The TensorRT-RTX flavour; its builder needs no GPU."""
-    from asvit_deploy.engine.flavour import RTX
+    from asvit_deploy.runners.trt_flavour import RTX
 
     if RTX.module is None or importlib.util.find_spec("polygraphy") is None:
         pytest.skip("TensorRT-RTX is not installed (scripts/setup cpu,train,dev,rtx)")

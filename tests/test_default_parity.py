@@ -7,7 +7,7 @@ import json
 import pytest
 
 from asvit_deploy.checkpoints import default_checkpoint
-from asvit_deploy.training import digits
+from asvit_deploy.data import digits
 
 COUNT = 200
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from asvit_deploy.images import open_images
-from asvit_deploy.models.registry import arch
+from asvit_deploy.data.images import open_images
+from asvit_deploy.models.archs import arch
 from asvit_deploy.ops import trt_library
 from asvit_deploy.runners import torch_stages
 from asvit_deploy.runners.pytorch import TorchRunner

@@ -11,8 +11,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from asvit_deploy.export.precision import rounded, to_half
-from asvit_deploy.export.to_onnx import to_onnx
+from asvit_deploy.exporting.precision import rounded, to_half
+from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models import build
 from asvit_deploy.parity import LIMITS, compare
 from asvit_deploy.runners.onnx_runtime import OrtRunner

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import raises_one_line
 
-from asvit_deploy import artifact, bundle
+from asvit_deploy.artefacts import bundle
+from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.checkpoints.configs import sources_beside
 from asvit_deploy.classes.name_files import read_names

@@ -20,7 +20,7 @@ from asvit_deploy.checkpoints.names import moco_name, timm_name
 from asvit_deploy.checkpoints.reading import Refuse, quoted
 from asvit_deploy.checkpoints.source import Source, checked, meant
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.registry import ArchConfig, Preprocessing
+from asvit_deploy.models.config import ArchConfig, Preprocessing
 
 _PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 _FACTS = (*_PREPROCESSING, "heads", "eps")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from asvit_deploy.models.registry import IMAGENET_MEAN, IMAGENET_STD
+from asvit_deploy.models.config import IMAGENET_MEAN, IMAGENET_STD
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -10,7 +10,7 @@ from asvit_deploy.bounded import parse_json
 from asvit_deploy.checkpoints.damage import Damaged, check_seal, is_sealed
 from asvit_deploy.checkpoints.reading import Refuse, quoted
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.config import ArchConfig
 
 FORMAT = "asvit-deploy"
 SCHEMA = 3  # 2 tells stages of its own, 3 other facts than the arch's, which those before ignore

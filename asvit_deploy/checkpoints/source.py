@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from asvit_deploy.checkpoints.reading import quoted
-from asvit_deploy.models.registry import CropMode, Interpolation
+from asvit_deploy.models.config import CropMode, Interpolation
 
 # Activations that are GELU by the error function, which is what these networks compute.
 _EXACT_GELU = ("gelu", "gelu_python", "gelu_erf")

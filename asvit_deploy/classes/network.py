@@ -13,7 +13,7 @@ from asvit_deploy.classes.name_files import Unusable, names_of_config, read_name
 from asvit_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from asvit_deploy.models.checkpoint import Checkpoint
+    from asvit_deploy.checkpoints.load import Checkpoint
 
 Say = Callable[[str], None]
 
@@ -140,7 +140,7 @@ def _beside(path: Path, count: int, say: Say) -> ClassNames | None:
 
 
 def _assumed(path: Path, arch: str, count: int, say: Say) -> ClassNames | None:
-    from asvit_deploy.models.registry import ARCHS
+    from asvit_deploy.models.archs import ARCHS
 
     # An architecture whose own head has other classes was never one of ImageNet's.
     if count != imagenet.CLASSES or ARCHS[arch].num_classes != imagenet.CLASSES:

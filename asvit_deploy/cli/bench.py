@@ -15,10 +15,10 @@ from asvit_deploy.cli import options
 from asvit_deploy.errors import UserError
 
 if TYPE_CHECKING:
-    from asvit_deploy.evaluate.bench import Variant
-    from asvit_deploy.evaluate.session import Session
-    from asvit_deploy.images import ImageSet
-    from asvit_deploy.models.registry import ArchConfig
+    from asvit_deploy.artefacts.onnx_file import Session
+    from asvit_deploy.data.images import ImageSet
+    from asvit_deploy.evaluation.bench import Variant
+    from asvit_deploy.models.config import ArchConfig
     from asvit_deploy.runners.trt_plan import Allowed
 
 
@@ -59,10 +59,10 @@ def command(
     is what counts. Without MODELS, the adaptive artefact that the current folder's sidecars name,
     and on a machine with a GPU the engines that were built from it.
     """
-    from asvit_deploy.artifact import sidecar_path
+    from asvit_deploy.artefacts.engine_file import is_engine
+    from asvit_deploy.artefacts.onnx_file import find_op_library
+    from asvit_deploy.artefacts.sidecar import sidecar_path
     from asvit_deploy.claims import claimed
-    from asvit_deploy.evaluate.engine_session import is_engine
-    from asvit_deploy.evaluate.session import find_op_library
 
     if output is not None:
         chosen = [path for path in models if path.is_file()]
@@ -98,7 +98,7 @@ def command(
 
 def _chosen(models: tuple[Path, ...]) -> list[Path]:
     """What to bench: the models named, else the one adaptive artefact of the folder."""
-    from asvit_deploy import artifact
+    from asvit_deploy.artefacts import sidecar as artifact
 
     if models:
         return list(models)
@@ -115,7 +115,7 @@ def _chosen(models: tuple[Path, ...]) -> list[Path]:
 
 def _fields(path: Path, several: bool) -> dict[str, Any] | None:
     """A sidecar; of several, one that cannot be read costs a line and no more."""
-    from asvit_deploy import artifact
+    from asvit_deploy.artefacts import sidecar as artifact
 
     try:
         return artifact.read(path)
@@ -130,7 +130,7 @@ def _engines_beside(onnx: Path) -> list[Path]:
     """The engines here that were built from `onnx`, where they can run."""
     import torch
 
-    from asvit_deploy.evaluate.engine_session import engines_of
+    from asvit_deploy.artefacts.engine_file import engines_of
 
     engines = engines_of(Path(), onnx, lambda reason: options.status(f"not run: {reason}"))
     if engines and not torch.cuda.is_available():
@@ -144,7 +144,7 @@ def _pictures(
     images: Path | None, limit: int, skip_limit: int, path: Path, config: ArchConfig
 ) -> ImageSet:
     """What an artefact is run on."""
-    from asvit_deploy.images import open_images
+    from asvit_deploy.data.images import open_images
 
     pictures = open_images(images, config, limit, skip_limit, options.status).readable()
     options.status(f"{path}: {len(pictures)} images ({pictures.source})")
@@ -155,7 +155,7 @@ def _bench(
     path: Path, reading: Callable[[Path, ArchConfig], ImageSet], runs: int, warmup: int,
     counts: list[int], library: Path | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    from asvit_deploy.evaluate.session import Session
+    from asvit_deploy.artefacts.onnx_file import Session
 
     session = Session(path, library)
     pictures = reading(path, session.config)
@@ -169,8 +169,8 @@ def _measure(
     import torch
     from tqdm import tqdm
 
-    from asvit_deploy.evaluate import bench, profile
-    from asvit_deploy.evaluate.machine import machine
+    from asvit_deploy.evaluation import bench, profile
+    from asvit_deploy.evaluation.machine import machine
     from asvit_deploy.models.macs import dense_macs
 
     cores = machine()["cores"]
@@ -214,9 +214,9 @@ def _bench_engine(
     import torch
     from tqdm import tqdm
 
-    from asvit_deploy.evaluate import bench, engine_bench
-    from asvit_deploy.evaluate.engine_session import EngineSession
-    from asvit_deploy.evaluate.machine import machine
+    from asvit_deploy.artefacts.engine_file import EngineSession
+    from asvit_deploy.evaluation import bench, engine_bench
+    from asvit_deploy.evaluation.machine import machine
     from asvit_deploy.runners.pytorch import TorchRunner
     from asvit_deploy.runners.trt_plan import require_allowed, require_gpu
 
@@ -252,7 +252,7 @@ def _skipped(report: dict[str, Any]) -> str:
 
 
 def _print_engine(report: dict[str, Any]) -> None:
-    from asvit_deploy.evaluate.report import table
+    from asvit_deploy.evaluation.report import table
 
     rows = []
     for row in report["rows"]:
@@ -279,8 +279,8 @@ def _print_engine(report: dict[str, Any]) -> None:
 
 def _variants(session: Session, threads: int) -> tuple[list[Variant], list[str]]:
     """The rows that can be run here, and why the others cannot."""
-    from asvit_deploy.evaluate.bench import Variant
-    from asvit_deploy.export.to_onnx import to_onnx
+    from asvit_deploy.evaluation.bench import Variant
+    from asvit_deploy.exporting.to_onnx import to_onnx
     from asvit_deploy.ops import onnx_op
     from asvit_deploy.runners.onnx_runtime import OrtRunner
     from asvit_deploy.runners.pytorch import TorchRunner
@@ -307,7 +307,7 @@ def _variants(session: Session, threads: int) -> tuple[list[Variant], list[str]]
 
 
 def _print(report: dict[str, Any]) -> None:
-    from asvit_deploy.evaluate.report import table
+    from asvit_deploy.evaluation.report import table
 
     def interval(estimate: dict[str, float]) -> str:
         return f"{estimate['value']:.2f} ({estimate['low']:.2f}-{estimate['high']:.2f})"

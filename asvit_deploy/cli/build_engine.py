@@ -12,7 +12,7 @@ from asvit_deploy.errors import UserError
 
 if TYPE_CHECKING:
     from asvit_deploy.engine.build import Built, Options
-    from asvit_deploy.engine.flavour import Flavour
+    from asvit_deploy.runners.trt_flavour import Flavour
 
 
 @click.command(cls=options.ListsTargets)
@@ -102,7 +102,8 @@ def command(
     asvit-deploy build-engine --fp16 --flavour tensorrt-rtx --target-sm 86 89 120
     asvit-deploy build-engine --fp16 --mode bucketed --buckets 64,128,197
     """
-    from asvit_deploy import artifact, bundle
+    from asvit_deploy.artefacts import bundle
+    from asvit_deploy.artefacts import sidecar as artifact
     from asvit_deploy.claims import claimed
     from asvit_deploy.files import check_writable
 
@@ -111,7 +112,7 @@ def command(
         raise UserError("--fp16 and --bf16 exclude each other; pass one of them")
     if buckets is not None and mode != "bucketed":
         raise UserError("--buckets needs --mode bucketed")
-    from asvit_deploy.engine.flavour import find_flavour
+    from asvit_deploy.runners.trt_flavour import find_flavour
 
     found = find_flavour(flavour)
 

@@ -11,7 +11,7 @@ from asvit_deploy.cli import options
 
 if TYPE_CHECKING:
     from asvit_deploy.checkpoints.facts import Given
-    from asvit_deploy.models.registry import ArchConfig
+    from asvit_deploy.models.config import ArchConfig
 
 
 @click.command()
@@ -68,13 +68,13 @@ def command(
 
     from tqdm import tqdm
 
-    from asvit_deploy.artifact import claimed, provenance
+    from asvit_deploy.artefacts.sidecar import claimed, provenance
+    from asvit_deploy.calibration import calibrate, with_thresholds
+    from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
     from asvit_deploy.checkpoints.reading import stem_of
     from asvit_deploy.classes.network import named, of_checkpoint
+    from asvit_deploy.data.images import open_images
     from asvit_deploy.files import sha256
-    from asvit_deploy.images import open_images
-    from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
-    from asvit_deploy.training.calibrate import calibrate, with_thresholds
 
     target = output or Path(f"{stem_of(ckpt)}.calibrated.safetensors")
     options.within(claimed(target, "checkpoint", force, ckpt))
@@ -115,7 +115,7 @@ def command(
 
 def _tables(report: dict[str, Any], config: ArchConfig) -> str:
     """The stages, the agreement with the dense network, and the splits that were tried."""
-    from asvit_deploy.evaluate.report import table
+    from asvit_deploy.evaluation.report import table
 
     stages = [
         [f"before block {block}", f"{theta:.6g}", f"{k['mean']:.1f}", f"{k['min']}", f"{k['max']}"]
@@ -143,7 +143,7 @@ def _tables(report: dict[str, Any], config: ArchConfig) -> str:
 
 
 def _agreement_table(rows: list[tuple[str, dict[str, float]]], classes: int) -> str:
-    from asvit_deploy.evaluate.report import table
+    from asvit_deploy.evaluation.report import table
 
     if classes == 1:
         headers = ["agreement with dense", "mean error of the score"]

@@ -12,8 +12,8 @@ from asvit_deploy.cli import options
 from asvit_deploy.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
-    from asvit_deploy.evaluate.engine_session import EngineSession
-    from asvit_deploy.evaluate.session import Session
+    from asvit_deploy.artefacts.engine_file import EngineSession
+    from asvit_deploy.artefacts.onnx_file import Session
     from asvit_deploy.parity import Parity
     from asvit_deploy.runners.base import Reference, Runner
     from asvit_deploy.runners.trt_plan import Allowed
@@ -60,7 +60,7 @@ def command(
     With --reference, a model may be a file that another tool made from it (quantised, simplified,
     without its sidecar): what it does not say is taken from the reference.
     """
-    from asvit_deploy.evaluate.session import find_op_library
+    from asvit_deploy.artefacts.onnx_file import find_op_library
 
     found = find_op_library(library)
     paths = options.artefacts(models, "onnx", several=True)
@@ -84,8 +84,8 @@ def command(
 
 def _open(path: Path, other: Path | None, library: Path | None, allowed: Allowed) -> Opened:
     """Everything that checking `path` needs, loaded: what cannot be loaded is refused here."""
-    from asvit_deploy.evaluate.engine_session import EngineSession, is_engine
-    from asvit_deploy.evaluate.session import Session
+    from asvit_deploy.artefacts.engine_file import EngineSession, is_engine
+    from asvit_deploy.artefacts.onnx_file import Session
     from asvit_deploy.runners.pytorch import TorchRunner
 
     reference: Reference
@@ -116,7 +116,7 @@ def _check(
 ) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
-    from asvit_deploy.images import open_images
+    from asvit_deploy.data.images import open_images
     from asvit_deploy.parity import compare
 
     session, reference, runners = opened
@@ -138,7 +138,7 @@ def _check(
 
 
 def _print(results: list[dict[str, Any]]) -> None:
-    from asvit_deploy.evaluate.report import table
+    from asvit_deploy.evaluation.report import table
 
     def row(model: str, run: str, p: Parity) -> list[str]:
         borderline = sum(flip.borderline for flip in p.flips)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from asvit_deploy.checkpoints.facts import Given
+    from asvit_deploy.checkpoints.load import Checkpoint
     from asvit_deploy.classes.network import ClassNames
     from asvit_deploy.data.skips import Skips
-    from asvit_deploy.evaluate.accuracy import Batch
-    from asvit_deploy.models.checkpoint import Checkpoint
-    from asvit_deploy.models.registry import ArchConfig
+    from asvit_deploy.evaluation.accuracy import Batch
+    from asvit_deploy.models.config import ArchConfig
     from asvit_deploy.models.vit import BatchRule
     from asvit_deploy.runners.base import Runner
 
@@ -84,11 +84,11 @@ def command(
     """
     import torch
 
-    from asvit_deploy.artifact import sidecar_path
+    from asvit_deploy.artefacts.sidecar import sidecar_path
     from asvit_deploy.claims import claimed
     from asvit_deploy.data.skips import Skips
-    from asvit_deploy.evaluate.accuracy import joined, score, summarise
-    from asvit_deploy.evaluate.machine import machine
+    from asvit_deploy.evaluation.accuracy import joined, score, summarise
+    from asvit_deploy.evaluation.machine import machine
     from asvit_deploy.files import check_writable, write_text
     from asvit_deploy.training.recipe import memory_failures
 
@@ -185,7 +185,7 @@ class _Place:
 
 
 def _load(path: Path, ema: bool, known: Given, say: Callable[[str], None]) -> Checkpoint:
-    from asvit_deploy.models.checkpoint import load_checkpoint
+    from asvit_deploy.checkpoints.load import load_checkpoint
 
     checkpoint = load_checkpoint(path, ema=ema, given=known)
     options.tell(checkpoint, say)
@@ -200,7 +200,7 @@ def _open(
     from asvit_deploy.classes.network import of_checkpoint, of_fields
 
     if path.suffix == ".onnx":
-        from asvit_deploy.evaluate.session import Session, find_op_library
+        from asvit_deploy.artefacts.onnx_file import Session, find_op_library
 
         if batch_rule != "exact" or dense:
             raise UserError(f"{path} is an ONNX file, which runs as it is; for --batch-rule mean-k "
@@ -208,7 +208,7 @@ def _open(
         session = Session(path, find_op_library(library))
         found = of_fields(path, session.fields, classes, place.say)
         return session.runner(session.library), session.config, found
-    from asvit_deploy.models.checkpoint import build_model
+    from asvit_deploy.checkpoints.load import build_model
     from asvit_deploy.runners.pytorch import TorchRunner
 
     checkpoint = load()
@@ -229,8 +229,8 @@ class _Labelled:
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
         from asvit_deploy.classes.matching import label_map
-        from asvit_deploy.training.data import open_labelled
-        from asvit_deploy.training.shards import GIVEN
+        from asvit_deploy.data.shards import GIVEN
+        from asvit_deploy.data.sources import open_labelled
 
         ours, firm = (found.names, found.firm) if found else (None, True)
         # Labels of shards are numbers: where nothing names them, the network's own names do.
@@ -279,7 +279,7 @@ class _Labelled:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from asvit_deploy.evaluate.report import table
+    from asvit_deploy.evaluation.report import table
 
     def interval(share: dict[str, float]) -> str:
         return f"{share['value']:.2%} ({share['low']:.2%}-{share['high']:.2%})"

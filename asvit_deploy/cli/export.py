@@ -62,12 +62,12 @@ def command(
     asvit-deploy export --ckpt as_deit_s.pt
     asvit-deploy export --ckpt deit_small.pth --dense
     """
-    from asvit_deploy import artifact
+    from asvit_deploy.artefacts import sidecar as artifact
+    from asvit_deploy.checkpoints.load import load_checkpoint
     from asvit_deploy.classes.network import named, of_checkpoint
-    from asvit_deploy.export import pipeline
-    from asvit_deploy.export.to_onnx import OPSET, check_opset
-    from asvit_deploy.images import open_images
-    from asvit_deploy.models.checkpoint import load_checkpoint
+    from asvit_deploy.data.images import open_images
+    from asvit_deploy.exporting import pipeline
+    from asvit_deploy.exporting.to_onnx import OPSET, check_opset
     from asvit_deploy.runners.onnx_runtime import import_onnxruntime
 
     import_onnxruntime()

@@ -17,8 +17,8 @@ from asvit_deploy.requirements import pip_install
 
 if TYPE_CHECKING:
     from asvit_deploy.checkpoints.facts import Given
-    from asvit_deploy.models.checkpoint import Checkpoint
-    from asvit_deploy.training.data import Source
+    from asvit_deploy.checkpoints.load import Checkpoint
+    from asvit_deploy.data.sources import Source
     from asvit_deploy.training.finetune import Result
 
 _NAMED = 10  # skipped pictures
@@ -151,14 +151,14 @@ def command(
 
     A run that was stopped goes on with the same command and --resume.
     """
-    from asvit_deploy.artifact import check_target
+    from asvit_deploy.artefacts.sidecar import check_target
     from asvit_deploy.checkpoints.facts import fields_of
     from asvit_deploy.classes.name_files import read_names
+    from asvit_deploy.data.head_order import check_teacher, in_head_order
+    from asvit_deploy.data.sources import open_source
     from asvit_deploy.errors import UserError
     from asvit_deploy.files import sha256
-    from asvit_deploy.models.registry import arch
-    from asvit_deploy.training.data import open_source
-    from asvit_deploy.training.head_order import check_teacher, in_head_order
+    from asvit_deploy.models.archs import arch
     from asvit_deploy.training.log import log_path
     from asvit_deploy.training.presets import check_options, read_recipe, recipe_for
     from asvit_deploy.training.recipe import Running
@@ -278,8 +278,8 @@ def _loaded(
         UserError: as `load_checkpoint`; averaged weights are asked for and neither has any.
     """
     from asvit_deploy.checkpoints.facts import seen_alike
+    from asvit_deploy.checkpoints.load import load_checkpoint
     from asvit_deploy.errors import UserError
-    from asvit_deploy.models.checkpoint import load_checkpoint
 
     if pretrained is None:
         return None, None

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.registry import Interpolation
+from asvit_deploy.models.config import Interpolation
 
 if TYPE_CHECKING:
-    from asvit_deploy.models.checkpoint import Checkpoint
+    from asvit_deploy.checkpoints.load import Checkpoint
 
 
 def within(context: AbstractContextManager[object]) -> None:
@@ -190,7 +190,7 @@ def artefacts(named: tuple[Path, ...], *kinds: str, several: bool = False) -> li
     Raises:
         UserError: none there, or more than one where one is meant.
     """
-    from asvit_deploy import artifact
+    from asvit_deploy.artefacts import sidecar as artifact
 
     if named:
         return list(named)

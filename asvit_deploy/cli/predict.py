@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from asvit_deploy.classes.network import ClassNames
-    from asvit_deploy.models.registry import ArchConfig
+    from asvit_deploy.models.config import ArchConfig
 
 
 @click.command()
@@ -39,8 +39,8 @@ def command(
     \b
     asvit-deploy predict as_deit_s.onnx cat.jpg dog.jpg
     """
+    from asvit_deploy.artefacts.onnx_file import Session, find_op_library
     from asvit_deploy.classes.network import of_fields
-    from asvit_deploy.evaluate.session import Session, find_op_library
 
     session = Session(model, find_op_library(library))
     found = of_fields(model, session.fields, classes, options.status)
@@ -82,9 +82,9 @@ def _loaded(
         UserError: more cannot be read than may be skipped, or none can.
     """
     from asvit_deploy.data.decode import PictureError, load_picture
+    from asvit_deploy.data.images import preprocess
     from asvit_deploy.data.skips import Skips
     from asvit_deploy.errors import UserError
-    from asvit_deploy.images import preprocess
 
     skips = Skips(skip_limit, options.status)
     loaded: list[tuple[Path, NDArray | str]] = []

@@ -150,7 +150,7 @@ def usable_cores() -> int:
 
 def cpu(site: Installation) -> list[Finding]:
     """The processor, and how much of it is ours."""
-    from asvit_deploy.evaluate.machine import machine
+    from asvit_deploy.evaluation.machine import machine
 
     return [Finding("CPU", "ok", cpu_line(machine()["cpu"], usable_cores(), _read("/proc/cpuinfo"),
                                           _read("/sys/fs/cgroup/cpu.max")))]  # fmt: skip

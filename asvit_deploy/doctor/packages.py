@@ -249,8 +249,8 @@ def mlxtend(site: Installation) -> list[Finding]:
 
 _ASK_PHOTOGRAPHS = """
 import json
-from asvit_deploy.images import open_images
-from asvit_deploy.models.registry import arch
+from asvit_deploy.data.images import open_images
+from asvit_deploy.models.archs import arch
 found = open_images(None, arch("as_deit_mini"))
 found[0]
 print(json.dumps({"source": found.source.split(" that ")[0]}))

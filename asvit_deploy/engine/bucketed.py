@@ -9,16 +9,17 @@ from pathlib import Path
 
 import onnx
 
-from asvit_deploy import bundle, trusted
+from asvit_deploy import trusted
+from asvit_deploy.artefacts import bundle
 from asvit_deploy.engine import process
 from asvit_deploy.engine.buckets import choose_buckets, profiles_of
 from asvit_deploy.engine.build import Built, Options, describe, make_job, refuse_misfits
 from asvit_deploy.engine.checked import Checked, check, make_graph
-from asvit_deploy.engine.flavour import Flavour
 from asvit_deploy.engine.source import Source
 from asvit_deploy.engine.warnings import unexpected
-from asvit_deploy.export.stages import rows_of, split_stages, thresholds_of
+from asvit_deploy.exporting.split import rows_of, split_stages, thresholds_of
 from asvit_deploy.runners.bucketed import BucketedRunner, OrtStages
+from asvit_deploy.runners.trt_flavour import Flavour
 
 # The cut moves no number: where another check judges the precision, a few pictures show a mistake.
 FEW_IMAGES = 16

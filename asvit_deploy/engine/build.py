@@ -12,16 +12,17 @@ from typing import Any
 
 import onnx
 
-from asvit_deploy import artifact, files, trusted
+from asvit_deploy import files, trusted
+from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.engine import process
 from asvit_deploy.engine.checked import Checked, check, make_graph
-from asvit_deploy.engine.flavour import Flavour
 from asvit_deploy.engine.job import Job, Profile
 from asvit_deploy.engine.source import Source
 from asvit_deploy.engine.warnings import unexpected
 from asvit_deploy.errors import UserError
-from asvit_deploy.export.precision import NAMES, Precision
+from asvit_deploy.exporting.precision import NAMES, Precision
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.runners.trt_flavour import Flavour
 
 Batch = tuple[int, int, int]
 CHECK_IMAGES = 64  # the rule means the same for any number; more take longer than the build

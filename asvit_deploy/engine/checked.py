@@ -9,11 +9,11 @@ from typing import Any
 
 import onnx
 
+from asvit_deploy.data.images import open_images
 from asvit_deploy.engine.source import Source
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.export.padded import to_padded
-from asvit_deploy.export.precision import Precision, rounded, to_half
-from asvit_deploy.images import open_images
+from asvit_deploy.exporting.padded import to_padded
+from asvit_deploy.exporting.precision import Precision, rounded, to_half
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.parity import Parity, compare
 from asvit_deploy.runners.base import Reference, Remembered, Runner

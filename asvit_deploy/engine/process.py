@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy import child
-from asvit_deploy.engine.flavour import Flavour
 from asvit_deploy.engine.job import Job
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import FULL
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.requirements import pip_install_extra
+from asvit_deploy.runners.trt_flavour import Flavour
 
 # (phase, steps done, steps in all)
 Progress = Callable[[str, int, int], None]

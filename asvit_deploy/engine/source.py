@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 
-from asvit_deploy import artifact
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.artefacts.onnx_file import Session
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluate.session import Session
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners.base import Reference
 from asvit_deploy.runners.onnx_runtime import load_model

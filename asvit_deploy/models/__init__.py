@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from asvit_deploy.models.registry import ArchConfig
+    from asvit_deploy.models.config import ArchConfig
     from asvit_deploy.models.vit import AdaptiveViT
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from asvit_deploy.models.registry import STEM_WIDTH, ArchConfig
+from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
 
 # An int, a float, a numpy array or a torch tensor: whatever has + and *.
 Number = Any

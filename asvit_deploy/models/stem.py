@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asvit_deploy.models.registry import STEM_WIDTH, ArchConfig
+from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
 
 
 def exact_convolutions() -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.stem import build_stem
 from asvit_deploy.ops.torch_op import threshold_compact
 from asvit_deploy.reduction.scoring import class_attention_row, token_scores

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from asvit_deploy.engine.flavour import FLAVOURS, Flavour
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.requirements import pip_install_extra
+from asvit_deploy.runners.trt_flavour import FLAVOURS, Flavour
 
 
 def require_gpu(name: str) -> None:

@@ -26,21 +26,21 @@ from accelerate.utils import broadcast
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from asvit_deploy.artifact import claimed, provenance
-from asvit_deploy.data.skips import too_many
-from asvit_deploy.errors import UserError
-from asvit_deploy.models.checkpoint import Checkpoint, save_checkpoint, with_head
-from asvit_deploy.models.registry import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT, Selector
-from asvit_deploy.training.batches import Batch
-from asvit_deploy.training.budget import (
+from asvit_deploy.artefacts.sidecar import claimed, provenance
+from asvit_deploy.budget import (
     MOST_PASSES,
     Fit,
     check_budget,
     fit_thresholds,
     trace_macs,
 )
-from asvit_deploy.training.data import Source
+from asvit_deploy.checkpoints.load import Checkpoint, save_checkpoint, with_head
+from asvit_deploy.data.batches import Batch
+from asvit_deploy.data.skips import too_many
+from asvit_deploy.data.sources import Source
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.vit import AdaptiveViT, Selector
 from asvit_deploy.training.log import Log, log_path
 from asvit_deploy.training.processes import (
     accelerator_for,

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asvit_deploy.models.archs import arch
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import model_macs, teacher_macs
-from asvit_deploy.models.registry import ArchConfig, arch
 
 # Eq. 13 weighs GMACs by 2, which pulls less the smaller the network. Networks below DeiT-S get
 # the pull that DeiT-S has. In short trials on the default arch (200 steps) the literal weight met

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from asvit_deploy.budget import trace_macs
+from asvit_deploy.data.batches import normalise
+from asvit_deploy.data.digits import ClutteredDigits
 from asvit_deploy.models.vit import AdaptiveViT
-from asvit_deploy.training.batches import normalise
-from asvit_deploy.training.budget import trace_macs
-from asvit_deploy.training.digits import ClutteredDigits
 from asvit_deploy.training.selection import forward_selected, random_k
 
 _BATCH = 50

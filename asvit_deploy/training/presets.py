@@ -10,7 +10,7 @@ from typing import Any
 
 from asvit_deploy.bounded import read_bounded
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.requirements import pip_install
 from asvit_deploy.training.recipe import FIT, Recipe, wanted
 

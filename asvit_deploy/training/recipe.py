@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from asvit_deploy.data.augment import Augmentation
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import Masking
 from asvit_deploy.reduction.threshold import TEMPERATURE
-from asvit_deploy.training.augment import Augmentation
 
 # What products are computed in; weights, scores and thresholds stay float32.
 Amp = Literal["no", "bf16", "fp16"]

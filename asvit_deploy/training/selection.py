@@ -12,8 +12,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import model_macs, teacher_macs
-from asvit_deploy.models.registry import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
 from asvit_deploy.ops.torch_op import falling_order
 from asvit_deploy.reduction.threshold import compact_masked

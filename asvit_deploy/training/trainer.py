@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from asvit_deploy.checkpoints.load import Checkpoint, build_model
+from asvit_deploy.data.batches import Batch
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
-from asvit_deploy.models.checkpoint import Checkpoint, build_model
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
-from asvit_deploy.training.batches import Batch
 from asvit_deploy.training.losses import Outputs, Weights, flops_weight, relative_macs, total_loss
 from asvit_deploy.training.processes import accelerator_for
 from asvit_deploy.training.recipe import Amp, Recipe, rate

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Block
 from asvit_deploy.reduction.scoring import token_scores
 from gpu_parts import networks

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asvit_deploy.models import build
-from asvit_deploy.models.registry import ArchConfig, arch
+from asvit_deploy.models.archs import arch
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
 from gpu_parts.kit import Kit
 

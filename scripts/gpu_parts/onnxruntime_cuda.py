@@ -108,7 +108,7 @@ def _where_it_ran(profile: Path) -> set[str]:
 
 
 def _whole_model(kit: Kit, path: Path, library: Path, provider: str) -> Report:
-    from asvit_deploy.models.registry import arch
+    from asvit_deploy.models.archs import arch
     from asvit_deploy.parity import compare
     from asvit_deploy.runners.onnx_runtime import OrtRunner
     from gpu_parts.networks import normalised

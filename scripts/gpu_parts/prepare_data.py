@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from asvit_deploy.images import open_images
-from asvit_deploy.models.registry import ArchConfig, arch
+from asvit_deploy.data.images import open_images
+from asvit_deploy.models.archs import arch
+from asvit_deploy.models.config import ArchConfig
 from gpu_parts import networks
 from gpu_parts.calls import CASES
 from gpu_parts.kit import Report

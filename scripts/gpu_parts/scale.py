@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asvit_deploy.models import build
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Block
 from asvit_deploy.reduction.scoring import class_attention_row, token_scores
 from gpu_parts.cut_cost import SHARE, plan

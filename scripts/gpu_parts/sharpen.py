@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from asvit_deploy.models import build
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops.torch_op import threshold_compact
 from gpu_parts.networks import run_stage

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from importlib import util
 
-from asvit_deploy.engine.flavour import FLAVOURS
+from asvit_deploy.runners.trt_flavour import FLAVOURS
 from gpu_parts.kit import FailPart, Kit, Report, SkipPart
 from gpu_parts.machine import gpu
 

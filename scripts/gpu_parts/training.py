@@ -110,8 +110,8 @@ def _steps(kit: Kit, name: str, size: int, amp: str) -> Report:
     """What masks and a teacher add to a step; masks cost the same whatever they hold."""
     import torch
 
-    from asvit_deploy.models.registry import arch
-    from asvit_deploy.training.batches import Batch
+    from asvit_deploy.data.batches import Batch
+    from asvit_deploy.models.archs import arch
 
     side = arch(name).image_size
     torch.manual_seed(1)
@@ -122,8 +122,8 @@ def _steps(kit: Kit, name: str, size: int, amp: str) -> Report:
         trainer = _trainer(kind, name, size, amp)
         if not kit.rehearse:
             torch.cuda.reset_peak_memory_stats()
-        for step in range(3):
-            trainer.step(step, batch)
+        for turn in range(3):
+            trainer.step(turn, batch)
         peaks[kind] = None if kit.rehearse else torch.cuda.max_memory_allocated()
         if peaks[kind] == 0:
             raise FailPart("the trainer does not use the GPU")
@@ -151,7 +151,7 @@ def _trainer(kind: str, name: str, size: int, amp: str) -> Any:
     import torch
 
     from asvit_deploy.models import build
-    from asvit_deploy.models.registry import arch
+    from asvit_deploy.models.archs import arch
     from asvit_deploy.training.recipe import Recipe
     from asvit_deploy.training.trainer import Trainer
 

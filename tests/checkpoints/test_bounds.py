@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-LOAD = "from asvit_deploy.models.checkpoint import load_checkpoint; load_checkpoint(path)"
+LOAD = "from asvit_deploy.checkpoints.load import load_checkpoint; load_checkpoint(path)"
 START = b"\x80\x02"
 LARGE = "holds too many objects"
 

@@ -13,13 +13,13 @@ from checkpoint_files import AUGREG, THIN, TIMM, dense_state, headless, hub_fold
 from conftest import refused, signed_copy
 from PIL import Image
 
-from asvit_deploy import artifact
+from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.facts import Given
-from asvit_deploy.images import load_picture, preprocess
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
+from asvit_deploy.data.images import load_picture, preprocess
 from asvit_deploy.models import build
-from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
-from asvit_deploy.models.registry import ARCHS, arch
+from asvit_deploy.models.archs import ARCHS, arch
 from asvit_deploy.training import finetune as training
 
 SIZE = 20  # pixels: 25 tokens, so that a step takes milliseconds

@@ -17,12 +17,13 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from asvit_deploy import artifact, bundle
+from asvit_deploy.artefacts import bundle
+from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.damage import check_archive, digest
+from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.checkpoints.reading import read
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
 
 MASKS = (0xFF, 0x01, 0x10, 0x20, 0x80)  # all bits, and those that turn names and flags into others
 

@@ -21,9 +21,10 @@ from checkpoint_files import (
 from conftest import raises_one_line
 
 from asvit_deploy.checkpoints.facts import Given
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
-from asvit_deploy.models.registry import ARCHS, IMAGENET_MEAN
+from asvit_deploy.models.archs import ARCHS
+from asvit_deploy.models.config import IMAGENET_MEAN
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -123,7 +124,7 @@ def test_squashed_pictures_keep_no_proportions():
     import numpy as np
     from PIL import Image
 
-    from asvit_deploy.images import preprocess
+    from asvit_deploy.data.images import preprocess
 
     pixels = np.zeros((20, 80, 3), np.uint8)
     pixels[:, :8] = 255  # a tenth of the width, which a centre crop would cut away

@@ -11,8 +11,8 @@ import torch
 from checkpoint_files import THIN, dense_state, headless, prefixed
 from conftest import raises_one_line
 
-from asvit_deploy.models.checkpoint import load_checkpoint
-from asvit_deploy.models.registry import ARCHS
+from asvit_deploy.checkpoints.load import load_checkpoint
+from asvit_deploy.models.archs import ARCHS
 
 
 @pytest.fixture(autouse=True)

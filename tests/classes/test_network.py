@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import raises_one_line
 
+from asvit_deploy.checkpoints.load import Checkpoint
 from asvit_deploy.classes import imagenet
 from asvit_deploy.classes.network import ASSUMED, BESIDE, OWN, named, of_checkpoint, of_fields
-from asvit_deploy.models.checkpoint import Checkpoint
-from asvit_deploy.models.registry import arch
+from asvit_deploy.models.archs import arch
 
 THREE = ["cat", "dog", "cow"]
 

@@ -15,9 +15,10 @@ import onnx
 import onnx.numpy_helper
 import pytest
 
-from asvit_deploy import artifact, bundle
-from asvit_deploy.engine.flavour import ENTERPRISE, RTX
-from asvit_deploy.export.precision import to_half
+from asvit_deploy.artefacts import bundle
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.exporting.precision import to_half
+from asvit_deploy.runners.trt_flavour import ENTERPRISE, RTX
 
 rtx = pytest.mark.skipif(
     RTX.module is None or importlib.util.find_spec("polygraphy") is None,

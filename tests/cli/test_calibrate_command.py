@@ -11,9 +11,9 @@ import torch
 from conftest import refused
 from PIL import Image
 
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint
+from asvit_deploy.data.images import open_images
 from asvit_deploy.files import sha256
-from asvit_deploy.images import open_images
-from asvit_deploy.models.checkpoint import build_model, load_checkpoint
 from asvit_deploy.models.macs import model_macs, teacher_macs
 
 
@@ -36,7 +36,7 @@ def folder(tmp_path) -> Path:
 
 
 def load_config():
-    from asvit_deploy.models.registry import arch
+    from asvit_deploy.models.archs import arch
 
     return arch("as_deit_mini")
 

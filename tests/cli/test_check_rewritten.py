@@ -10,7 +10,7 @@ import pytest
 from conftest import refused
 from onnx import numpy_helper
 
-from asvit_deploy import artifact
+from asvit_deploy.artefacts import sidecar as artifact
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from conftest import refused
 from shard_files import shards_of
 
-from asvit_deploy.training import digits
+from asvit_deploy.data import digits
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ import torch
 from conftest import Result, refused
 from PIL import Image
 
-from asvit_deploy import artifact
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
-from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
-from asvit_deploy.models.registry import arch
+from asvit_deploy.models.archs import arch
 from asvit_deploy.training import finetune, state
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.state import state_path

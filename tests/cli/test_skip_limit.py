@@ -17,12 +17,12 @@ import torch
 from conftest import refused
 from shard_files import picture_folder
 
-from asvit_deploy import artifact
-from asvit_deploy.engine.flavour import RTX
-from asvit_deploy.images import open_images
-from asvit_deploy.models.checkpoint import build_model, load_checkpoint, save_checkpoint
-from asvit_deploy.models.registry import arch
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
+from asvit_deploy.data.images import open_images
+from asvit_deploy.models.archs import arch
 from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.runners.trt_flavour import RTX
 
 READERS = ("bench", "build-engine", "calibrate", "check", "evaluate", "export", "finetune",
            "predict")  # fmt: skip

@@ -133,7 +133,7 @@ def test_shards_are_read_without_a_cache(stranger, run, places, way, tmp_path):
                for ending, data in (("png", png(i)), ("cls", str(i).encode()))]  # fmt: skip
     shard = write_tar(tmp_path / "data" / "0.tar", members)
     code = (
-        "import sys, pathlib; from asvit_deploy.training.shards import indexed\n"
+        "import sys, pathlib; from asvit_deploy.data.shards import indexed\n"
         "for _ in range(2): shards = indexed([pathlib.Path(sys.argv[1])])\n"
         "print(shards[0].entries()['label'].tolist(), shards[0].index.parent)"
     )

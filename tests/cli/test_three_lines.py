@@ -17,9 +17,9 @@ import torch
 from conftest import refused, signed_copy
 from PIL import Image
 
-from asvit_deploy import artifact
-from asvit_deploy.engine.flavour import FLAVOURS
+from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.errors import UserError
+from asvit_deploy.runners.trt_flavour import FLAVOURS
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_export_refuses_another_ending(cli, folder, name):
 
 
 def test_a_model_that_disagrees_is_not_written(cli, exported, monkeypatch):
-    from asvit_deploy.export import pipeline
+    from asvit_deploy.exporting import pipeline
 
     real = pipeline.to_onnx
 

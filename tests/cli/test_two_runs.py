@@ -10,8 +10,8 @@ from pathlib import Path
 import conftest
 import pytest
 
-from asvit_deploy import artifact
-from asvit_deploy.models.checkpoint import load_checkpoint
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.checkpoints.load import load_checkpoint
 
 EXPORT = ("export", "--ckpt", "default", "-o", "x.onnx")
 CALIBRATE = ("calibrate", "--ckpt", "default", "--limit", "8", "-o", "x.safetensors")

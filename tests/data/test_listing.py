@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from shard_files import png
 
+from asvit_deploy.data.images import open_images
 from asvit_deploy.data.listing import Seen, pictures_below
-from asvit_deploy.images import open_images
-from asvit_deploy.models.registry import arch
+from asvit_deploy.models.archs import arch
 
 MINI = arch("as_deit_mini")
 

@@ -7,7 +7,7 @@ import pytest
 
 from asvit_deploy.engine.buckets import choose_buckets, parse_buckets, profiles_of
 from asvit_deploy.errors import UserError
-from asvit_deploy.export.stages import split_stages
+from asvit_deploy.exporting.split import split_stages
 
 
 @pytest.mark.parametrize(

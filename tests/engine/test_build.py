@@ -9,17 +9,17 @@ import pytest
 import torch
 from conftest import released_format, sharpened
 
-from asvit_deploy import artifact
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.checkpoints.load import load_checkpoint
+from asvit_deploy.data.images import open_images
 from asvit_deploy.engine import checked
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.process import Outcome
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.engine.warnings import EXPECTED, unexpected
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.export.pipeline import export
-from asvit_deploy.images import open_images
-from asvit_deploy.models.checkpoint import load_checkpoint
-from asvit_deploy.models.registry import arch
+from asvit_deploy.exporting.pipeline import export
+from asvit_deploy.models.archs import arch
 
 ALL_SMS = ("86", "89", "120")
 

@@ -6,15 +6,16 @@ from __future__ import annotations
 import pytest
 from conftest import sharpened
 
-from asvit_deploy import artifact, bundle
+from asvit_deploy.artefacts import bundle
+from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.checkpoints import default_checkpoint
+from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
+from asvit_deploy.data.images import open_images
 from asvit_deploy.engine.bucketed import build_bucketed
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.source import open_source
-from asvit_deploy.export.pipeline import export
-from asvit_deploy.images import open_images
-from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
-from asvit_deploy.models.registry import arch
+from asvit_deploy.exporting.pipeline import export
+from asvit_deploy.models.archs import arch
 
 pytestmark = pytest.mark.slow
 SMS = ("86", "89", "120")

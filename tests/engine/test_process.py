@@ -13,11 +13,12 @@ import onnx
 import pytest
 
 import asvit_deploy
-from asvit_deploy import artifact, child
+from asvit_deploy import child
+from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.engine.build import Options, build_engine
-from asvit_deploy.engine.flavour import RTX
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.errors import UserError
+from asvit_deploy.runners.trt_flavour import RTX
 
 _LIBRARIES = {
     "aborts": "#include <exception>\nstatic int x = (std::terminate(), 0);",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from asvit_deploy import bundle
+from asvit_deploy.artefacts import bundle
 from asvit_deploy.engine import bucketed
 from asvit_deploy.engine.bucketed import build_bucketed
 from asvit_deploy.engine.build import Options
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.export.stages import split_stages
+from asvit_deploy.exporting.split import split_stages
 from asvit_deploy.runners.onnx_runtime import precision_of
 
 ALL_SMS = ("86", "89", "120")

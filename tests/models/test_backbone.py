@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asvit_deploy.models import build
-from asvit_deploy.models.registry import ARCHS, arch
+from asvit_deploy.models.archs import ARCHS, arch
 from asvit_deploy.models.vit import AdaptiveViT
 
 # dim, depth, heads, MLP width, blocks whose input is compacted (0-based), stem

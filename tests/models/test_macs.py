@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from asvit_deploy.models.archs import ARCHS, arch
 from asvit_deploy.models.macs import (
     block_macs,
     budget_macs,
@@ -15,7 +16,6 @@ from asvit_deploy.models.macs import (
     teacher_macs,
     unavoidable_macs,
 )
-from asvit_deploy.models.registry import ARCHS, arch
 
 FIGURES = [
     ("as_deit_tiny", 224, "1.2464", "1.2535"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from asvit_deploy.models import build
-from asvit_deploy.models.registry import arch
+from asvit_deploy.models.archs import arch
 from asvit_deploy.reduction.threshold import mean_k_keep_mask
 
 # Rows shrunk so that a forward pass takes milliseconds; 49 image tokens.

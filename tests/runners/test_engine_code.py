@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import raises_one_line, refused
 
-from asvit_deploy import artifact, bundle
+from asvit_deploy.artefacts import bundle
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.artefacts.engine_file import EngineSession
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluate.engine_session import EngineSession
 from asvit_deploy.files import sha256
 from asvit_deploy.ops import trt_library
 from asvit_deploy.runners.trt_plan import NOTHING, Allowed, load_plan, named_plugin, plugin_for

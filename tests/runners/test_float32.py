@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asvit_deploy.models import build
-from asvit_deploy.models.registry import arch
+from asvit_deploy.models.archs import arch
 from asvit_deploy.runners.pytorch import TorchRunner
 
 

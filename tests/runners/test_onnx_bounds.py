@@ -10,11 +10,11 @@ import pytest
 from conftest import signed_copy
 from onnx import TensorProto, helper, numpy_helper
 
-from asvit_deploy.export.padded import to_padded
+from asvit_deploy.exporting.padded import to_padded
 from asvit_deploy.runners.onnx_bounds import VOCABULARY
 
 OPEN = (
-    "from asvit_deploy.evaluate.session import Session; import numpy as np\n"
+    "from asvit_deploy.artefacts.onnx_file import Session; import numpy as np\n"
     "    session = Session(path); s = session.config.image_size\n"
     "    session.runner(None)(np.zeros((1, 3, s, s), np.float32))"
 )
@@ -170,9 +170,9 @@ def test_a_file_of_more_than_any_is_not_read(ends, tmp_path):
 
 
 def test_export_writes_no_op_outside_the_vocabulary(mini, mini_artifacts):
-    from asvit_deploy.export.to_onnx import OPSETS, to_onnx
+    from asvit_deploy.exporting.to_onnx import OPSETS, to_onnx
     from asvit_deploy.models import build
-    from asvit_deploy.models.registry import arch
+    from asvit_deploy.models.archs import arch
 
     made = [onnx.load(path) for path in mini_artifacts.values()]
     made += [to_padded(made[0]), to_onnx(mini, "dynamic", "auto", OPSETS[0])]

@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
+from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.errors import UserError
-from asvit_deploy.export.pipeline import export
-from asvit_deploy.export.precision import to_half
-from asvit_deploy.models.checkpoint import load_checkpoint
+from asvit_deploy.exporting.pipeline import export
+from asvit_deploy.exporting.precision import to_half
 from asvit_deploy.runners.base import decode
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner

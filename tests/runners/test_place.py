@@ -18,9 +18,9 @@ import pytest
 import torch
 from conftest import sharpened
 
+from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
-from asvit_deploy.images import open_images
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.ops import trt_library
 from asvit_deploy.ops.library import find_compiler
 from asvit_deploy.runners import torch_stages

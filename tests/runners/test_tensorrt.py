@@ -7,14 +7,14 @@ import importlib.util
 import pytest
 import torch
 
+from asvit_deploy.artefacts.engine_file import EngineSession
 from asvit_deploy.engine.bucketed import build_bucketed
 from asvit_deploy.engine.build import Options, build_engine
-from asvit_deploy.engine.flavour import FLAVOURS
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluate.engine_session import EngineSession
 from asvit_deploy.parity import compare
 from asvit_deploy.runners.pytorch import TorchRunner
+from asvit_deploy.runners.trt_flavour import FLAVOURS
 
 pytestmark = [
     pytest.mark.gpu,

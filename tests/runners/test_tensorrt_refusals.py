@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asvit_deploy.engine.flavour import RTX
 from asvit_deploy.errors import UserError
 from asvit_deploy.runners import tensorrt
 from asvit_deploy.runners.place import Place
 from asvit_deploy.runners.tensorrt import Bound, Engine, Scratch
+from asvit_deploy.runners.trt_flavour import RTX
 
 
 class Config:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import sharpened
 
-from asvit_deploy.images import open_images
-from asvit_deploy.models.registry import ArchConfig
+from asvit_deploy.data.images import open_images
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.parity import compare
 from asvit_deploy.runners.bucketed import BucketedRunner, smallest
 from asvit_deploy.runners.pytorch import TorchRunner

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from asvit_deploy.checkpoints import default_checkpoint
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint
 from asvit_deploy.files import sha256
-from asvit_deploy.models.checkpoint import build_model, load_checkpoint
 from asvit_deploy.training import measure
 
 REPORT = Path(__file__).parents[2] / "benchmarks" / "default_checkpoint.json"
@@ -84,7 +84,7 @@ def test_random_selection_keeps_the_counts_it_is_given():
     import torch
 
     from asvit_deploy.models import build
-    from asvit_deploy.models.registry import arch
+    from asvit_deploy.models.archs import arch
     from asvit_deploy.training.selection import forward_selected, random_k
 
     torch.manual_seed(0)

@@ -17,14 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
+from asvit_deploy.budget import fit_thresholds
 from asvit_deploy.checkpoints.damage import digest
+from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
+from asvit_deploy.data.batches import Batch
+from asvit_deploy.data.sources import FolderSource
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
-from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
-from asvit_deploy.models.registry import arch
-from asvit_deploy.training.batches import Batch
-from asvit_deploy.training.budget import fit_thresholds
-from asvit_deploy.training.data import FolderSource
+from asvit_deploy.models.archs import arch
 from asvit_deploy.training.finetune import average_path, finetune
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.recipe import Recipe, Running, rate

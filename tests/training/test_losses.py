@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from asvit_deploy.models import build
+from asvit_deploy.models.archs import arch
 from asvit_deploy.models.macs import model_macs, teacher_macs
-from asvit_deploy.models.registry import arch
 from asvit_deploy.models.vit import AdaptiveViT, masked_softmax
 from asvit_deploy.training.losses import (
     Outputs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.registry import ARCHS, arch
+from asvit_deploy.models.archs import ARCHS, arch
 from asvit_deploy.training.presets import PRESETS, read_recipe, recipe_for
 
 SMALL = arch("as_deit_small")

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
-from asvit_deploy.models.checkpoint import load_checkpoint, save_checkpoint
-from asvit_deploy.models.registry import arch
+from asvit_deploy.models.archs import arch
 from asvit_deploy.training.finetune import _share
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.processes import accelerator_for, lost_peers
@@ -191,7 +191,7 @@ module.save_state = save_state
 def test_where_one_process_finds_no_batch_the_state_is_kept_and_all_end(dense, tmp_path):
     refusing = """
 from asvit_deploy.errors import UserError
-from asvit_deploy.training.data import DigitsSource
+from asvit_deploy.data.sources import DigitsSource
 whole = DigitsSource.train_batch
 def train_batch(self, step, size, part=None):
     if step == 3 and os.environ["RANK"] == "1":

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.models import build
-from asvit_deploy.models.checkpoint import load_checkpoint
-from asvit_deploy.models.registry import arch
+from asvit_deploy.models.archs import arch
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 SIZE = 64  # 16 image tokens

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from asvit_deploy.models import build
+from asvit_deploy.models.archs import ARCHS, arch
 from asvit_deploy.models.macs import model_macs, teacher_macs
-from asvit_deploy.models.registry import ARCHS, arch
 from asvit_deploy.training.selection import (
     forward_selected,
     highest,

@@ -1,0 +1,1 @@
+"""What commands write and open again: files with a sidecar, and bundles."""

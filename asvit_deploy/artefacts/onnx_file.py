@@ -1,0 +1,202 @@
+"""One artefact under test: its sidecar, its PyTorch reference, and the ways to run it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import onnx
+
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.artefacts.reference import check_fields, config_of, reference_model
+from asvit_deploy.checkpoints.facts import fields_of
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
+from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.ops import onnx_op
+from asvit_deploy.runners import onnx_bounds
+from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
+
+# Sidecar fields that two artefacts share if they can be compared token by token.
+_OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages")
+
+
+@dataclass
+class Session:
+    """An ONNX artefact of ours, opened.
+
+    Attributes:
+        path: the file.
+        library: the op's ONNX Runtime library, or None to run the function.
+        original: the artefact that another tool may have made this file from; then `fields` are
+            the original's where the file has no sidecar of its own.
+        fields: the sidecar.
+        borrowed: why `fields` are the original's, or None.
+
+    Raises:
+        UserError: it is no such artefact, or has nothing to do with the original.
+    """
+
+    path: Path
+    library: Path | None = None
+    original: Session | None = None
+    fields: dict[str, Any] = field(init=False)
+    borrowed: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.path.is_file() and self.path.suffix != ".onnx":
+            raise UserError(
+                f"{self.path} is no ONNX file; name one in .onnx, or make it with "
+                "`asvit-deploy export --ckpt FILE`"
+            )
+        try:
+            self.fields = artifact.read(self.path)
+        except UserError:
+            if self.original is None or not self.path.is_file():
+                raise
+            self._borrow(self.original)
+            return
+        if self.fields.get("kind") != "onnx":
+            raise UserError(
+                f"{self.path} is no ONNX file but of kind {self.fields.get('kind')}; name an "
+                ".onnx file"
+            )
+        check_fields(self.path, self.fields)
+        if self.original is not None:
+            self.refuse_other_network(self.original)
+
+    def _borrow(self, original: Session) -> None:
+        """Take the original's fields, once the file takes the original's pictures."""
+        weights = {tensor.name for tensor in self.model.graph.initializer}
+        inputs = [info for info in self.model.graph.input if info.name not in weights]
+        shapes = [[d.dim_value for d in info.type.tensor_type.shape.dim] for info in inputs]
+        size = original.config.image_size
+        if len(shapes) != 1 or len(shapes[0]) != 4 or any(
+            given not in (0, wanted) for given, wanted in zip(shapes[0][1:], (3, size, size))
+        ):  # fmt: skip
+            raise UserError(
+                f"{self.path} takes inputs of shapes {shapes} and not pictures of {size} pixels as "
+                f"{original.path} does; name a file that was made from it"
+            )
+        self.fields = {**original.fields, "batch": "1" if shapes[0][0] == 1 else "dynamic"}
+        there = artifact.sidecar_path(self.path).is_file()
+        self.borrowed = "its sidecar is not its own" if there else "it has no sidecar"
+
+    def refuse_other_network(self, other: Session) -> None:
+        """Raise UserError where `other` is no reference for this one, in one line that says why."""
+        for made in (_told, lambda session: fields_of(session.config)):
+            for (key, ours), theirs in zip(made(self).items(), made(other).values()):
+                if ours != theirs:
+                    raise UserError(
+                        f"{other.path} is no reference for {self.path}: {key} is {theirs} there, "
+                        f"{ours} here; name an artefact of the same network"
+                    )
+
+    @cached_property
+    def model(self) -> onnx.ModelProto:
+        def refuse(reason: str) -> NoReturn:
+            raise UserError(f"{self.path} {reason}; export it again")
+
+        model, own = load_model(self.path), "fields" in vars(self)
+        if own:
+            onnx_bounds.check_ours(model, refuse)
+        config = self.config if own or self.original is None else self.original.config
+        onnx_bounds.check_runnable(model, _largest(config), refuse)
+        return model
+
+    @cached_property
+    def config(self) -> ArchConfig:
+        return config_of(self.fields)
+
+    @cached_property
+    def reference(self) -> AdaptiveViT:
+        """The PyTorch model it was exported from."""
+        return reference_model(self.path, self.fields, dense=not self.adaptive)
+
+    @cached_property
+    def dense_reference(self) -> AdaptiveViT:
+        """The same checkpoint without its stages."""
+        return reference_model(self.path, self.fields, dense=True)
+
+    @property
+    def adaptive(self) -> bool:
+        return bool(self.fields["adaptive"])
+
+    @property
+    def dynamic_batch(self) -> bool:
+        return self.fields["batch"] == "dynamic"
+
+    def libraries(self) -> dict[str, Path | None]:
+        """Ways to run the op by name: `function` where the file holds it, `library` if given."""
+        if not self.adaptive:
+            return {"dense": None}
+        ways: dict[str, Path | None] = {}
+        if self.model.functions or not onnx_op.nodes_of(self.model.graph):
+            ways["function"] = None
+        if self.library is not None and onnx_op.nodes_of(self.model.graph):
+            ways["library"] = self.library
+        if not ways:
+            raise UserError(
+                f"{self.path} was exported with --ops custom and the op's library is not built; "
+                "run `asvit-deploy build-plugins ort`"
+            )
+        return ways
+
+    @property
+    def parity(self) -> str:
+        """Which of `parity.LIMITS` holds."""
+        return arithmetic_of(self.model)
+
+    def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
+        """The artefact in ONNX Runtime."""
+        stages = len(self.fields["thresholds"]) if self.adaptive else 0
+        return OrtRunner(self.model, library, threads=threads, record=record, name=str(self.path),
+                         stages=stages)  # fmt: skip
+
+
+def _largest(config: ArchConfig) -> int:
+    """Values that a tensor of such a network may hold for one picture, with room to spare."""
+    rows, hidden = config.image_tokens + 1, config.hidden
+    patch = 3 * config.patch_size**2
+    return 8 * max(
+        3 * config.image_size**2, STEM_WIDTH * config.image_size**2 // 4, config.heads * rows**2,
+        rows * max(hidden, 3 * config.dim, patch), config.dim * max(hidden, 3 * config.dim, patch),
+        config.dim * config.num_classes, STEM_WIDTH**2 * 49,
+    )  # fmt: skip
+
+
+def _told(session: Session) -> dict[str, Any]:
+    return {key: session.fields[key] for key in _OF_THE_NETWORK}
+
+
+def find_op_library(named: Path | None) -> Path | None:
+    """The library given, or the one that `build-plugins` made, or None.
+
+    Raises:
+        UserError: the library given cannot be used.
+    """
+    from asvit_deploy.ops.library import check_library, find_library
+
+    if named is None:
+        try:
+            return find_library(say=_no_library)
+        except (UserError, OSError) as error:
+            # It is an addition: what it does, the function in the file does too.
+            said = str(error)
+            if isinstance(error, PermissionError):
+                said = f"{error.filename} may not be read"
+            _no_library(said)
+            return None
+    # A library without the op would load, and the function would silently run in its place.
+    if reason := check_library(named):
+        raise UserError(
+            f"{named} cannot be used: {reason}; `asvit-deploy build-plugins ort` makes one"
+        )
+    return named.resolve()
+
+
+def _no_library(reason: str) -> None:
+    print("no library,", " ".join(reason.splitlines()), file=sys.stderr)

@@ -1,0 +1,143 @@
+"""From an artefact back to the checkpoint it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from asvit_deploy.checkpoints import default_checkpoint, facts
+from asvit_deploy.checkpoints.load import Checkpoint, build_model, load_checkpoint
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import sha256
+from asvit_deploy.models.archs import ARCHS, arch
+from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.vit import AdaptiveViT
+
+_KINDS: dict[str, type] = {
+    "arch": str, "adaptive": bool, "image_size": int, "num_classes": int, "stages": list,
+    "thresholds": list, "batch": str, "precision": str, "preprocessing": dict, "source": dict,
+}  # fmt: skip
+
+
+def check_fields(artifact: Path, fields: dict[str, Any]) -> None:
+    """Refuse a sidecar whose fields are not what every step relies on.
+
+    Raises:
+        UserError: it names the first such field.
+    """
+
+    def refuse(name: str) -> NoReturn:
+        told = repr(fields.get(name))[:60]
+        raise UserError(f"the sidecar of {artifact} says {name} {told}; make {artifact} again")
+
+    for name, kind in _KINDS.items():
+        if type(fields.get(name)) is not kind:
+            refuse(name)
+    if fields["arch"] not in ARCHS:
+        refuse("arch")
+    thresholds, classes, source = fields["thresholds"], fields.get("classes"), fields["source"]
+    if len(thresholds) != len(fields["stages"]) or not all(type(t) is float for t in thresholds):
+        refuse("thresholds")
+    if classes is not None and (
+        not isinstance(classes, list)
+        or len(classes) != fields["num_classes"]
+        or not all(type(name) is str for name in classes)
+    ):
+        refuse("classes")
+    if not isinstance(fields.get("classes_from"), str | None):
+        refuse("classes_from")
+    if not all(type(source.get(key)) is str for key in ("path", "sha256")):
+        refuse("source")
+    try:
+        facts.recorded(arch(fields["arch"]), fields)
+    except ValueError as error:
+        refuse(str(error))
+
+
+def config_of(fields: dict[str, Any]) -> ArchConfig:
+    """The architecture that a sidecar describes, with its own preprocessing, heads and epsilon."""
+    config = arch(fields["arch"]).at(fields["image_size"], fields["num_classes"])
+    config = config.with_stages(fields["stages"]) if fields.get("stages") else config
+    return facts.recorded(config, fields)
+
+
+def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -> Path:
+    """Where an artefact's source is.
+
+    Where it was given, at the file that a link there led to, beside the artefact under either
+    name, or there under any name with the recorded size and sha256.
+
+    Args:
+        record: a sidecar's `source`, as `artifact.source_of` makes it; older ones hold only `path`
+            and `sha256`.
+        noun: what the source is.
+        maker: the command that made the artefact.
+
+    Raises:
+        UserError: it is gone, or has other contents now.
+    """
+    recorded, given = Path(record["path"]), Path(str(record.get("given") or record["path"]))
+    folder = artifact.absolute().parent
+    named = (given, recorded, folder / given.name, folder / recorded.name, _packaged(given.name))
+    there = [path for path in dict.fromkeys(filter(None, named)) if _is_file(path)]
+    for path in (*there, *_of_size(folder, record.get("size"))):
+        with contextlib.suppress(PermissionError):
+            if sha256(path) == record["sha256"]:
+                return path
+    again = f"run `asvit-deploy {maker}` again"
+    if closed := [path for path in there if not os.access(path, os.R_OK)]:
+        raise UserError(f"{closed[0]} may not be read; check its permissions, or {again}")
+    if there:
+        raise UserError(f"{there[0]} changed since {artifact} was made from it; {again}")
+    raise UserError(f"the {noun} of {artifact}, {given}, is gone; put it back, or {again}")
+
+
+def _packaged(name: str) -> Path | None:
+    """The package's own checkpoint of that name: each installation has it in another place."""
+    with contextlib.suppress(UserError):
+        if (packaged := default_checkpoint()).name == name:
+            return packaged
+    return None
+
+
+def _is_file(path: Path) -> bool:
+    """As `Path.is_file`; what lies in a closed folder is as good as gone."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _of_size(folder: Path, size: Any) -> Iterator[Path]:
+    """The files of a folder that are of this size, so that no other need be read."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.is_file() and entry.stat().st_size == size:
+                    yield Path(entry.path)
+
+
+def reference_model(artifact: Path, fields: dict[str, Any], dense: bool = False) -> AdaptiveViT:
+    """The PyTorch model that an artefact must agree with; `dense` gives its dense twin.
+
+    Raises:
+        UserError: as `source_file` and `load_checkpoint`.
+    """
+    return build_model(reference_checkpoint(artifact, fields), dense=dense)
+
+
+def reference_checkpoint(artifact: Path, fields: dict[str, Any]) -> Checkpoint:
+    """The checkpoint of an artefact, with the facts that the artefact records.
+
+    Raises:
+        UserError: as `source_file` and `load_checkpoint`.
+    """
+    record = fields["source"]
+    path = source_file(artifact, record, "checkpoint", "export")
+    return load_checkpoint(
+        path, fields["image_size"], fields["arch"], ema=record.get("ema", False),
+        recorded=config_of(fields),
+    )  # fmt: skip

@@ -1,0 +1,401 @@
+"""Labelled pictures in WebDataset shards: tar files, read by number without unpacking them.
+
+    DIR/train/*.tar  DIR/val/*.tar   (or DIR/*.tar, told apart by name, or to train on)
+    DIR/classes.txt                  a class name a line, in the order of the labels
+    a member KEY.jpg (or whatever Pillow reads) and a member KEY.cls, its label in decimal, side by
+    side; other members are counted and passed over
+
+A run is resumed, and its batches are shared out, by the numbers of its pictures, so what reads a
+shard must give picture i without having read those before it. webdataset itself streams: where a
+reader stands, and what its shuffle buffer holds, is state; its indexed reader (wids) is not in
+webdataset 1.0 any more. Hugging Face `datasets` either streams likewise or copies everything into
+Arrow files first. But a tar file is its own store: this module notes once where each picture lies
+(18 bytes a picture, in the user's cache), and from then on one `pread` fetches it. Behind those
+records stands, as JSON, what else the shard holds.
+
+Shards may be of any size, and lie on any mounted file system; none is ever held in memory or
+unpacked. Only headers, pictures and labels are read; nothing in a shard is run or unpickled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import os
+import platform
+import random
+import shutil
+import stat
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from asvit_deploy.bounded import open_regular
+from asvit_deploy.data.decode import SUFFIXES, decode_picture
+from asvit_deploy.data.listing import HIDDEN, Passed, ending_of
+from asvit_deploy.data.shard_folders import class_names, shards_in
+from asvit_deploy.data.tar_members import Member, Members
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import SEAL, atomic, cache_dir, check_seal, make_cache_dir, seal
+
+# Where a sample has one of these, other pictures of it (a mask, a depth map) are not meant.
+_USUAL = frozenset((".jpeg", ".jpg", ".png", ".webp"))
+GROUP = 8  # shards that are shuffled together: enough to mix, few enough to stay in the page cache
+_FORMAT = 3  # of the index; part of its name
+_ENTRY = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<u2")])
+_MAX_LABEL = 2**16 - 1  # ImageNet-21k has 21,841 classes
+GIVEN = "the list of class names"  # in place of `classes.txt`
+_BLOCK = 512  # bytes: tar's unit
+
+
+# --- the index ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file and where its index is; both are looked at only when a picture is asked for."""
+
+    path: Path
+    index: Path
+    size: int  # bytes of the tar file, and its time of change, when it was indexed
+    changed: int
+
+    @staticmethod
+    def at(path: Path, cache: Path) -> Shard:
+        """Raises UserError where there is no such file."""
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"cannot read the shard {path}: {error.strerror}") from None
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise UserError(f"cannot read the shard {path}: it is a device, a pipe or a socket")
+        endings = ",".join(sorted(SUFFIXES))  # another Pillow may read others
+        key = f"{_FORMAT}\0{endings}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32]
+        return Shard(path, cache / f"{name}.npy", status.st_size, status.st_mtime_ns)
+
+    def entries(self) -> NDArray:
+        """A record (offset, size, label) for each picture, mapped from the index."""
+        return _mapped(self.index)
+
+    def passed(self) -> Passed:
+        """What the shard holds beside pictures and labels."""
+        entries = self.entries()
+        with open(self.index, "rb") as file:
+            file.seek(entries.offset + entries.nbytes)  # type: ignore[attr-defined]
+            endings, kinds = json.loads(file.read()[:-SEAL])
+        return Passed(Counter(endings), Counter(kinds))
+
+    def bytes_at(self, offset: int, count: int) -> bytes:
+        """Part of the tar file.
+
+        Raises:
+            UserError: it cannot be read, or is another file than the one indexed.
+        """
+        try:
+            # Opened each time: no handle to share among threads, or to carry through a fork.
+            with open_regular(self.path, "shard") as file:
+                status = os.fstat(file.fileno())
+                if (status.st_size, status.st_mtime_ns) != (self.size, self.changed):
+                    raise UserError(f"the shard {self.path} was changed meanwhile; start again")
+                parts = list(_pread(file, offset, count))
+        except OSError as error:
+            raise UserError(f"cannot read the shard {self.path}: {error.strerror}") from None
+        return b"".join(parts)
+
+
+def _pread(file: BinaryIO, offset: int, count: int) -> Iterator[bytes]:
+    """A system may give less than was asked for."""
+    while count and (part := os.pread(file.fileno(), count, offset)):
+        yield part
+        offset, count = offset + len(part), count - len(part)
+
+
+@functools.lru_cache(maxsize=64)
+def _mapped(index: Path) -> NDArray:
+    try:
+        check_seal(index)
+        return np.load(index, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the index {index} is gone or damaged; delete it, start again") from error
+
+
+@functools.cache
+def _temporary_cache(why: str) -> Path:
+    """A folder that goes with this process."""
+    folder, owner = tempfile.mkdtemp(prefix="asvit-shards-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not where a forked worker ends
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    print(f"the shards' index is kept for this run only: {why}", file=sys.stderr)
+    return Path(folder)
+
+
+def indexed(paths: Sequence[Path]) -> list[Shard]:
+    """These tar files with their indices made, in the order given; a bar on stderr meanwhile.
+
+    Where the user's cache cannot be written, the indices are made for this run alone.
+
+    Raises:
+        UserError: a shard is damaged, or its members are not what this module's heading says.
+    """
+    # By host: nodes that share a home folder must not take one another's temporary files for dead.
+    name = f"shards/{platform.node() or 'host'}"
+    with contextlib.suppress(UserError):  # a cache that may only be read may hold them all
+        shards = [Shard.at(path, cache_dir() / name) for path in paths]
+        if all(shard.index.is_file() for shard in shards):
+            return shards
+    try:
+        cache = make_cache_dir(name)
+    except UserError as error:
+        cache = _temporary_cache(str(error))
+    shards = [Shard.at(path, cache) for path in paths]
+    missing = [shard for shard in shards if not shard.index.exists()]
+    # Processes that start together each begin elsewhere, and so share the work.
+    random.Random(os.getpid()).shuffle(missing)
+    bar = tqdm(missing, desc="index shards", unit="shard", file=sys.stderr, disable=None,
+               leave=False)  # fmt: skip
+    for shard in bar:
+        if not shard.index.exists():
+            passed = Passed()
+            entries = np.array(list(_scan(shard.path, passed)), _ENTRY)
+            with atomic(shard.index) as temporary, open(temporary, "wb") as file:
+                np.save(file, entries, allow_pickle=False)
+                file.write(json.dumps([passed.endings, passed.kinds]).encode())
+                file.flush()
+                seal(temporary)
+    return shards
+
+
+@dataclass
+class _Sample:
+    """What was seen of one key; members of a key stand side by side."""
+
+    key: str
+    picture: tuple[int, int] | None = None  # offset, size
+    suffix: str = ""  # the picture's
+    label: int | None = None
+
+
+def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
+    """Offset, size and label of each picture of a tar file, from its headers and labels alone.
+
+    Args:
+        passed: gets the members that are neither.
+    """
+    sample = _Sample("")
+    try:
+        with open_regular(path, "shard") as file:
+            for member in Members(file):
+                key, suffix = _split(member.name)
+                if member.folder:
+                    continue
+                if not member.plain:
+                    passed.add_kind("link or special member", member.name)
+                    continue
+                if not key:
+                    passed.add_kind(HIDDEN, member.name)
+                    continue
+                if key != sample.key:
+                    yield from _finished(path, sample)
+                    sample = _Sample(key)
+                _note(path, file, member, suffix, sample, passed)
+            yield from _finished(path, sample)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the shard {path} is damaged or no tar file ({told}); make or copy it again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read the shard {path}: {error.strerror or error}") from None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and suffix as WebDataset has them: parted at the first dot of the last part."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return (folder + slash + stem if stem else ""), (dot + suffix).lower()
+
+
+def _note(
+    path: Path, file: BinaryIO, member: Member, suffix: str, sample: _Sample,
+    passed: Passed,
+) -> None:  # fmt: skip
+    if suffix in SUFFIXES:
+        if sample.picture is not None and (sample.suffix in _USUAL) == (suffix in _USUAL):
+            raise UserError(f"the shard {path} has two pictures {sample.key}; rename one of them")
+        if sample.suffix in _USUAL:
+            passed.add(member.name)
+            return
+        if sample.picture is not None:
+            passed.add(f"x{sample.suffix}")
+        sample.picture, sample.suffix = (member.offset, member.size), suffix
+    elif suffix == ".cls":
+        file.seek(member.offset)
+        raw = file.read(min(member.size, 20))
+        if len(raw) < min(member.size, 20):
+            raise EOFError("it ends within a label")
+        text = raw.strip()
+        if not text.isdigit() or member.size > 20 or int(text) > _MAX_LABEL:
+            raise UserError(
+                f"{path}: {member.name} is no label; write a number from 0 to {_MAX_LABEL} into it"
+            )
+        sample.label = int(text)
+    else:
+        passed.endings[suffix if ending_of(f"x{suffix}") else ""] += 1
+
+
+def _finished(path: Path, sample: _Sample) -> Iterator[tuple[int, int, int]]:
+    """The sample's entry; none for members that are neither picture nor label."""
+    if sample.picture is None and sample.label is None:
+        return
+    if sample.picture is None or sample.label is None:
+        lacks = "picture" if sample.picture is None else ".cls"
+        raise UserError(
+            f"{path}: {sample.key} has no {lacks} beside it; a sample is KEY.jpg (or .png and so "
+            "on) and KEY.cls, one after the other"
+        )
+    yield (*sample.picture, sample.label)
+
+
+# --- pictures by number -------------------------------------------------------------------------
+
+
+class ShardPictures:
+    """The pictures of some shards, by number.
+
+    Args:
+        folder: holds the tar files.
+        paths: those of them that are meant; by default all.
+        names: of the labels, in place of `classes.txt`.
+
+    Raises:
+        UserError: see `class_names` and `indexed`; no picture at all; a label that `classes.txt`
+            has no name for.
+    """
+
+    def __init__(
+        self, folder: Path, paths: Sequence[Path] | None = None, names: Sequence[str] | None = None
+    ) -> None:
+        self.classes = class_names(folder) if names is None else list(names)
+        self.classes_from = "classes.txt" if names is None else GIVEN
+        self._shards = indexed(shards_in(folder) if paths is None else paths)
+        counts, passed = [], Passed()
+        for shard in self._shards:
+            entries = shard.entries()
+            passed.update(shard.passed())
+            counts.append(len(entries))
+            if len(entries) and (worst := int(entries["label"].max())) >= len(self.classes):
+                raise UserError(
+                    f"the shard {shard.path} holds label {worst}, and {self.classes_from} names "
+                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}; mend one of them"
+                )
+        self.counts = tuple(counts)
+        self._ends = np.cumsum(counts)
+        told = passed.told("member")
+        if not sum(counts):
+            only = f", only {told}" if told else ""
+            raise UserError(f"the shards in {folder} hold no picture{only}; add some")
+        self.passed_over = Counter(passed.counts())
+        plural = "s" * (len(counts) != 1)
+        self.notes = [f"passed over in {len(counts)} shard{plural} of {folder}: {told}"] * bool(
+            told
+        )
+        self.names = [f"{s.path.name}:{s.size}:{n}" for s, n in zip(self._shards, counts)]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _find(self, number: int) -> tuple[Shard, np.void]:
+        place = int(np.searchsorted(self._ends, number, "right"))
+        start = int(self._ends[place]) - self.counts[place]
+        shard = self._shards[place]
+        return shard, shard.entries()[number - start]
+
+    def label(self, number: int) -> int:
+        """The class of a picture."""
+        return int(self._find(number)[1]["label"])
+
+    def load(self, number: int) -> Image.Image:
+        """A picture, as `load_picture` gives it.
+
+        Raises:
+            UserError: as `load_picture`, naming shard and member; see `Shard.bytes_at`.
+        """
+        shard, entry = self._find(number)
+        # With the header that stands before it, for its name.
+        data = shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK + int(entry["size"]))
+        name = _member_name(shard, data)
+        return decode_picture(io.BytesIO(data[_BLOCK:]), name, ending_of(name))
+
+    def name(self, number: int) -> str:
+        """Shard and member, for messages; a long name may be shortened as in its header."""
+        shard, entry = self._find(number)
+        return _member_name(shard, shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK))
+
+
+def _member_name(shard: Shard, header: bytes) -> str:
+    return f"{shard.path}:{tarfile.TarInfo.frombuf(header[:_BLOCK], 'utf-8', 'replace').name}"
+
+
+class ShardOrder:
+    """The endless order in which training sees the pictures of shards.
+
+    In each epoch the shards are permuted, and the pictures of every `GROUP` shards that follow one
+    another are permuted among themselves: reads stay within a few files, and where a picture
+    stands is arithmetic on seed and position.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int) -> None:
+        self._counts, self._seed, self._epoch = np.array(counts), seed, sum(counts)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        # What was asked for last, each replaced whole: another thread may ask for something else.
+        self._shards: tuple[int, NDArray, NDArray] = (-1, self._counts, self._counts)
+        self._group: tuple[tuple[int, int], NDArray] = ((-1, -1), self._counts)
+
+    def __call__(self, position: int) -> int:
+        """The number of the picture that stands there."""
+        epoch, place = divmod(position, self._epoch)
+        shards, ends = self._epoch_order(epoch)
+        group = int(np.searchsorted(ends, place, "right"))
+        first = int(ends[group - 1]) if group else 0
+        inside = int(self._group_order(epoch, group, int(ends[group]) - first)[place - first])
+        own = shards[group * GROUP : (group + 1) * GROUP]
+        before = np.cumsum(self._counts[own])
+        which = int(np.searchsorted(before, inside, "right"))
+        return int(self._starts[own[which]]) + inside - (int(before[which - 1]) if which else 0)
+
+    def _epoch_order(self, epoch: int) -> tuple[NDArray, NDArray]:
+        """The shards of an epoch in their order, and where each group of them ends."""
+        known = self._shards
+        if known[0] != epoch:
+            shards = np.random.default_rng((self._seed, epoch)).permutation(len(self._counts))
+            starts = np.arange(0, len(shards), GROUP)
+            known = (epoch, shards, np.cumsum(np.add.reduceat(self._counts[shards], starts)))
+            self._shards = known
+        return known[1], known[2]
+
+    def _group_order(self, epoch: int, group: int, count: int) -> NDArray:
+        known = self._group
+        if known[0] != (epoch, group):
+            rng = np.random.default_rng((self._seed, epoch, group + 1))
+            known = ((epoch, group), rng.permutation(count))
+            self._group = known
+        return known[1]

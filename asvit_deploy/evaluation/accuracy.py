@@ -1,0 +1,110 @@
+"""Top-1, top-5, MACs and kept tokens of a model over a labelled set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
+from asvit_deploy.runners.base import Runner
+
+# images float32 [B, 3, H, W], normalised; labels int64 [B], the model's own class numbers
+Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+_Z = 1.959964  # two-sided 95 %
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row per image.
+
+    Attributes:
+        rank: place of the true class among the logits, 0 the highest: int64 [P]. It stands behind
+            whatever is not below it, NaN too; where it is NaN itself, behind all C.
+        kept: image tokens left after each stage: int64 [P, stages], no columns when dense.
+        macs: float64 [P].
+    """
+
+    rank: NDArray[np.int64]
+    kept: NDArray[np.int64]
+    macs: NDArray[np.float64]
+
+
+def score(runner: Runner, batches: Iterable[Batch], config: ArchConfig) -> Scored:
+    """Run every batch as it comes.
+
+    Returns:
+        no rows where there is no image, such as in one of more processes than images.
+    """
+    ranks, kept = [np.empty(0, np.int64)], []
+    for images, labels in batches:
+        prediction = runner(images)
+        ranks.append(_rank(prediction.logits, labels))
+        kept.append(np.array(prediction.lengths, np.int64).reshape(-1, len(labels)).T - 1)
+    rank, tokens = np.concatenate(ranks), np.concatenate(kept or [np.empty((0, 0), np.int64)])
+    lengths = list((tokens + 1).astype(np.float64).T)
+    macs = model_macs(config, lengths) if lengths else np.full(len(rank), float(dense_macs(config)))
+    return Scored(rank, tokens, np.asarray(macs, np.float64))
+
+
+def joined(parts: Sequence[Scored]) -> Scored:
+    """The images of all parts.
+
+    Raises:
+        UserError: there is no image at all.
+    """
+    filled = [part for part in parts if len(part.rank)]
+    if not filled:
+        raise UserError("there is no picture to evaluate on")
+    columns = zip(*((part.rank, part.kept, part.macs) for part in filled))
+    return Scored(*(np.concatenate(column) for column in columns))
+
+
+def _rank(logits: NDArray, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """As `Scored.rank`: a model that says the same of every class has told nothing."""
+    true = np.take_along_axis(logits, labels[:, None], 1)
+    before = (~(logits < true)).sum(1) - 1  # less the true class itself
+    return np.where(np.isnan(true[:, 0]), logits.shape[1], before)
+
+
+def wilson(hits: int, total: int) -> dict[str, float]:
+    """A share with its 95 % interval after Wilson (1927), which holds near 0 and 1 too."""
+    share = hits / total
+    middle = (share + _Z**2 / (2 * total)) / (1 + _Z**2 / total)
+    spread = _Z / (1 + _Z**2 / total) * math.sqrt(
+        share * (1 - share) / total + _Z**2 / (4 * total**2)
+    )  # fmt: skip
+    return {"value": share, "low": max(0.0, middle - spread), "high": min(1.0, middle + spread)}
+
+
+def summarise(scored: Scored, config: ArchConfig) -> dict[str, Any]:
+    """Figures for JSON.
+
+    Returns:
+        `top1` and `top5` (value, low, high; of five classes or fewer, the latter says only
+        whether there was an answer); `gmacs`, and `macs_share` of the teacher, which is
+        what a budget means; per stage `mean_kept`, `quantiles_kept` (0, 5, 50, 95, 100 %) and
+        `histogram_kept`, whose entry k counts the images that kept k image tokens (Figure 5).
+    """
+    images, tokens = len(scored.rank), config.image_tokens
+    mean = float(scored.macs.mean())
+    quantiles = np.quantile(scored.kept, [0, 0.05, 0.5, 0.95, 1], axis=0).T
+    return {
+        "images": images,
+        "top1": wilson(int((scored.rank < 1).sum()), images),
+        "top5": wilson(int((scored.rank < min(5, config.num_classes)).sum()), images),
+        "num_classes": config.num_classes,
+        "gmacs": mean / 1e9,
+        "macs_share": mean / teacher_macs(config),
+        "mean_kept": scored.kept.mean(0).tolist(),
+        "quantiles_kept": quantiles.tolist(),
+        "histogram_kept": [np.bincount(k, minlength=tokens + 1).tolist() for k in scored.kept.T],
+        "image_tokens": tokens,
+    }

@@ -1,0 +1,223 @@
+"""Engines against each other on a GPU: adaptive, dense, and static top-k of the same MACs.
+
+All of one flavour and precision; dense and top-k are built in the run. One image at a time,
+variants interleaved in random order, with and without CUDA graphs where a mode allows both.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.artefacts.engine_file import PARITY, EngineSession
+from asvit_deploy.data.images import ImageSet
+from asvit_deploy.evaluation.bench import judged, ratio_of_medians
+
+if TYPE_CHECKING:
+    from asvit_deploy.engine.build import Options
+    from asvit_deploy.runners.tensorrt import Times
+
+CLOCKS = ("gpu", "enqueue", "wall")
+_NOT_OF_THE_MODEL = ("schema", "sha256", "digest")
+
+
+@dataclass(frozen=True)
+class EngineVariant:
+    """One row: what it is called, "adaptive", "dense" or "top-k", and how one image is timed.
+
+    Attributes:
+        clocks: those of `Times` that mean for it what they mean for the others.
+    """
+
+    name: str
+    kind: str
+    timed: Callable[[NDArray[np.float32]], Times]
+    clocks: tuple[str, ...] = CLOCKS
+
+
+def bucketed_times(runner: Any) -> Callable[[NDArray[np.float32]], Times]:
+    """A bucketed runner with a clock, of which only the wall's counts.
+
+    Between the stages the host reads how many rows stay, so there is no time of the GPU alone, and
+    the host is free again only at the end.
+    """
+    from asvit_deploy.runners.tensorrt import timed
+
+    return lambda image: timed(lambda: None, lambda: runner.infer(image), lambda: None)
+
+
+def variants_of(
+    session: EngineSession, pictures: ImageSet, lengths: NDArray[np.int64], folder: Path
+) -> list[EngineVariant]:
+    """The engine, and its dense and top-k peers built into `folder`.
+
+    Args:
+        lengths: int64 [images, stages], rows in use after each stage, class token included.
+
+    Raises:
+        UserError: no GPU, a source is gone, or a build fails.
+    """
+    from asvit_deploy.runners.tensorrt import TensorRTRunner
+
+    variants = []
+    mode = session.fields["mode"]
+    kind = "adaptive" if session.adaptive else "dense"
+    for graph in (False, True) if session.graphs else (False,):
+        runner, name = session.runner(graph), f"{mode}{_graph(graph)}"
+        if isinstance(runner, TensorRTRunner):
+            variants.append(EngineVariant(name, kind, runner.timed))
+        else:
+            variants.append(EngineVariant(name, kind, bucketed_times(runner), ("wall",)))
+    if not session.adaptive:
+        return variants
+    kept = [max(1, round(float(n) - 1)) for n in lengths.mean(axis=0)]
+    peers = {"dense": dense_peer(session, pictures, folder)}
+    if session.fields["batch"] == "1":  # static top-k has one fixed shape
+        peers["top-k"] = topk_peer(session, kept, folder)
+    for kind, path in peers.items():
+        fields = {**artifact.read(path), "precision": session.fields["precision"]}
+        for graph in (False, True):
+            peer = TensorRTRunner(path, fields, graph, allowed=session.allowed)
+            variants.append(EngineVariant(f"{kind}{_graph(graph)}", kind, peer.timed))
+    return variants
+
+
+def _graph(graph: bool) -> str:
+    return ", CUDA graph" if graph else ""
+
+
+def dense_peer(session: EngineSession, pictures: ImageSet, folder: Path) -> Path:
+    """The dense twin of the engine's checkpoint as an engine for the same batches."""
+    from asvit_deploy.artefacts.reference import reference_checkpoint
+    from asvit_deploy.exporting.pipeline import export
+
+    fields = {**session.fields, "source": session.fields["source"]["checkpoint"]}
+    checkpoint = reference_checkpoint(session.onnx, fields)
+    onnx = folder / "dense.onnx"
+    export(checkpoint, onnx, pictures[:2], session.fields["batch"], dense=True)
+    return _build(session, onnx, PARITY[session.fields["precision"]])
+
+
+def topk_peer(session: EngineSession, kept: Sequence[int], folder: Path) -> Path:
+    """The engine's own ONNX with `kept` image tokens after each stage, as an engine."""
+    from asvit_deploy.engine.checked import make_graph
+    from asvit_deploy.engine.source import open_source
+    from asvit_deploy.exporting.static_topk import to_static_topk
+
+    source = open_source(session.onnx)
+    precision = PARITY[session.fields["precision"]]
+    graph = make_graph(source, "bucketed", None if precision == "float32" else precision)  # type: ignore
+    fields = {k: v for k, v in source.fields.items() if k not in _NOT_OF_THE_MODEL}
+    onnx = folder / "top_k.onnx"
+    proto = to_static_topk(graph, kept, str(source.path))
+    artifact.write(onnx, proto.SerializeToString(), {**fields, "adaptive": False})
+    return _build(session, onnx, "float32")  # the graph holds the precision already
+
+
+def _build(session: EngineSession, onnx: Path, precision: str) -> Path:
+    from asvit_deploy.engine.build import build_engine
+    from asvit_deploy.engine.source import open_source
+    from asvit_deploy.runners.trt_flavour import FLAVOURS
+
+    options = peer_options(session.fields, precision)
+    output = onnx.with_suffix(".engine")
+    build_engine(open_source(onnx), output, FLAVOURS[session.fields["flavour"]], options)
+    return output
+
+
+def peer_options(fields: dict[str, Any], precision: str) -> Options:
+    """What an engine was built with, as its sidecar says, less what belongs to its own mode."""
+    from asvit_deploy.engine.build import Options
+
+    profile = (fields.get("profile") or {}).get("images")
+    return Options(
+        None if precision == "float32" else precision,  # type: ignore[arg-type]
+        batch=tuple(shape[0] for shape in profile) if profile else None,  # type: ignore[arg-type]
+        target_sms=tuple(fields["target_sms"]),
+        workspace=fields.get("workspace"),
+        level=fields.get("level"),
+        version_compatible=fields.get("version_compatible", False),
+        hardware_compatible=fields.get("hardware_compatible", False),
+        checked=False,
+    )
+
+
+def measure(
+    variants: Sequence[EngineVariant], images: Sequence[NDArray[np.float32]], warmup: int,
+    runs: int, seed: int = 0, progress: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, NDArray[np.float64]]]:  # fmt: skip
+    """Milliseconds [runs] by variant and clock; round r takes image r modulo their number."""
+    order, rng = list(variants), random.Random(seed)
+    times = {v.name: {clock: np.zeros(runs) for clock in v.clocks} for v in variants}
+    for r in range(-warmup, runs):
+        image = images[r % len(images)][None]
+        rng.shuffle(order)
+        for variant in order:
+            took = asdict(variant.timed(image))
+            if r >= 0:
+                for clock in variant.clocks:
+                    times[variant.name][clock][r] = took[clock]
+        progress()
+    return times
+
+
+def summarise(
+    variants: Sequence[EngineVariant], times: dict[str, dict[str, NDArray[np.float64]]]
+) -> list[dict[str, Any]]:
+    """One row per variant: percentiles of every clock, and the wall time's ratio to dense.
+
+    Compared is the fastest dense row, by the median of its wall time.
+    """
+    dense = min(
+        (times[v.name]["wall"] for v in variants if v.kind == "dense"), key=np.median, default=None
+    )
+    rows = []
+    for variant in variants:
+        row: dict[str, Any] = {"name": variant.name, "kind": variant.kind}
+        for clock, values in times[variant.name].items():
+            p50, p90, p99 = np.percentile(values, [50, 90, 99])
+            row[f"{clock}_ms"] = {"p50": float(p50), "p90": float(p90), "p99": float(p99)}
+        if dense is not None and variant.kind != "dense":
+            value, low, high = ratio_of_medians(dense, times[variant.name]["wall"])
+            row["speedup"] = {"value": value, "low": low, "high": high}
+        rows.append(row)
+    return rows
+
+
+def against_kept(
+    variants: Sequence[EngineVariant], times: dict[str, dict[str, NDArray[np.float64]]],
+    lengths: NDArray[np.int64],
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Latency against kept tokens: for each adaptive variant, one point per image."""
+    points: dict[str, list[dict[str, Any]]] = {}
+    for variant in (v for v in variants if v.kind == "adaptive"):
+        values = times[variant.name]
+        image = np.arange(len(values["wall"])) % len(lengths)
+        points[variant.name] = [
+            {"kept": (lengths[i] - 1).tolist(),
+             **{f"{c}_ms": float(np.median(values[c][image == i]))
+                for c in ("gpu", "wall") if c in values}}
+            for i in range(len(lengths)) if (image == i).any()
+        ]  # fmt: skip
+    return points
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """One sentence on which of adaptive and dense is the faster, by wall time."""
+    adaptive = [row for row in rows if row["kind"] == "adaptive"]
+    if not adaptive or "speedup" not in adaptive[0]:
+        return "no dense engine beside an adaptive one: nothing to compare"
+    best = min(adaptive, key=lambda row: row["wall_ms"]["p50"])
+    return judged(
+        best["speedup"],
+        f"{best['name']} wins over the fastest dense engine: <span>",
+        f"dense wins: the best adaptive engine, {best['name']}, runs at <span> of its speed",
+        f"a draw: {best['name']} against the fastest dense engine is <span>",
+    )

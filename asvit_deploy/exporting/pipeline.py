@@ -1,0 +1,156 @@
+"""Checkpoint to ONNX artefact: load, export, compare with PyTorch, then put in place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.checkpoints.facts import fields_of
+from asvit_deploy.checkpoints.load import Checkpoint, build_model
+from asvit_deploy.checkpoints.reading import stem_of
+from asvit_deploy.classes.network import OWN
+from asvit_deploy.data.images import ImageSet
+from asvit_deploy.errors import CheckFailed, UserError
+from asvit_deploy.exporting.to_onnx import OPSET, to_onnx
+from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.ops import onnx_op
+from asvit_deploy.parity import Parity, compare
+from asvit_deploy.runners.onnx_runtime import OrtRunner
+from asvit_deploy.runners.pytorch import TorchRunner
+
+# Sidecar fields that describe the file's surroundings and not the model; not repeated inside it.
+_OUTSIDE = ("source", "tool", "libraries", "python", "command")
+
+
+def default_output(checkpoint: Path, dense: bool) -> Path:
+    """`as_deit_s.pt` -> `as_deit_s.onnx` (or `as_deit_s.dense.onnx`) in the current folder."""
+    return Path(stem_of(checkpoint) + (".dense.onnx" if dense else ".onnx"))
+
+
+def require_adaptive(checkpoint: Checkpoint) -> None:
+    """Raise UserError where a checkpoint has no thresholds."""
+    if not checkpoint.adaptive:
+        raise UserError(
+            f"{checkpoint.path} is a dense {checkpoint.config.name.removeprefix('as_')} without "
+            "thresholds; run `asvit-deploy calibrate` (no training) or `finetune` on it first, or "
+            "export it as it is with --dense"
+        )
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """Version of the standard ops."""
+    return next(entry.version for entry in proto.opset_import if not entry.domain)
+
+
+def describe_model(
+    model: AdaptiveViT, checkpoint: Checkpoint, proto: onnx.ModelProto, batch: str, ops: str
+) -> dict[str, Any]:
+    """The sidecar fields that say what a model is and how its input is made."""
+    config = model.config
+    classes = checkpoint.metadata.get("classes")
+    budget = checkpoint.metadata.get("budget")
+    return {
+        "kind": "onnx",
+        "arch": config.name,
+        "adaptive": model.adaptive,
+        "image_size": config.image_size,
+        "image_tokens": config.image_tokens,
+        "num_classes": config.num_classes,
+        "classes": json.loads(classes) if classes else None,
+        "classes_from": checkpoint.metadata.get("classes_from", OWN) if classes else None,
+        **fields_of(config),
+        **checkpoint.told.fields(),
+        "stages": list(config.stages) if model.adaptive else [],
+        "thresholds": model.threshold_values(),
+        "budget": float(budget) if budget and model.adaptive else None,
+        "precision": "float32",
+        "mode": "dynamic" if model.adaptive else "dense",
+        "batch": batch,
+        "opset": opset_of(proto),
+        "ir_version": proto.ir_version,
+        "ops": ops if model.adaptive else "standard",
+    }
+
+
+def embed_metadata(proto: onnx.ModelProto, fields: dict[str, Any]) -> None:
+    """Write the fields into the file itself, one JSON value each, keys `asvit_<field>`."""
+    values = {k: v for k, v in fields.items() if k not in _OUTSIDE and v is not None}
+    onnx.helper.set_model_props(proto, {f"asvit_{k}": json.dumps(v) for k, v in values.items()})
+
+
+def verify(
+    proto: onnx.ModelProto, model: AdaptiveViT, images: ImageSet, batch: str
+) -> dict[str, Parity]:
+    """Compare a float32 model with PyTorch, one image at a time and, if it can, in batches."""
+    checked = proto
+    if onnx_op.nodes_of(proto.graph) and not proto.functions:
+        # The node alone runs nowhere without a library; its meaning is the function.
+        checked = onnx.ModelProto()
+        checked.CopyFrom(proto)
+        checked.functions.append(onnx_op.function_body(batch == "dynamic", opset_of(proto)))
+    runner, reference = OrtRunner(checked), TorchRunner(model)
+    thresholds = model.threshold_values()
+    pictures, names = images.loaded()
+    return {
+        f"batch {size}": compare(reference, runner, pictures, names, thresholds, batch=size)
+        for size in ((1, 4) if batch == "dynamic" else (1,))
+    }
+
+
+def export(
+    checkpoint: Checkpoint,
+    output: Path,
+    images: ImageSet,
+    batch: str = "1",
+    ops: str = "auto",
+    dense: bool = False,
+    stage_outputs: bool = False,
+    ema: bool = False,
+    opset: int = OPSET,
+) -> dict[str, Parity]:
+    """Export a checkpoint; the file takes its place only once it agrees with PyTorch.
+
+    Args:
+        output: the ONNX file; its sidecar goes beside it.
+        images: what the comparison runs on.
+        batch: "1" or "dynamic".
+        ops: "auto", "custom" or "standard", see `to_onnx`.
+        dense: export without the stages.
+        stage_outputs: make `index_s` graph outputs too.
+        ema: whether `checkpoint` was loaded from the averaged weights; recorded for later.
+        opset: version of the standard ops, see `to_onnx`.
+
+    Raises:
+        UserError: a dense checkpoint without `dense`, or an output that cannot be written.
+        CheckFailed: the exported model does not agree with PyTorch; nothing was written.
+    """
+    if not dense:
+        require_adaptive(checkpoint)
+    model = build_model(checkpoint, dense=dense)
+    proto = to_onnx(model, batch, ops, opset)
+    if stage_outputs:
+        for stage in range(len(model.thresholds)):
+            info = onnx.helper.make_tensor_value_info(
+                f"index_{stage}", onnx.TensorProto.INT64, [None, None]
+            )
+            proto.graph.output.append(info)
+    fields = {
+        **describe_model(model, checkpoint, proto, batch, ops),
+        "source": artifact.source_of(checkpoint.path, format=checkpoint.format, ema=ema),
+        **artifact.provenance(),
+    }
+    embed_metadata(proto, fields)
+    parity = verify(proto, model, images, batch)
+    for name, result in parity.items():
+        if not result.passed:
+            raise CheckFailed(
+                f"the exported model does not match PyTorch at {name} "
+                f"({'; '.join(result.failures)}); {output} was not written"
+            )
+    fields["compared"] = {"pictures": images.source, **images.account}
+    artifact.write(output, proto.SerializeToString(), fields)
+    return parity

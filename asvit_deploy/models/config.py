@@ -1,0 +1,114 @@
+"""What an architecture is: its traits, and how a picture becomes its input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+from asvit_deploy.errors import UserError
+
+STEM_WIDTH = 64  # channels inside LV-ViT's convolutional stem
+MAX_IMAGE_SIZE = 4096  # pixels: 65,536 tokens of 16-pixel patches, far over what attention carries
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
+CropMode = Literal["center", "squash"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture becomes the network's input: resize the shorter side, centre crop, normalise.
+
+    The shorter side becomes `int(image_size / crop_pct)` pixels before the centre crop; with
+    "squash" both sides do, whatever that makes of the picture's proportions.
+    """
+
+    crop_pct: float = 224 / 256
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    crop_mode: CropMode = "center"
+
+    def fields(self) -> dict[str, Any]:
+        """As sidecars have it: the usual crop goes without saying, as in older ones."""
+        fields = asdict(self)
+        if self.crop_mode == "center":
+            del fields["crop_mode"]
+        return fields
+
+
+@dataclass(frozen=True)
+class ArchConfig:
+    """One architecture. `stages` are 0-based block indices whose *input* is compacted."""
+
+    name: str
+    family: Literal["deit", "lvvit"]
+    dim: int
+    heads: int
+    depth: int
+    mlp_ratio: int
+    stages: tuple[int, ...]
+    image_size: int = 224
+    patch_size: int = 16
+    stem: Literal["patch", "conv"] = "patch"
+    num_classes: int = 1000
+    preprocessing: Preprocessing = Preprocessing()
+    eps: float = 1e-6  # of every LayerNorm
+
+    @property
+    def grid(self) -> int:
+        """Image tokens along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def image_tokens(self) -> int:
+        """N: image tokens without the class token."""
+        return self.grid**2
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.dim * self.mlp_ratio
+
+    def at(self, image_size: int | None = None, num_classes: int | None = None) -> ArchConfig:
+        """The same architecture for another image size or head.
+
+        Raises:
+            UserError: the patch size does not divide `image_size`, or it is over 4096.
+        """
+        size = self.image_size if image_size is None else image_size
+        if size > MAX_IMAGE_SIZE:
+            raise UserError(
+                f"image size {size} is too large for {self.name}; at most {MAX_IMAGE_SIZE} pixels"
+            )
+        if size <= 0 or size % self.patch_size:
+            below = max(size // self.patch_size, 1) * self.patch_size
+            raise UserError(
+                f"image size {size} is not a multiple of the {self.patch_size}-pixel patch of "
+                f"{self.name}; try {below} or {below + self.patch_size}"
+            )
+        return replace(
+            self,
+            image_size=size,
+            num_classes=self.num_classes if num_classes is None else num_classes,
+        )
+
+    def with_stages(self, stages: Sequence[int]) -> ArchConfig:
+        """The same architecture, pruned before other blocks.
+
+        Raises:
+            UserError: they are not rising block numbers of 1 to depth - 1.
+        """
+        whole = all(type(stage) is int for stage in stages)
+        edges = [0, *stages, self.depth]
+        if not stages or not whole or not all(a < b for a, b in pairwise(edges)):
+            raise UserError(
+                f"stages {','.join(map(str, stages))} do not fit {self.name}; pass rising block "
+                f"numbers between 1 and {self.depth - 1}, such as "
+                f"{','.join(map(str, self.stages))}"
+            )
+        return replace(self, stages=tuple(stages))
