@@ -33,7 +33,9 @@ from asvit_deploy.models.macs import (
 )
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops.torch_op import keep_mask
-from asvit_deploy.reduction.threshold import compact_masked
+from asvit_deploy.reduction.removal import compact_masked
+from asvit_deploy.reduction.rows import Rows
+from asvit_deploy.reduction.threshold import Threshold
 
 MIN_IMAGES = 8
 # Images that choose the split; its thresholds are then fitted on all of them.
@@ -201,7 +203,9 @@ class _Work:
     """Passes of images through parts of one network, counted for the progress bar."""
 
     def __init__(self, model: AdaptiveViT, progress: Progress) -> None:
-        self.model, self.config, self.progress = model, model.config, progress
+        config = model.config
+        self.model = model.with_reduction(Threshold(config.stages, config.prefix))
+        self.config, self.progress = config, progress
         self.edges = [0, *model.config.stages, model.config.depth]
         self.done = self.total = 0
 
@@ -209,27 +213,21 @@ class _Work:
         self.done += 1
         self.progress(self.done, self.total)
 
-    def _segment(self, x: Tensor, part: int) -> tuple[Tensor, Tensor | None]:
-        """The blocks between two stages, and the scores that the next stage needs.
+    def prefix(self, images: Sequence[np.ndarray]) -> list[State]:
+        """Everything before the first stage.
 
         One image without its batch axis, as in the network's own forward: the bits are the same.
         """
-        first, last = self.edges[part : part + 2]
-        scores = None
-        for i in range(first, last):
-            x, scores = self.model.blocks[i](x, None, i + 1 in self.config.stages)
-        return x, scores
-
-    def prefix(self, images: Sequence[np.ndarray]) -> list[State]:
-        """Everything before the first stage."""
         states = []
-        for i in range(len(images)):
-            x = self.model.embed(torch.from_numpy(images[i])[None])[0]
-            x, scores = self._segment(x, 0)
-            assert scores is not None
-            states.append((x, scores))
+        for image in images:
+            x = self.model.embed(torch.from_numpy(image)[None])[0]
+            states.append(self._scored(0, x))
             self._tick()
         return states
+
+    def _scored(self, stage: int, x: Tensor) -> State:
+        rows, decision = self.model.scored(stage, Rows(x))
+        return rows.tokens, decision.score
 
     def finish(self, states: Sequence[State], rule: Rule) -> Outcome:
         """The rest of the network, removing what a rule does not keep."""
@@ -241,10 +239,12 @@ class _Work:
             scores = []
             for p, keep in enumerate(keeps):
                 compact, _, _ = compact_masked(tokens[p][None], keep)
-                tokens[p], score = self._segment(compact[0], stage + 1)
-                scores += [score] if score is not None else []
-                if stage == stages - 1:
-                    logits.append(self.model.classify(tokens[p][None], None))
+                if stage < stages - 1:
+                    tokens[p], score = self._scored(stage + 1, compact[0])
+                    scores.append(score)
+                else:
+                    rows, _ = self.model.segment(stages, Rows(compact[0]))
+                    logits.append(self.model.classify(rows.batched, None))
                     self._tick()
         return Outcome(np.array(lengths, np.int64).T, torch.cat(logits))
 
@@ -256,7 +256,7 @@ class _Work:
         blocks = np.diff(self.edges)  # of each part of the network
         parts = blocks[1:] * block_macs(config, planned_lengths(config, split, budget))
         left = budget_macs(config, budget) - stem_macs(config)
-        left -= blocks[0] * block_macs(config, config.image_tokens + 1)
+        left -= blocks[0] * block_macs(config, config.rows)
         found: list[float] = []
 
         def rule(stage: int, scores: list[Tensor]) -> list[Tensor]:

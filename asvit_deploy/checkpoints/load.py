@@ -326,7 +326,7 @@ def _fitting_archs(state: Mapping[str, Tensor], bare: bool, refuse: Refuse) -> l
 def _format_of(config: ArchConfig, adaptive: bool) -> str:
     if adaptive:
         return "as-vit"
-    return "deit" if config.family == "deit" else "lv-vit"
+    return "deit" if config.head == "class" else "lv-vit"
 
 
 # --- the state itself ---------------------------------------------------------------------------

@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from asvit_deploy.models.config import ArchConfig
     from asvit_deploy.models.vit import AdaptiveViT
+    from asvit_deploy.reduction.base import Reduction
 
 
-def build(config: ArchConfig, adaptive: bool = True) -> AdaptiveViT:
-    """A freshly initialised model of that architecture; dense when `adaptive` is False."""
-    from asvit_deploy.models.lvvit import AdaptiveLVViT
+def build(
+    config: ArchConfig, adaptive: bool = True, reduction: Reduction | None = None
+) -> AdaptiveViT:
+    """A freshly initialised model of that architecture.
+
+    Args:
+        adaptive: False: dense, without a reduction.
+        reduction: the method; by default learned thresholds at the architecture's stages.
+    """
     from asvit_deploy.models.vit import AdaptiveViT
+    from asvit_deploy.reduction.threshold import Threshold
 
-    return (AdaptiveLVViT if config.family == "lvvit" else AdaptiveViT)(config, adaptive)
+    if adaptive and reduction is None:
+        reduction = Threshold(config.stages, config.prefix)
+    return AdaptiveViT(config, reduction if adaptive else None)

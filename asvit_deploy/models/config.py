@@ -15,6 +15,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+HeadName = Literal["class", "class_and_tokens", "class_and_mean", "two_classes", "none"]
 Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
 CropMode = Literal["center", "squash"]
 
@@ -43,10 +45,23 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class ArchConfig:
-    """One architecture. `stages` are 0-based block indices whose *input* is compacted."""
+    """One architecture, as traits.
+
+    Attributes:
+        stages: 0-based blocks at which tokens leave.
+        eps: of every LayerNorm.
+        residual: factor of both branches of a block.
+        layer_scale: whether each branch has a learned factor per channel.
+        norm_pre: whether a LayerNorm comes before the first block.
+        prefix: P, rows before the image tokens that never leave: the class token, then others
+            (registers, a distillation token).
+        positions: which rows have a position of their own: all, or the image tokens alone.
+        head: what becomes of the last tokens, see `models.heads`.
+        counts_elementwise: whether MACs hold norms, activations and softmax too, as the LV-ViT half
+            of the AS-ViT release counts.
+    """
 
     name: str
-    family: Literal["deit", "lvvit"]
     dim: int
     heads: int
     depth: int
@@ -57,7 +72,17 @@ class ArchConfig:
     stem: Literal["patch", "conv"] = "patch"
     num_classes: int = 1000
     preprocessing: Preprocessing = Preprocessing()
-    eps: float = 1e-6  # of every LayerNorm
+    eps: float = 1e-6
+    qkv_bias: bool = True
+    patch_bias: bool = True
+    residual: float = 1.0
+    layer_scale: bool = False
+    norm_pre: bool = False
+    activation: Activation = "gelu"
+    prefix: int = 1
+    positions: Literal["all", "image"] = "all"
+    head: HeadName = "class"
+    counts_elementwise: bool = False
 
     @property
     def grid(self) -> int:
@@ -68,6 +93,16 @@ class ArchConfig:
     def image_tokens(self) -> int:
         """N: image tokens without the class token."""
         return self.grid**2
+
+    @property
+    def rows(self) -> int:
+        """M: prefix and image tokens."""
+        return self.prefix + self.image_tokens
+
+    @property
+    def traits(self) -> dict[str, Any]:
+        """What makes two networks of one shape compute differently."""
+        return {name: getattr(self, name) for name in TRAITS}
 
     @property
     def hidden(self) -> int:
@@ -112,3 +147,7 @@ class ArchConfig:
                 f"{','.join(map(str, self.stages))}"
             )
         return replace(self, stages=tuple(stages))
+
+
+TRAITS = ("stem", "qkv_bias", "patch_bias", "residual", "layer_scale", "norm_pre", "activation",
+          "prefix", "positions", "head")  # fmt: skip

@@ -32,7 +32,7 @@ def block_macs(config: ArchConfig, n: Number) -> Number:
     d, m, h = config.dim, config.hidden, config.heads
     linear = 4 * d * d + 2 * d * m
     quadratic = 2 * d
-    if config.family == "lvvit":
+    if config.counts_elementwise:
         # Two LayerNorms, two residuals, the biases of proj, fc1 and fc2, GELU; softmax and scale.
         linear += 2 * _LAYER_NORM * d + 2 * d + 2 * d + m + _ACTIVATION * m
         quadratic += (_SOFTMAX + 1) * h
@@ -45,7 +45,7 @@ def model_macs(config: ArchConfig, lengths: Sequence[Number]) -> Number:
     Args:
         lengths: one entry per stage, class token included, in stage order.
     """
-    tokens: list[Number | int] = [config.image_tokens + 1, *lengths]
+    tokens: list[Number | int] = [config.rows, *lengths]
     edges = [0, *config.stages, config.depth]
     if len(tokens) != len(edges) - 1:
         raise ValueError(f"{config.name} has {len(config.stages)} stages, got {len(lengths)}")
@@ -57,7 +57,7 @@ def model_macs(config: ArchConfig, lengths: Sequence[Number]) -> Number:
 
 def dense_macs(config: ArchConfig) -> int:
     """The dense network with its class token (197 tokens at 224 px)."""
-    return model_macs(config, [config.image_tokens + 1] * len(config.stages))
+    return model_macs(config, [config.rows] * len(config.stages))
 
 
 def teacher_macs(config: ArchConfig) -> int:

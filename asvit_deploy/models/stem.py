@@ -22,7 +22,9 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, config: ArchConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, config.dim, config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(
+            3, config.dim, config.patch_size, config.patch_size, bias=config.patch_bias
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """float [B, 3, H, W] -> [B, N, D]."""

@@ -6,13 +6,57 @@ give the same logits, which is the package's free oracle.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
-from asvit_deploy.ops.torch_op import falling_order, keep_mask, threshold_compact
+import torch
+from torch import Tensor, nn
+
+from asvit_deploy.ops.torch_op import keep_mask
+from asvit_deploy.reduction.base import Decision, Place, Reduction, Seen
+from asvit_deploy.reduction.rows import Rows
+from asvit_deploy.reduction.scoring import token_scores
 
 # T of Eq. 9: how steep the sigmoid is through which the thresholds learn.
 TEMPERATURE = 1e4
+
+# Where the paper's fine-tuning starts: 0.001, 0.002, 0.003. A fresh adaptive model carries these.
+INITIAL_THRESHOLD = 0.001
+
+
+class Threshold(Reduction):
+    """AS-ViT: head-weighted class attention above a learned threshold, before a block."""
+
+    name: ClassVar[str] = "threshold"
+    slot: ClassVar[str] = "thresholds"
+    place: ClassVar[Place] = "before"
+    learns: ClassVar[bool] = True
+
+    def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:
+        super().__init__(blocks, prefix)
+        for stage in range(len(self.blocks)):
+            value = torch.tensor(INITIAL_THRESHOLD * (stage + 1))
+            self.register_parameter(str(stage), nn.Parameter(value))
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, stage: int) -> nn.Parameter:
+        return self._parameters[str(range(len(self))[stage])]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return (self[stage] for stage in range(len(self)))
+
+    def values(self) -> list[float]:
+        """The thresholds as plain numbers, in stage order."""
+        return [threshold.item() for threshold in self]
+
+    def decide(self, stage: int, rows: Rows, seen: Seen) -> Decision:
+        scores = token_scores(seen.class_row(), seen.context, self.prefix)
+        return Decision(scores, self[stage])
+
+    def mask(self, stage: int, decision: Decision, alive: Tensor, temperature: float) -> Tensor:
+        return soft_keep_mask(decision.score, self[stage], alive, temperature)
 
 
 def soft_keep_mask(scores: Tensor, threshold: Tensor, alive: Tensor, temperature: float) -> Tensor:
@@ -36,26 +80,3 @@ def soft_keep_mask(scores: Tensor, threshold: Tensor, alive: Tensor, temperature
     distance = temperature * (scores - threshold)
     soft = torch.sigmoid(distance.masked_fill(distance.isnan(), -torch.inf))
     return alive * (hard - soft.detach() + soft)
-
-
-def mean_k_keep_mask(scores: Tensor, threshold: Tensor) -> Tensor:
-    """The paper's batch rule: every image keeps the top k, k the batch's mean count, at least 1.
-
-    An image then depends on its batch mates; use it to reproduce the paper's validation numbers.
-
-    Args:
-        scores: float32 [B, N]; number > NaN > -inf, and the first of equals wins.
-
-    Returns:
-        bool [B, N] with the same number of True in every row.
-    """
-    count = int((scores > threshold).sum()) // scores.shape[0]
-    top = falling_order(scores)[:, : max(count, 1)]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
-
-
-def compact_masked(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Remove the image tokens that `keep` (bool [B, N]) leaves out; see `threshold_compact`."""
-    scores = torch.where(keep, 1.0, -torch.inf)
-    compact, index, length, _ = threshold_compact(tokens, scores, scores.new_tensor(0.0))
-    return compact, index, length

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops.kernel import Counted, Kernel, build_kernel
+from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.runners.bucketed import Kept, smallest
 from asvit_deploy.runners.place import Place
 
@@ -220,7 +221,6 @@ class TorchStages(DeviceStages):
         super().__init__(model.threshold_values(), buckets, config.dim, config.image_size, batch,
                          dtype, dtype, device)  # fmt: skip
         self.model = copy.deepcopy(model).to(self.place.device, dtype).eval()
-        self.edges = (0, *config.stages, config.depth)
         self.capture(
             lambda images: self._stage(0, self.model.embed(images), None),
             lambda stage, _: functools.partial(self._padded_stage, stage),
@@ -231,12 +231,12 @@ class TorchStages(DeviceStages):
         return self._stage(stage, tokens, rows < length[:, None])
 
     def _stage(self, stage: int, x: Tensor, mask: Tensor | None) -> Outputs:
-        first, end = self.edges[stage : stage + 2]
-        last = stage == len(self.edges) - 2
-        scores = None
-        for i in range(first, end):
-            x, scores = self.model.blocks[i](x, mask, i == end - 1 and not last)
-        return (self.model.classify(x, mask).float(),) if last else (x, scores)  # type: ignore
+        rows = Rows(x, alive=mask)
+        if stage < len(self.thresholds):
+            rows, decision = self.model.scored(stage, rows)
+            return rows.tokens, decision.score
+        rows, _ = self.model.segment(stage, rows)
+        return (self.model.classify(rows.tokens, mask).float(),)
 
 
 class StaticModel:
@@ -254,8 +254,9 @@ class StaticModel:
     ) -> None:  # fmt: skip
         self.place = device if isinstance(device, Place) else Place(device)
         place = self.place.device
+        model = model if lengths is not None else model.with_reduction(None)
         self.model = copy.deepcopy(model).to(place, dtype).eval()
-        self.lengths = lengths
+        self.lengths = lengths or ()
         size = model.config.image_size
         self.images = torch.zeros(batch, 3, size, size, dtype=dtype, device=place)
         with torch.no_grad(), self.place.current():
@@ -263,17 +264,15 @@ class StaticModel:
             self.whole = Captured(self._forward, (self.images,), pool, place=self.place)
 
     def _forward(self, images: Tensor) -> Outputs:
-        x, scores = self.model.embed(images), None
-        stages = self.model.config.stages if self.lengths is not None else ()
-        for i, block in enumerate(self.model.blocks):
-            if i in stages:
-                assert scores is not None
-                assert self.lengths is not None
-                best = scores.topk(self.lengths[stages.index(i)] - 1).indices.sort().values + 1
-                rows = torch.nn.functional.pad(best, (1, 0))
-                x = x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
-            x, scores = block(x, None, i + 1 in stages)
-        return (self.model.classify(x, None).float(),)
+        rows = Rows(self.model.embed(images))
+        for stage, length in enumerate(self.lengths):
+            rows, decision = self.model.scored(stage, rows)
+            best = decision.score.topk(length - 1).indices.sort().values + 1
+            index = torch.nn.functional.pad(best, (1, 0))
+            x = rows.tokens
+            rows = Rows(x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2])))
+        rows, _ = self.model.segment(len(self.lengths), rows)
+        return (self.model.classify(rows.tokens, None).float(),)
 
     @torch.no_grad()
     def infer(self, images: NDArray[np.float32] | Tensor) -> NDArray:

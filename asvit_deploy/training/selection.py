@@ -6,7 +6,7 @@ revives a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -14,14 +14,10 @@ from torch import Tensor
 
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import model_macs, teacher_macs
-from asvit_deploy.models.vit import AdaptiveViT, Selector
+from asvit_deploy.models.vit import AdaptiveViT, Rule, Selector
 from asvit_deploy.ops.torch_op import falling_order
-from asvit_deploy.reduction.threshold import compact_masked
 
 _SLACK = 2
-
-# (stage, scores float32 [B, N], alive bool [B, N]) -> bool [B, N]
-Rule = Callable[[int, Tensor, Tensor], Tensor]
 
 
 def highest(scores: Tensor, alive: Tensor, count: Tensor) -> Tensor:
@@ -62,16 +58,7 @@ def forward_selected(model: AdaptiveViT, images: Tensor, rule: Rule) -> Tensor:
     Args:
         images: float32 [B, 3, H, W], normalised.
     """
-    x, valid, scores = model.embed(images), None, torch.empty(0)
-    stages = model.config.stages
-    for i, block in enumerate(model.blocks):
-        if i in stages:
-            alive = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid[:, 1:]
-            keep = rule(stages.index(i), scores, alive)
-            x, index, _ = compact_masked(x, keep)
-            valid = index >= 0
-        x, scores = block(x, valid, i + 1 in stages)
-    return model.classify(x, valid)
+    return model(images, padded=True, rule=rule)[0]
 
 
 def ratio_counts(config: ArchConfig, budget: float) -> list[int]:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT, Block
+from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.reduction.scoring import token_scores
 from gpu_parts import networks
 from gpu_parts.kit import FailPart, Kit, Report, torch_for

@@ -20,6 +20,7 @@ from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.reduction.rows import Rows
 from gpu_parts.kit import Kit
 
 NETWORKS = "networks.json"
@@ -47,7 +48,7 @@ class Network:
     @property
     def rows(self) -> int:
         """M."""
-        return self.config.image_tokens + 1
+        return self.config.rows
 
     @property
     def mean_kept(self) -> list[int]:
@@ -121,9 +122,8 @@ def run_stage(
     Args:
         mask: bool [B, M], False where a row only pads.
     """
-    edges = (0, *model.config.stages, model.config.depth)
-    first, end = edges[stage : stage + 2]
-    last, scores = stage == len(edges) - 2, None
-    for i in range(first, end):
-        x, scores = model.blocks[i](x, mask, i == end - 1 and not last)
-    return x, scores
+    rows = Rows(x, alive=mask)
+    if stage < len(model.cuts):
+        rows, decision = model.scored(stage, rows)
+        return rows.tokens, decision.score
+    return model.segment(stage, rows)[0].tokens, None

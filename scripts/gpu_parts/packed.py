@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asvit_deploy.models.vit import AdaptiveViT, Block
+from asvit_deploy.models.blocks import Block
+from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.reduction.rows import Rows
 from gpu_parts import networks
 from gpu_parts.kit import FailPart, Kit, Report, SkipPart, target, torch_for
 from gpu_parts.timing import on_device
@@ -117,12 +119,10 @@ class PaddedModel:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         x, mask = self.model.embed(images), None
-        x = networks.run_stage(self.model, 0, x, None)[0]
-        edges = (*self.model.config.stages, self.model.config.depth)
+        x = self.model.segment(0, Rows(x))[0].tokens
         for stage, (rows, mask) in enumerate(self.steps):
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
-            for block in self.model.blocks[edges[stage] : edges[stage + 1]]:
-                x, _ = block(x, mask, False)
+            x = self.model.segment(stage + 1, Rows(x, alive=mask))[0].tokens
         return (self.model.classify(x, mask).float(),)
 
 
@@ -173,7 +173,7 @@ def _measure(
     def dense(images: Tensor) -> tuple[Tensor, ...]:
         x = model.embed(images)
         for block in model.blocks:
-            x, _ = block(x, None, False)
+            x = block.feed(block.attend(Rows(x))[0]).tokens  # type: ignore[operator]
         return (model.classify(x, None).float(),)
 
     functions: dict[str, Any] = {"dense": dense, "padded": PaddedModel(model, mine),

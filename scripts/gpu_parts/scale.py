@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asvit_deploy.models import build
+from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT, Block
+from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.reduction.scoring import class_attention_row, token_scores
 from gpu_parts.cut_cost import SHARE, plan
 from gpu_parts.kit import Kit, Report, torch_for
@@ -40,7 +41,7 @@ BATCHES = (1, 8, 32)
 def shape(name: str, dim: int, heads: int, depth: int, patch: int, pixels: int) -> ArchConfig:
     """A plain ViT with three cuts a quarter of its depth apart."""
     cuts = tuple(depth * i // 4 for i in (1, 2, 3))
-    return ArchConfig(name, "deit", dim, heads, depth, 4, cuts, pixels, patch)
+    return ArchConfig(name, dim, heads, depth, 4, cuts, pixels, patch)
 
 
 def shapes(kit: Kit) -> list[ArchConfig]:

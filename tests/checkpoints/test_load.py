@@ -101,7 +101,7 @@ def refusal(path, **options):
 # --- formats ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [DEIT, LVVIT], ids=lambda c: c.family)
+@pytest.mark.parametrize("config", [DEIT, LVVIT], ids=lambda c: c.head)
 def test_released_format(config, file):
     torch.save(released(config), file)
     checkpoint = load_checkpoint(file)
@@ -149,7 +149,7 @@ def test_moving_average_is_opt_in(file):
 def test_dense_formats(config, wrap, ema, file):
     torch.save(wrap(dense_state(config)), file)
     checkpoint = load_checkpoint(file, ema=ema)
-    assert checkpoint.format == {"deit": "deit", "lvvit": "lv-vit"}[config.family]
+    assert checkpoint.format == {"class": "deit", "class_and_tokens": "lv-vit"}[config.head]
     assert (checkpoint.adaptive, checkpoint.config) == (False, config)
     assert logits(build_model(checkpoint)).equal(logits(network(config, adaptive=False)))
 
@@ -167,7 +167,7 @@ def test_plain_timm_safetensors(tmp_path):
     assert logits(build_model(checkpoint)).equal(logits(network(DEIT, adaptive=False)))
 
 
-@pytest.mark.parametrize("config", [DEIT, LVVIT], ids=lambda c: c.family)
+@pytest.mark.parametrize("config", [DEIT, LVVIT], ids=lambda c: c.head)
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_our_own_format_round_trips(config, adaptive, tmp_path):
     path, model = tmp_path / "own.safetensors", network(config, adaptive)

@@ -9,7 +9,8 @@ import torch
 
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
-from asvit_deploy.reduction.threshold import mean_k_keep_mask
+from asvit_deploy.reduction.removal import mean_k_keep_mask
+from asvit_deploy.reduction.rows import Rows
 
 # Rows shrunk so that a forward pass takes milliseconds; 49 image tokens.
 SMALL = {"dim": 128, "heads": 2, "depth": 6, "stages": (2, 3, 5), "image_size": 112}
@@ -211,7 +212,8 @@ def test_scores_by_hand():
     model = build(CONFIGS["deit"]).eval()
     attention, x = model.blocks[1].attn, torch.randn(1, 50, 128)
     with torch.inference_mode():
-        _, scores = attention(x, None, True)
+        seen = attention(x, Rows(x), False)[1]
+        scores = model.reduction.decide(0, seen.rows, seen).score
         q, k, v = attention.qkv(x).reshape(1, 50, 3, 2, 64).permute(2, 0, 3, 1, 4)
         weights = (q @ k.transpose(2, 3) / 8).softmax(3)
         norm = (weights @ v)[:, :, 1:].square().sum(3).sqrt()

@@ -8,10 +8,9 @@ import torch
 from op_cases import CASES
 
 from asvit_deploy.ops.reference import keep_mask
+from asvit_deploy.reduction.removal import compact_masked, mean_k_keep_mask
 from asvit_deploy.reduction.threshold import (
     TEMPERATURE,
-    compact_masked,
-    mean_k_keep_mask,
     soft_keep_mask,
 )
 

@@ -105,7 +105,7 @@ def gpus(request, kernel, monkeypatch):
 
 @pytest.fixture(scope="module")
 def small() -> ArchConfig:
-    return ArchConfig("as_small", "deit", 64, 2, 6, 2, (2, 3, 5), image_size=56, patch_size=4,
+    return ArchConfig("as_small", 64, 2, 6, 2, (2, 3, 5), image_size=56, patch_size=4,
                       num_classes=10)  # fmt: skip
 
 

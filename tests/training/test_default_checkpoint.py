@@ -92,7 +92,7 @@ def test_random_selection_keeps_the_counts_it_is_given():
     images = torch.randn(3, 3, 56, 56)
     seen = []
     hooks = [
-        model.blocks[stage].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:2]))
+        model.blocks[stage].attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
         for stage in model.config.stages
     ]
     lengths = [torch.tensor(n) for n in ([150, 197, 3], [80, 100, 2], [2, 60, 2])]
@@ -100,8 +100,8 @@ def test_random_selection_keeps_the_counts_it_is_given():
     forward_selected(model, images, random_k([n - 1 for n in lengths], generator))
     for hook in hooks:
         hook.remove()
-    assert [mask.sum(1).tolist() for _, mask in seen] == [n.tolist() for n in lengths]
-    assert [x.shape[1] for x, _ in seen] == [197, 100, 60]
+    assert [rows.alive.sum(1).tolist() for rows in seen] == [n.tolist() for n in lengths]
+    assert [rows.tokens.shape[1] for rows in seen] == [197, 100, 60]
     # With nothing to drop, chance has no say: the dense network's answer.
     chance = forward_selected(model, images, random_k([torch.full((3,), 196)] * 3, generator))
     torch.testing.assert_close(chance, model.forward_masked(images)[0], atol=1e-5, rtol=1e-5)

@@ -13,7 +13,8 @@ from torch import Tensor
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.macs import model_macs, teacher_macs
-from asvit_deploy.models.vit import AdaptiveViT, masked_softmax
+from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.reduction.masking import masked_softmax
 from asvit_deploy.training.losses import (
     Outputs,
     Weights,

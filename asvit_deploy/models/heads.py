@@ -1,0 +1,108 @@
+"""What becomes of the last tokens: one small class a head, and the table of them.
+
+A head's weights stand beside the network's own, under the names that checkpoints have.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from asvit_deploy.models.config import ArchConfig
+
+
+class Head(Protocol):
+    """Classes or an embedding from the normalised tokens."""
+
+    @staticmethod
+    def layers(config: ArchConfig) -> dict[str, int]:
+        """Linear layers by their names in a checkpoint, and how wide their input is."""
+        ...
+
+    @staticmethod
+    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
+        """[B, M, D] -> [B, C].
+
+        Args:
+            network: holds the layers.
+            valid: bool [B, M], the rows in use; None: all.
+            prefix: P.
+        """
+        ...
+
+
+class ClassHead:
+    """The class token through one layer."""
+
+    @staticmethod
+    def layers(config: ArchConfig) -> dict[str, int]:
+        return {"head": config.dim}
+
+    @staticmethod
+    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
+        return network.head(x[:, 0])  # type: ignore[operator]
+
+
+class ClassAndTokens:
+    """LV-ViT: head(class token) + 0.5 max over the kept tokens of aux_head(token)."""
+
+    @staticmethod
+    def layers(config: ArchConfig) -> dict[str, int]:
+        return {"head": config.dim, "aux_head": config.dim}
+
+    @staticmethod
+    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
+        votes = network.aux_head(x[:, prefix:])  # type: ignore[operator]  # (B, N, C)
+        if valid is not None:
+            votes = votes.masked_fill(~valid[:, prefix:, None], -torch.inf)
+        return network.head(x[:, 0]) + 0.5 * votes.amax(1)  # type: ignore[operator]
+
+
+class ClassAndMean:
+    """DINOv2's classifier: one layer on the class token beside the mean of the image tokens."""
+
+    @staticmethod
+    def layers(config: ArchConfig) -> dict[str, int]:
+        return {"head": 2 * config.dim}
+
+    @staticmethod
+    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
+        tokens = x[:, prefix:]
+        if valid is None:
+            mean = tokens.mean(1)
+        else:
+            used = valid[:, prefix:, None].to(x.dtype)
+            mean = (tokens * used).sum(1) / used.sum(1)
+        return network.head(torch.cat([x[:, 0], mean], 1))  # type: ignore[operator]
+
+
+class TwoClasses:
+    """DeiT's distilled form: the mean of two layers, on the class and the distillation token."""
+
+    @staticmethod
+    def layers(config: ArchConfig) -> dict[str, int]:
+        return {"head": config.dim, "head_dist": config.dim}
+
+    @staticmethod
+    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
+        return (network.head(x[:, 0]) + network.head_dist(x[:, 1])) / 2  # type: ignore[operator]
+
+
+class NoHead:
+    """The class token itself: an embedding."""
+
+    @staticmethod
+    def layers(config: ArchConfig) -> dict[str, int]:
+        return {}
+
+    @staticmethod
+    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
+        return x[:, 0]
+
+
+HEADS: dict[str, type[Head]] = {
+    "class": ClassHead, "class_and_tokens": ClassAndTokens, "class_and_mean": ClassAndMean,
+    "two_classes": TwoClasses, "none": NoHead,
+}  # fmt: skip

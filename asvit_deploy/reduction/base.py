@@ -1,0 +1,145 @@
+"""The face of a token reduction: what it is shown, what it decides, and what it may change.
+
+A network is 2 x depth halves: every block attends, then feeds. A reduction acts at cuts between two
+halves, before a block or inside it. Only the network's walk removes rows, the same way for every
+method; a method scores them, and may hand on what leaving rows carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from asvit_deploy.reduction.masking import masked_softmax
+from asvit_deploy.reduction.rows import Rows
+from asvit_deploy.reduction.scoring import class_attention_row
+
+Place = Literal["before", "inside"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the last attention leaves behind; masks and sizes of its rows live here only.
+
+    Attributes:
+        query, key, context: T [B, H, M, Dh], the context before the projection.
+        rows: those that attended.
+        masked: whether it was the training form.
+    """
+
+    query: Tensor
+    key: Tensor
+    context: Tensor
+    rows: Rows
+    masked: bool = False
+
+    def class_row(self) -> Tensor:
+        """The class token's row of the softmax, float32 [B, H, M] under autocast too."""
+        bias = self.rows.bias()
+        if not self.masked:
+            return class_attention_row(self.query, self.key, self.rows.alive, bias)
+        with torch.autocast(self.query.device.type, enabled=False):
+            if self.rows.keep is None:
+                return class_attention_row(self.query, self.key, None, bias)
+            scale = self.key.shape[3] ** -0.5
+            logits = (self.query[:, :, 0:1].float() * scale) @ self.key.float().transpose(2, 3)
+            logits = logits if bias is None else logits + bias
+            return masked_softmax(logits, self.rows.keep).squeeze(2)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How rows are ranked at a cut.
+
+    Attributes:
+        score: float32 [B, M-P], one for each image row.
+        boundary: float32 scalar: rows above it stay, and the best in any case; None where counts
+            are fixed.
+        into: int64 [B, M], the row that takes what a leaving row carries; None: it is lost.
+    """
+
+    score: Tensor
+    boundary: Tensor | None = None
+    into: Tensor | None = None
+
+
+class Reduction(nn.Module):
+    """A method. Its parameters stand in a network's state under `slot`.
+
+    Attributes:
+        name: as commands and files call it.
+        slot: the first part of its parameters' names.
+        place: where in a block it cuts.
+        learns: whether its boundary is a parameter, for `finetune` and `calibrate`.
+        appends: rows that `combine` adds at each cut.
+    """
+
+    name: ClassVar[str]
+    slot: ClassVar[str] = "reduction"
+    place: ClassVar[Place]
+    learns: ClassVar[bool] = False
+    appends: ClassVar[int] = 0
+
+    def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:
+        super().__init__()
+        self.blocks, self.prefix = tuple(blocks), prefix
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Halves in front of which rows leave."""
+        inside = self.place == "inside"
+        return tuple(2 * block + inside for block in self.blocks)
+
+    def decide(self, stage: int, rows: Rows, seen: Seen) -> Decision:
+        """Rank the rows at cut number `stage`; traced by torch.export."""
+        raise NotImplementedError
+
+    def mask(self, stage: int, decision: Decision, alive: Tensor, temperature: float) -> Tensor:
+        """Training form: which image rows stay, float32 [B, M-P], 0 or 1.
+
+        Args:
+            alive: float32 [B, M-P], differentiable; a dropped row never returns.
+            temperature: how steep the relaxation is through which a boundary learns.
+        """
+        raise NotImplementedError
+
+    def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
+        """Hand on what leaving rows carry; may append rows, which stay. By default nothing.
+
+        Args:
+            rows: all of them, the leaving ones too.
+            stay: float32 [B, M], 1 or 0; prefix rows stay, rows that are not alive do not.
+        """
+        return rows
+
+    @property
+    def combines(self) -> bool:
+        """Whether `combine` does anything."""
+        return type(self).combine is not Reduction.combine
+
+    def counts(self, stage: int, tokens: int) -> int | None:
+        """How many image rows stay of so many, the same for each image; None: each its own."""
+        return None
+
+    def macs(self, stage: int, rows: Any) -> Any:
+        """Multiply-accumulates of its own at a cut with so many rows (M), which are not counted
+        with the network's.
+        """
+        return 0
+
+    def fields(self) -> dict[str, Any]:
+        """What restores it beside its parameters, JSON-ready."""
+        return {"name": self.name, "blocks": list(self.blocks)}
+
+    @classmethod
+    def restore(cls, fields: dict[str, Any], prefix: int) -> Reduction:
+        """The opposite of `fields`; parameters are loaded after.
+
+        Raises:
+            ValueError: the fields are not of this method.
+        """
+        return cls(fields["blocks"], prefix)

@@ -1,0 +1,115 @@
+"""How rows leave at a cut, the same way for every method: by the op, or by a gather."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from asvit_deploy.ops.torch_op import falling_order, keep_mask, threshold_compact
+from asvit_deploy.reduction.base import Decision, Reduction
+from asvit_deploy.reduction.rows import Rows
+
+
+def remove(
+    reduction: Reduction, stage: int, rows: Rows, decision: Decision, padded: bool,
+    given: Tensor | None = None, keep: Tensor | None = None,
+) -> tuple[Rows, Tensor, Tensor]:  # fmt: skip
+    """Take out what does not stay, once the reduction has combined what it wants to.
+
+    Args:
+        padded: whether images that keep fewer are padded, and what pads is hidden from then on.
+        given: what stays in place of the decision, of one image: int64 [K], prefix first.
+        keep: likewise, bool [B, M-P].
+
+    Returns:
+        the rows that stay, then appended ones; index int64 [B, K] as the op gives it, of rows of
+        this input; length int64 [B], the rows in use from now on.
+    """
+    before, own = rows.batched.shape[1], given is None and keep is None
+    count = reduction.counts(stage, before - reduction.prefix) if own else None
+    if given is not None:
+        index = given[None]
+    elif count is not None:
+        index = _highest(decision.score, count, reduction.prefix)
+    else:
+        return _by_op(reduction, stage, rows, decision, padded, keep)
+    if reduction.combines:
+        stay = torch.zeros_like(rows.sizes).scatter(1, index, 1.0)
+        rows = reduction.combine(stage, rows, stay, decision)
+    return _gathered(rows, index, before)
+
+
+def _highest(score: Tensor, count: int, prefix: int) -> Tensor:
+    """int64 [B, P+count]: the prefix and the highest scores, in their order."""
+    place = score.topk(count).indices
+    # Brought into order as float32, which runtimes sort and which is exact for them.
+    rising = place.float().topk(count, largest=False).values.long() + prefix
+    first = torch.arange(prefix, device=score.device).expand(score.shape[0], -1)
+    return torch.cat([first, rising], 1)
+
+
+def _gathered(rows: Rows, index: Tensor, before: int) -> tuple[Rows, Tensor, Tensor]:
+    tokens, taken = rows.batched, index
+    if (added := tokens.shape[1] - before) > 0:
+        last = torch.arange(before, before + added, device=index.device)
+        taken = torch.cat([index, last.expand(index.shape[0], -1)], 1)
+    if taken.shape[0] == 1:
+        tokens = tokens[:, taken[0]]
+    else:
+        tokens = tokens.gather(1, taken.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
+    length = torch.full_like(taken[:, 0], taken.shape[1])
+    return _side_rows(rows, tokens, taken), index, length
+
+
+def _by_op(
+    reduction: Reduction, stage: int, rows: Rows, decision: Decision, padded: bool,
+    keep: Tensor | None,
+) -> tuple[Rows, Tensor, Tensor]:  # fmt: skip
+    score, boundary = decision.score, decision.boundary
+    if keep is not None:
+        score = torch.where(keep, 1.0, -torch.inf)
+        boundary = score.new_tensor(0.0)
+    assert boundary is not None
+    if reduction.combines:
+        before = score.shape[1]
+        stays = keep_mask(score, boundary) & rows.living(reduction.prefix)
+        stay = F.pad(stays.float(), (reduction.prefix, 0), value=1.0)
+        rows = reduction.combine(stage, rows, stay, decision)
+        added = rows.batched.shape[1] - reduction.prefix - before
+        score = F.pad(score, (0, added), value=torch.inf)
+    compact, index, length, _ = threshold_compact(rows.batched, score, boundary)
+    rows = replace(_side_rows(rows, compact, index), alive=index >= 0 if padded else None)
+    return rows, index, length
+
+
+def _side_rows(rows: Rows, tokens: Tensor, index: Tensor) -> Rows:
+    """What goes along with the tokens, by the index."""
+    size = None if rows.size is None else rows.size.gather(1, index.clamp_min(0))
+    tokens = tokens.squeeze(0) if rows.tokens.dim() == 2 else tokens
+    return replace(rows, tokens=tokens, size=size)
+
+
+def mean_k_keep_mask(scores: Tensor, threshold: Tensor) -> Tensor:
+    """The paper's batch rule: every image keeps the top k, k the batch's mean count, at least 1.
+
+    An image then depends on its batch mates; use it to reproduce the paper's validation numbers.
+
+    Args:
+        scores: float32 [B, N]; number > NaN > -inf, and the first of equals wins.
+
+    Returns:
+        bool [B, N] with the same number of True in every row.
+    """
+    count = int((scores > threshold).sum()) // scores.shape[0]
+    top = falling_order(scores)[:, : max(count, 1)]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
+
+
+def compact_masked(tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove the image tokens that `keep` (bool [B, N]) leaves out; see `threshold_compact`."""
+    scores = torch.where(keep, 1.0, -torch.inf)
+    compact, index, length, _ = threshold_compact(tokens, scores, scores.new_tensor(0.0))
+    return compact, index, length

@@ -1,0 +1,80 @@
+"""The rows of a network on their way, and what is known of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows on their way through the network, P prefix rows first.
+
+    Attributes:
+        tokens: T [B, M, D], or [M, D] of one image.
+        alive: bool [B, M], False where a row only pads the batch; None: all are real.
+        keep: training form, float32 [B, M]: 1 or 0, differentiable; a dropped row stays in place.
+        size: float32 [B, M], how many input tokens a row stands for; None: one each.
+    """
+
+    tokens: Tensor
+    alive: Tensor | None = None
+    keep: Tensor | None = None
+    size: Tensor | None = None
+
+    @property
+    def batched(self) -> Tensor:
+        """T [B, M, D]."""
+        return self.tokens.unsqueeze(0) if self.tokens.dim() == 2 else self.tokens
+
+    @property
+    def sizes(self) -> Tensor:
+        """float32 [B, M]."""
+        if self.size is not None:
+            return self.size
+        return torch.ones(self.batched.shape[:2], device=self.tokens.device)
+
+    def bias(self) -> Tensor | None:
+        """log(size) float32 [B, 1, 1, M], which attention adds to its logits."""
+        return None if self.size is None else self.size.log()[:, None, None, :]
+
+    def living(self, prefix: int) -> Tensor:
+        """bool [B, M-P]: image rows that are real and not dropped."""
+        if self.keep is not None:
+            return self.keep[:, prefix:].detach() > 0.5
+        if self.alive is not None:
+            return self.alive[:, prefix:]
+        rows = self.batched
+        return torch.ones(rows.shape[0], rows.shape[1] - prefix, dtype=torch.bool,
+                          device=rows.device)  # fmt: skip
+
+
+def moved(size: Tensor, into: Tensor, leaving: Tensor) -> Tensor:
+    """Sizes after every leaving row's went to the row that takes it; float32 [B, M].
+
+    Args:
+        into: int64 [B, M].
+        leaving: float32 [B, M], 1 where a row leaves.
+    """
+    return size.scatter_add(1, into, size * leaving)
+
+
+def with_row(rows: Rows, token: Tensor, size: Tensor | None = None) -> Rows:
+    """Rows with one more at the end, which stays.
+
+    Args:
+        token: T [B, D].
+    """
+
+    def longer(values: Tensor | None, fill: float | bool) -> Tensor | None:
+        if values is None:
+            return None
+        return torch.cat([values, values.new_full((values.shape[0], 1), fill)], 1)
+
+    sizes = longer(rows.size, 1.0) if size is None else torch.cat([rows.sizes, size[:, None]], 1)
+    tokens = torch.cat([rows.batched, token[:, None]], 1)
+    return replace(rows, tokens=tokens if rows.tokens.dim() == 3 else tokens.squeeze(0),
+                   alive=longer(rows.alive, True), keep=longer(rows.keep, 1.0),
+                   size=sizes)  # fmt: skip
