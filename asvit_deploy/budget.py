@@ -11,8 +11,15 @@ from torch import Tensor
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs, unavoidable_macs
+from asvit_deploy.models.macs import (
+    dense_macs,
+    fixed_lengths,
+    model_macs,
+    teacher_macs,
+    unavoidable_macs,
+)
 from asvit_deploy.models.vit import AdaptiveViT, Trace
+from asvit_deploy.reduction.fixed import FixedCounts
 
 _BATCH = 64
 _HALVINGS = 24  # of the factor's interval, in logarithms
@@ -130,3 +137,36 @@ def fit_thresholds(
     after, _ = _run(model, batches, progress)
     model.train(was_training)
     return Fit(budget, len(images), factor, before, after)
+
+
+def fixed_counts(config: ArchConfig, method: type[FixedCounts], budget: float) -> FixedCounts:
+    """The method at its usual blocks, with counts of one ratio at every cut that meet a budget.
+
+    Args:
+        budget: f, a fraction of the dense MACs as the release counts them.
+
+    Raises:
+        UserError: no ratio comes within one per cent of it.
+    """
+    blocks = method.usual_blocks(config.stages, config.depth)
+
+    def at(ratio: float) -> tuple[FixedCounts, float]:
+        kept, tokens = [], config.image_tokens
+        for _ in blocks:
+            kept.append(max(1, round(tokens * ratio)))
+            tokens = kept[-1] + method.appends
+        made = method(blocks, kept, config.prefix)
+        lengths = fixed_lengths(config, made)
+        # Counts that a method raises to what it can do are written as they are carried out.
+        kept = [length - config.prefix - method.appends for length in lengths]
+        macs = model_macs(config, lengths, made.cuts) / teacher_macs(config)
+        return method(blocks, kept, config.prefix), float(macs)
+
+    tried = [at(i / 1000) for i in range(1, 1001)]
+    best, macs = min(tried, key=lambda one: abs(one[1] - budget))
+    if abs(macs / budget - 1) > TOLERANCE:
+        raise UserError(
+            f"budget {budget:g} is out of reach of {method.name} on {config.name} at "
+            f"{config.image_size} px; the nearest is {macs:.3f}"
+        )
+    return best

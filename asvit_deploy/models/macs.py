@@ -8,9 +8,12 @@ the DeiT family's LayerNorm, softmax and head, and the token scores of either fa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
+
+if TYPE_CHECKING:
+    from asvit_deploy.reduction.base import Reduction
 
 # An int, a float, a numpy array or a torch tensor: whatever has + and *.
 Number = Any
@@ -28,7 +31,7 @@ def stem_macs(config: ArchConfig) -> int:
 
 
 def block_macs(config: ArchConfig, n: Number) -> Number:
-    """One transformer block on `n` tokens: 4nd^2 + 2dn^2 + 2ndm, plus LV-ViT's small change."""
+    """One transformer block on `n` rows: 4nd^2 + 2dn^2 + 2ndm, plus LV-ViT's small change."""
     d, m, h = config.dim, config.hidden, config.heads
     linear = 4 * d * d + 2 * d * m
     quadratic = 2 * d
@@ -39,20 +42,59 @@ def block_macs(config: ArchConfig, n: Number) -> Number:
     return n * linear + n * n * quadratic
 
 
-def model_macs(config: ArchConfig, lengths: Sequence[Number]) -> Number:
-    """The whole network, given the tokens left after each stage.
+def attend_macs(config: ArchConfig, n: Number) -> Number:
+    """The first half of a block: 4nd^2 + 2dn^2."""
+    return block_macs(config, n) - feed_macs(config, n)
+
+
+def feed_macs(config: ArchConfig, n: Number) -> Number:
+    """The second half of a block: 2ndm."""
+    d, m = config.dim, config.hidden
+    linear = 2 * d * m
+    if config.counts_elementwise:
+        linear += _LAYER_NORM * d + d + d + m + _ACTIVATION * m
+    return n * linear
+
+
+def model_macs(
+    config: ArchConfig, lengths: Sequence[Number], cuts: Sequence[int] | None = None
+) -> Number:
+    """The whole network, given the rows left after each cut.
 
     Args:
-        lengths: one entry per stage, class token included, in stage order.
+        lengths: one entry per cut, prefix included, in order.
+        cuts: halves in front of which rows leave, as `ViT.cuts` has them; by default before the
+            blocks of the architecture's stages.
     """
-    tokens: list[Number | int] = [config.rows, *lengths]
-    edges = [0, *config.stages, config.depth]
-    if len(tokens) != len(edges) - 1:
-        raise ValueError(f"{config.name} has {len(config.stages)} stages, got {len(lengths)}")
+    cuts = [2 * stage for stage in config.stages] if cuts is None else cuts
+    rows: list[Number | int] = [config.rows, *lengths]
+    edges = [0, *cuts, 2 * config.depth]
+    if len(rows) != len(edges) - 1:
+        raise ValueError(f"{config.name} has {len(cuts)} stages, got {len(lengths)}")
     total = stem_macs(config)
-    for n, first, last in zip(tokens, edges, edges[1:]):
-        total = total + (last - first) * block_macs(config, n)
+    for n, first, last in zip(rows, edges, edges[1:]):
+        if first < last and first % 2:
+            total, first = total + feed_macs(config, n), first + 1
+        if first < last and last % 2:
+            total, last = total + attend_macs(config, n), last - 1
+        total = total + (last - first) // 2 * block_macs(config, n)
     return total
+
+
+def fixed_lengths(config: ArchConfig, reduction: Reduction) -> list[int]:
+    """Rows behind each cut where every picture keeps as many, prefix and appended rows included.
+
+    Raises:
+        ValueError: the counts depend on the picture.
+    """
+    lengths, tokens = [], config.image_tokens
+    for stage in range(len(reduction.cuts)):
+        kept = reduction.counts(stage, tokens)
+        if kept is None:
+            raise ValueError(f"{reduction.name} keeps another number on every picture")
+        tokens = kept + reduction.appends
+        lengths.append(config.prefix + tokens)
+    return lengths
 
 
 def dense_macs(config: ArchConfig) -> int:
@@ -67,7 +109,7 @@ def teacher_macs(config: ArchConfig) -> int:
 
 def unavoidable_macs(config: ArchConfig) -> int:
     """What remains when every stage keeps one image token."""
-    return model_macs(config, [2] * len(config.stages))
+    return model_macs(config, [config.prefix + 1] * len(config.stages))
 
 
 def budget_macs(config: ArchConfig, budget: float) -> float:

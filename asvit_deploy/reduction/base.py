@@ -79,7 +79,7 @@ class Reduction(nn.Module):
     """
 
     name: ClassVar[str]
-    slot: ClassVar[str] = "reduction"
+    slot: ClassVar[str] = "method"
     place: ClassVar[Place]
     learns: ClassVar[bool] = False
     appends: ClassVar[int] = 0
@@ -87,6 +87,11 @@ class Reduction(nn.Module):
     def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:
         super().__init__()
         self.blocks, self.prefix = tuple(blocks), prefix
+
+    @classmethod
+    def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        """Where it cuts by default: at the architecture's stages."""
+        return stages
 
     @property
     def cuts(self) -> tuple[int, ...]:

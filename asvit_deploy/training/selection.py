@@ -15,20 +15,9 @@ from torch import Tensor
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import model_macs, teacher_macs
 from asvit_deploy.models.vit import AdaptiveViT, Rule, Selector
-from asvit_deploy.ops.torch_op import falling_order
+from asvit_deploy.reduction.fixed import highest
 
 _SLACK = 2
-
-
-def highest(scores: Tensor, alive: Tensor, count: Tensor) -> Tensor:
-    """The `count` (int64 [B]) highest of the tokens alive, the first of equals; bool [B, N].
-
-    Number > NaN > -inf, as in the op.
-    """
-    order = falling_order(scores)
-    alive_first = (~alive.gather(1, order)).to(torch.uint8).argsort(dim=1, stable=True)
-    rank = order.gather(1, alive_first).argsort(1)
-    return (rank < count[:, None]) & alive
 
 
 def top_k(counts: Sequence[Tensor]) -> Rule:

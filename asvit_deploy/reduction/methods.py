@@ -1,0 +1,27 @@
+"""The table of methods: one row each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asvit_deploy.reduction.base import Reduction
+from asvit_deploy.reduction.size_passing import SizePassing
+from asvit_deploy.reduction.threshold import Threshold
+from asvit_deploy.reduction.topk import TopK
+
+METHODS: dict[str, type[Reduction]] = {
+    method.name: method for method in (Threshold, TopK, SizePassing)
+}
+
+
+def restored(fields: dict[str, Any], prefix: int) -> Reduction:
+    """The method that `Reduction.fields` described; its parameters are loaded after.
+
+    Raises:
+        ValueError: there is no such method, or the fields are not its own.
+    """
+    try:
+        method = METHODS[fields["name"]]
+        return method.restore(fields, prefix)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no reduction is described by {fields!r} ({error})") from None
