@@ -2,9 +2,8 @@
 
     images -> patch tokens -> [halves of blocks] -> cut -> [halves] -> cut -> ... -> logits
 
-A block is two halves, `attend` and `feed`, and a cut lies between two halves. `ViT.segment` is the
-one walk over them. What a cut does is a `Reduction`'s (`reduction.base`); what an architecture is,
-traits say (`models.config`). Parameters carry timm's names, so dense checkpoints load as they are.
+A block is two halves, `attend` and `feed`, and a cut lies between two halves. `segment` is the one
+walk over them. How rows rank at a cut is a `Reduction`'s to say (`reduction.base`).
 """
 
 from __future__ import annotations
@@ -16,23 +15,19 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from asvit_deploy.models.backbone import Backbone
 from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.heads import HEADS
-from asvit_deploy.models.stem import build_stem
 from asvit_deploy.reduction.base import Decision, Reduction, Seen
 from asvit_deploy.reduction.removal import mean_k_keep_mask, remove
 from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.threshold import TEMPERATURE, Threshold
 
-# How the images of a batch go together.
-BatchRule = Literal["exact", "mean-k"]
-
+BatchRule = Literal["exact", "mean-k"]  # how the images of a batch go together
 # What a token that was dropped loses in the training form: the others' attention, or its features.
 Masking = Literal["attention", "activation"]
-
 # (stage, scores float32 [B, N], alive float32 [B, N]) -> keep mask float32 [B, N]
 Selector = Callable[[int, Tensor, Tensor], Tensor]
 # (stage, scores float32 [B, N], alive bool [B, N]) -> bool [B, N]; inference form
@@ -53,41 +48,14 @@ class Trace:
     length: list[Tensor] = field(default_factory=list)
 
 
-class AdaptiveViT(nn.Module):
+class AdaptiveViT(Backbone):
     """A ViT whose image tokens leave at the cuts of its reduction; dense without one."""
 
     thresholds: Any  # the reduction where it is `Threshold`, else empty
 
     def __init__(self, config: ArchConfig, reduction: Reduction | None) -> None:
-        super().__init__()
-        self.config = config
-        self.patch_embed = build_stem(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
-        if config.prefix > 1:
-            self.reg_token = nn.Parameter(torch.zeros(1, config.prefix - 1, config.dim))
-        placed = config.rows if config.positions == "all" else config.image_tokens
-        self.pos_embed = nn.Parameter(torch.zeros(1, placed, config.dim))
-        if config.norm_pre:
-            self.norm_pre = nn.LayerNorm(config.dim, eps=config.eps)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.dim, eps=config.eps)
-        heads = HEADS[config.head].layers(config)
-        if "head" in heads:
-            self.head = nn.Linear(heads.pop("head"), config.num_classes)
+        super().__init__(config)
         self._set_reduction(reduction)
-        self._initialise()
-        for name, width in heads.items():
-            self.add_module(name, layer := nn.Linear(width, config.num_classes))
-            _initialise_linear(layer)
-
-    def _initialise(self) -> None:
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        if self.config.prefix > 1:
-            nn.init.trunc_normal_(self.reg_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                _initialise_linear(module)
 
     def _set_reduction(self, reduction: Reduction | None) -> None:
         self._slot = None if reduction is None else reduction.slot
@@ -122,23 +90,6 @@ class AdaptiveViT(nn.Module):
     def threshold_values(self) -> list[float]:
         """The thresholds as plain numbers, in stage order; empty where the method has none."""
         return self.reduction.values() if isinstance(self.reduction, Threshold) else []
-
-    def embed(self, images: Tensor) -> Tensor:
-        """float [B, 3, H, W] -> tokens [B, M, D], class token first."""
-        tokens = self.patch_embed(images)
-        if self.config.positions == "image":
-            tokens = tokens + self.pos_embed
-        first = [self.cls_token.expand(images.shape[0], -1, -1)]
-        if self.config.prefix > 1:
-            first.append(self.reg_token.expand(images.shape[0], -1, -1))
-        tokens = torch.cat([*first, tokens], 1)
-        if self.config.positions == "all":
-            tokens = tokens + self.pos_embed
-        return self.norm_pre(tokens) if self.config.norm_pre else tokens
-
-    def classify(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """tokens [B, M, D] -> logits [B, C]; `valid` bool [B, M] names the rows in use."""
-        return HEADS[self.config.head].read(self, self.norm(tokens), valid, self.config.prefix)
 
     def segment(self, part: int, rows: Rows, masked: bool = False) -> tuple[Rows, Seen | None]:
         """The halves between two cuts, and what the last attention saw; None behind the last cut.
@@ -268,9 +219,3 @@ class AdaptiveViT(nn.Module):
             valid = F.pad(masks[-1].detach(), (prefix, 0), value=1.0)
             valid = F.pad(valid, (0, rows.tokens.shape[1] - valid.shape[1]), value=1.0) > 0.5
         return self.classify(rows.tokens, valid), self.norm(rows.tokens), masks
-
-
-def _initialise_linear(layer: nn.Linear) -> None:
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)

@@ -74,14 +74,12 @@ class Reduction(nn.Module):
         name: as commands and files call it.
         slot: the first part of its parameters' names.
         place: where in a block it cuts.
-        learns: whether its boundary is a parameter, for `finetune` and `calibrate`.
         appends: rows that `combine` adds at each cut.
     """
 
     name: ClassVar[str]
     slot: ClassVar[str] = "method"
     place: ClassVar[Place]
-    learns: ClassVar[bool] = False
     appends: ClassVar[int] = 0
 
     def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:

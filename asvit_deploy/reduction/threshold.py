@@ -30,7 +30,6 @@ class Threshold(Reduction):
     name: ClassVar[str] = "threshold"
     slot: ClassVar[str] = "thresholds"
     place: ClassVar[Place] = "before"
-    learns: ClassVar[bool] = True
 
     def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:
         super().__init__(blocks, prefix)
