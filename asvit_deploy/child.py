@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+PATIENCE = 15  # seconds, for a library that is tried; most of the second that it takes is imports
+_MOST_SAID = 1 << 20  # bytes that it may write into any file
 
 # `-c` and `-m` look in the current folder first, where any file may bear a library's name. `-P` is
 # Python 3.11's, and `-I` would lose PYTHONPATH. Nothing is imported before: sys is built in.
@@ -17,3 +24,30 @@ def command(code: str, *arguments: str) -> list[str]:
     """
     package = Path(__file__).resolve().parent.parent
     return [sys.executable, "-c", _START.format(str(package)) + code, *arguments]
+
+
+def tried(code: str, *arguments: str) -> tuple[int, str, str] | str:
+    """Run code that may crash or never end, such as another's library as it is loaded.
+
+    Returns:
+        Exit code, stdout and stderr; or in one line why it came to none.
+    """
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({_MOST_SAID},) * 2)\n"
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(
+            command(limit + code, *arguments), stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            return f"loading it does not end within {PATIENCE} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with what the library started
+                process.wait()
+        if process.returncode < 0:
+            return f"loading it ends the process ({signal.Signals(-process.returncode).name})"
+        for file in (out, err):
+            file.seek(0)
+        return process.returncode, *(file.read().decode(errors="replace") for file in (out, err))
