@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,22 +27,32 @@ def command(code: str, *arguments: str) -> list[str]:
     return [sys.executable, "-c", _START.format(str(package)) + code, *arguments]
 
 
-def tried(code: str, *arguments: str) -> tuple[int, str, str] | str:
+def tried(
+    code: str, *arguments: str, given: bytes = b"", wait: float | None = None
+) -> tuple[int, str, str] | str:
     """Run code that may crash or never end, such as another's library as it is loaded.
+
+    Args:
+        given: its stdin.
+        wait: seconds, by default `PATIENCE`.
 
     Returns:
         Exit code, stdout and stderr; or in one line why it came to none.
     """
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({_MOST_SAID},) * 2)\n"
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    seconds = PATIENCE if wait is None else wait
+    with contextlib.ExitStack() as stack:
+        stdin, out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+        stdin.write(given)
+        stdin.seek(0)
         process = subprocess.Popen(
-            command(limit + code, *arguments), stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            command(limit + code, *arguments), stdin=stdin, stdout=out, stderr=err,
             start_new_session=True,
         )  # fmt: skip
         try:
-            process.wait(PATIENCE)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return f"loading it does not end within {PATIENCE} s"
+            return f"loading it does not end within {seconds} s"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # with what the library started
@@ -50,4 +61,5 @@ def tried(code: str, *arguments: str) -> tuple[int, str, str] | str:
             return f"loading it ends the process ({signal.Signals(-process.returncode).name})"
         for file in (out, err):
             file.seek(0)
-        return process.returncode, *(file.read().decode(errors="replace") for file in (out, err))
+        said, complained = (file.read().decode(errors="replace") for file in (out, err))
+        return process.returncode, said, complained
