@@ -191,6 +191,18 @@ def test_data_in_a_pipe_is_not_waited_for(ends, mini_artifacts, tmp_path):
     assert "no regular file" in ends(FOREIGN, path)
 
 
+def test_a_length_of_nothing_does_not_stand_for_all_of_a_file(ends, mini_artifacts, tmp_path):
+    def far(proto):
+        outside(proto, "w.bin")
+        proto.graph.initializer[-1].external_data.add(key="length", value="0")
+
+    with open(tmp_path / "w.bin", "wb") as file:
+        file.truncate(1 << 36)
+    path = signed_copy(mini_artifacts["1", "auto"], tmp_path / "x.onnx", far)
+    Path(f"{path}.json").unlink()
+    assert "keeps more than 2 GiB in other files" in ends(FOREIGN, path)
+
+
 def test_a_file_of_more_than_any_is_not_read(ends, tmp_path):
     with open(tmp_path / "x.onnx", "wb") as file:
         file.truncate(1 << 40)
