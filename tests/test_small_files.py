@@ -103,6 +103,17 @@ def test_json_that_is_deep_or_long_is_one_line(tmp_path, content):
     raises_one_line(lambda: read_names(path), str(path))
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["lr = " + "[" * 8000, "lr = " + "[" * 4000 + "]" * 4000, "lr = " + "{a=" * 5000,
+     "[" + "[" * 8000],
+)  # fmt: skip
+def test_a_recipe_that_is_deep_is_one_line(tmp_path, content):
+    path = tmp_path / "r.toml"
+    path.write_text(content)
+    raises_one_line(lambda: read_recipe(path), f"{path} is no TOML")
+
+
 def test_nothing_is_written_that_could_not_be_read(tmp_path):
     names = [f"{i:05}" + "x" * 900 for i in range(20_000)]
     raises_one_line(lambda: artifact.write(tmp_path / "a.onnx", b"x", {"classes": names}),
