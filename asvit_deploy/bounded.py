@@ -14,6 +14,10 @@ from asvit_deploy.errors import UserError
 # Sidecars, manifests, configs and lists of class names: 22,000 names take 2 MiB, and a JSON parser
 # makes up to 20 bytes of one.
 MOST_TEXT = 16 << 20
+# Checkpoints, engines and whatever else is read from end to end: DeiT-B takes 1.4 GB with its
+# moving average and its optimiser's two.
+MOST_BYTES = 4 << 30
+MOST_ONNX = 2**31 - 1  # protobuf's own limit; a graph is handed on as one message
 _MOST_DIGITS = 4300  # of a number: what Python 3.11 allows, as its time grows with the square
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from asvit_deploy import trusted
-from asvit_deploy.bounded import open_regular
+from asvit_deploy.bounded import MOST_BYTES, open_regular
 from asvit_deploy.claims import claim_on, same, try_lock
 from asvit_deploy.errors import UserError
 
@@ -50,14 +50,22 @@ def check_seal(path: Path) -> None:
             raise ValueError(f"{path} was damaged after it was written")
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, most: int = MOST_BYTES) -> str:
     """Hex digest of a file's bytes.
 
+    Args:
+        most: bytes; of a larger file nothing is read.
+
     Raises:
-        UserError, OSError: as `open_regular`.
+        UserError: it is larger; or as `open_regular`.
+        OSError: as `open_regular`.
     """
     digest = hashlib.sha256()
     with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise UserError(
+                f"{path} has {size:,} bytes, more than the {most:,} of any such file; name another"
+            )
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

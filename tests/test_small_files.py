@@ -104,6 +104,17 @@ def test_json_that_is_deep_or_long_is_one_line(tmp_path, content):
     raises_one_line(lambda: read_names(path), str(path))
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["lr = " + "[" * 8000, "lr = " + "[" * 4000 + "]" * 4000, "lr = " + "{a=" * 5000,
+     "[" + "[" * 8000],
+)  # fmt: skip
+def test_a_recipe_that_is_deep_is_one_line(tmp_path, content):
+    path = tmp_path / "r.toml"
+    path.write_text(content)
+    raises_one_line(lambda: read_recipe(path), f"{path} is no TOML")
+
+
 def test_nothing_is_written_that_could_not_be_read(tmp_path):
     names = [f"{i:05}" + "x" * 900 for i in range(20_000)]
     raises_one_line(lambda: artifact.write(tmp_path / "a.onnx", b"x", {"classes": names}),
@@ -140,3 +151,82 @@ def test_a_log_of_one_endless_line_is_another_file(ends, tmp_path):
     path = tmp_path / "x.log.jsonl"
     path.write_bytes(b"[" * (300 << 20))
     assert "exists already" in ends(code, path, 64)
+
+
+def sized(path: Path, size: int) -> Path:
+    """A file that holds nothing, of that size."""
+    with open(path, "wb") as file:
+        file.truncate(size)
+    return path
+
+
+SIGNED = {"sha256": "0" * 64, "kind": "onnx"}
+TERABYTES = {
+    "x.onnx": "from asvit_deploy.artefacts.sidecar import read; read(path)",
+    "x.engine": "from asvit_deploy.artefacts.sidecar import read; read(path)",
+    "x.pt": "from asvit_deploy.checkpoints.load import load_checkpoint; load_checkpoint(path)",
+    "x.safetensors": (
+        "from asvit_deploy.checkpoints.load import load_checkpoint; load_checkpoint(path)"
+    ),
+    "x.unfinished.pt": "from asvit_deploy.training.state import load_state\n"
+                       "    load_state(path, None, {})",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TERABYTES)
+def test_a_file_of_a_terabyte_is_not_read(ends, tmp_path, name):
+    path = sized(tmp_path / name, 1 << 40)
+    artifact.sidecar_path(path).write_text(artifact.signed(SIGNED))
+    if name.endswith("pt"):  # one that torch.save would write, all of it zeros
+        _sparse_archive(path, 1 << 40)
+    if name == "x.safetensors":
+        told = {"a": {"dtype": "U8", "shape": [1 << 40], "data_offsets": [0, 1 << 40]}}
+        header = json.dumps(told).encode()
+        with open(path, "r+b") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate((1 << 40) + len(header) + 8)
+    said = ends(TERABYTES[name], path, 64)
+    assert said.startswith(f"{path} has 1,099,5")
+    assert "bytes, more than" in said
+
+
+def _sparse_archive(path: Path, size: int) -> None:
+    """A zip file as torch.save writes it with a storage of so many bytes, none of them on disk."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("a/version", b"3\n")
+        info = zipfile.ZipInfo("a/data/0")
+        archive.writestr(info, b"")
+        info.CRC, info.file_size, info.compress_size = 1, size, size
+        archive.start_dir = archive.fp.seek(size, os.SEEK_CUR)  # type: ignore[union-attr]
+
+
+def test_a_folder_of_stages_that_are_large_together_is_not_hashed(ends, tmp_path):
+    names = [f"{i}.engine" for i in range(5)]
+    for name in names:
+        sized(tmp_path / name, 1 << 30)
+    fields = {"kind": "bucketed", "files": dict.fromkeys(names, "0" * 64)}
+    (tmp_path / bundle.MANIFEST).write_text(artifact.signed(fields))
+    code = "from asvit_deploy.artefacts.bundle import read; read(path)"
+    assert "have 5,368,709,120 bytes, more than" in ends(code, tmp_path, 64)
+
+
+def test_a_sources_size_does_not_have_a_folder_hashed(ends, tmp_path):
+    for i in range(60):
+        sized(tmp_path / f"{i}.bin", 1 << 30)
+    code = (
+        "from asvit_deploy.artefacts.reference import source_file\n"
+        "    source_file(path / 'x.onnx', {'path': 'gone.pt', 'sha256': '0', 'size': 1 << 30},\n"
+        "                'checkpoint', 'export')"
+    )
+    assert "is gone; put it back" in ends(code, tmp_path, 64)
+
+
+def test_the_largest_file_is_hashed_in_time(ends, tmp_path):
+    from asvit_deploy.bounded import MOST_BYTES
+
+    code = "from asvit_deploy.files import sha256; sha256(path)"
+    assert ends(code, sized(tmp_path / "x.pt", MOST_BYTES), 64) == "fine"
+    assert "more than the" in ends(code, sized(tmp_path / "x.pt", MOST_BYTES + 1), 64)

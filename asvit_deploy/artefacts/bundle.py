@@ -13,6 +13,7 @@ from typing import Any
 
 from asvit_deploy import claims
 from asvit_deploy.artefacts.sidecar import PATIENCE, read_signed, signed
+from asvit_deploy.bounded import MOST_BYTES
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic_folder, check_parent, sha256
 
@@ -113,10 +114,16 @@ def read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} holds no {MANIFEST}; name a folder that this tool made")
     fields = _manifest(folder)
-    for name, expected in fields["files"].items():
-        file = folder / name
+    for file in (folder / name for name in fields["files"]):
         if not file.is_file():
             raise UserError(f"{file} is missing; make {folder.name} again")
+    if (size := sum((folder / name).stat().st_size for name in fields["files"])) > MOST_BYTES:
+        raise UserError(
+            f"the files of {folder} have {size:,} bytes, more than the {MOST_BYTES:,} of any such "
+            "folder; name another"
+        )
+    for name, expected in fields["files"].items():
+        file = folder / name
         if sha256(file) != expected:
             raise UserError(f"{file} was changed (sha256 differs); make {folder.name} again")
     return fields

@@ -45,6 +45,7 @@ class Session:
     original: Session | None = None
     fields: dict[str, Any] = field(init=False)
     borrowed: str | None = field(default=None, init=False)
+    _tried: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.path.is_file() and self.path.suffix != ".onnx":
@@ -153,8 +154,10 @@ class Session:
     def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
         """The artefact in ONNX Runtime."""
         stages = len(self.fields["thresholds"]) if self.adaptive else 0
-        return OrtRunner(self.model, library, threads=threads, record=record, name=str(self.path),
-                         stages=stages)  # fmt: skip
+        runner = OrtRunner(self.model, library, threads=threads, record=record,
+                           name=str(self.path), stages=stages, foreign=not self._tried)  # fmt: skip
+        self._tried = True
+        return runner
 
 
 def _largest(config: ArchConfig) -> int:

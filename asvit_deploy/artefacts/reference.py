@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from asvit_deploy.bounded import MOST_BYTES
 from asvit_deploy.checkpoints import default_checkpoint, facts
 from asvit_deploy.checkpoints.load import Checkpoint, build_model, load_checkpoint
 from asvit_deploy.errors import UserError
@@ -83,7 +84,11 @@ def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -
     folder = artifact.absolute().parent
     named = (given, recorded, folder / given.name, folder / recorded.name, _packaged(given.name))
     there = [path for path in dict.fromkeys(filter(None, named)) if _is_file(path)]
+    left = MOST_BYTES  # of which so many are read, however many files have the size
     for path in (*there, *_of_size(folder, record.get("size"))):
+        left -= path.stat().st_size
+        if left < 0:
+            break
         with contextlib.suppress(PermissionError):
             if sha256(path) == record["sha256"]:
                 return path

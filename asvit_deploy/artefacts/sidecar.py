@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy import __version__, claims
-from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
+from asvit_deploy.bounded import MOST_BYTES, MOST_ONNX, MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic_together, check_parent, check_writable, sha256
 
@@ -150,7 +150,9 @@ def read(artifact: Path) -> dict[str, Any]:
             raise UserError(f"{artifact} has no sidecar {path.name} beside it; make it again")
         before = _identity(artifact, path)
         fields = read_signed(path, "sidecar", artifact.name, "sha256")
-        if fields["sha256"] == sha256(artifact):
+        if fields["sha256"] == sha256(
+            artifact, MOST_ONNX if artifact.suffix == ".onnx" else MOST_BYTES
+        ):
             return fields
         time.sleep(_BETWEEN)  # a writer may stand between its two renames
         if _identity(artifact, path) == before:

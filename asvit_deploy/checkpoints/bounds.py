@@ -7,6 +7,7 @@ terabyte: such a file is refused from its opcodes and its directory alone.
 from __future__ import annotations
 
 import io
+import os
 import pickletools
 import struct
 import tarfile
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from asvit_deploy.bounded import open_regular
+from asvit_deploy.bounded import MOST_BYTES, open_regular
 
 Refuse = Callable[[str], NoReturn]
 
@@ -38,6 +39,7 @@ def check(path: Path, refuse: Refuse) -> None:
     What is no file of torch.save at all passes: torch says so sooner than this could.
     """
     with open_regular(path, "checkpoint file") as file:
+        check_size(file, refuse)
         head = file.read(tarfile.BLOCKSIZE)
         if head[:4] == b"PK\x03\x04":
             _check_zip(file, refuse)
@@ -49,6 +51,12 @@ def check(path: Path, refuse: Refuse) -> None:
             rest = bool(file.read(1))
             if not _weigh(io.BytesIO(start), _OLD_PICKLES, refuse) and rest:
                 _refuse_large(refuse)
+
+
+def check_size(file: BinaryIO, refuse: Refuse) -> None:
+    """Refuse a file that is larger than any of a network here."""
+    if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
+        refuse(f"has {size:,} bytes, more than {MOST_BYTES:,}; save only the model's weights")
 
 
 def _is_tar_header(block: bytes) -> bool:

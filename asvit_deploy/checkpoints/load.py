@@ -280,7 +280,9 @@ def _infer_config(
     if wanted is not None and arch_by_name(wanted).name not in fits:
         refuse(f"holds {' or '.join(fits)}, not {wanted}; drop --arch or name another file")
     if told is not None and told not in fits:
-        refuse(f"says it is {told} but holds {' or '.join(fits)}; write it again with this tool")
+        refuse(
+            f"says it is {told[:40]} but holds {' or '.join(fits)}; write it again with this tool"
+        )
     name = wanted or told or fits[0]
     if wanted is None and told is None and len(fits) > 1:
         refuse(f"fits several architectures; pass --arch {' or --arch '.join(fits)}")

@@ -112,6 +112,7 @@ def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[str, ..
         refuse("is a folder; name the checkpoint file in it")
     try:
         with open_regular(path, "checkpoint file") as file:
+            bounds.check_size(file, refuse)
             head = file.read(9)
     except FileNotFoundError:
         refuse("does not exist; check the path")

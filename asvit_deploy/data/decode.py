@@ -6,15 +6,24 @@ import functools
 import io
 import stat
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
+from asvit_deploy.data.limits import (
+    MAX_FILE,
+    MAX_PIXELS,
+    MOST_SCANNED,
+    most_pixels,
+    most_turned,
+    scans,
+    sizes,
+)
 from asvit_deploy.data.metadata import without_exif
-from asvit_deploy.data.patience import MOST_SCANNED, SECONDS, patient, scans
+from asvit_deploy.data.patience import SECONDS, PatientBytes, PatientFile, patient
 from asvit_deploy.errors import UserError
 
 # Formats and the endings they go by. Only decoders that run in this process: Pillow's full list
@@ -42,9 +51,9 @@ _ENDINGS = {
     "WEBP": (".webp",),
 }
 _LIBRARIES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
-MAX_PIXELS = 100_000_000
 MAX_ASPECT = 100  # the resized picture would be this many times the crop
-_STRIP = 256  # rows
+_MOST_WITHOUT_EXIF = 100_000_000  # bytes, of a file that is read as a whole
+_STRIP = 1 << 18  # pixels
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -92,9 +101,9 @@ def load_picture(path: Path) -> Image.Image:
     bits over its whole range. Of an animation, the first frame counts.
 
     Raises:
-        PictureError: there is no such file, it is no picture or a broken one, it holds more than
-            `MAX_PIXELS`, its sides differ more than `MAX_ASPECT` times, or its numbers have no
-            known range (float, 32-bit).
+        PictureError: there is no such file, it is no picture or a broken one, it holds more pixels
+            than `data.limits` allows its kind (`MAX_PIXELS` at most), its sides differ more than
+            `MAX_ASPECT` times, or its numbers have no known range (float, 32-bit).
     """
     _refuse_no_file(path)
     return decode_picture(path, path, path.suffix.lower())
@@ -127,20 +136,33 @@ def decode_picture(file: Path | io.BytesIO, name: object, suffix: str = "") -> I
             f"{name} takes more than {SECONDS} s to read; save it again, or take it out", "too long"
         )
 
+    size = 0
     try:
+        size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
+        if size > MAX_FILE:
+            raise PictureError(
+                f"{name} has {size:,} bytes, more than {MAX_FILE:,}; scale it down first",
+                "too large",
+            )
         with warnings.catch_warnings():
             # What matters is raised as an error: our own size limit, the decoder's complaints.
             warnings.simplefilter("ignore")
             with patient(file, stop) as opened, _opened(opened, suffix) as picture:
-                _refuse_odd_size(name, *picture.size)
+                most = most_pixels(picture, opened)
+                for held in sizes(picture, opened):
+                    _refuse_odd_size(name, *held, *most)
                 _refuse_many_scans(name, picture, opened)
-                picture = _upright(picture)
-                _refuse_odd_size(name, *picture.size)  # what an icon holds need not be what it says
-                return _to_rgb(picture)
+                turn = _loaded(picture)
+                rgb = _to_rgb(picture)
+                if turn is None:
+                    return rgb
+                _refuse_odd_size(name, *rgb.size, *most_turned())
+                if rgb is not picture:
+                    picture.close()  # else its pixels would stay in memory meanwhile
+                return rgb.transpose(turn)
     except UserError:
         raise
     except UnidentifiedImageError:
-        size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
         what = "is empty" if size == 0 else "is not a picture that we know"
         raise PictureError(
             f"{name} {what}; take it out or replace it", "empty" if size == 0 else "no picture"
@@ -154,6 +176,8 @@ def decode_picture(file: Path | io.BytesIO, name: object, suffix: str = "") -> I
             f"{name} holds more than {MAX_PIXELS:,} pixels; scale it down first", "too large"
         ) from None
     except Exception as error:  # Pillow's decoders raise whatever they trip over
+        if isinstance(error.__cause__, PictureError):  # of which a decoder in C made another
+            raise error.__cause__ from None
         raise PictureError(
             f"{name} is broken or cannot be decoded ({_one_line(error)}); take it out or replace it"
         ) from error
@@ -163,12 +187,14 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _refuse_odd_size(name: object, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+def _refuse_odd_size(name: object, width: int, height: int, most: int, kind: str) -> None:
+    if width * height > most:
+        limit = f"{most:,}; scale it down first"
+        if most < MAX_PIXELS:
+            limit = f"the {most:,} of any {kind}; scale it down, or save it as a plain RGB PNG"
         raise PictureError(
-            f"{name} holds {width} x {height} pixels, more than {MAX_PIXELS:,}; scale it down "
-            "first", "too large",
-        )  # fmt: skip
+            f"{name} holds {width} x {height} pixels, more than {limit}", "too large"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise PictureError(
             f"{name} is too elongated ({width} x {height} pixels, more than {MAX_ASPECT}:1); "
@@ -192,7 +218,7 @@ def _refuse_many_scans(name: object, picture: Image.Image, file: io.BufferedIOBa
 # --- metadata -----------------------------------------------------------------------------------
 
 
-def _opened(file: IO[bytes], suffix: str) -> Image.Image:
+def _opened(file: PatientFile | PatientBytes, suffix: str) -> Image.Image:
     """The picture; where Pillow trips over the EXIF as it opens the file, without that."""
     try:
         return Image.open(file, formats=_formats(suffix))
@@ -200,15 +226,15 @@ def _opened(file: IO[bytes], suffix: str) -> Image.Image:
         raise
     except Exception:
         file.seek(0)
-        data = file.read()
-        rest = without_exif(data)
+        data = file.read(_MOST_WITHOUT_EXIF + 1)
+        rest = without_exif(data) if len(data) <= _MOST_WITHOUT_EXIF else None
         if rest is None:
             raise
-        return Image.open(io.BytesIO(rest), formats=_formats(suffix))
+        return Image.open(PatientBytes.like(file, rest), formats=_formats(suffix))
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """The pixels, turned as the orientation says that the file tells; an odd one says nothing.
+def _loaded(picture: Image.Image) -> Image.Transpose | None:
+    """Read the pixels; how the orientation in the file says to turn them. An odd one says nothing.
 
     Not `ImageOps.exif_transpose`: it writes the metadata anew, and falls over what it cannot write.
     """
@@ -221,40 +247,45 @@ def _upright(picture: Image.Image) -> Image.Image:
             picture.getexif()
     picture.load()
     try:
-        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+        return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever a damaged block makes the parser raise
-        turn = None
-    return picture if turn is None else picture.transpose(turn)
+        return None
 
 
 # --- pixels -------------------------------------------------------------------------------------
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture itself where it is RGB already."""
     if picture.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
     if picture.mode == "I" or picture.mode.startswith("I;16"):
-        picture = _sixteen_to_eight(picture)
+        return _in_strips(picture, _sixteen_to_eight)
     if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
-        return _on_white(picture)
-    return picture.convert("RGB")
+        return _in_strips(picture, _on_white)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    """Strip by strip: whole layers of a large picture would take four times its memory."""
+def _in_strips(picture: Image.Image, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Strip by strip: what is made on the way would take several times a large picture's memory."""
     result = Image.new("RGB", picture.size)
     width, height = picture.size
-    for top in range(0, height, _STRIP):
-        box = (0, top, width, min(top + _STRIP, height))
-        layer = picture.crop(box).convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        result.paste(Image.alpha_composite(white, layer).convert("RGB"), box)
+    rows = max(_STRIP // width, 1)
+    for top in range(0, height, rows):
+        box = (0, top, width, min(top + rows, height))
+        result.paste(change(picture.crop(box)), box)
     return result
 
 
-def _sixteen_to_eight(picture: Image.Image) -> Image.Image:
+def _on_white(strip: Image.Image) -> Image.Image:
+    layer = strip.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(white, layer).convert("RGB")
+
+
+def _sixteen_to_eight(strip: Image.Image) -> Image.Image:
     """Map 0…65535 to 0…255; Pillow's own conversion clips at 255."""
-    values = np.asarray(picture).astype(np.int64)
+    values = np.asarray(strip).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

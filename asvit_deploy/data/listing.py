@@ -15,6 +15,7 @@ from asvit_deploy.errors import UserError
 
 _SHOWN = 8  # endings in one line, and folders
 _LONGEST = 12  # what is longer is no ending but a part of a name
+_LONG_PATH = 400  # characters of one in a message
 LOST = "link that leads nowhere"
 SPECIAL = "device, pipe or socket"
 HIDDEN = "hidden"
@@ -140,8 +141,8 @@ def scanned(folder: str) -> Iterator[os.DirEntry[str]]:
             yield from entries
     except OSError as error:
         raise UserError(
-            f"the image folder {error.filename or folder} cannot be read: {error.strerror}; check "
-            "its permissions"
+            f"the image folder {_short(error.filename or folder)} cannot be read: "
+            f"{error.strerror}; {_mend(error)}"
         ) from None
 
 
@@ -210,8 +211,17 @@ def _entered(seen: Seen, path: str) -> str | None:
         return seen.enter(path)
     except OSError as error:
         raise UserError(
-            f"the image folder {path} cannot be read: {error.strerror}; check its permissions"
+            f"the image folder {_short(path)} cannot be read: {error.strerror}; {_mend(error)}"
         ) from None
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= _LONG_PATH else f"{path[:_LONG_PATH]}…"
+
+
+def _mend(error: OSError) -> str:
+    long = error.errno == errno.ENAMETOOLONG
+    return "move what is in it further up" if long else "check its permissions"
 
 
 def _again(path: str, before: str) -> str:

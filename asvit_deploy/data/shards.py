@@ -44,8 +44,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from asvit_deploy import trusted
 from asvit_deploy.bounded import open_regular
 from asvit_deploy.data.decode import SUFFIXES, decode_picture
+from asvit_deploy.data.limits import MAX_FILE
 from asvit_deploy.data.listing import HIDDEN, Passed, ending_of
 from asvit_deploy.data.shard_folders import class_names, shards_in
 from asvit_deploy.data.tar_members import Member, Members
@@ -128,6 +130,8 @@ def _pread(file: BinaryIO, offset: int, count: int) -> Iterator[bytes]:
 @functools.lru_cache(maxsize=64)
 def _mapped(index: Path) -> NDArray:
     try:
+        with trusted.opened(index):  # where others could write, one may have been planted
+            pass
         check_seal(index)
         return np.load(index, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -159,7 +163,9 @@ def indexed(paths: Sequence[Path]) -> list[Shard]:
     # By host: nodes that share a home folder must not take one another's temporary files for dead.
     name = f"shards/{platform.node() or 'host'}"
     with contextlib.suppress(UserError):  # a cache that may only be read may hold them all
-        shards = [Shard.at(path, cache_dir() / name) for path in paths]
+        cache = cache_dir() / name
+        trusted.require_folder(cache)
+        shards = [Shard.at(path, cache) for path in paths]
         if all(shard.index.is_file() for shard in shards):
             return shards
     try:
@@ -181,6 +187,7 @@ def indexed(paths: Sequence[Path]) -> list[Shard]:
                 file.write(json.dumps([passed.endings, passed.kinds]).encode())
                 file.flush()
                 seal(temporary)
+                temporary.chmod(0o644)  # whatever the umask: what others may write is not read
     return shards
 
 
@@ -341,9 +348,12 @@ class ShardPictures:
         """
         shard, entry = self._find(number)
         # With the header that stands before it, for its name.
-        data = shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK + int(entry["size"]))
+        size = min(int(entry["size"]), MAX_FILE + 1)  # of which `decode_picture` says what is wrong
+        data = shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK + size)
         name = _member_name(shard, data)
-        return decode_picture(io.BytesIO(data[_BLOCK:]), name, ending_of(name))
+        file = io.BytesIO(memoryview(data)[_BLOCK:])
+        del data  # before the pixels come
+        return decode_picture(file, name, ending_of(name))
 
     def name(self, number: int) -> str:
         """Shard and member, for messages; a long name may be shortened as in its header."""

@@ -14,7 +14,7 @@ from asvit_deploy.artefacts import bundle
 from asvit_deploy.engine import process
 from asvit_deploy.engine.buckets import choose_buckets, profiles_of
 from asvit_deploy.engine.build import Built, Options, describe, make_job, refuse_misfits
-from asvit_deploy.engine.checked import Checked, check, make_graph
+from asvit_deploy.engine.checked import Checked, check, make_graph, require_end
 from asvit_deploy.engine.source import Source
 from asvit_deploy.engine.warnings import unexpected
 from asvit_deploy.exporting.split import rows_of, split_stages, thresholds_of
@@ -80,6 +80,7 @@ def _check(
     """
     limit = min(options.limit, FEW_IMAGES) if options.precision else options.limit
     say(f"comparing the stages on up to {limit} images")
+    require_end(source)  # before a session is made of any part
     cut = ort_runner(source.model, buckets, str(source.path))
     skip = options.skip_limit
     checked = check(source, source.model, None, options.images, limit, cut, skip, say)

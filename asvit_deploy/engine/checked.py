@@ -16,6 +16,7 @@ from asvit_deploy.exporting.padded import to_padded
 from asvit_deploy.exporting.precision import Precision, rounded, to_half
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.parity import Parity, compare
+from asvit_deploy.runners import onnx_runtime
 from asvit_deploy.runners.base import Reference, Remembered, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
@@ -87,6 +88,17 @@ def runnable(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def require_end(source: Source) -> None:
+    """Run the graph in a child first; those that are made of it compute the same.
+
+    Raises:
+        UserError: see `onnx_runtime.require_end`.
+    """
+    if not source.tried:
+        onnx_runtime.require_end(runnable(source.model).SerializeToString(), str(source.path))
+        source.tried = True
+
+
 def _reference(source: Source) -> tuple[Reference, str]:
     """What the graphs of an artefact are compared with, and how messages call it."""
     assert source.session is not None
@@ -125,6 +137,7 @@ def check(
         CheckFailed: the graph is not within the limits of `parity`.
     """
     assert source.session is not None
+    require_end(source)
     pictures = open_images(images, source.session.config, limit, skip_limit, say)
     loaded, names = pictures.loaded()
     reference, with_what = _reference(source)

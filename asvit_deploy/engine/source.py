@@ -28,12 +28,14 @@ class Source:
         model: its contents.
         session: the artefact it is, or None for a foreign file.
         reference: what its graphs were compared with (`engine.checked`), kept for the next one.
+        tried: whether it was run in a child first (`engine.checked`).
     """
 
     path: Path
     model: onnx.ModelProto
     session: Session | None
     reference: tuple[Reference, str] | None = None
+    tried: bool = False
 
     @property
     def adaptive(self) -> bool:

@@ -8,7 +8,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -277,19 +276,15 @@ def check_library(path: Path) -> str | None:
         return "there is no such file"
     if reason := differs(path):
         return reason
-    done = subprocess.run(
-        child.command(_PROBE, str(path.resolve())),
-        capture_output=True, text=True, errors="replace",
-    )  # fmt: skip
-    if done.returncode == 0:
+    done = child.tried(_PROBE, str(path.resolve()))
+    if isinstance(done, str):
+        return done
+    code, out, err = done
+    if code == 0:
         return None
-    if done.returncode < 0:
-        return f"loading it ends the process ({signal.Signals(-done.returncode).name})"
-    if done.returncode == 3:
-        return _reason(done.stdout.strip())
-    return (
-        f"it could not be tried ({(done.stderr.strip().splitlines() or ['no reason given'])[-1]})"
-    )
+    if code == 3:
+        return _reason(out.strip())
+    return f"it could not be tried ({(err.strip().splitlines() or ['no reason given'])[-1]})"
 
 
 def _reason(message: str) -> str:

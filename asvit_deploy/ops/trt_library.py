@@ -290,14 +290,13 @@ def check_trt_library(path: Path) -> str | None:
         return "there is no such file"
     if reason := differs(path):
         return reason
-    done = subprocess.run(
-        child.command(_PROBE, str(path.resolve())), capture_output=True, text=True, errors="replace"
-    )
-    if done.returncode == 0:
+    done = child.tried(_PROBE, str(path.resolve()))
+    if isinstance(done, str):
+        return done
+    code, _, err = done
+    if code == 0:
         return None
-    if done.returncode < 0:
-        return "loading it ends the process"
-    said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    said = (err.strip().splitlines() or ["no reason given"])[-1]
     if "getCreators" in said:
         return "it is a library, but not of TensorRT plugins"
     return f"it cannot be loaded ({said.partition(': ')[2][:200]})"

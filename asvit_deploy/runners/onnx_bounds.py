@@ -17,12 +17,11 @@ from typing import Any, NoReturn
 import onnx
 import onnx.inliner
 
-from asvit_deploy.bounded import open_regular
+from asvit_deploy.bounded import MOST_ONNX, open_regular
 from asvit_deploy.ops import onnx_op
 
 Refuse = Callable[[str], NoReturn]
 
-MOST_BYTES = 2**31 - 1  # protobuf's own limit; a graph is handed on as one message
 _MOST_NODES = 100_000  # functions written out; LV-ViT-M in standard ops has 1,000
 _MOST_MACS = 10**13  # of one picture, as far as shapes tell; ViT-G at 518 pixels has 2e12
 SECONDS = 20  # for one picture; the largest network here takes less than one on a core
@@ -47,7 +46,7 @@ def read(path: Path, refuse: Refuse) -> onnx.ModelProto:
         Exception: whatever onnx raises where it is none.
     """
     with open_regular(path, "ONNX file") as file:
-        if os.fstat(file.fileno()).st_size > MOST_BYTES:
+        if os.fstat(file.fileno()).st_size > MOST_ONNX:
             refuse("has more than 2 GiB, which no ONNX file can have")
         model = onnx.load_model_from_string(file.read())
     _check_calls(model, refuse)
@@ -55,7 +54,7 @@ def read(path: Path, refuse: Refuse) -> onnx.ModelProto:
     for tensor in _tensors(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             total += _external_bytes(path, tensor, refuse)
-            if total > MOST_BYTES:
+            if total > MOST_ONNX:
                 refuse("keeps more than 2 GiB in other files, which no runtime here takes")
     onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
     return model
@@ -69,7 +68,8 @@ def _external_bytes(path: Path, tensor: onnx.TensorProto, refuse: Refuse) -> int
     with open_regular(path.parent / location, "file of weights") as file:
         size = os.fstat(file.fileno()).st_size
     length = told.get("length", "")
-    return int(length) if length.isdecimal() and len(length) < 20 else size
+    # A length of 0 means all of it to onnx.
+    return int(length) or size if length.isdecimal() and len(length) < 20 else size
 
 
 def _attributes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.AttributeProto]:

@@ -18,7 +18,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.memory import memory
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.requirements import pip_install
-from asvit_deploy.runners import onnx_bounds
+from asvit_deploy.runners import onnx_bounds, onnx_trial
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 
 # Float32 means float32 on every backend.
@@ -26,7 +26,8 @@ _INTEGER = frozenset(
     ("ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "MatMulNBits",
      "QLinearConv", "QLinearMatMul", "QuantizeLinear")
 )  # fmt: skip
-_SPARE = 4 << 30  # bytes beside the weights, for a batch of the largest pictures
+# Bytes beside those of the weights, twice; a session with DeiT-B's takes 1.4 times, and 30 MiB.
+_SPARE, _PER_PICTURE = 512 << 20, 128 << 20
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 
@@ -168,6 +169,7 @@ class OrtRunner(RunnerBase):
         optimize: False runs the nodes as they stand.
         name: what errors call a loaded model; a file has its own.
         stages: how many it has, where another tool may have taken that out of the file.
+        foreign: it is first run elsewhere, see `onnx_trial`.
 
     Raises:
         UserError: onnxruntime is missing, or model or library cannot be loaded.
@@ -184,6 +186,7 @@ class OrtRunner(RunnerBase):
         optimize: bool = True,
         name: str = "the model",
         stages: int | None = None,
+        foreign: bool = False,
     ) -> None:
         ort = import_onnxruntime()
         model = load_model(source)
@@ -195,6 +198,7 @@ class OrtRunner(RunnerBase):
         self.batch = shape[0] or None
         self.image_size = shape[2]
         self._tried = False  # a first run within bounds; those that are timed are free of them
+        self._most: int | None = None
         self._replayed: tuple[onnx.ModelProto, Path | None, str] = model, library, name
         options = session_options(threads)
         if not optimize:
@@ -211,10 +215,14 @@ class OrtRunner(RunnerBase):
             data = model.SerializeToString()
             chosen = (provider, PROVIDER_OPTIONS.get(provider, {}))
             # CUDA maps far more than it uses.
-            limited = provider == "CPUExecutionProvider"
-            self._most = _SPARE + 8 * len(data) if limited else None
+            if provider == "CPUExecutionProvider":
+                self._most = _SPARE + 2 * len(data)
+                if foreign:
+                    require_end(data, name, library)
             with self._limited():
                 self.session = ort.InferenceSession(data, options, providers=[chosen])
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(_load_failure(name, library, str(error))) from None
         self._input = self.session.get_inputs()[0].name
@@ -225,25 +233,30 @@ class OrtRunner(RunnerBase):
             return self.session.run(self._outputs, {self._input: images})
         return self._bounded(images)
 
-    def _limited(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._most is None else memory.within(self._most)
+    def _limited(self, pictures: int = 1) -> contextlib.AbstractContextManager[None]:
+        if self._most is None:
+            return contextlib.nullcontext()
+        return memory.within(self._most + _PER_PICTURE * pictures)
 
-    def _bounded(self, images: NDArray[np.float32]) -> list[NDArray]:
+    def _bounded(
+        self, images: NDArray[np.float32], session: Any = None, **more: NDArray
+    ) -> list[NDArray]:
         """A run that ends: what shapes do not tell of a graph shows then.
+
+        Args:
+            session: in place of the runner's own, with `more` inputs.
 
         Raises:
             UserError: it takes more memory or time than any network of ours.
         """
         options = import_onnxruntime().RunOptions()
         try:
-            with self._limited(), onnx_bounds.time_limit(options, len(images)):
-                outputs = self.session.run(self._outputs, {self._input: images}, options)
+            with self._limited(len(images)), onnx_bounds.time_limit(options, len(images)):
+                outputs = (session or self.session).run(
+                    self._outputs, {self._input: images, **more}, options
+                )
         except Exception as error:
-            told = " ".join(str(error).split())
-            raise UserError(
-                f"{self._replayed[2]} cannot be run by ONNX Runtime within {onnx_bounds.SECONDS} s "
-                f"a picture and the memory of its network ({told[:120]}); export it again"
-            ) from None
+            raise _run_failure(self._replayed[2], str(error)) from None
         self._tried = True
         return outputs
 
@@ -270,9 +283,7 @@ class OrtRunner(RunnerBase):
             f"decision_{s}": np.isin(alive, now).astype(np.float32)[None]
             for s, (alive, now) in enumerate(zip(before, kept))
         }
-        return self._decoded(
-            self._replay.session.run(self._outputs, {self._input: images, **decisions})
-        )
+        return self._decoded(self._bounded(images, self._replay.session, **decisions))
 
     @functools.cached_property
     def _replay(self) -> _Replay:
@@ -282,9 +293,10 @@ class OrtRunner(RunnerBase):
             options.register_custom_ops_library(str(library))
         told = with_decisions(with_stage_outputs(model, self.stages), self.stages)
         try:
-            session = import_onnxruntime().InferenceSession(
-                told.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            with self._limited():
+                session = import_onnxruntime().InferenceSession(
+                    told.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                )
         except Exception as error:
             raise UserError(_load_failure(name, library, str(error))) from None
         shapes = {output.name: output.shape for output in self.session.get_outputs()}
@@ -334,6 +346,29 @@ def _outputs_of(name: str, session: Any, stages: int, record: bool) -> list[str]
     recorded = record and {*wanted["index"], *wanted["scores"]} <= set(there)
     more = [*wanted["index"], *wanted["scores"]] if recorded else []
     return ["logits", *wanted["length"], *more]
+
+
+def require_end(data: bytes, name: str, library: Path | None = None) -> None:
+    """Run a foreign graph once in a child, see `onnx_trial`.
+
+    Args:
+        data: it, serialised.
+
+    Raises:
+        UserError: it takes more memory or time than any network of ours, or cannot be run.
+    """
+    most = _SPARE + 2 * len(data) + _PER_PICTURE
+    if failed := onnx_trial.failure(data, library, most):
+        loaded, told = failed
+        raise _run_failure(name, told) if loaded else UserError(_load_failure(name, library, told))
+
+
+def _run_failure(name: str, error: str) -> UserError:
+    told = " ".join(error.split())
+    return UserError(
+        f"{name} cannot be run by ONNX Runtime within {onnx_bounds.SECONDS} s a picture and the "
+        f"memory of its network ({told[:120]}); export it again"
+    )
 
 
 def _load_failure(name: str, library: Path | None, error: str) -> str:

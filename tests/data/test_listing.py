@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,86 @@ def test_as_many_stats_as_folders_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", lambda *args, **more: asked.append(args) or real(*args, **more))
     assert len(pictures_below(root).names) == 300
     assert len(asked) == 4
+
+
+# --- trees without end --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deep(monkeypatch) -> Iterator[Callable[[Path, int], None]]:
+    """Makes folders in one another, deeper than a path can say, with a picture in the last."""
+    made: list[tuple[Path, int]] = []
+
+    def make(root: Path, levels: int) -> None:
+        root.mkdir(parents=True)
+        made.append((root, levels))
+        monkeypatch.chdir(root)
+        for _ in range(levels):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("x.png").touch()
+        monkeypatch.undo()
+
+    yield make
+    for root, levels in made:  # else pytest, which recurses, would try
+        monkeypatch.chdir(root)
+        for _ in range(levels):
+            os.chdir("d")
+        os.unlink("x.png")
+        for _ in range(levels):
+            os.chdir("..")
+            os.rmdir("d")
+
+
+LISTED = {
+    "images": "from asvit_deploy.data.images import open_images\n"
+              "    from asvit_deploy.models.archs import arch\n"
+              "    open_images(path, arch('as_deit_mini'))",
+    "classes": "from asvit_deploy.data.folders import FolderPictures; FolderPictures(path)",
+    "data": "from asvit_deploy.data.sources import open_source\n"
+            "    from asvit_deploy.models.archs import arch\n"
+            "    open_source(str(path), arch('as_deit_mini'), 0)",
+    "shards": "from asvit_deploy.data.shards import ShardPictures; ShardPictures(path)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["images", "classes", "data"])
+def test_ten_thousand_levels_are_one_short_line(ends, tmp_path, deep, how):
+    for name in "ab":
+        deep(tmp_path / "set" / name, 10_000)
+        (tmp_path / "set" / name / "x.png").touch()
+    said = ends(LISTED[how], tmp_path / "set", 64)
+    assert "File name too long; move what is in it further up" in said
+    assert len(said) < 700
+
+
+@pytest.mark.parametrize("how", ["images", "classes", "data"])
+def test_links_without_end_are_followed_once(ends, tmp_path, how):
+    """Each of 100 folders leads to ten others: 10^100 ways, and 100 folders."""
+    for i in range(100):
+        (tmp_path / f"d{i}").mkdir()
+        (tmp_path / f"d{i}" / "x.png").touch()
+        for j in range(10):
+            (tmp_path / f"d{i}" / f"to{j}").symlink_to(f"../d{(i + j + 1) % 100}")
+    assert ends(LISTED[how], tmp_path, 64) == "fine"
+
+
+@pytest.mark.parametrize("how", LISTED)
+def test_a_link_to_itself_is_one_line(ends, tmp_path, how):
+    (tmp_path / "loop").symlink_to("loop")
+    assert ends(LISTED[how], tmp_path / "loop").startswith(
+        ("the image folder", "the data folder", f"{tmp_path}/loop")
+    )
+
+
+def test_a_wide_folder_takes_a_moment_for_each_entry(ends, tmp_path):
+    """10^6 entries would take ten times what these take."""
+    import time
+
+    for i in range(100_000):
+        (tmp_path / f"{i}.png").touch()
+    start = time.process_time()
+    assert len(pictures_below(tmp_path).names) == 100_000
+    assert time.process_time() - start < 2
+    said = ends(LISTED["data"], tmp_path, 128)
+    assert "0 class folders and 100,000 pictures outside the class folders" in said

@@ -308,6 +308,34 @@ def test_flipped_bytes_in_an_index(tmp_path, cache):
     assert open_source(str(tmp_path), TWO, 0).epoch == 3
 
 
+def test_an_index_that_another_could_have_planted_is_not_read(tmp_path, cache, monkeypatch, capsys):
+    """Its seal fits, as anyone can make one."""
+    classes(tmp_path)
+    write_tar(tmp_path / "0.tar", some())
+    before = os.umask(0)
+    try:
+        open_source(str(tmp_path), TWO, 0)
+    finally:
+        os.umask(before)
+    (index,) = indices(cache)
+    index.chmod(0o666)
+    _mapped.cache_clear()
+    refused(tmp_path, f"others may write {index}", "not trusted")
+    index.chmod(0o600)
+    kept = index.rename(tmp_path / "kept.npy")
+    index.symlink_to(kept)
+    _mapped.cache_clear()
+    refused(tmp_path, f"{index} is a link and is not trusted")
+    index.unlink()
+    kept.rename(index)
+    index.parent.chmod(0o777)
+    _mapped.cache_clear()
+    capsys.readouterr()
+    assert open_source(str(tmp_path), TWO, 0).epoch == 3
+    assert f"kept for this run only: others may write in {index.parent}" in capsys.readouterr().err
+    index.parent.chmod(0o700)
+
+
 def test_a_large_shard_is_never_in_memory(tmp_path):
     """A sparse 2 GB member is skipped over under a limit of memory far below it."""
     classes(tmp_path)

@@ -16,6 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from asvit_deploy import child
 from asvit_deploy.cli.main import main
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import headers as headers_module
@@ -312,10 +313,22 @@ def compiled(tmp_path: Path, text: str) -> Path:
             '#include <cstdlib>\nextern "C" void* RegisterCustomOps(void*, void*) { abort(); }',
             "loading it ends the process (SIGABRT)",
         ),
+        (
+            "#include <unistd.h>\n__attribute__((constructor)) static void c() "
+            "{ fork(); for (;;) pause(); }",
+            "loading it does not end within 3 s",
+        ),
+        (
+            "#include <cstdio>\n__attribute__((constructor)) static void c() "
+            '{ for (;;) puts("for ever and ever"); }',
+            "loading it does not end within 3 s",
+        ),
     ],
-    ids=["no ops", "other ops", "crash"],
+    ids=["no ops", "other ops", "crash", "wait", "endless talk"],
 )
-def test_other_library_is_named_so(ort_headers, tmp_path, text, reason):
+def test_other_library_is_named_so(ort_headers, tmp_path, monkeypatch, text, reason):
+    if "does not end" in reason:
+        monkeypatch.setattr(child, "PATIENCE", 3)
     assert check_library(compiled(tmp_path, text)) == reason
 
 

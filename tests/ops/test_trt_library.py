@@ -287,6 +287,19 @@ def test_other_library_is_named_so(compiler, tmp_path):
     assert reason == "it is a library, but not of TensorRT plugins"
 
 
+def test_a_library_whose_loading_never_ends_is_given_up(compiler, tmp_path, monkeypatch):
+    from asvit_deploy import child
+
+    monkeypatch.setattr(child, "PATIENCE", 2)
+    (tmp_path / "other.cpp").write_text(
+        "__attribute__((constructor)) static void c() { for (volatile int i = 0;; ++i) {} }"
+    )
+    command = [compiler, "-shared", "-fPIC", "other.cpp", "-o", "other.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    said = check_trt_library(tmp_path / "other.so")
+    assert said == "loading it does not end within 2 s"
+
+
 def test_cache_is_found_again_and_a_stale_build_or_a_twin_is_not(own_cache, nvcc, monkeypatch):
     build_trt(twin=True)
     assert find_trt_plugin() is None

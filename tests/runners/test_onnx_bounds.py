@@ -68,6 +68,24 @@ def hidden_shape(proto):
     proto.graph.node.insert(0, helper.make_node("Sub", ["images", "images"], ["zero_picture"]))
 
 
+def multiplied(proto, picture: bool = False):
+    """Matrices of a size that no inference sees, as constants or of the picture's making."""
+    constant(proto, "root", np.float32([77.5] * 2))
+    constant(proto, "unit", np.float32([[1]]))
+    constant(proto, "none", np.float32(0))
+    nodes = [
+        helper.make_node("Mul", ["root", "root"], ["square"]),
+        helper.make_node("ReduceMax", ["images"], ["brightest"], keepdims=0),
+        helper.make_node("Mul", ["brightest" if picture else "none", "none"], ["nought"]),
+        helper.make_node("Add", ["square", "nought"], ["side"]),
+        helper.make_node("Cast", ["side"], ["shape"], to=TensorProto.INT64),
+        helper.make_node("Expand", ["unit", "shape"], ["m0"]),
+        *(helper.make_node("MatMul", [f"m{i}", f"m{i}"], [f"m{i + 1}"]) for i in range(8)),
+        helper.make_node("Identity", ["m8"], ["y"]),
+    ]
+    through(proto, *nodes)
+
+
 def doubled(proto):
     nodes = [helper.make_node("Concat", [f"d{i}"] * 2, [f"d{i + 1}"], axis=0) for i in range(40)]
     through(proto, helper.make_node("Relu", ["logits_0"], ["d0"]), *nodes,
@@ -123,6 +141,8 @@ CHANGES = {
     "a constant of 10 GB": (filled, "ConstantOfShape"),
     "the logits a million times": (expanded, "too large"),
     "a shape that the picture decides": (hidden_shape, "cannot be run"),
+    "constants that take a minute": (multiplied, "cannot be"),
+    "nodes that take a minute": (lambda p: multiplied(p, picture=True), "cannot be run"),
     "rows doubled 40 times": (doubled, "too large"),
     "a loop": (looped, "Loop"),
     "a weight without its data": (claimed, ""),
@@ -137,7 +157,7 @@ CHANGES = {
 def test_a_file_signed_again_is_refused(ends, mini_artifacts, tmp_path, kind):
     change, words = CHANGES[kind]
     path = signed_copy(mini_artifacts["1", "auto"], tmp_path / "x.onnx", change)
-    said = ends(OPEN, path, 3000)
+    said = ends(OPEN, path, 900)
     assert str(path) in said
     assert words in said
 
@@ -152,6 +172,14 @@ def test_a_foreign_file_is_bounded_where_it_can_be(ends, mini_artifacts, tmp_pat
     assert CHANGES[kind][1] in said
 
 
+def test_a_graph_that_ends_the_process_ends_a_child(monkeypatch):
+    """A fault in ONNX Runtime, or in the library, is one line."""
+    from asvit_deploy.runners import onnx_trial
+
+    monkeypatch.setattr(onnx_trial, "_CODE", "import os; os.kill(os.getpid(), 11)")
+    assert onnx_trial.failure(b"", None, 1) == (True, "loading it ends the process (SIGSEGV)")
+
+
 def test_data_in_a_pipe_is_not_waited_for(ends, mini_artifacts, tmp_path):
     import os
 
@@ -161,6 +189,18 @@ def test_data_in_a_pipe_is_not_waited_for(ends, mini_artifacts, tmp_path):
     )
     Path(f"{path}.json").unlink()
     assert "no regular file" in ends(FOREIGN, path)
+
+
+def test_a_length_of_nothing_does_not_stand_for_all_of_a_file(ends, mini_artifacts, tmp_path):
+    def far(proto):
+        outside(proto, "w.bin")
+        proto.graph.initializer[-1].external_data.add(key="length", value="0")
+
+    with open(tmp_path / "w.bin", "wb") as file:
+        file.truncate(1 << 36)
+    path = signed_copy(mini_artifacts["1", "auto"], tmp_path / "x.onnx", far)
+    Path(f"{path}.json").unlink()
+    assert "keeps more than 2 GiB in other files" in ends(FOREIGN, path)
 
 
 def test_a_file_of_more_than_any_is_not_read(ends, tmp_path):
