@@ -1,4 +1,4 @@
-"""The README's two worked paths, as they stand there, at small size."""
+"""The two worked paths of docs/finetune.md, as they stand there, at small size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+DOCS = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text()
 SIZE = 64  # 16 image tokens
 CLASSES = ("auk", "emu", "jay", "tit")
 # What makes a run small; the paper's augmentation and the rest stay as they are.
@@ -26,8 +26,8 @@ SMALL = {"--batch-size": "4", "--epochs": "1", "--workers": "1", "--nproc-per-no
 
 
 def block(first: str) -> list[str]:
-    """The README's code block that starts with that command."""
-    (text,) = re.findall(rf"```\n({re.escape(first)} .*?)```", README, re.S)
+    """The code block that starts with that command."""
+    (text,) = re.findall(rf"```\n({re.escape(first)} .*?)```", DOCS, re.S)
     return text.strip().splitlines()
 
 
