@@ -61,7 +61,7 @@ int64_t readNumber(void const* device, cudaStream_t stream)
 
 void computeOnCuda(Ort::KernelContext const& context, int32_t elementBytes)
 {
-    auto const [images, rows, width] = checkedShape(context);
+    auto const [images, rows, prefix, width] = checkedShape(context);
     require(rows <= kASVIT_MAX_ROWS, "on CUDA tokens may have at most 4096 rows an image");
     auto* const stream = static_cast<cudaStream_t>(context.GetGPUComputeStream());
     Scratch const workspace(context, asvitThresholdCompactWorkspace(images, rows));
@@ -78,6 +78,7 @@ void computeOnCuda(Ort::KernelContext const& context, int32_t elementBytes)
     call.length = outputOf<int64_t, 1>(context, kLENGTH, {images});
     call.size = outputOf<int64_t, 0>(context, kSIZE, {});
     call.workspace = workspace.data();
+    call.prefix = prefix;
     requireCuda(asvitThresholdCompactCount(&call, stream));
 
     int64_t const size = readNumber(call.size, stream);

@@ -84,19 +84,21 @@ struct Shape
 {
     int64_t images; // B
     int64_t rows;   // M
+    int64_t prefix; // P
     int64_t width;  // D
 };
 
 inline Shape checkedShape(Ort::KernelContext const& context)
 {
     auto const shape = shapeOf<3>(context.GetInput(kTOKENS), "tokens must be [B, M, D]");
-    char const* const refused = refusal(shape[0], shape[1]);
+    char const* const misfit = "scores must be [B, M-P] for tokens [B, M, D]";
+    auto const scores = shapeOf<2>(context.GetInput(kSCORES), misfit);
+    require(scores[0] == shape[0], misfit);
+    char const* const refused = refusal(shape[0], shape[1], scores[1]);
     require(refused == nullptr, refused);
-    char const* const misfit = "scores must be [B, M-1] for tokens [B, M, D]";
-    require(shapeOf<2>(context.GetInput(kSCORES), misfit) == std::array{shape[0], shape[1] - 1}, misfit);
     require(context.GetInput(kTHRESHOLD).GetTensorTypeAndShapeInfo().GetElementCount() == 1,
             "threshold must be one number");
-    return {shape[0], shape[1], shape[2]};
+    return {shape[0], shape[1], shape[1] - scores[1], shape[2]};
 }
 
 template <typename T, size_t kRANK>

@@ -36,9 +36,10 @@ template <ONNXTensorElementDataType kPAYLOAD> struct CpuKernel
             [raw]
             {
                 Ort::KernelContext const context(raw);
-                auto const [images, rows, width] = checkedShape(context);
+                auto const [images, rows, prefix, width] = checkedShape(context);
                 Batch const batch{images,
                                   rows,
+                                  prefix,
                                   width * elementBytes(kTYPE),
                                   context.GetInput(kTOKENS).GetTensorRawData(),
                                   context.GetInput(kSCORES).GetTensorData<float>(),

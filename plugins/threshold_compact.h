@@ -10,21 +10,23 @@
 namespace asvit
 {
 
-// One call's inputs. B images of M rows (class token first), each row `rowBytes` bytes of any type.
+// One call's inputs. B images of M rows, of which the first P always stay (class token first), each row `rowBytes`
+// bytes of any type.
 struct Batch
 {
     int64_t images;      // B
     int64_t rows;        // M
+    int64_t prefix;      // P
     int64_t rowBytes;    // D * sizeof(T)
     void const* tokens;  // [B, M, D]
-    float const* scores; // [B, M-1]
+    float const* scores; // [B, M-P]
     float threshold;
 
-    int64_t imageTokens() const noexcept { return rows - 1; }
+    int64_t imageTokens() const noexcept { return rows - prefix; }
 };
 
-// Why such a batch is refused, or nullptr.
-inline char const* refusal(int64_t images, int64_t rows) noexcept
+// Why a batch of `rows` rows and as many scores an image is refused, or nullptr.
+inline char const* refusal(int64_t images, int64_t rows, int64_t scores) noexcept
 {
     if (images < 1)
     {
@@ -33,6 +35,14 @@ inline char const* refusal(int64_t images, int64_t rows) noexcept
     if (rows < 2)
     {
         return "tokens has fewer than two rows; ThresholdCompact needs the class token and an image token";
+    }
+    if (scores < 1)
+    {
+        return "scores has no columns; ThresholdCompact needs an image token behind the prefix";
+    }
+    if (scores >= rows)
+    {
+        return "scores must be [B, M-P] for tokens [B, M, D], and P, the rows before the image tokens, at least 1";
     }
     return nullptr;
 }
@@ -62,7 +72,7 @@ inline int64_t bestOf(float const* scores, int64_t count) noexcept
     return best;
 }
 
-// Fills length [B] (kept rows of each image, class token included) and returns its maximum.
+// Fills length [B] (kept rows of each image, prefix included) and returns its maximum.
 inline int64_t measure(Batch const& batch, int64_t* length) noexcept
 {
     int64_t const count = batch.imageTokens();
@@ -75,7 +85,7 @@ inline int64_t measure(Batch const& batch, int64_t* length) noexcept
         {
             above += scores[i] > batch.threshold;
         }
-        length[b] = 1 + (above > 0 ? above : 1);
+        length[b] = batch.prefix + (above > 0 ? above : 1);
         size = length[b] > size ? length[b] : size;
     }
     return size;
@@ -89,7 +99,7 @@ inline void fillImage(Batch const& batch, int64_t image, int64_t length, int64_t
     float const* scores = batch.scores + image * count;
     char const* tokens = static_cast<char const*>(batch.tokens) + image * batch.rows * batch.rowBytes;
     // Whatever passes includes the best score. So one kept token is always the best one, also when nothing passes.
-    int64_t const only = length == 2 ? bestOf(scores, count) : -1;
+    int64_t const only = length == batch.prefix + 1 ? bestOf(scores, count) : -1;
 
     int64_t written = 0;
     auto copyRun = [&](int64_t begin, int64_t end) noexcept
@@ -106,9 +116,10 @@ inline void fillImage(Batch const& batch, int64_t image, int64_t length, int64_t
     };
     // Neighbours that stay are copied as one run: wide copies, few of them.
     int64_t begin = 0;
-    for (int64_t row = 1; row < batch.rows; ++row)
+    for (int64_t row = batch.prefix; row < batch.rows; ++row)
     {
-        bool const keep = only >= 0 ? row - 1 == only : scores[row - 1] > batch.threshold;
+        int64_t const token = row - batch.prefix;
+        bool const keep = only >= 0 ? token == only : scores[token] > batch.threshold;
         if (!keep)
         {
             if (begin < row)

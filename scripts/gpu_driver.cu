@@ -4,8 +4,8 @@
 //   driver LIBRARY MODE [32 | 64] < cases
 //
 // 32 and 64 are the bits of the engine's size tensor, which the library chooses otherwise. A case is images, rows,
-// width, type (0 float, 1 half, 2 bfloat16) and offset as int64, then the inputs; its result is the status and the bytes
-// of `size` as int64, then the four output buffers. MODE:
+// width, type (0 float, 1 half, 2 bfloat16), offset and prefix as int64, then the inputs; its result is the status and
+// the bytes of `size` as int64, then the four output buffers. MODE:
 //
 //   run        every case in a plugin of its own
 //   graph      the same through a captured graph, which is filled only after the capture and replayed twice
@@ -46,8 +46,7 @@ bool readCase(Case& next)
     {
         return false;
     }
-    size_t const scores = (next.shape.places() - static_cast<size_t>(next.shape.images)) * 4;
-    std::array<size_t, kIN> const bytes{next.shape.payload(), scores, 4};
+    std::array<size_t, kIN> const bytes{next.shape.payload(), next.shape.scores(), 4};
     for (int i = 0; i < kIN; ++i)
     {
         next.inputs[i].resize(bytes[i]);
@@ -192,7 +191,7 @@ void chain(IPluginCreatorV3One& creator, int sizeBits)
             std::vector<float> scores(static_cast<size_t>(count));
             read(scores.data(), scores.size() * sizeof(float));
             shape.rows = calls.back()->size();
-            require(count == shape.images * (shape.rows - 1), "`size` is not what the scores were made for");
+            require(count == shape.images * (shape.rows - shape.prefix), "`size` is not what the scores were made for");
             auto next = std::make_unique<Call>(plugin.attached(), shape, sizeBits);
             next->input(1).put(scores.data());
             next->input(2).put(&threshold);
@@ -207,9 +206,9 @@ void chain(IPluginCreatorV3One& creator, int sizeBits)
 void configure(IPluginCreatorV3One& creator)
 {
     Plugin const plugin(creator);
-    auto const takes = [&](int64_t rows)
+    auto const takes = [&](int64_t rows, int64_t prefix = 1)
     {
-        Ranges all = ranges(plugin, Shape{8, rows, 384, 1, 0});
+        Ranges all = ranges(plugin, Shape{8, rows, 384, 1, 0, prefix});
         for (auto& range : all)
         {
             range.desc.dims.d[0] = range.desc.dims.nbDims > 0 ? -1 : range.desc.dims.d[0];
@@ -217,7 +216,10 @@ void configure(IPluginCreatorV3One& creator)
         return plugin.build->configurePlugin(all.data(), kIN, all.data() + kIN, kOUT) == 0;
     };
     require(takes(2) && takes(197) && takes(4096), "configurePlugin refuses a shape of the contract");
+    require(takes(198, 2) && takes(261, 5) && takes(6, 5), "configurePlugin refuses a prefix of the contract");
     require(!takes(4097), "configurePlugin takes more rows than the kernel can count");
+    require(!takes(9, 9), "configurePlugin takes tokens of which none is of the image");
+    require(!takes(9, 0), "configurePlugin takes scores that leave no prefix");
     Plugin const first = plugin.attached();
     Plugin const second = plugin.attached();
     require(first.owner != second.owner && first.owner != plugin.owner, "attachToContext gives no copy");

@@ -80,6 +80,7 @@ def test_cases_are_those_of_every_other_form(prepared):
     assert [call.name for call in stored] == [case.name for case in CASES]
     for call, case in zip(stored, CASES, strict=True):
         assert call.tokens.shape == case.tokens.shape
+        assert call.prefix == case.prefix
         assert np.array_equal(call.scores, case.scores, equal_nan=True)
         assert np.float32(call.threshold) == np.float32(case.threshold) or case.threshold != (
             case.threshold
@@ -137,8 +138,17 @@ MISTAKES = {
         "return score >= threshold;",
     ),
     "none may be left": (
-        plugin.graph_capture, "kernels/threshold_compact.cuh", "1 + (above > 0 ? above : 1)",
-        "1 + above",
+        plugin.graph_capture, "kernels/threshold_compact.cuh", "prefix + (above > 0 ? above : 1)",
+        "prefix + above",
+    ),
+    "the class token is taken for the whole prefix": (
+        plugin.oracle, PLUGIN, "call.rows - inputDesc[kSCORES].dims.d[1];", "1;",
+    ),
+    "one row stands for the whole prefix": (
+        plugin.graph_capture, "kernels/threshold_compact_host.cpp", "static_cast<Row>(row);", "0;",
+    ),
+    "scores that leave no prefix are taken": (
+        plugin.contexts, PLUGIN, "scores >= 1 && (rows == -1 || scores < rows)", "scores >= 1",
     ),
 }  # fmt: skip
 

@@ -54,21 +54,41 @@ int64_t boundOf(int64_t most, int64_t limit) { return most < 0 ? limit : std::mi
 // Whether a dimension may lie from `least` to `most`: one that is not known (-1) may.
 bool mayLie(int64_t size, int64_t least, int64_t most) { return size == -1 || (size >= least && size <= most); }
 
-// Whether inputs of these shapes may be those of the op; dimensions need not be known.
-bool mayBe(Dims const& tokens, Dims const& scores, Dims const& threshold)
+// Whether tokens of `rows` rows may have that many scores an image: what is left of the rows, one at least, is the
+// prefix.
+bool mayLeavePrefix(int64_t rows, int64_t scores)
+{
+    return scores == -1 || (scores >= 1 && (rows == -1 || scores < rows));
+}
+
+// Whether inputs of these upper bounds may be those of the op; bounds need not be known, nor fit each other.
+bool mayReach(Dims const& tokens, Dims const& scores, Dims const& threshold)
 {
     return tokens.nbDims == 3 && scores.nbDims == 2 && threshold.nbDims <= 1 &&
            (threshold.nbDims == 0 || mayLie(threshold.d[0], 1, 1)) && mayLie(tokens.d[0], 1, kMAX_IMAGES) &&
-           mayLie(tokens.d[1], 2, kASVIT_MAX_ROWS);
+           mayLie(tokens.d[1], 2, kASVIT_MAX_ROWS) && mayLeavePrefix(-1, scores.d[1]);
+}
+
+// Whether inputs of these shapes may be those of the op; dimensions need not be known.
+bool mayBe(Dims const& tokens, Dims const& scores, Dims const& threshold)
+{
+    return mayReach(tokens, scores, threshold) && mayLeavePrefix(tokens.d[1], scores.d[1]);
 }
 
 // Whether inputs of these shapes are those of the op: what a kernel reads then lies within them.
 bool are(Dims const& tokens, Dims const& scores, Dims const& threshold)
 {
-    return mayBe(tokens, scores, threshold) && tokens.d[0] == scores.d[0] && tokens.d[1] == scores.d[1] + 1;
+    return mayBe(tokens, scores, threshold) && tokens.d[0] == scores.d[0] && tokens.d[1] > 0 && scores.d[1] > 0;
 }
 
-// The 1+K that TensorRT tunes the layers behind for: 7 of 10 rows, what a stage of AS-ViT keeps at a usual budget.
+// Whether what is known while a network is made rules out that these are the rows and scores of the op.
+bool cannotBe(IDimensionExpr const& rows, IDimensionExpr const& scores)
+{
+    auto const known = [](IDimensionExpr const& one) { return one.isConstant() ? one.getConstantValue() : -1; };
+    return !mayLeavePrefix(known(rows), known(scores));
+}
+
+// The P+K that TensorRT tunes the layers behind for: 7 of 10 rows, what a stage of AS-ViT keeps at a usual budget.
 IDimensionExpr const* optimum(IDimensionExpr const& rows, IExprBuilder& builder)
 {
     if (rows.isSizeTensor())
@@ -128,6 +148,10 @@ int32_t ThresholdCompactPlugin::getOutputShapes(DimsExprs const* inputs, int32_t
     }
     IDimensionExpr const* const images = inputs[kTOKENS].d[0];
     IDimensionExpr const* const rows = inputs[kTOKENS].d[1];
+    if (cannotBe(*rows, *inputs[kSCORES].d[1]))
+    {
+        return kFAILED;
+    }
     IDimensionExpr const* const size = builder.declareSizeTensor(kSIZE, *optimum(*rows, builder), *rows);
 
     outputs[kCOMPACT].nbDims = 3;
@@ -159,8 +183,10 @@ int32_t ThresholdCompactPlugin::configurePlugin(DynamicPluginTensorDesc const* i
     }
     // The rows have a bound of our own; without one of the images no workspace would be known to hold them.
     bool const bounded = inputs[kTOKENS].max.d[0] > 0;
-    bool const fits = bounded && mayBe(inputs[kTOKENS].max, inputs[kSCORES].max, inputs[kTHRESHOLD].max);
-    return fits ? 0 : kFAILED;
+    bool const fits = bounded && mayReach(inputs[kTOKENS].max, inputs[kSCORES].max, inputs[kTHRESHOLD].max);
+    // Two upper bounds need not be met at once; two shapes that are known are.
+    bool const leaves = mayLeavePrefix(inputs[kTOKENS].desc.dims.d[1], inputs[kSCORES].desc.dims.d[1]);
+    return fits && leaves ? 0 : kFAILED;
 }
 
 size_t ThresholdCompactPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t,
@@ -202,6 +228,7 @@ int32_t ThresholdCompactPlugin::enqueue(PluginTensorDesc const* inputDesc, Plugi
     call.length = static_cast<int64_t*>(outputs[kLENGTH]);
     call.size = outputs[kSIZE];
     call.workspace = workspace;
+    call.prefix = call.rows - inputDesc[kSCORES].dims.d[1];
     return asvitThresholdCompact(&call, stream);
 }
 

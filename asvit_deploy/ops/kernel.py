@@ -40,6 +40,7 @@ class _Call(ctypes.Structure):
                 "tokens", "scores", "threshold", "compact", "index", "length", "size", "workspace",
             )
         ),
+        ("prefix", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -49,11 +50,12 @@ class Counted:
 
     Attributes:
         images, rows: B and M.
-        scores: float32 [B, M-1].
+        scores: float32 [B, M-P].
         threshold: float32, one number.
         length: int64 [B], filled.
         size: int64, one number, filled: the highest length.
         workspace: 2·B·M bytes, filled.
+        prefix: P, the rows at the front of each image that always stay.
     """
 
     images: int
@@ -63,6 +65,7 @@ class Counted:
     length: int
     size: int
     workspace: int
+    prefix: int = 1
 
 
 class Kernel:
@@ -75,7 +78,7 @@ class Kernel:
         path: from `build_kernel`.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or takes another kind of call.
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,6 +86,13 @@ class Kernel:
             self._library = ctypes.CDLL(str(path))
         except OSError as error:
             raise UserError(f"{path} cannot be loaded ({error})") from None
+        # A library made elsewhere may be of another version, which would misread what it is given.
+        describe = getattr(self._library, "asvitThresholdCompactCallBytes", None)
+        if describe is None or describe() != ctypes.sizeof(_Call):
+            raise UserError(
+                f"{path} is no kernel of this version of asvit-deploy; build it again, or unset "
+                f"{GIVEN}"
+            )
         for name in ("asvitThresholdCompactCount", "asvitThresholdCompactGather"):
             function = getattr(self._library, name)
             function.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
@@ -92,7 +102,7 @@ class Kernel:
         """Step one: put the counting on `stream`; it fills length, size and workspace.
 
         Raises:
-            RuntimeError: the shapes are not allowed (M is 2 to 4096), or CUDA refuses.
+            RuntimeError: the shapes are not allowed (M is 2 to 4096, P 1 to M-1), or CUDA refuses.
         """
         self._do("asvitThresholdCompactCount", self._call(given), stream)
 
@@ -122,12 +132,13 @@ class Kernel:
         return _Call(
             images=given.images, rows=given.rows, size_bytes=8, scores=given.scores,
             threshold=given.threshold, length=given.length, size=given.size,
-            workspace=given.workspace,
+            workspace=given.workspace, prefix=given.prefix,
         )  # fmt: skip
 
     def _do(self, name: str, call: _Call, stream: int) -> None:
         if status := getattr(self._library, name)(ctypes.byref(call), stream):
-            raise RuntimeError(f"{name} ended with {status} for B={call.images}, M={call.rows}")
+            shape = f"B={call.images}, M={call.rows}, P={call.prefix}"
+            raise RuntimeError(f"{name} ended with {status} for {shape}")
 
 
 def build_kernel(cuda: bool, say: Say = silent, sms: Sequence[str] = ()) -> Path:

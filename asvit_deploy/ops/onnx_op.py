@@ -12,6 +12,7 @@ INPUTS = ("tokens", "scores", "threshold")
 OUTPUTS = ("compact", "index", "length", "size")
 # What TensorRT's parser reads to find the plugin creator; every other runtime ignores it.
 PLUGIN_ATTRIBUTES = {"plugin_version": "1", "plugin_namespace": ""}
+MAX_ROWS = 4096  # the most rows of an image that the CUDA kernel numbers
 
 _PAYLOAD = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
@@ -24,7 +25,7 @@ def schema() -> onnx.defs.OpSchema:
         OP_TYPE,
         DOMAIN,
         VERSION,
-        doc="Keep the class token and the image tokens whose score exceeds the threshold.",
+        doc="Keep the prefix rows and the image tokens whose score exceeds the threshold.",
         inputs=[parameter(name, types.get(name, "T")) for name in INPUTS],
         outputs=[parameter(name, types.get(name, "T")) for name in OUTPUTS],
         type_constraints=[("T", _PAYLOAD, "token payload")],
@@ -37,7 +38,7 @@ def schema() -> onnx.defs.OpSchema:
     )
 
 
-# keep: bool [B, M], the class token's column True. The best score is the first highest in the order
+# keep: bool [B, M], the prefix's columns True. The best score is the first highest in the order
 # number > NaN > -inf: a NaN becomes the lowest finite number, and what equals the top is raised
 # above all, which a NaN never does: it loses against a true lowest number too. TopK, not ReduceMax:
 # ONNX Runtime's symbolic shape inference, which its quantiser begins with, knows no axes that are
@@ -57,7 +58,7 @@ _KEEP = """
     shape = Shape (best)
     every = Expand (yes, shape)
     image_keep = ScatterElements <axis = 1> (above, best, every)
-    keep = Concat <axis = 1> (every, image_keep)
+    keep = Concat <axis = 1> (PREFIX, image_keep)
 """
 
 # One image: the rows that stay are simply listed.
@@ -106,18 +107,25 @@ _BATCHED = """
 """
 
 
-def function_body(batched: bool, opset: int) -> onnx.FunctionProto:
+def function_body(batched: bool, opset: int, prefix: int = 1) -> onnx.FunctionProto:
     """The op as a model-local function in standard ops.
 
     Args:
         batched: False gives the shorter body that is right for B = 1 only.
         opset: version of the standard ops; 18 or later.
+        prefix: P, a constant of the body: tokens [B, M, D] take scores [B, M-P].
+
+    Raises:
+        ValueError: P is below 1, or above what a kernel takes.
     """
+    if not 1 <= prefix < MAX_ROWS:
+        raise ValueError(f"a prefix of {prefix} rows; it has 1 to {MAX_ROWS - 1}")
+    keep = _KEEP.replace("PREFIX", ", ".join(["every"] * prefix))
     names = ", ".join(INPUTS), ", ".join(OUTPUTS)
     function = onnx.parser.parse_function(
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
         f"{OP_TYPE} <{', '.join(PLUGIN_ATTRIBUTES)}> ({names[0]}) => ({names[1]})\n"
-        f"{{{_KEEP}{_BATCHED if batched else _SINGLE}}}"
+        f"{{{keep}{_BATCHED if batched else _SINGLE}}}"
     )
     for node in function.node:
         node.name = f"{OP_TYPE}/{node.output[0]}"  # so that profilers can tell these nodes

@@ -5,6 +5,7 @@ The contract in words stands in `plugins/README.md`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,11 @@ from numpy.typing import NDArray
 
 
 class Compacted(NamedTuple):
-    """Outputs of the op; T is the type of `tokens`, 1+K the most rows any image keeps."""
+    """Outputs of the op; T is the type of `tokens`, P+K the most rows any image keeps."""
 
-    compact: NDArray  # T [B, 1+K, D]: class token, kept tokens in order, zero rows
-    index: NDArray[np.int64]  # type: ignore[assignment]  # [B, 1+K]: source row in `tokens`, -1 where the row is zero
-    length: NDArray[np.int64]  # [B]: rows in use, class token included
+    compact: NDArray  # T [B, P+K, D]: prefix, kept tokens in order, zero rows
+    index: NDArray[np.int64]  # type: ignore[assignment]  # [B, P+K]: source row in `tokens`, -1 where the row is zero
+    length: NDArray[np.int64]  # [B]: rows in use, prefix included
     size: NDArray[np.int64]  # scalar: max(length)
 
 
@@ -40,28 +41,45 @@ def keep_mask(scores: NDArray[np.float32], threshold: float) -> NDArray[np.bool_
     return keep
 
 
-def threshold_compact(tokens: NDArray, scores: NDArray[np.float32], threshold: float) -> Compacted:
-    """Keep the class token and every image token above the threshold (Eq. 8 of AS-ViT).
+def prefix_rows(tokens: Sequence[int], scores: Sequence[int]) -> int:
+    """P: how many rows at the front of tokens [B, M, D] always stay, given scores [B, M-P].
 
     Args:
-        tokens: T [B, M, D], class token in row 0.
-        scores: float32 [B, M-1], one per image token.
+        tokens: the shape of the tokens.
+        scores: the shape of the scores.
+
+    Raises:
+        ValueError: shapes that do not fit, no prefix, an empty batch, or no image token at all.
+    """
+    given = f"tokens {tuple(tokens)} and scores {tuple(scores)}"
+    if len(tokens) != 3 or len(scores) != 2 or tokens[0] != scores[0]:
+        raise ValueError(f"{given} do not fit: they must be [B, M, D] and [B, M-P]")
+    if scores[1] >= tokens[1] > 0:
+        raise ValueError(f"{given} do not fit: at least one row must come before the image tokens")
+    if tokens[0] == 0 or scores[1] == 0 or tokens[1] == 0:
+        raise ValueError(f"nothing to compact in {given}: no image, or no image token")
+    return tokens[1] - scores[1]
+
+
+def threshold_compact(tokens: NDArray, scores: NDArray[np.float32], threshold: float) -> Compacted:
+    """Keep the prefix and every image token above the threshold (Eq. 8 of AS-ViT).
+
+    Args:
+        tokens: T [B, M, D], P prefix rows (class token first), then the image tokens.
+        scores: float32 [B, M-P], one per image token: P follows from the shapes.
         threshold: scalar.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, or no image token at all.
+        ValueError: as `prefix_rows`.
     """
-    if tokens.ndim != 3 or scores.shape != (tokens.shape[0], tokens.shape[1] - 1):
-        raise ValueError(f"tokens {tokens.shape} and scores {scores.shape} do not fit")
-    if tokens.shape[0] == 0 or scores.shape[1] == 0:
-        raise ValueError(f"nothing to compact in tokens {tokens.shape}")
+    prefix = prefix_rows(tokens.shape, scores.shape)
     keep = keep_mask(scores, threshold)
-    length = 1 + keep.sum(axis=1).astype(np.int64)
+    length = prefix + keep.sum(axis=1).astype(np.int64)
     size = int(length.max())
     compact = np.zeros((tokens.shape[0], size, tokens.shape[2]), tokens.dtype)
     index = np.full((tokens.shape[0], size), -1, np.int64)
     for b, count in enumerate(length):
-        rows = np.concatenate([[0], 1 + np.flatnonzero(keep[b])])
+        rows = np.concatenate([np.arange(prefix), prefix + np.flatnonzero(keep[b])])
         compact[b, :count] = tokens[b, rows]
         index[b, :count] = rows
     return Compacted(compact, index, length, np.asarray(size, np.int64))

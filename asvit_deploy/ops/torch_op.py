@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from asvit_deploy.ops.reference import prefix_rows
+
 NAME = "asvit::threshold_compact"
 
 
@@ -34,27 +36,22 @@ def falling_order(scores: Tensor) -> Tensor:
 def threshold_compact(
     tokens: Tensor, scores: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keep the class token and every image token whose score exceeds the threshold.
+    """Keep the prefix and every image token whose score exceeds the threshold.
 
     Args:
-        tokens: T [B, M, D], class token in row 0.
-        scores: float32 [B, M-1].
+        tokens: T [B, M, D], P prefix rows (class token first), then the image tokens.
+        scores: float32 [B, M-P]: P follows from the shapes.
         threshold: float32 scalar.
 
     Returns:
-        compact T [B, 1+K, D] (zero rows at the tail), index int64 [B, 1+K] (-1 at the tail),
+        compact T [B, P+K, D] (zero rows at the tail), index int64 [B, P+K] (-1 at the tail),
         length int64 [B] and size int64 [], its maximum.
 
     Raises:
-        ValueError: an empty batch, no image token, or shapes that do not fit.
+        ValueError: an empty batch, no prefix, no image token, or shapes that do not fit.
     """
-    if tokens.ndim != 3 or scores.shape != (tokens.shape[0], tokens.shape[1] - 1):
-        raise ValueError(
-            f"tokens {tuple(tokens.shape)} and scores {tuple(scores.shape)} do not fit"
-        )
-    if scores.numel() == 0:
-        raise ValueError(f"nothing to compact in tokens {tuple(tokens.shape)}")
-    keep = torch.nn.functional.pad(keep_mask(scores, threshold), (1, 0), value=True)  # (B, M)
+    prefix = prefix_rows(tokens.shape, scores.shape)
+    keep = torch.nn.functional.pad(keep_mask(scores, threshold), (prefix, 0), value=True)  # (B, M)
     length = keep.sum(1)
     if tokens.shape[0] == 1:
         index = keep[0].nonzero().t()
@@ -71,7 +68,13 @@ def threshold_compact(
 @threshold_compact.register_fake
 def _(tokens: Tensor, scores: Tensor, threshold: Tensor) -> tuple[Tensor, ...]:
     batch, rows, dim = tokens.shape
-    size = torch.library.get_ctx().new_dynamic_size(min=2)  # class token and one image token
+    # A number where the difference of symbols is one, as where both come of one count of rows.
+    prefix = rows - scores.shape[1]
+    known = prefix if isinstance(prefix, int) else prefix.node.maybe_as_int()
+    if known is not None and known < 1:
+        prefix_rows(tokens.shape, scores.shape)  # says why not
+    # The prefix and one image token.
+    size = torch.library.get_ctx().new_dynamic_size(min=2 if known is None else known + 1)
     torch._check(size <= rows)
     int64 = torch.int64
     return (

@@ -61,9 +61,11 @@ struct Shape
     int64_t width;
     int64_t type; // 0 float, 1 half, 2 bfloat16
     int64_t offset;
+    int64_t prefix = 1;
 
     size_t places() const { return static_cast<size_t>(images * rows); }
     size_t payload() const { return places() * static_cast<size_t>(width) * (type == 0 ? 4 : 2); }
+    size_t scores() const { return static_cast<size_t>(images * (rows - prefix)) * sizeof(float); }
 };
 
 using Descriptions = std::array<nvinfer1::PluginTensorDesc, kIN + kOUT>;
@@ -80,7 +82,7 @@ inline Descriptions describe(Plugin const& plugin, Shape const& shape, int sizeB
     std::array<DataType, kOUT> made{};
     require(plugin.build->getOutputDataTypes(made.data(), kOUT, types.data(), kIN) == 0, "getOutputDataTypes fails");
     std::array<Dims, kIN + kOUT> const shapes{Dims{3, {shape.images, shape.rows, shape.width}},
-                                              Dims{2, {shape.images, shape.rows - 1}},
+                                              Dims{2, {shape.images, shape.rows - shape.prefix}},
                                               Dims{0, {}},
                                               Dims{3, {shape.images, -1, shape.width}},
                                               Dims{2, {shape.images, -1}},
@@ -130,7 +132,7 @@ public:
         size_t const places = shape.places();
         auto const images = static_cast<size_t>(shape.images);
         auto const offset = static_cast<size_t>(shape.offset);
-        for (auto const& [bytes, shift] : {std::pair{shape.payload(), offset}, {(places - images) * 4, 0}, {4, 0},
+        for (auto const& [bytes, shift] : {std::pair{shape.payload(), offset}, {shape.scores(), 0}, {4, 0},
                                            {shape.payload(), offset}, {places * 8, 0}, {images * 8, 0},
                                            {static_cast<size_t>(mSizeBytes), 0}})
         {

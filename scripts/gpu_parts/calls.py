@@ -43,14 +43,20 @@ class Call:
     offset: int = 0
     name: str = ""
 
+    @property
+    def prefix(self) -> int:
+        """P."""
+        return self.tokens.shape[1] - self.scores.shape[1]
+
     def record(self) -> bytes:
-        head = np.array([*self.tokens.shape, self.kind, self.offset], np.int64)
+        head = np.array([*self.tokens.shape, self.kind, self.offset, self.prefix], np.int64)
         values = head, self.tokens, self.scores, np.float32(self.threshold)
         return b"".join(value.tobytes() for value in values)
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.tokens.shape))
-        return f"{self.name} [{shape}] {TYPES[self.kind]}, θ {self.threshold}, +{self.offset}"
+        what = f"{self.name} [{shape}] {TYPES[self.kind]}, P {self.prefix}"
+        return f"{what}, θ {self.threshold}, +{self.offset}"
 
 
 def any_bits(shape: Sequence[int], kind: int, seed: int) -> NDArray:
@@ -64,29 +70,31 @@ def stored_calls(root: Path, kind: int) -> list[Call]:
     with np.load(root / CASES, allow_pickle=False) as file:
         data = {name: file[name] for name in file.files}
     calls, first = [], 0
-    for name, shape, threshold in zip(data["names"], data["shapes"], data["thresholds"]):
+    columns = ("names", "shapes", "prefixes", "thresholds")
+    for name, shape, prefix, threshold in zip(*(data[column] for column in columns)):
         images, rows, _ = map(int, shape)
-        end = first + images * (rows - 1)
-        scores = data["scores"][first:end].reshape(images, rows - 1)
+        end = first + images * (rows - int(prefix))
+        scores = data["scores"][first:end].reshape(images, rows - int(prefix))
         tokens = any_bits(tuple(map(int, shape)), kind, 0)
         calls.append(Call(tokens, scores, float(threshold), kind, name=str(name)))
         first = end
     return calls
 
 
-def plain(shape: tuple[int, int, int], kind: int, threshold: float) -> Call:
+def plain(shape: tuple[int, int, int], kind: int, threshold: float, prefix: int = 1) -> Call:
     """Uniform scores."""
-    scores = np.random.default_rng(shape).random((shape[0], shape[1] - 1), np.float32)
+    scores = np.random.default_rng(shape).random((shape[0], shape[1] - prefix), np.float32)
     return Call(any_bits(shape, kind, 1), scores, threshold, kind, name="plain")
 
 
 def random_calls(count: int, seed: int) -> list[Call]:
-    """Small shapes, all special values, payloads that begin anywhere."""
+    """Small shapes, all special values, payloads that begin anywhere, prefixes of every length."""
     rng = np.random.default_rng(seed)
     calls = []
     for i in range(count):
         shape, kind = tuple(map(int, rng.integers((1, 2, 1), (9, 60, 97)))), i % 3
-        scores = rng.random((shape[0], shape[1] - 1), np.float32)
+        prefix = [1, 2, 5, int(rng.integers(1, shape[1]))][i // 2 % 4]
+        scores = rng.random((shape[0], max(shape[1] - prefix, 1)), np.float32)
         if i % 4 == 1:
             scores = np.round(scores * 4) / np.float32(4)
         for value in (NAN, INF, -INF)[: i % 5]:
@@ -159,13 +167,15 @@ def compare(stream: BytesIO, call: Call, bits: int, mode: str) -> NDArray[np.int
 def chains(root: Path, kind: int, steps: int = 3) -> Iterator[list[Call]]:
     """Calls of which each takes what the one before it leaves; rows that pad score -inf."""
     rng = np.random.default_rng(3)
-    for shape in ((1, 197, 384), (8, 197, 64), (2, 9, 64), (3, 577, 192), (1, 2, 64)):
+    shapes = (1, 197, 384), (8, 197, 64), (2, 9, 64), (3, 577, 192), (1, 2, 64)
+    given = [*((shape, 1) for shape in shapes), ((8, 198, 64), 2), ((3, 261, 192), 5)]
+    for shape, prefix in given:
         tokens, length = any_bits(shape, kind, 2), None
         calls = []
         for step in range(steps):
-            scores = rng.random((shape[0], tokens.shape[1] - 1), np.float32)
+            scores = rng.random((shape[0], tokens.shape[1] - prefix), np.float32)
             if length is not None:
-                pads = np.arange(1, tokens.shape[1]) >= length[:, None]
+                pads = np.arange(prefix, tokens.shape[1]) >= length[:, None]
                 scores[pads] = -INF
             threshold = (0.3, 0.4, 2.0)[step % 3]
             calls.append(Call(tokens, scores, threshold, kind, name=f"chain {step}"))

@@ -29,12 +29,16 @@ def oracle_calls(kit: Kit) -> Iterator[list[Call]]:
             for width in (64, 192, 384, 768):
                 yield [plain((images, rows, width), kind, threshold)
                        for images in (1, 2, 8) for threshold in (0.3, 2.0, -1.0)]  # fmt: skip
+        for rows, prefix in ((3, 2), (198, 2), (201, 5), (261, 5), (1374, 5)):
+            yield [plain((images, rows, 384), kind, threshold, prefix)
+                   for images in (1, 8) for threshold in (0.3, 2.0, -1.0)]  # fmt: skip
         yield [plain((256, 197, 384), kind, 0.3), plain((256, 2, 64), kind, 0.5)]
+        yield [plain((256, 201, 384), kind, 0.3, 5), plain((1, 4096, 64), kind, 2.0, 4095)]
         yield [plain((64, 577, 768), kind, 0.3), plain((1, 4096, 64), kind, 0.5)]
 
 
 def oracle(kit: Kit) -> Report:
-    """One kept and all kept, ties, NaN, infinities, three types, B to 256: equal bits."""
+    """One kept and all kept, ties, NaN, infinities, prefixes, three types, B to 256: equal bits."""
     driver, plugin = kit.program("driver"), kit.file("plugin")
     count = 0
     for number, calls in enumerate(oracle_calls(kit)):
@@ -63,6 +67,8 @@ def contexts(kit: Kit) -> Report:
     cases = kit.some([call for kind in KINDS for call in stored_calls(kit.root, kind)], 4)
     busy = [plain(shape, kind, 0.3) for kind in KINDS
             for shape in ((8, 197, 384), (1, 577, 768), (64, 197, 384), (3, 33, 64))]  # fmt: skip
+    busy += [plain((8, rows, 384), kind, 0.3, prefix) for kind in KINDS
+             for rows, prefix in ((198, 2), (261, 5))]  # fmt: skip
     pairs = busy if not kit.rehearse else busy[::2][: len(busy) // 4 * 2]
     chained = [calls for kind in KINDS for calls in chains(kit.root, kind)]
     done: Report = {"configure": "passed"}

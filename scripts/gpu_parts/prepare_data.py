@@ -103,6 +103,7 @@ def write_cases(path: Path, checkout: Path) -> None:
         path,
         names=np.array([case.name for case in cases]),
         shapes=np.array([case.tokens.shape for case in cases], np.int64),
+        prefixes=np.array([case.prefix for case in cases], np.int64),
         thresholds=np.array([case.threshold for case in cases], np.float64),
         scores=np.concatenate([case.scores.ravel() for case in cases]).astype(np.float32),
     )

@@ -57,6 +57,7 @@ class Shared:
         return Counted(
             1, self.after.shape[1], self.scores.data_ptr(), self.thresholds[stage].data_ptr(),
             self.length.data_ptr(), self.size.data_ptr(), self.workspace.data_ptr(),
+            prefix=self.after.shape[1] - self.scores.shape[1],
         )  # fmt: skip
 
     def _stream(self) -> int:

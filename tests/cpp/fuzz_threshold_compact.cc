@@ -6,7 +6,8 @@
 //
 // Of the cases, by size: 97.3 % small (B 1-4, M 2-33, D 0-24), 2.5 % medium (B 1-8, M 2-197, D 1-384) and
 // 0.2 % large (B 1-8, M 197 or 577, D 64-768 in steps of 64). Every tenth large case is the largest, B = 8, M = 577,
-// D = 768. Types are float, float16 and bfloat16 alike; the payload is random bits, NaN patterns included.
+// D = 768. P is 1 in half of them, else up to 6, or up to M-1. Types are float, float16 and bfloat16 alike; the payload
+// is random bits, NaN patterns included.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -28,12 +29,13 @@ constexpr float kNAN = std::numeric_limits<float>::quiet_NaN();
 
 struct Case
 {
-    int64_t images, rows, width, type; // B, M, D; 0 float, 1 float16, 2 bfloat16
+    int64_t images, rows, prefix, width, type; // B, M, P, D; 0 float, 1 float16, 2 bfloat16
     float threshold;
     std::vector<char> tokens;
     std::vector<float> scores;
 
     int64_t rowBytes() const { return width * (type == 0 ? 4 : 2); }
+    int64_t imageTokens() const { return rows - prefix; }
 };
 
 struct Result
@@ -97,6 +99,12 @@ void drawSizes(Random& random, Case& drawn)
         drawn.rows = random.between(2, 33);
         drawn.width = random.between(0, 24);
     }
+    drawn.prefix = 1;
+    if (random.chance(50))
+    {
+        int64_t const most = random.chance(70) ? std::min<int64_t>(6, drawn.rows - 1) : drawn.rows - 1;
+        drawn.prefix = random.between(1, most);
+    }
     drawn.type = random.between(0, 2);
 }
 
@@ -155,10 +163,11 @@ Case draw(Random& random)
     drawSizes(random, drawn);
     drawn.tokens.resize(static_cast<size_t>(drawn.images * drawn.rows * drawn.rowBytes()));
     random.bits(drawn.tokens);
-    drawn.scores.resize(static_cast<size_t>(drawn.images * (drawn.rows - 1)));
+    int64_t const count = drawn.imageTokens();
+    drawn.scores.resize(static_cast<size_t>(drawn.images * count));
     for (int64_t b = 0; b < drawn.images; ++b)
     {
-        drawScores(random, drawn.scores.data() + b * (drawn.rows - 1), drawn.rows - 1);
+        drawScores(random, drawn.scores.data() + b * count, count);
     }
     drawn.threshold = drawThreshold(random, drawn.scores);
     return drawn;
@@ -167,9 +176,9 @@ Case draw(Random& random)
 // The header under test, in buffers of exactly the right size.
 Result tested(Case const& drawn)
 {
-    asvit::Batch const batch{drawn.images,        drawn.rows,          drawn.rowBytes(),
+    asvit::Batch const batch{drawn.images,        drawn.rows,          drawn.prefix,   drawn.rowBytes(),
                              drawn.tokens.data(), drawn.scores.data(), drawn.threshold};
-    if (asvit::refusal(drawn.images, drawn.rows) != nullptr)
+    if (asvit::refusal(drawn.images, drawn.rows, drawn.imageTokens()) != nullptr)
     {
         std::fprintf(stderr, "a legal batch is refused\n");
         std::exit(1);
@@ -191,17 +200,18 @@ Result plain(Case const& drawn)
     Result result{};
     for (int64_t b = 0; b < drawn.images; ++b)
     {
-        std::vector<float> const scores(drawn.scores.begin() + b * (drawn.rows - 1),
-                                        drawn.scores.begin() + (b + 1) * (drawn.rows - 1));
+        int64_t const count = drawn.imageTokens();
+        std::vector<float> const scores(drawn.scores.begin() + b * count, drawn.scores.begin() + (b + 1) * count);
         auto const kind = [](float a) { return std::isnan(a) ? 1 : a == -kINF ? 0 : 2; };
         auto const lower = [&](float a, float c) { return kind(a) != kind(c) ? kind(a) < kind(c) : a < c; };
         auto const best = std::max_element(scores.begin(), scores.end(), lower) - scores.begin();
-        std::vector<int64_t> rows{0};
-        for (int64_t i = 0; i < drawn.rows - 1; ++i)
+        std::vector<int64_t> rows;
+        for (int64_t row = 0; row < drawn.rows; ++row)
         {
-            if (i == best || scores[static_cast<size_t>(i)] > drawn.threshold)
+            int64_t const i = row - drawn.prefix;
+            if (i < 0 || i == best || scores[static_cast<size_t>(i)] > drawn.threshold)
             {
-                rows.push_back(i + 1);
+                rows.push_back(row);
             }
         }
         result.length.push_back(static_cast<int64_t>(rows.size()));
@@ -235,10 +245,10 @@ template <typename T> void put(std::vector<T> const& values)
     }
 }
 
-// One record: B, M, D, type, size as int64, then threshold, tokens, scores, compact, index, length.
+// One record: B, M, P, D, type, size as int64, then threshold, tokens, scores, compact, index, length.
 void write(Case const& drawn, Result const& result)
 {
-    put(std::vector<int64_t>{drawn.images, drawn.rows, drawn.width, drawn.type, result.size});
+    put(std::vector<int64_t>{drawn.images, drawn.rows, drawn.prefix, drawn.width, drawn.type, result.size});
     put(std::vector<float>{drawn.threshold});
     put(drawn.tokens);
     put(drawn.scores);
@@ -259,9 +269,10 @@ int main(int argc, char** argv)
     }
     int64_t const count = std::atoll(argv[1]);
     Random random(static_cast<uint64_t>(std::atoll(argv[2])));
-    if (asvit::refusal(0, 5) == nullptr || asvit::refusal(1, 1) == nullptr)
+    if (asvit::refusal(0, 5, 4) == nullptr || asvit::refusal(1, 1, 0) == nullptr ||
+        asvit::refusal(1, 5, 0) == nullptr || asvit::refusal(1, 5, 5) == nullptr || asvit::refusal(1, 5, 6) == nullptr)
     {
-        std::fprintf(stderr, "an empty batch is not refused\n");
+        std::fprintf(stderr, "a batch without an image, an image token or a prefix is not refused\n");
         return 1;
     }
     for (int64_t i = 0; i < count; ++i)

@@ -49,11 +49,11 @@ def read(stream: IO[bytes], dtype: type, *shape: int) -> np.ndarray:
 
 
 def records(stream: IO[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray, float, Compacted]]:
-    while head := stream.read(5 * 8):
-        images, rows, width, kind, size = map(int, np.frombuffer(head, np.int64))
+    while head := stream.read(6 * 8):
+        images, rows, prefix, width, kind, size = map(int, np.frombuffer(head, np.int64))
         threshold = read(stream, np.float32, 1)[0]
         tokens = read(stream, TYPES[kind], images, rows, width)
-        scores = read(stream, np.float32, images, rows - 1)
+        scores = read(stream, np.float32, images, rows - prefix)
         compact = read(stream, TYPES[kind], images, size, width)
         index = read(stream, np.int64, images, size)
         length = read(stream, np.int64, images)
@@ -68,7 +68,8 @@ def bits(array: np.ndarray) -> tuple[tuple[int, ...], bytes]:
 def test_kernel_equals_the_oracle_bit_for_bit(fuzz: Path):
     """Nothing is rounded in this op, so equal means equal bits, NaN payloads included."""
     command = [fuzz, str(CASES), str(SEED), "write"]
-    seen = dict.fromkeys(("NaN", "inf", "K = 1", "K = N", "tail"), 0) | dict.fromkeys(TYPES, 0)
+    kinds = "NaN", "inf", "K = 1", "K = N", "tail", "P = 1", "P = 2", "P = 5", "P > 8"
+    seen = dict.fromkeys(kinds, 0) | dict.fromkeys(TYPES, 0)
     widest = count = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         for tokens, scores, threshold, result in records(process.stdout):
@@ -83,7 +84,11 @@ def test_kernel_equals_the_oracle_bit_for_bit(fuzz: Path):
             seen[tokens.dtype.type] += 1
             seen["NaN"] += bool(np.isnan(scores).any())
             seen["inf"] += bool(np.isinf(scores).any())
-            seen["K = 1"] += int(result.size) == 2
+            prefix = tokens.shape[1] - scores.shape[1]
+            for value in (1, 2, 5):
+                seen[f"P = {value}"] += prefix == value
+            seen["P > 8"] += prefix > 8
+            seen["K = 1"] += int(result.size) == prefix + 1
             seen["K = N"] += int(result.size) == tokens.shape[1]
             seen["tail"] += bool((result.index < 0).any())
         errors = process.stderr.read().decode()

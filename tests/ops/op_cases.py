@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,16 @@ class Case:
     scores: NDArray[np.float32]
     threshold: float
 
+    @property
+    def prefix(self) -> int:
+        """P."""
+        return self.tokens.shape[1] - self.scores.shape[1]
 
-def _case(name, batch, rows, dim, threshold, change=None, seed=0) -> Case:
+
+def _case(name, batch, rows, dim, threshold, change=None, seed=0, prefix=1) -> Case:
     rng = np.random.default_rng([seed, batch, rows, dim])
     tokens = rng.standard_normal((batch, rows, dim)).astype(np.float32)
-    scores = rng.random((batch, rows - 1)).astype(np.float32)
+    scores = rng.random((batch, rows - prefix)).astype(np.float32)
     if change is not None:
         change(scores)
     return Case(name, tokens, scores, threshold)
@@ -109,4 +114,25 @@ SIZES = [
     ]
 ]  # fmt: skip
 
-CASES = EDGES + SIZES
+
+def _behind(case: Case, prefix: int) -> Case:
+    """The same image tokens behind a longer prefix."""
+    images, _, dim = case.tokens.shape
+    rng = np.random.default_rng([prefix, images, dim])
+    front = rng.standard_normal((images, prefix - case.prefix, dim)).astype(np.float32)
+    tokens = np.concatenate([front, case.tokens], axis=1)
+    return replace(case, name=f"{case.name}_p{prefix}", tokens=tokens)
+
+
+# Every edge again, and sizes: networks with a distillation token or registers, the shortest that
+# there can be, and prefixes of more rows than a warp or a block of the kernel has threads.
+PREFIXED = [_behind(case, prefix) for prefix in (2, 5) for case in EDGES] + [
+    _case(f"b{batch}_m{rows}_d{dim}_p{prefix}", batch, rows, dim, threshold, None, 1, prefix)
+    for batch, rows, dim, threshold, prefix in [
+        (1, 3, 64, 0.5, 2), (1, 6, 64, 0.5, 5), (5, 6, 128, 0.5, 5), (1, 198, 384, 0.35, 2),
+        (4, 261, 384, 0.65, 5), (8, 201, 64, 0.99, 5), (2, 40, 192, 0.5, 33),
+        (1, 40, 192, 2.0, 39), (2, 600, 64, 0.5, 515),
+    ]
+]  # fmt: skip
+
+CASES = EDGES + SIZES + PREFIXED

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import numpy as np
 import pytest
 from op_cases import CASES, Case
@@ -9,6 +11,7 @@ from op_cases import CASES, Case
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import kernel as kernel_module
 from asvit_deploy.ops.kernel import Counted, Kernel, build_kernel
+from asvit_deploy.ops.library import find_compiler
 from asvit_deploy.ops.reference import threshold_compact
 
 
@@ -27,7 +30,8 @@ def steps(kernel: Kernel, case: Case, wider: int) -> list[np.ndarray]:
     images, rows, width = tokens.shape
     threshold, length = np.array(case.threshold, np.float32), np.full(images, -7, np.int64)
     size, workspace = np.array(-7), np.zeros(images * rows, np.int16)
-    given = Counted(images, rows, *map(address, (scores, threshold, length, size, workspace)))
+    buffers = map(address, (scores, threshold, length, size, workspace))
+    given = Counted(images, rows, *buffers, prefix=case.prefix)
     kernel.count(given)
     stride = np.array(min(int(size) + wider, rows))
     compact = np.full((images, int(stride), width), np.nan, np.float32)
@@ -52,11 +56,34 @@ def test_two_steps_equal_the_oracle_and_pad_with_zeros(twin, case, wider):
     assert (index[:, kept:] == -1).all()
 
 
-def test_shapes_beyond_the_contract_are_refused(twin):
-    memory = np.zeros(16, np.int64)
-    given = Counted(1, 4097, *[address(memory)] * 5)
-    with pytest.raises(RuntimeError, match="M=4097"):
-        twin.count(given)
+@pytest.mark.parametrize(
+    ("rows", "prefix"), [(4097, 1), (9, 0), (9, -1), (9, 9), (9, 10), (1, 1), (2, 2)]
+)
+def test_shapes_beyond_the_contract_are_refused(twin, rows, prefix):
+    memory = np.full(16, -7)
+    given = Counted(1, rows, *[address(memory)] * 5, prefix=prefix)
+    for step in (
+        lambda: twin.count(given),
+        lambda: twin.gather(given, address(memory), 1, 4, address(memory), address(memory)),
+    ):
+        with pytest.raises(RuntimeError, match=f"M={rows}, P={prefix}$"):
+            step()
+    assert (memory == -7).all()
+
+
+def test_class_token_alone_is_the_prefix_of_a_caller_that_names_none(twin):
+    assert Counted(1, 2, *range(5)).prefix == 1
+
+
+@pytest.mark.parametrize("said", ["", "extern \"C\" int asvitThresholdCompactCallBytes() "
+                                  "{ return 96; }"], ids=["none", "shorter"])  # fmt: skip
+def test_library_of_another_version_is_refused(compiler, tmp_path, said):
+    """It would take P for something else, or for nothing."""
+    (tmp_path / "old.cpp").write_text(f"{said}\n")
+    command = [*find_compiler(), "-shared", "-fPIC", "old.cpp", "-o", "old.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with pytest.raises(UserError, match=r"old\.so is no kernel of this version.*ASVIT_KERNEL$"):
+        Kernel(tmp_path / "old.so")
 
 
 def test_file_that_is_no_library_is_named_so(tmp_path):

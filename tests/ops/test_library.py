@@ -139,16 +139,18 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("prefix", [1, 2, 5])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", TYPES)
-def test_equals_the_oracle_bit_for_bit(library, kind, case):
+def test_equals_the_oracle_bit_for_bit(library, kind, case, prefix):
     """The payload is copied and nothing is rounded, so equal means equal bits."""
     code, dtype = TYPES[kind]
     rng = np.random.default_rng(sum(map(ord, case)))
     name, threshold = CASES[case]
-    for shape in SHAPES:
+    for images, rows, width in SHAPES:
+        shape = (images, rows + prefix - 1, width)
         tokens = rng.standard_normal(shape, dtype=np.float32).astype(dtype)
-        scores = scores_like(name, (shape[0], shape[1] - 1), rng)
+        scores = scores_like(name, (images, rows - 1), rng)
         given = tokens.astype(np.float32) if kind == "bfloat16" else tokens
         result = run(cached_session(code, library), given, scores, threshold)
         wanted = threshold_compact(tokens, scores, threshold)
@@ -175,7 +177,7 @@ def test_many_runs_of_one_session_give_each_its_own_result(library):
     for _ in range(200):
         shape = tuple(int(size) for size in rng.integers((1, 2, 1), (9, 40, 65)))
         tokens = rng.standard_normal(shape, dtype=np.float32)
-        scores = rng.random((shape[0], shape[1] - 1), dtype=np.float32)
+        scores = rng.random((shape[0], shape[1] - rng.integers(1, shape[1])), dtype=np.float32)
         threshold = float(rng.random() * 1.2 - 0.1)
         wanted = threshold_compact(tokens, scores, threshold)
         for mine, right in zip(run(session, tokens, scores, threshold), wanted, strict=True):
@@ -189,8 +191,12 @@ def test_many_runs_of_one_session_give_each_its_own_result(library):
         ((0, 1, 3), (0, 0), (), "the batch is empty"),
         ((2, 1, 3), (2, 0), (), "fewer than two rows"),
         ((2, 0, 3), (2, 0), (), "fewer than two rows"),
-        ((2, 5, 3), (2, 5), (), "scores must be [B, M-1]"),
-        ((2, 5, 3), (1, 4), (), "scores must be [B, M-1]"),
+        ((2, 5, 3), (2, 5), (), "scores must be [B, M-P] for tokens [B, M, D], and P"),
+        ((2, 5, 3), (2, 6), (), "scores must be [B, M-P] for tokens [B, M, D], and P"),
+        ((2, 5, 3), (2, 0), (), "scores has no columns"),
+        ((2, 5, 3), (1, 4), (), "scores must be [B, M-P]"),
+        ((2, 5, 3), (2,), (), "scores must be [B, M-P]"),
+        ((2, 5, 3), (2, 2, 2), (), "scores must be [B, M-P]"),
         ((5, 3), (5, 2), (), "tokens must be [B, M, D]"),
         ((2, 5, 3), (2, 4), (2,), "threshold must be one number"),
         ((2, 5, 3), (2, 4), (0,), "threshold must be one number"),

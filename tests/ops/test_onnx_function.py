@@ -34,7 +34,7 @@ BODIES = {False: [case for case in CASES if len(case.tokens) == 1], True: CASES}
 Runner = Callable[[np.ndarray, np.ndarray, np.ndarray], Sequence[np.ndarray]]
 
 
-def model_of(kind: int, batched: bool, opset: int, cast: bool) -> onnx.ModelProto:
+def model_of(kind: int, batched: bool, opset: int, cast: bool, prefix: int = 1) -> onnx.ModelProto:
     """The op alone; `cast` lets the payload enter and leave as float32, exactly."""
     outside = TensorProto.FLOAT if cast else kind
     nodes = [
@@ -55,20 +55,20 @@ def model_of(kind: int, batched: bool, opset: int, cast: bool) -> onnx.ModelProt
         helper.make_graph(nodes, "op", inputs, outputs),
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(onnx_op.DOMAIN, 1)],
         ir_version=10,
-        functions=[onnx_op.function_body(batched, opset)],
+        functions=[onnx_op.function_body(batched, opset, prefix)],
     )
 
 
 @functools.cache
-def runner(kind: str, batched: bool, opset: int) -> Runner:
+def runner(kind: str, batched: bool, opset: int, prefix: int) -> Runner:
     """The function of that payload in ONNX Runtime, with no library registered."""
     code, dtype = TYPES[kind]
     if kind == "bfloat16" and batched:
         # ONNX Runtime's CPU has no Where for bfloat16: there the standard's own evaluator answers.
-        evaluator = ReferenceEvaluator(model_of(code, batched, opset, cast=False))
+        evaluator = ReferenceEvaluator(model_of(code, batched, opset, False, prefix))
         return lambda *given: evaluator.run(None, dict(zip(onnx_op.INPUTS, given)))
     cast = kind == "bfloat16"  # ONNX Runtime takes no numpy array of that type
-    model = model_of(code, batched, opset, cast)
+    model = model_of(code, batched, opset, cast, prefix)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     session = ort.InferenceSession(
@@ -97,17 +97,19 @@ def test_function_is_the_oracle_bit_for_bit(batched, case, kind, opset):
     tokens = case.tokens.astype(TYPES[kind][1])
     wanted = threshold_compact(tokens, case.scores, case.threshold)
     threshold = np.array(case.threshold, np.float32)
-    result = runner(kind, batched, opset)(tokens, case.scores, threshold)
+    result = runner(kind, batched, opset, case.prefix)(tokens, case.scores, threshold)
     for field, mine, right in zip(wanted._fields, result, wanted, strict=True):
         assert (mine.shape, mine.dtype) == (right.shape, right.dtype), field
         same = mine.tobytes() == right.tobytes()  # not in the assert, which would print both
         assert same, field
 
 
-@pytest.mark.parametrize(("rows", "count"), [(9, 8), ("M", "N")])
-def test_inlined_body_passes_the_shape_inference_of_onnx_runtime_s_quantiser(rows, count):
+@pytest.mark.parametrize(
+    ("rows", "count", "prefix"), [(9, 8, 1), ("M", "N", 1), (9, 4, 5), ("M", "N", 5)]
+)
+def test_inlined_body_passes_the_shape_inference_of_onnx_runtime_s_quantiser(rows, count, prefix):
     """It raises at what it does not know; the batched body's GatherND it takes for another."""
-    model = model_of(TensorProto.FLOAT, False, 20, cast=True)
+    model = model_of(TensorProto.FLOAT, False, 20, True, prefix)
     for value, shape in zip(model.graph.input, ([1, rows, 16], [1, count])):
         value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
     inlined = onnx.inliner.inline_local_functions(model)
@@ -119,8 +121,24 @@ def test_inlined_body_passes_the_shape_inference_of_onnx_runtime_s_quantiser(row
 
 
 @pytest.mark.parametrize("batched", BODIES)
+def test_body_of_one_prefix_row_is_the_one_that_files_have(batched):
+    """Files made before there were longer prefixes stay equal, bit for bit."""
+    body = onnx_op.function_body(batched, 20)
+    assert body == onnx_op.function_body(batched, 20, 1)
+    (keep,) = (node for node in body.node if "keep" in node.output)
+    assert list(keep.input) == ["every", "image_keep"]
+
+
+@pytest.mark.parametrize("prefix", [0, -1, 4096])
+def test_prefix_that_no_call_can_have_is_refused(prefix):
+    with pytest.raises(ValueError, match=f"a prefix of {prefix} rows; it has 1 to 4095"):
+        onnx_op.function_body(False, 20, prefix)
+
+
+@pytest.mark.parametrize("prefix", [1, 2])
+@pytest.mark.parametrize("batched", BODIES)
 @pytest.mark.parametrize("kind", ["float", "float16"])
-def test_function_passes_payload_bits_unchanged(kind, batched):
+def test_function_passes_payload_bits_unchanged(kind, batched, prefix):
     """NaN payloads, infinities, denormals and negative zeros are data here."""
     rng = np.random.default_rng(0)
     images = 3 if batched else 1
@@ -128,9 +146,9 @@ def test_function_passes_payload_bits_unchanged(kind, batched):
     tokens[:, ::4] = -0.0
     if kind == "float16":  # ONNX Runtime's CPU selects halves as float32, which quiets NaNs
         tokens[np.isnan(tokens)] = np.inf
-    scores = rng.random((images, 16), dtype=np.float32)
+    scores = rng.random((images, 17 - prefix), dtype=np.float32)
     wanted = threshold_compact(tokens, scores, 0.5).compact
-    compact = runner(kind, batched, 20)(tokens, scores, np.array(0.5, np.float32))[0]
+    compact = runner(kind, batched, 20, prefix)(tokens, scores, np.array(0.5, np.float32))[0]
     assert compact.shape == wanted.shape
     same = compact.tobytes() == wanted.tobytes()
     assert same

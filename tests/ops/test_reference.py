@@ -69,6 +69,26 @@ def test_rows_order_padding_and_sizes_by_hand():
     assert index.dtype == length.dtype == size.dtype == np.int64
 
 
+def test_prefix_rows_stay_whatever_the_scores_say():
+    tokens = np.arange(2 * 5 * 2, dtype=np.float32).reshape(2, 5, 2)
+    scores = np.array([[0.9, 0.8], [NAN, -INF]], np.float32)
+    compact, index, length, size = threshold_compact(tokens, scores, 0.5)
+    assert index.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, -1]]
+    assert compact.tolist() == [
+        [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]],
+        [[10, 11], [12, 13], [14, 15], [16, 17], [0, 0]],
+    ]
+    assert length.tolist() == [5, 4]
+    assert size == 5
+
+
+@pytest.mark.parametrize("prefix", [1, 2, 5])
+def test_at_least_one_image_token_stays_behind_any_prefix(prefix):
+    tokens = np.ones((1, prefix + 3, 2), np.float32)
+    index = threshold_compact(tokens, np.array([[0.1, 0.3, 0.2]], np.float32), 0.5).index
+    assert index.tolist() == [[*range(prefix), prefix + 1]]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_invariants(case: Case):
     compact, index, length, size = threshold_compact(case.tokens, case.scores, case.threshold)
@@ -76,23 +96,25 @@ def test_invariants(case: Case):
     assert index.shape == (len(case.tokens), size)
     for b, count in enumerate(length):
         rows = index[b, :count]
-        assert 2 <= count <= case.tokens.shape[1]
-        assert rows[0] == 0
+        assert case.prefix + 1 <= count <= case.tokens.shape[1]
+        assert rows[: case.prefix].tolist() == [*range(case.prefix)]
         assert (np.diff(rows) > 0).all()
         assert (compact[b, :count] == case.tokens[b, rows]).all()
         assert (index[b, count:] == -1).all()
         assert (compact[b, count:] == 0).all()
-        dropped = np.setdiff1d(np.arange(1, case.tokens.shape[1]), rows) - 1
+        dropped = np.setdiff1d(np.arange(case.tokens.shape[1]), rows) - case.prefix
         assert not (case.scores[b, dropped] > np.float32(case.threshold)).any()
-        if count > 2:  # more than the floor: every one of them passed
-            assert (case.scores[b, rows[1:] - 1] > np.float32(case.threshold)).all()
+        if count > case.prefix + 1:  # more than the floor: every one of them passed
+            passed = rows[case.prefix :] - case.prefix
+            assert (case.scores[b, passed] > np.float32(case.threshold)).all()
 
 
 @pytest.mark.parametrize(
     ("tokens", "scores"),
     [((0, 5, 4), (0, 4)), ((1, 1, 4), (1, 0)), ((1, 5, 4), (1, 5)), ((2, 5, 4), (1, 4)),
-     ((5, 4), (5, 3))],
+     ((5, 4), (5, 3)), ((1, 5, 4), (1, 6)), ((2, 5, 4), (2, 0)), ((2, 0, 4), (2, 0)),
+     ((2, 0, 4), (2, 3)), ((2, 5, 4), (2,)), ((2, 5, 4), (2, 3, 1)), ((0, 5, 4), (0, 0))],
 )  # fmt: skip
 def test_shapes_that_are_refused(tokens, scores):
-    with pytest.raises(ValueError, match=r"do not fit|nothing to compact"):
+    with pytest.raises(ValueError, match=r"^(?!.*\n).*(do not fit|nothing to compact)"):
         threshold_compact(np.zeros(tokens, np.float32), np.zeros(scores, np.float32), 0.5)

@@ -83,13 +83,20 @@ class Call:
     threshold: float
     offset: int = 0
 
+    @property
+    def prefix(self) -> int:
+        return self.tokens.shape[1] - self.scores.shape[1]
+
     def record(self) -> bytes:
-        head = [*self.tokens.shape, TYPES.index(self.tokens.dtype.type), self.offset]
+        images, rows, width = self.tokens.shape
+        kind = TYPES.index(self.tokens.dtype.type)
+        head = [images, rows, self.prefix, width, kind, self.offset]
         values = np.array(head, np.int64), self.tokens, self.scores, np.float32(self.threshold)
         return b"".join(value.tobytes() for value in values)
 
     def __str__(self) -> str:
-        return f"{self.tokens.shape} {self.tokens.dtype}, θ {self.threshold}, +{self.offset}"
+        shape = f"{self.tokens.shape} {self.tokens.dtype}, P {self.prefix}"
+        return f"{shape}, θ {self.threshold}, +{self.offset}"
 
 
 def call_of(case: Case, dtype: type, offset: int = 0) -> Call:
@@ -137,7 +144,8 @@ def random_calls(count: int, seed: int) -> list[Call]:
         dtype = TYPES[i % 3]
         size = np.dtype(dtype).itemsize
         tokens = rng.integers(0, 256, (*shape[:2], shape[2] * size), np.uint8).view(dtype)
-        scores = rng.random((shape[0], shape[1] - 1), np.float32)
+        prefix = [1, 2, 5, int(rng.integers(1, shape[1]))][i % 4]
+        scores = rng.random((shape[0], max(shape[1] - prefix, 1)), np.float32)
         if i % 4 == 1:
             scores = np.round(scores * 4) / 4
         for value in (NAN, INF, -INF)[: i % 5]:
@@ -149,10 +157,12 @@ def random_calls(count: int, seed: int) -> list[Call]:
     return calls
 
 
-def plain(shape: tuple[int, int, int], dtype: type, threshold: float, offset: int = 0) -> Call:
+def plain(
+    shape: tuple[int, int, int], dtype: type, threshold: float, offset: int = 0, prefix: int = 1
+) -> Call:
     rng = np.random.default_rng(shape)
     tokens = rng.standard_normal(shape, np.float32).astype(dtype)
-    return Call(tokens, rng.random((shape[0], shape[1] - 1), np.float32), threshold, offset)
+    return Call(tokens, rng.random((shape[0], shape[1] - prefix), np.float32), threshold, offset)
 
 
 # ---------------------------------------------------------------- the plugin
@@ -187,6 +197,8 @@ def test_ends_of_the_range(driver, libraries, kernel, dtype):
         plain((3, 33, 0), dtype, 0.5), plain((2, 9, 1), dtype, 0.5),
         plain((2, 9, 65), dtype, 0.5), plain((2, 9, 66), dtype, 0.5),
         plain((2, 40, 768), dtype, 0.5, step), plain((2, 40, 768), dtype, 0.5, 2 * step),
+        plain((1, 4096, 8), dtype, 0.5, prefix=5), plain((1, 4096, 8), dtype, 2.0, prefix=4095),
+        plain((2, 4096, 8), dtype, -1.0, prefix=2048), plain((300, 3, 8), dtype, 0.5, prefix=2),
     ]  # fmt: skip
     check(driver, libraries[kernel], calls)
 
@@ -207,7 +219,7 @@ class Chain:
     """Three calls in a row in one execution context, each on what the one before left."""
 
     tokens: np.ndarray
-    scores: list[np.ndarray]  # of each stage [B, M-1], of which the first `size` - 1 columns count
+    scores: list[np.ndarray]  # of each stage [B, M-P], of which the first `size` - P columns count
     thresholds: list[float]
 
     def record(self) -> bytes:
@@ -219,10 +231,11 @@ class Chain:
     def wanted(self) -> list:
         """What the oracle says of every stage."""
         tokens, index, stages = self.tokens, None, []
+        prefix = tokens.shape[1] - self.scores[0].shape[1]
         for scores, threshold in zip(self.scores, self.thresholds):
-            mine = scores[:, : tokens.shape[1] - 1].copy()
+            mine = scores[:, : tokens.shape[1] - prefix].copy()
             if index is not None:
-                mine[index[:, 1:] < 0] = -INF
+                mine[index[:, prefix:] < 0] = -INF
             stages.append(threshold_compact(tokens, mine, threshold))
             tokens, index = stages[-1].compact, stages[-1].index
         return stages
@@ -232,8 +245,8 @@ def chains(dtype: type, seed: int) -> list[tuple[Chain, Chain]]:
     """Records of two contexts' chains, of one shape and other contents."""
     rng = np.random.default_rng(seed)
 
-    def chain(shape: tuple[int, ...], thresholds: list[float]) -> Chain:
-        scores = [rng.random((shape[0], shape[1] - 1), np.float32) for _ in range(3)]
+    def chain(shape: tuple[int, ...], prefix: int, thresholds: list[float]) -> Chain:
+        scores = [rng.random((shape[0], shape[1] - prefix), np.float32) for _ in range(3)]
         for values in scores[1:]:
             values[rng.random(values.shape) < 0.2] = NAN
         scores[2][0] = NAN  # of one image nothing is a number, and its padding must not come back
@@ -241,7 +254,9 @@ def chains(dtype: type, seed: int) -> list[tuple[Chain, Chain]]:
 
     kinds = [0.3, 0.4, 0.5], [2.0, 0.5, 0.1], [-1.0, -1.0, NAN], [0.6, INF, -INF]
     shapes = (1, 197, 64), (4, 50, 33), (2, 2, 8), (3, 9, 1)
-    return [(chain(shape, a), chain(shape, b)) for shape in shapes for a, b in pairwise(kinds)]
+    given = [(shape, 1) for shape in shapes]
+    given += [((1, 198, 64), 2), ((4, 54, 33), 5), ((2, 6, 8), 5), ((3, 40, 1), 33)]
+    return [(chain(*one, a), chain(*one, b)) for one in given for a, b in pairwise(kinds)]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -258,7 +273,9 @@ def check_chains(driver: Path, library: Path, dtype: type, bits: int) -> None:
     records = chains(dtype, bits)
     given = b""
     for pair in records:
-        head = np.array([*pair[0].tokens.shape, TYPES.index(dtype)], np.int64)
+        images, rows, width = pair[0].tokens.shape
+        prefix = rows - pair[0].scores[0].shape[1]
+        head = np.array([images, rows, prefix, width, TYPES.index(dtype)], np.int64)
         given += b"".join([head.tobytes(), *(chain.record() for chain in pair)])
     done = subprocess.run([driver, library, f"chain{bits}"], input=given, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -276,10 +293,15 @@ def check_chains(driver: Path, library: Path, dtype: type, bits: int) -> None:
     assert not stream.read()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 64), (1, 4097, 4), (2, 1, 0)])
+@pytest.mark.parametrize(
+    ("shape", "prefix"),
+    [((1, 1, 64), 1), ((1, 4097, 4), 1), ((2, 1, 0), 1), ((1, 4097, 4), 5), ((2, 9, 4), 0),
+     ((2, 9, 4), -1), ((2, 9, 4), 9)],
+)  # fmt: skip
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_refuses_what_it_cannot_do_and_writes_nothing(driver, libraries, kernel, shape):
-    ((status, outputs),) = enqueue(driver, libraries[kernel], [plain(shape, np.float32, 0.5)])
+def test_refuses_what_it_cannot_do_and_writes_nothing(driver, libraries, kernel, shape, prefix):
+    call = plain(shape, np.float32, 0.5, prefix=prefix)
+    ((status, outputs),) = enqueue(driver, libraries[kernel], [call])
     assert status == -1
     assert set(b"".join(outputs)) == {POISON}
 
@@ -316,6 +338,11 @@ def test_enqueue_that_does_nothing_fails(driver, trt_headers, tmp_path):
         ("kept ? rows[image * rowsOfImage + row] : -1", "rows[image * rowsOfImage + row]"),
         ("(1U << lane) - 1U", "(2U << lane) - 1U"),
         ("total == 0", "false"),
+        ("row < prefix;", "row < 1;"),
+        ("row += kCOUNT_WARPS * kWARP", "row += prefix"),
+        ("rows += prefix;", "rows += 1;"),
+        ("prefix + token", "1 + token"),
+        ("static_cast<uint32_t>(prefix) + asvit::tokenOf", "1 + asvit::tokenOf"),
     ],
 )
 def test_wrong_kernel_fails(driver, trt_headers, tmp_path, right, wrong):

@@ -33,11 +33,12 @@ __device__ void raiseTo(int64_t* size, uint32_t length)
     atomicMax(reinterpret_cast<unsigned long long*>(size), static_cast<unsigned long long>(length));
 }
 
-// Block b lists in rows [B, M] what stays of image b. Its warps take neighbouring runs of tokens, in their order.
+// Block b lists in rows [B, M] what stays of image b: the prefix, then image tokens, of which its warps take
+// neighbouring runs, in their order.
 // `size` must hold 0 where there is more than one image.
 template <typename Size>
 __global__ void __launch_bounds__(kCOUNT_WARPS* kWARP)
-    countAndScan(float const* __restrict__ scores, float const* __restrict__ threshold, int tokens,
+    countAndScan(float const* __restrict__ scores, float const* __restrict__ threshold, int tokens, int prefix,
                  Row* __restrict__ rows, int64_t* __restrict__ length, Size* size)
 {
     __shared__ uint32_t warpAbove[kCOUNT_WARPS];
@@ -46,7 +47,12 @@ __global__ void __launch_bounds__(kCOUNT_WARPS* kWARP)
     int const warp = static_cast<int>(threadIdx.y);
     int64_t const image = blockIdx.x;
     scores += image * tokens;
-    rows += image * (tokens + 1);
+    rows += image * (prefix + tokens);
+    for (int row = warp * kWARP + lane; row < prefix; row += kCOUNT_WARPS * kWARP)
+    {
+        rows[row] = static_cast<Row>(row);
+    }
+    rows += prefix; // where the image tokens that stay begin
 
     float const limit = *threshold;
     int const run = (tokens + kCOUNT_WARPS * kWARP - 1) / (kCOUNT_WARPS * kWARP) * kWARP;
@@ -91,17 +97,16 @@ __global__ void __launch_bounds__(kCOUNT_WARPS* kWARP)
         if (keep)
         {
             uint32_t const lower = kept & ((1U << lane) - 1U);
-            rows[1 + before + static_cast<uint32_t>(__popc(lower))] = static_cast<Row>(1 + token);
+            rows[before + static_cast<uint32_t>(__popc(lower))] = static_cast<Row>(prefix + token);
         }
         before += static_cast<uint32_t>(__popc(kept));
     }
     if (warp == 0 && lane == 0)
     {
-        uint32_t const mine = asvit::lengthOf(total);
-        rows[0] = 0;
+        uint32_t const mine = asvit::lengthOf(static_cast<uint32_t>(prefix), total);
         if (total == 0)
         {
-            rows[1] = static_cast<Row>(1 + asvit::tokenOf(best));
+            rows[0] = static_cast<Row>(static_cast<uint32_t>(prefix) + asvit::tokenOf(best));
         }
         length[image] = mine;
         if (gridDim.x == 1)
@@ -180,8 +185,10 @@ template <typename Size> cudaError_t launchCount(AsvitThresholdCompact const& ca
         }
     }
     cudaLaunchConfig_t const launch = config(dim3(static_cast<unsigned>(call.images)), kCOUNT_WARPS, stream);
-    return cudaLaunchKernelEx(&launch, countAndScan<Size>, call.scores, call.threshold, static_cast<int>(call.rows - 1),
-                              static_cast<Row*>(call.workspace), call.length, size);
+    auto const prefix = static_cast<int>(call.prefix);
+    return cudaLaunchKernelEx(&launch, countAndScan<Size>, call.scores, call.threshold,
+                              static_cast<int>(call.rows) - prefix, prefix, static_cast<Row*>(call.workspace),
+                              call.length, size);
 }
 
 template <typename Word, typename Size> cudaError_t launchGather(AsvitThresholdCompact const& call, cudaStream_t stream)
@@ -217,6 +224,8 @@ size_t asvitThresholdCompactWorkspace(int64_t images, int64_t rows) noexcept
 {
     return asvit::workspaceBytes(images, rows);
 }
+
+int32_t asvitThresholdCompactCallBytes() noexcept { return sizeof(AsvitThresholdCompact); }
 
 int32_t asvitThresholdCompactCount(AsvitThresholdCompact const* call, CUstream_st* stream) noexcept
 {

@@ -38,15 +38,16 @@ ASVIT_BOTH uint64_t rankOf(float score, uint32_t token)
 // The token of a rank.
 ASVIT_BOTH uint32_t tokenOf(uint64_t rank) { return ~static_cast<uint32_t>(rank); }
 
-// Kept rows of an image of which `above` tokens pass: the class token and at least one more.
-ASVIT_BOTH uint32_t lengthOf(uint32_t above) { return 1 + (above > 0 ? above : 1); }
+// Kept rows of an image of which `above` tokens pass: the prefix and at least one more.
+ASVIT_BOTH uint32_t lengthOf(uint32_t prefix, uint32_t above) { return prefix + (above > 0 ? above : 1); }
 
 // What counting needs of a call.
 inline bool countable(AsvitThresholdCompact const& call)
 {
     bool const shape = call.images >= 1 && call.images <= INT32_MAX && call.rows >= 2 && call.rows <= kASVIT_MAX_ROWS;
+    bool const prefix = call.prefix >= 1 && call.prefix < call.rows;
     bool const size = call.sizeBytes == 4 || call.sizeBytes == 8;
-    return shape && size && call.scores != nullptr && call.threshold != nullptr && call.length != nullptr &&
+    return shape && prefix && size && call.scores != nullptr && call.threshold != nullptr && call.length != nullptr &&
            call.size != nullptr && call.workspace != nullptr;
 }
 

@@ -14,18 +14,19 @@ struct CUstream_st; // what a cudaStream_t points to
 struct AsvitThresholdCompact
 {
     int64_t images;         // B, at least 1
-    int64_t rows;           // M, 2 to kASVIT_MAX_ROWS; class token first
+    int64_t rows;           // M, 2 to kASVIT_MAX_ROWS; the prefix first
     int64_t width;          // D
     int32_t elementBytes;   // 2 or 4: half and bfloat16, or float
     int32_t sizeBytes;      // 4 or 8: `size` is int32 or int64
     void const* tokens;     // [B, M, D]
-    float const* scores;    // [B, M-1]
+    float const* scores;    // [B, M-P]
     float const* threshold; // one number
     void* compact;          // [B, size, D]
     int64_t* index;         // [B, size]
     int64_t* length;        // [B]
     void* size;             // one number: the highest of `length`
     void* workspace;        // asvitThresholdCompactWorkspace bytes; nothing needs to be in it
+    int64_t prefix;         // P, 1 to M-1: rows at the front of each image that always stay
 };
 
 constexpr int64_t kASVIT_MAX_ROWS = 4096;
@@ -35,6 +36,9 @@ extern "C"
 {
     // Bytes of workspace that a call with B images of M rows needs, at most kASVIT_MAX_ROWS of them.
     size_t asvitThresholdCompactWorkspace(int64_t images, int64_t rows) noexcept;
+
+    // Bytes of the description above, by which a caller in another language knows that it is the one it fills.
+    int32_t asvitThresholdCompactCallBytes() noexcept;
 
     // 0, kASVIT_BAD_CALL for a call that the description above does not allow, or a cudaError_t. At most two kernels
     // and, for more than one image, a memset of `size` before them; no allocation and no waiting, so that a stream can

@@ -7,25 +7,28 @@ namespace
 using asvit::Row;
 
 // Lists the rows of one image that stay; returns how many.
-int64_t countAndScan(float const* scores, float threshold, uint32_t tokens, Row* rows)
+int64_t countAndScan(float const* scores, float threshold, uint32_t tokens, uint32_t prefix, Row* rows)
 {
     uint32_t above = 0;
     uint64_t best = 0;
-    rows[0] = 0;
+    for (uint32_t row = 0; row < prefix; ++row)
+    {
+        rows[row] = static_cast<Row>(row);
+    }
     for (uint32_t token = 0; token < tokens; ++token)
     {
         uint64_t const rank = asvit::rankOf(scores[token], token);
         best = rank > best ? rank : best;
         if (asvit::keeps(scores[token], threshold))
         {
-            rows[1 + above++] = static_cast<Row>(1 + token);
+            rows[prefix + above++] = static_cast<Row>(prefix + token);
         }
     }
     if (above == 0)
     {
-        rows[1] = static_cast<Row>(1 + asvit::tokenOf(best));
+        rows[prefix] = static_cast<Row>(prefix + asvit::tokenOf(best));
     }
-    return asvit::lengthOf(above);
+    return asvit::lengthOf(prefix, above);
 }
 
 // Fills `size` rows of one image's outputs, of which `length` are listed.
@@ -54,6 +57,8 @@ size_t asvitThresholdCompactWorkspace(int64_t images, int64_t rows) noexcept
     return asvit::workspaceBytes(images, rows);
 }
 
+int32_t asvitThresholdCompactCallBytes() noexcept { return sizeof(AsvitThresholdCompact); }
+
 int32_t asvitThresholdCompactCount(AsvitThresholdCompact const* call, CUstream_st*) noexcept
 {
     if (!asvit::countable(*call))
@@ -61,12 +66,13 @@ int32_t asvitThresholdCompactCount(AsvitThresholdCompact const* call, CUstream_s
         return kASVIT_BAD_CALL;
     }
     auto* const rows = static_cast<Row*>(call->workspace);
-    auto const tokens = static_cast<uint32_t>(call->rows - 1);
+    auto const prefix = static_cast<uint32_t>(call->prefix);
+    auto const tokens = static_cast<uint32_t>(call->rows) - prefix;
     int64_t size = 0;
     for (int64_t image = 0; image < call->images; ++image)
     {
         int64_t const length =
-            countAndScan(call->scores + image * tokens, *call->threshold, tokens, rows + image * call->rows);
+            countAndScan(call->scores + image * tokens, *call->threshold, tokens, prefix, rows + image * call->rows);
         call->length[image] = length;
         size = length > size ? length : size;
     }

@@ -1,5 +1,5 @@
 // Runs one picture through an engine of ours, in C++: plugin, plan, buffers, one enqueue; prints the best five classes
-// and how many tokens each stage kept.
+// and how many tokens each stage kept, the class token and whatever else is of the prefix among them.
 //
 //   run_engine PLAN PICTURE.f32 [PLUGIN.so]
 //
@@ -214,7 +214,7 @@ void run(char const* plan, char const* picture, char const* plugin)
         auto const bytes = outputs.at(name)->read(stream);
         bool const wide = engine->getTensorDataType(name.c_str()) == DataType::kINT64;
         int64_t const length = wide ? at<int64_t>(bytes, 0) : at<int32_t>(bytes, 0);
-        std::printf("stage %zu  %lld image tokens stay\n", stage, static_cast<long long>(length - 1));
+        std::printf("stage %zu  %lld tokens stay, prefix included\n", stage, static_cast<long long>(length));
     }
 }
 

@@ -47,18 +47,23 @@ void require(bool condition, char const* what)
 class Expression : public IDimensionExpr
 {
 public:
-    Expression(std::string text, bool sizeTensor) : mText(std::move(text)), mValue(sizeTensor) { mImpl = &mValue; }
+    Expression(std::string text, bool sizeTensor, int64_t constant = INT64_MIN)
+        : mText(std::move(text)), mValue(sizeTensor, constant)
+    {
+        mImpl = &mValue;
+    }
 
     std::string mText;
 
 private:
     struct Value : apiv::VDimensionExpr
     {
-        explicit Value(bool sizeTensor) : mSizeTensor(sizeTensor) {}
-        bool isConstant() const override { return false; }
-        int64_t getConstantValue() const override { return INT64_MIN; }
+        Value(bool sizeTensor, int64_t constant) : mSizeTensor(sizeTensor), mConstant(constant) {}
+        bool isConstant() const override { return mConstant != INT64_MIN; }
+        int64_t getConstantValue() const override { return mConstant; }
         bool isSizeTensor() const override { return mSizeTensor; }
         bool mSizeTensor;
+        int64_t mConstant; // INT64_MIN where it is none
     };
     Value mValue;
 };
@@ -76,12 +81,18 @@ public:
         return &mMade.back();
     }
 
+    IDimensionExpr const* number(int64_t value)
+    {
+        mMade.emplace_back(std::to_string(value), false, value);
+        return &mMade.back();
+    }
+
 private:
     struct Maker : apiv::VExprBuilder
     {
         explicit Maker(Builder& owner) : mOwner(owner) {}
 
-        IDimensionExpr const* constant(int64_t value) override { return mOwner.make(std::to_string(value)); }
+        IDimensionExpr const* constant(int64_t value) override { return mOwner.number(value); }
 
         IDimensionExpr const* operation(DimensionOperation op, IDimensionExpr const& a,
                                         IDimensionExpr const& b) override
@@ -140,15 +151,20 @@ IPluginCreatorV3One* creatorOf(char const* path)
 }
 
 std::array<DynamicPluginTensorDesc, kIN + kOUT> descriptions(IPluginV3OneBuild& build, DataType payload, int64_t images,
-                                                             int64_t rows, int64_t width)
+                                                             int64_t rows, int64_t width, int64_t prefix = 1)
 {
     std::array<DataType, kIN> const inputs{payload, DataType::kFLOAT, DataType::kFLOAT};
     std::array<DataType, kOUT> outputs{};
     require(build.getOutputDataTypes(outputs.data(), kOUT, inputs.data(), kIN) == 0, "getOutputDataTypes fails");
     std::array<DynamicPluginTensorDesc, kIN + kOUT> all{};
-    std::array<Dims, kIN + kOUT> const shapes{
-        Dims{3, {images, rows, width}}, Dims{2, {images, rows - 1}}, Dims{0, {}}, Dims{3, {images, -1, width}},
-        Dims{2, {images, -1}},          Dims{1, {images}},           Dims{0, {}}};
+    // Rows that are not known leave the scores unknown too.
+    std::array<Dims, kIN + kOUT> const shapes{Dims{3, {images, rows, width}},
+                                              Dims{2, {images, rows < 0 ? -1 : rows - prefix}},
+                                              Dims{0, {}},
+                                              Dims{3, {images, -1, width}},
+                                              Dims{2, {images, -1}},
+                                              Dims{1, {images}},
+                                              Dims{0, {}}};
     for (int i = 0; i < kIN + kOUT; ++i)
     {
         all[i].desc.type = i < kIN ? inputs[i] : outputs[i - kIN];
@@ -186,6 +202,16 @@ void checkShapes(IPluginV3OneBuild& build, bool chained, char const* wantedSize)
     inputs[0].nbDims = 3;
     require(build.getOutputShapes(inputs.data(), kIN - 1, nullptr, 0, outputs.data(), kOUT, builder) != 0,
             "two inputs are taken");
+    auto const takes = [&](int64_t rows, int64_t scores)
+    {
+        inputs[0].d[1] = rows < 0 ? builder.make("M", chained) : builder.number(rows);
+        inputs[1].d[1] = scores < 0 ? builder.make("N") : builder.number(scores);
+        return build.getOutputShapes(inputs.data(), kIN, nullptr, 0, outputs.data(), kOUT, builder) == 0;
+    };
+    require(takes(197, 196) && takes(198, 196) && takes(201, 196) && takes(6, 1), "a prefix is refused");
+    require(takes(-1, 196) && takes(197, -1), "a dimension that is known alone is refused");
+    require(!takes(197, 197) && !takes(197, 198), "scores that leave no prefix are taken");
+    require(!takes(197, 0) && !takes(-1, 0), "no image token is taken");
 }
 
 void checkTypes(IPluginV3OneBuild& build)
@@ -218,6 +244,28 @@ void checkTypes(IPluginV3OneBuild& build)
     }
 }
 
+// What the builder asks about shapes that are known, and about upper bounds that need not fit each other.
+void checkPrefixes(IPluginV3OneBuild& build)
+{
+    auto const ask = [&](int64_t rows, int64_t prefix, bool known)
+    {
+        auto all = descriptions(build, DataType::kHALF, 2, rows, 64, prefix);
+        if (!known)
+        {
+            all[0].desc.dims.d[1] = all[1].desc.dims.d[1] = -1;
+        }
+        return build.configurePlugin(all.data(), kIN, all.data() + kIN, kOUT) == 0;
+    };
+    for (bool const known : {true, false})
+    {
+        require(ask(197, 1, known) && ask(198, 2, known) && ask(261, 5, known) && ask(6, 5, known),
+                "a prefix of the contract is refused");
+        require(!ask(9, 9, known) && !ask(2, 2, known), "no image token is taken");
+    }
+    require(!ask(9, 0, true) && !ask(9, -1, true), "scores that leave no prefix are taken");
+    require(ask(9, 0, false), "upper bounds that are not met at once are refused");
+}
+
 // What the builder asks, with upper bounds of which some may not be known.
 void checkBounds(IPluginV3OneBuild& build)
 {
@@ -247,6 +295,7 @@ void checkBounds(IPluginV3OneBuild& build)
     require(build.configurePlugin(all.data(), kIN, all.data() + kIN, kOUT) == 0, "unknown shapes are refused");
     all[0].max.nbDims = 2;
     require(build.configurePlugin(all.data(), kIN, all.data() + kIN, kOUT) != 0, "tokens of two dimensions are taken");
+    checkPrefixes(build);
 }
 
 // What the runtime says when shapes change, which may be before a layer in front has told its own.
@@ -266,6 +315,12 @@ void checkShapeChanges(IPluginV3OneRuntime& runtime, IPluginV3OneBuild& build)
     require(ask({3, {8, -1, 64}}, {2, {8, -1}}) == 0, "rows that are not known yet are refused");
     require(ask({3, {1, 4097, 64}}, {2, {1, 4096}}) != 0, "4097 rows are taken");
     require(ask({3, {1, 1, 64}}, {2, {1, 0}}) != 0, "a row alone is taken");
+    require(ask({3, {8, 201, 64}}, {2, {8, 196}}) == 0, "a prefix of five rows is refused");
+    require(ask({3, {8, 201, 64}}, {2, {8, -1}}) == 0, "scores that are not known yet are refused");
+    require(ask({3, {8, -1, 64}}, {2, {8, 196}}) == 0, "scores that are known first are refused");
+    require(ask({3, {8, 201, 64}}, {2, {8, 0}}) != 0, "no image token is taken");
+    require(ask({3, {8, 201, 64}}, {2, {8, 201}}) != 0, "scores that leave no prefix are taken");
+    require(ask({3, {8, 201, 64}}, {2, {8, 300}}) != 0, "more scores than rows are taken");
     require(ask({2, {9, 64}}, {2, {1, 8}}) != 0, "tokens of two dimensions are taken");
     require(ask({3, {1, 9, 64}}, {2, {1, 8}}, kIN - 1) != 0, "two inputs are taken");
 }
@@ -318,17 +373,17 @@ private:
     std::vector<unsigned char> mMemory;
 };
 
-// A case is images, rows, width, type (0 float, 1 half, 2 bfloat16) and offset as int64, then the inputs. Its result is
-// the status and the bytes of `size` as int64, then the four output buffers.
+// A case is images, rows, prefix, width, type (0 float, 1 half, 2 bfloat16) and offset as int64, then the inputs. Its
+// result is the status and the bytes of `size` as int64, then the four output buffers.
 void runCases(IPluginCreatorV3One& creator, std::string const& what)
 {
     constexpr std::array kPAYLOADS{DataType::kFLOAT, DataType::kHALF, DataType::kBF16};
     Plugin const plugin(creator.createPlugin("node", nullptr, TensorRTPhase::kRUNTIME));
-    std::array<int64_t, 5> head{};
+    std::array<int64_t, 6> head{};
     while (std::fread(head.data(), sizeof head, 1, stdin) == 1)
     {
-        auto const [images, rows, width, type, offset] = head;
-        auto const all = descriptions(*plugin.mBuild, kPAYLOADS[type], images, rows, width);
+        auto const [images, rows, prefix, width, type, offset] = head;
+        auto const all = descriptions(*plugin.mBuild, kPAYLOADS[type], images, rows, width, prefix);
         std::array<PluginTensorDesc, kIN + kOUT> now{};
         for (int i = 0; i < kIN + kOUT; ++i)
         {
@@ -341,7 +396,7 @@ void runCases(IPluginCreatorV3One& creator, std::string const& what)
         int64_t const sizeBytes = now[kIN + 3].type == DataType::kINT64 ? 8 : 4;
         size_t const places = images * rows;
         size_t const payload = places * width * (type == 0 ? 4 : 2);
-        std::array<Buffer, kIN> in{Buffer(payload, offset), Buffer((places - images) * 4, 0), Buffer(4, 0)};
+        std::array<Buffer, kIN> in{Buffer(payload, offset), Buffer((places - images * prefix) * 4, 0), Buffer(4, 0)};
         std::array<Buffer, kOUT> out{Buffer(payload, offset), Buffer(places * 8, 0), Buffer(images * 8, 0),
                                      Buffer(sizeBytes, 0)};
         Buffer workspace(plugin.mBuild->getWorkspaceSize(all.data(), kIN, all.data() + kIN, kOUT), 0);
@@ -369,7 +424,7 @@ constexpr int kSTAGES = 3;
 // The shapes and type of a chain's inputs, as its record begins.
 struct Head
 {
-    int64_t images, rows, width, type;
+    int64_t images, rows, prefix, width, type;
 
     size_t rowBytes() const { return width * (type == 0 ? 4 : 2); }
 };
@@ -387,7 +442,7 @@ public:
         for (Plugin const& layer : layers)
         {
             mLayers.emplace_back(layer.mRuntime->attachToContext(nullptr));
-            mScores.emplace_back((places - head.images) * 4, 0);
+            mScores.emplace_back((places - head.images * head.prefix) * 4, 0);
             mThresholds.emplace_back(4, 0);
             mOutputs.push_back({Buffer(mTokens.bytes(), 0), Buffer(places * 8, 0), Buffer(head.images * 8, 0),
                                 Buffer(sizeBytes(), 0)});
@@ -422,7 +477,7 @@ public:
         int32_t narrow = 0;
         std::memcpy(sizeBytes() == 8 ? static_cast<void*>(&wide) : &narrow, size.data(), sizeBytes());
         mRows = sizeBytes() == 8 ? wide : narrow;
-        require(mRows >= 2 && mRows <= mHead.rows, "size is none that a next call can have");
+        require(mRows > mHead.prefix && mRows <= mHead.rows, "size is none that a next call can have");
     }
 
     void write()
@@ -442,7 +497,8 @@ private:
     std::array<PluginTensorDesc, kIN + kOUT> now() const
     {
         constexpr std::array kPAYLOADS{DataType::kFLOAT, DataType::kHALF, DataType::kBF16};
-        auto const all = descriptions(*mLayers[0].mBuild, kPAYLOADS[mHead.type], mHead.images, mRows, mHead.width);
+        auto const all =
+            descriptions(*mLayers[0].mBuild, kPAYLOADS[mHead.type], mHead.images, mRows, mHead.width, mHead.prefix);
         std::array<PluginTensorDesc, kIN + kOUT> descs{};
         std::transform(all.begin(), all.end(), descs.begin(), [](auto const& one) { return one.desc; });
         descs[kIN + 3].type = mSizeType;
@@ -456,10 +512,11 @@ private:
         for (int64_t b = 0; b < mHead.images; ++b)
         {
             auto const* index = stage == 0 ? nullptr : reinterpret_cast<int64_t*>(mOutputs[stage - 1][1].data());
-            for (int64_t i = 0; i + 1 < mRows; ++i)
+            int64_t const prefix = mHead.prefix;
+            for (int64_t i = 0; i + prefix < mRows; ++i)
             {
-                bool const pads = index != nullptr && index[b * mRows + i + 1] < 0;
-                scores[b * (mRows - 1) + i] = pads ? -INFINITY : scores[b * (mHead.rows - 1) + i];
+                bool const pads = index != nullptr && index[b * mRows + i + prefix] < 0;
+                scores[b * (mRows - prefix) + i] = pads ? -INFINITY : scores[b * (mHead.rows - prefix) + i];
             }
         }
         return scores;
@@ -475,8 +532,8 @@ private:
     std::vector<std::array<Buffer, kOUT>> mOutputs;
 };
 
-// A record is images, rows, width and type as int64, then for each of two contexts its tokens, and for each stage
-// scores [B, M-1] and a threshold. The result is the four output buffers of every stage of every context.
+// A record is images, rows, prefix, width and type as int64, then for each of two contexts its tokens, and for each
+// stage scores [B, M-P] and a threshold. The result is the four output buffers of every stage of every context.
 void runChains(IPluginCreatorV3One& creator, DataType sizeType)
 {
     std::vector<Plugin> layers;
