@@ -165,7 +165,8 @@ class Trainer:
         self.teacher = None if teacher is None else TrainingForm(teacher.to(device).eval(), recipe)
         # The network has no dropout, so the mode decides about those statistics alone.
         model.train(from_scratch)
-        model.thresholds.requires_grad_(selector is None)
+        if model.reduction is not None:
+            model.reduction.requires_grad_(selector is None)
         learning = [t for t in model.thresholds if t.requires_grad]
         self._logarithms = [nn.Parameter(t.detach().log()) for t in learning]
         self.optimizer = _optimizer(model, self._logarithms, recipe)
