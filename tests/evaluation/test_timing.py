@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from asvit_deploy.evaluation import bench, profile
+from asvit_deploy.evaluation import profile, timing
 from asvit_deploy.models.macs import dense_macs, model_macs
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 
@@ -28,15 +28,15 @@ class Sleeper:
 
 def variants(slow=0.004, fast=0.002):
     return [
-        bench.Variant("dense", "sleep", False, Sleeper(slow)),
-        bench.Variant("adaptive", "sleep", True, Sleeper(fast)),
+        timing.Variant("dense", "sleep", False, Sleeper(slow)),
+        timing.Variant("adaptive", "sleep", True, Sleeper(fast)),
     ]
 
 
 def test_every_variant_runs_every_round():
     rows = variants(0, 0)
     images = [np.zeros((3, 2, 2), np.float32)] * 3
-    seconds = bench.interleave(rows, images, warmup=4, runs=7)
+    seconds = timing.interleave(rows, images, warmup=4, runs=7)
     assert [row.runner.calls for row in rows] == [11, 11]
     assert {name: len(t) for name, t in seconds.items()} == {"dense": 7, "adaptive": 7}
     assert all((t > 0).all() for t in seconds.values())
@@ -45,10 +45,10 @@ def test_every_variant_runs_every_round():
 def test_ratio_and_interval():
     rng = np.random.default_rng(1)
     fast = rng.normal(1.0, 0.05, 400)
-    ratio, low, high = bench.ratio_of_medians(fast * 1.5, fast)
+    ratio, low, high = timing.ratio_of_medians(fast * 1.5, fast)
     assert low <= ratio <= high
     assert ratio == pytest.approx(1.5, abs=0.03)
-    assert bench.ratio_of_medians(fast, fast) == (1.0, 1.0, 1.0)
+    assert timing.ratio_of_medians(fast, fast) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -58,28 +58,28 @@ def test_ratio_and_interval():
 def test_verdict_says_who_wins(slow, fast, words):
     noise = np.random.default_rng(0).normal(1, 0.01, (2, 200))
     seconds = {"dense": slow * noise[0], "adaptive": fast * noise[1]}
-    rows = bench.summarise(variants(), seconds, np.full(200, 1.5))
+    rows = timing.summarise(variants(), seconds, np.full(200, 1.5))
     if words == "a draw":
         seconds["adaptive"] = seconds["dense"][::-1].copy()
-        rows = bench.summarise(variants(), seconds, np.full(200, 1.5))
-    assert words in bench.verdict(rows)
+        rows = timing.summarise(variants(), seconds, np.full(200, 1.5))
+    assert words in timing.verdict(rows)
 
 
 def test_share_of_the_macs_ratio_is_per_image():
     # Two kinds of image, MACs ratios 1 and 3; times follow the MACs but for a tenth lost.
     ratios = np.tile([1.0, 3.0], 50)
     dense = np.full(100, 6.0)
-    share = bench.share_of_macs_ratio(dense, dense / ratios / 0.9, ratios)
+    share = timing.share_of_macs_ratio(dense, dense / ratios / 0.9, ratios)
     assert share == pytest.approx({"value": 0.9, "low": 0.9, "high": 0.9})
 
 
 def test_verdict_without_a_pair():
-    assert "nothing to compare" in bench.verdict([{"name": "x", "p50_ms": 1.0}])
+    assert "nothing to compare" in timing.verdict([{"name": "x", "p50_ms": 1.0}])
 
 
 def test_macs_follow_the_images_that_ran(mini_config):
     lengths = np.array([[197, 197, 197], [100, 50, 20]])
-    summary = bench.macs_summary(mini_config, lengths, runs=3)
+    summary = timing.macs_summary(mini_config, lengths, runs=3)
     low = model_macs(mini_config, [100, 50, 20])
     expected = (2 * dense_macs(mini_config) + low) / 3
     assert summary["adaptive_gmacs"] == pytest.approx(expected / 1e9)
@@ -90,7 +90,7 @@ def test_macs_follow_the_images_that_ran(mini_config):
 def test_kept_counts_are_those_of_the_model(mini_artifacts, photos):
     pictures = [photos[i] for i in range(4)]
     runner = OrtRunner(mini_artifacts["1", "auto"])
-    lengths = bench.kept_per_image(runner, pictures)
+    lengths = timing.kept_per_image(runner, pictures)
     assert lengths.shape == (4, 3)
     assert (np.diff(lengths, axis=1) <= 0).all()
 
