@@ -134,7 +134,7 @@ def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
 
 
 def with_decisions(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
-    """A copy of a dynamic model of ours that is told what stays.
+    """A copy of a dynamic model of ours to which what stays is given.
 
     Its further inputs `decision_s` float32 [1, N_s], 1 where a token of stage s's input stays and 0
     where it leaves, stand where its own scores and thresholds stood.
@@ -229,7 +229,7 @@ class OrtRunner(RunnerBase):
         return contextlib.nullcontext() if self._most is None else memory.within(self._most)
 
     def _bounded(self, images: NDArray[np.float32]) -> list[NDArray]:
-        """A run that ends: what shapes do not tell of a graph shows then.
+        """A run that ends: what the shapes of a graph do not show comes out then.
 
         Raises:
             UserError: it takes more memory or time than any network of ours.
@@ -239,10 +239,10 @@ class OrtRunner(RunnerBase):
             with self._limited(), onnx_bounds.time_limit(options, len(images)):
                 outputs = self.session.run(self._outputs, {self._input: images}, options)
         except Exception as error:
-            told = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise UserError(
                 f"{self._replayed[2]} cannot be run by ONNX Runtime within {onnx_bounds.SECONDS} s "
-                f"a picture and the memory of its network ({told[:120]}); export it again"
+                f"a picture and the memory of its network ({reason[:120]}); export it again"
             ) from None
         self._tried = True
         return outputs
@@ -280,10 +280,10 @@ class OrtRunner(RunnerBase):
         options = session_options(1)
         if library is not None:
             options.register_custom_ops_library(str(library))
-        told = with_decisions(with_stage_outputs(model, self.stages), self.stages)
+        given = with_decisions(with_stage_outputs(model, self.stages), self.stages)
         try:
             session = import_onnxruntime().InferenceSession(
-                told.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                given.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             raise UserError(_load_failure(name, library, str(error))) from None
@@ -310,7 +310,7 @@ class OrtRunner(RunnerBase):
 
 @dataclass(frozen=True)
 class _Replay:
-    """A session that is told what stays, and how many image tokens come to its first stage."""
+    """A session to which what stays is given, and how many image tokens come to its first stage."""
 
     session: Any
     tokens: int
@@ -337,7 +337,7 @@ def _outputs_of(name: str, session: Any, stages: int, record: bool) -> list[str]
 
 
 def _load_failure(name: str, library: Path | None, error: str) -> str:
-    """One line for what ONNX Runtime said, with the mend where it is known."""
+    """One line for what ONNX Runtime said, and what to do where that is known."""
     line = " ".join(error.split())
     if f"{onnx_op.OP_TYPE}" in line and "not a registered function/op" in line:
         return (

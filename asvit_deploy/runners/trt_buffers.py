@@ -49,7 +49,7 @@ class Bound:
         shapes: of every input.
 
     Raises:
-        UserError: a shape does not fit the profile, or TensorRT takes no buffer or does not tell
+        UserError: a shape does not fit the profile, or TensorRT takes no buffer or does not say
             how large one must be.
     """
 
@@ -73,7 +73,7 @@ class Bound:
                 size = context.get_max_output_size(name)
                 if size < 0:
                     raise UserError(
-                        f"{engine.name} tells no largest size of {name}{engine.said()}; build it "
+                        f"{engine.name} gives no largest size of {name}{engine.said()}; build it "
                         "again on this machine"
                     )
                 self._bind(name, zeros(size // dtype.itemsize, dtype=dtype))

@@ -36,7 +36,7 @@ def require_gpu(name: str) -> None:
     """Refuse to run an engine where PyTorch sees no GPU.
 
     Raises:
-        UserError: it names the mend.
+        UserError: it says what to do.
     """
     if torch.cuda.is_available():
         return
@@ -108,7 +108,7 @@ def require_allowed(fields: dict[str, Any], name: str, allowed: Allowed) -> None
     """Refuse an engine that carries host code, unless the user allows that.
 
     Raises:
-        UserError: it names the mend.
+        UserError: it says what to do.
     """
     if (what := carries_code(fields)) and not allowed.engine_code:
         raise UserError(
@@ -129,7 +129,7 @@ def plugin_for(
     """The plugin library to load before a plan: None where the plan needs or carries none.
 
     The one that the user named, else the one in the user's cache that fits our sources. What the
-    sidecar says of the one that it was built with is compared, and a difference told.
+    sidecar says of the one that it was built with is compared, and a difference costs a line.
 
     Raises:
         UserError: there is none.
@@ -146,12 +146,12 @@ def plugin_for(
             "build-plugins trt`, or name it with --plugin"
         )
     if sha256(library) != recorded.get("sha256"):
-        _tell(f"{name} was built with another file of the plugin than {library}, which is used")
+        _warn(f"{name} was built with another file of the plugin than {library}, which is used")
     return library
 
 
 @functools.cache
-def _tell(line: str) -> None:
+def _warn(line: str) -> None:
     """One line on stderr, once: a model has several engines, or runs in several ways."""
     print(" ".join(line.splitlines()), file=sys.stderr)
 

@@ -15,7 +15,7 @@ import torch
 from conftest import refused
 
 from asvit_deploy import files
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.artefacts import sidecar
 from asvit_deploy.artefacts.engine_file import EngineArtefact
 from asvit_deploy.artefacts.opening import engines_of, open_artefact
 from asvit_deploy.cli import bench
@@ -39,7 +39,7 @@ def engine(rtx, trt_plugin, mini_artifacts, tmp_path, monkeypatch):
     """A real engine of the small model beside its ONNX file, in the current folder."""
     monkeypatch.chdir(tmp_path)
     onnx = tmp_path / "mini.onnx"
-    for path in (mini_artifacts["1", "auto"], artifact.sidecar_path(mini_artifacts["1", "auto"])):
+    for path in (mini_artifacts["1", "auto"], sidecar.sidecar_path(mini_artifacts["1", "auto"])):
         (tmp_path / path.name.replace("mini_1_auto", "mini")).write_bytes(path.read_bytes())
     output = tmp_path / "mini.fp16.engine"
     options = Options("fp16", plugin=trt_plugin, target_sms=("86",), checked=False)
@@ -104,9 +104,9 @@ def test_peers_are_engines_of_the_same_precision(engine, tmp_path):
     photos = open_images(None, opened.config, limit=2)
     folder = tmp_path / "peers"
     folder.mkdir()
-    dense = artifact.read(engine_bench.dense_peer(opened, photos, folder))
+    dense = sidecar.read(engine_bench.dense_peer(opened, photos, folder))
     topk_path = engine_bench.topk_peer(opened, [90, 40, 20], folder)
-    topk = artifact.read(topk_path)
+    topk = sidecar.read(topk_path)
     assert (dense["mode"], dense["precision"]) == ("dense", "float16")
     assert dense["target_sms"] == topk["target_sms"] == ["86"]
     assert dense["plugin"] is topk["plugin"] is None
@@ -149,7 +149,7 @@ def test_the_third_line_says_which_engines_it_did_not_run(cli, engine):
 
 
 def test_the_host_twin_is_no_plugin_to_run_with(engine, tmp_path, monkeypatch):
-    fields = artifact.read(engine)
+    fields = sidecar.read(engine)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"plugin, which is not built here; run .*build-plugins"):
         plugin_for(fields, "mini.engine")
@@ -164,7 +164,7 @@ def test_the_plugin_is_the_one_named_else_the_cache_s(engine, tmp_path, monkeypa
     named.write_bytes(b"named")
     monkeypatch.setattr(trt_library, "find_trt_plugin", lambda: ours)
     record = {"sha256": files.sha256(ours), "embedded": False}
-    fields = {**artifact.read(engine), "plugin": record}
+    fields = {**sidecar.read(engine), "plugin": record}
     assert plugin_for(fields, "first.engine") == ours
     assert capsys.readouterr().err == ""
     assert plugin_for(fields, "first.engine", Allowed(named)) == named
@@ -236,7 +236,7 @@ def test_a_dense_peer_is_built_like_the_engine(rtx, trt_plugin, mini_artifacts, 
     build_engine(open_source(mini_artifacts["dynamic", "auto"]), path, rtx, options)
     opened = EngineArtefact(path)
     photos = open_images(None, opened.config, limit=2)
-    peer = artifact.read(engine_bench.dense_peer(opened, photos, tmp_path))
+    peer = sidecar.read(engine_bench.dense_peer(opened, photos, tmp_path))
     assert (peer["mode"], peer["level"], peer["workspace"]) == ("dense", 2, 512)
     assert peer["profile"] == opened.fields["profile"]
 

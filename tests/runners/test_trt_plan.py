@@ -11,8 +11,7 @@ import pytest
 import torch
 from conftest import raises_one_line, refused
 
-from asvit_deploy.artefacts import bundle
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.artefacts import bundle, sidecar
 from asvit_deploy.artefacts.engine_file import EngineArtefact
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
@@ -26,14 +25,14 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 def signed_engine(mini_artifacts, tmp_path, monkeypatch):
     """Makes an engine that is none, with a sidecar that says whatever its writer likes."""
     monkeypatch.chdir(tmp_path)
-    model = artifact.read(mini_artifacts["1", "auto"])
+    model = sidecar.read(mini_artifacts["1", "auto"])
     kept = {k: v for k, v in model.items() if k not in ("schema", "sha256", "digest")}
-    source = {**artifact.source_of(mini_artifacts["1", "auto"]), "checkpoint": model["source"]}
+    source = {**sidecar.source_of(mini_artifacts["1", "auto"]), "checkpoint": model["source"]}
 
     def make(**fields: object) -> Path:
         own = {"kind": "engine", "flavour": "tensorrt-rtx", "flavour_version": "1.2",
                "mode": "dynamic", "target_sms": [], "plugin": None, "source": source}  # fmt: skip
-        artifact.write(Path("x.engine"), b"no plan" * 100, {**kept, **own, **fields})
+        sidecar.write(Path("x.engine"), b"no plan" * 100, {**kept, **own, **fields})
         return Path("x.engine")
 
     return make
@@ -126,7 +125,7 @@ def test_commands_refuse_code_in_an_engine(cli, signed_engine, command, fields):
 @no_gpu
 @pytest.mark.parametrize("command", ["check", "bench"])
 def test_bundles_are_judged_alike(cli, signed_engine, command):
-    fields = artifact.read(signed_engine(version_compatible=True, mode="bucketed", buckets=[64]))
+    fields = sidecar.read(signed_engine(version_compatible=True, mode="bucketed", buckets=[64]))
     kept = {k: v for k, v in fields.items() if k not in ("schema", "sha256", "digest")}
     bundle.write(Path("x.bucketed"), {"stage_0.engine": b"no plan"}, {**kept, "kind": "bucketed"})
     refused(cli(command, "x.bucketed"), "x.bucketed carries code", "--allow-engine-code")
