@@ -52,16 +52,16 @@ def claimed(path: Path, kind: str, force: bool) -> AbstractContextManager[None]:
 
 def _refuse_foreign(path: Path, kind: str) -> None:
     """Raise UserError where replacing `path` would remove what this tool did not write."""
-    mend = "remove it, or name another folder"
+    remedy = "remove it, or name another folder"
     try:
         fields = _manifest(path)
     except UserError:
-        raise UserError(f"{path} is not a folder that this tool made; {mend}") from None
+        raise UserError(f"{path} is not a folder that this tool made; {remedy}") from None
     ours = {MANIFEST, *fields["files"]}
     foreign = sorted(file.name for file in path.iterdir() if file.name not in ours)
     if fields["kind"] != kind or foreign:
         what = f"holds {foreign[0]}, which is no part of it" if foreign else f"is no {kind} one"
-        raise UserError(f"{path} {what}; {mend}")
+        raise UserError(f"{path} {what}; {remedy}")
 
 
 def write(folder: Path, files: Mapping[str, bytes], fields: dict[str, Any]) -> dict[str, Any]:

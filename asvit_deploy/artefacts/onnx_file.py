@@ -1,23 +1,25 @@
-"""One artefact under test: its sidecar, its PyTorch reference, and the ways to run it."""
+"""ONNX artefacts, and the runtimes that run them."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import onnx
 
-from asvit_deploy.artefacts import sidecar as artifact
-from asvit_deploy.artefacts.reference import check_fields, config_of, reference_model
+from asvit_deploy.artefacts import sidecar
+from asvit_deploy.artefacts.artefact import Artefact, Opener, Ways
+from asvit_deploy.artefacts.reference import check_fields
 from asvit_deploy.checkpoints.facts import fields_of
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners import onnx_bounds
+from asvit_deploy.runners.base import Reference, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
 
 # Sidecar fields that two artefacts share if they can be compared token by token.
@@ -25,7 +27,7 @@ _OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages")
 
 
 @dataclass
-class Session:
+class OnnxArtefact(Artefact):
     """An ONNX artefact of ours, opened.
 
     Attributes:
@@ -42,7 +44,7 @@ class Session:
 
     path: Path
     library: Path | None = None
-    original: Session | None = None
+    original: OnnxArtefact | None = None
     fields: dict[str, Any] = field(init=False)
     borrowed: str | None = field(default=None, init=False)
     _tried: bool = field(default=False, init=False, repr=False)
@@ -54,7 +56,7 @@ class Session:
                 "`asvit-deploy export --ckpt FILE`"
             )
         try:
-            self.fields = artifact.read(self.path)
+            self.fields = sidecar.read(self.path)
         except UserError:
             if self.original is None or not self.path.is_file():
                 raise
@@ -69,7 +71,7 @@ class Session:
         if self.original is not None:
             self.refuse_other_network(self.original)
 
-    def _borrow(self, original: Session) -> None:
+    def _borrow(self, original: OnnxArtefact) -> None:
         """Take the original's fields, once the file takes the original's pictures."""
         weights = {tensor.name for tensor in self.model.graph.initializer}
         inputs = [info for info in self.model.graph.input if info.name not in weights]
@@ -83,12 +85,12 @@ class Session:
                 f"{original.path} does; name a file that was made from it"
             )
         self.fields = {**original.fields, "batch": "1" if shapes[0][0] == 1 else "dynamic"}
-        there = artifact.sidecar_path(self.path).is_file()
+        there = sidecar.sidecar_path(self.path).is_file()
         self.borrowed = "its sidecar is not its own" if there else "it has no sidecar"
 
-    def refuse_other_network(self, other: Session) -> None:
+    def refuse_other_network(self, other: OnnxArtefact) -> None:
         """Raise UserError where `other` is no reference for this one, in one line that says why."""
-        for made in (_told, lambda session: fields_of(session.config)):
+        for made in (_network_fields, lambda artefact: fields_of(artefact.config)):
             for (key, ours), theirs in zip(made(self).items(), made(other).values()):
                 if ours != theirs:
                     raise UserError(
@@ -108,30 +110,12 @@ class Session:
         onnx_bounds.check_runnable(model, _largest(config), refuse)
         return model
 
-    @cached_property
-    def config(self) -> ArchConfig:
-        return config_of(self.fields)
-
-    @cached_property
-    def reference(self) -> AdaptiveViT:
-        """The PyTorch model it was exported from."""
-        return reference_model(self.path, self.fields, dense=not self.adaptive)
-
-    @cached_property
-    def dense_reference(self) -> AdaptiveViT:
-        """The same checkpoint without its stages."""
-        return reference_model(self.path, self.fields, dense=True)
-
-    @property
-    def adaptive(self) -> bool:
-        return bool(self.fields["adaptive"])
-
-    @property
-    def dynamic_batch(self) -> bool:
-        return self.fields["batch"] == "dynamic"
-
     def libraries(self) -> dict[str, Path | None]:
-        """Ways to run the op by name: `function` where the file holds it, `library` if given."""
+        """ONNX Runtime's ways: `function` where the file holds it, `library` if given, `dense`.
+
+        Raises:
+            UserError: there is none.
+        """
         if not self.adaptive:
             return {"dense": None}
         ways: dict[str, Path | None] = {}
@@ -151,6 +135,24 @@ class Session:
         """Which of `parity.LIMITS` holds."""
         return arithmetic_of(self.model)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if self.borrowed is None or self.original is None:
+            return ()
+        return (
+            f"{self.path}: {self.borrowed}; preprocessing, stages and thresholds are those of "
+            f"{self.original.path}; judged as {self.parity}",
+        )
+
+    def judge(self) -> Reference:
+        """The original in its first way, or PyTorch."""
+        if self.original is None:
+            return super().judge()
+        return self.original.runner(next(iter(self.original.libraries().values())))
+
+    def require_runnable(self) -> None:
+        """ONNX Runtime runs anywhere."""
+
     def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
         """The artefact in ONNX Runtime."""
         stages = len(self.fields["thresholds"]) if self.adaptive else 0
@@ -158,6 +160,49 @@ class Session:
                            name=str(self.path), stages=stages, foreign=not self._tried)  # fmt: skip
         self._tried = True
         return runner
+
+    def ways(self, threads: int = 1, record: bool = True) -> Ways:
+        openers: dict[str, Opener] = {}
+        runtimes: dict[str, str] = {}
+        for name, runtime in RUNTIMES.items():
+            own = runtime.ways(self, threads, record)
+            openers |= own
+            runtimes |= dict.fromkeys(own, name)
+        return Ways(openers, runtimes)
+
+
+# Of earlier imports; goes once nothing names it.
+Session = OnnxArtefact
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What runs ONNX models.
+
+    Attributes:
+        ways: of an artefact, with so many threads and recording or not: none where the runtime is
+            not installed; their names are no other runtime's.
+        model: any ONNX model of ours, such as a dense twin, with so many threads, not recording.
+    """
+
+    ways: Callable[[OnnxArtefact, int, bool], dict[str, Opener]]
+    model: Callable[[onnx.ModelProto, int], Runner]
+
+
+def _ort_ways(artefact: OnnxArtefact, threads: int, record: bool) -> dict[str, Opener]:
+    return {
+        way: partial(artefact.runner, library, threads, record)
+        for way, library in artefact.libraries().items()
+    }
+
+
+def _ort_model(model: onnx.ModelProto, threads: int) -> OrtRunner:
+    return OrtRunner(model, threads=threads, record=False)
+
+
+# By the name that rows of `bench` call it. A further runtime is a row here: `check` and `bench`
+# find it, and whatever else asks an artefact for its ways.
+RUNTIMES = {"onnxruntime": Runtime(_ort_ways, _ort_model)}
 
 
 def _largest(config: ArchConfig) -> int:
@@ -171,35 +216,41 @@ def _largest(config: ArchConfig) -> int:
     )  # fmt: skip
 
 
-def _told(session: Session) -> dict[str, Any]:
-    return {key: session.fields[key] for key in _OF_THE_NETWORK}
+def _network_fields(artefact: OnnxArtefact) -> dict[str, Any]:
+    return {key: artefact.fields[key] for key in _OF_THE_NETWORK}
 
 
-def find_op_library(named: Path | None) -> Path | None:
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def find_op_library(named: Path | None, say: Callable[[str], None] = _to_stderr) -> Path | None:
     """The library given, or the one that `build-plugins` made, or None.
+
+    Args:
+        say: gets a line on why there is none.
 
     Raises:
         UserError: the library given cannot be used.
     """
     from asvit_deploy.ops.library import check_library, find_library
 
+    def missing(why: str) -> None:
+        say(f"no library, {' '.join(why.splitlines())}")
+
     if named is None:
         try:
-            return find_library(say=_no_library)
+            return find_library(say=missing)
         except (UserError, OSError) as error:
             # It is an addition: what it does, the function in the file does too.
-            said = str(error)
+            reason = str(error)
             if isinstance(error, PermissionError):
-                said = f"{error.filename} may not be read"
-            _no_library(said)
+                reason = f"{error.filename} may not be read"
+            missing(reason)
             return None
     # A library without the op would load, and the function would silently run in its place.
-    if reason := check_library(named):
+    if trouble := check_library(named):
         raise UserError(
-            f"{named} cannot be used: {reason}; `asvit-deploy build-plugins ort` makes one"
+            f"{named} cannot be used: {trouble}; `asvit-deploy build-plugins ort` makes one"
         )
     return named.resolve()
-
-
-def _no_library(reason: str) -> None:
-    print("no library,", " ".join(reason.splitlines()), file=sys.stderr)

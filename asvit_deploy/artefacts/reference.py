@@ -23,7 +23,7 @@ _KINDS: dict[str, type] = {
 }  # fmt: skip
 
 
-def check_fields(artifact: Path, fields: dict[str, Any]) -> None:
+def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
     """Refuse a sidecar whose fields are not what every step relies on.
 
     Raises:
@@ -31,8 +31,8 @@ def check_fields(artifact: Path, fields: dict[str, Any]) -> None:
     """
 
     def refuse(name: str) -> NoReturn:
-        told = repr(fields.get(name))[:60]
-        raise UserError(f"the sidecar of {artifact} says {name} {told}; make {artifact} again")
+        found = repr(fields.get(name))[:60]
+        raise UserError(f"the sidecar of {artefact} says {name} {found}; make {artefact} again")
 
     for name, kind in _KINDS.items():
         if type(fields.get(name)) is not kind:
@@ -65,14 +65,14 @@ def config_of(fields: dict[str, Any]) -> ArchConfig:
     return facts.recorded(config, fields)
 
 
-def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -> Path:
+def source_file(artefact: Path, record: dict[str, Any], noun: str, maker: str) -> Path:
     """Where an artefact's source is.
 
     Where it was given, at the file that a link there led to, beside the artefact under either
     name, or there under any name with the recorded size and sha256.
 
     Args:
-        record: a sidecar's `source`, as `artifact.source_of` makes it; older ones hold only `path`
+        record: a sidecar's `source`, as `sidecar.source_of` makes it; older ones hold only `path`
             and `sha256`.
         noun: what the source is.
         maker: the command that made the artefact.
@@ -81,7 +81,7 @@ def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -
         UserError: it is gone, or has other contents now.
     """
     recorded, given = Path(record["path"]), Path(str(record.get("given") or record["path"]))
-    folder = artifact.absolute().parent
+    folder = artefact.absolute().parent
     named = (given, recorded, folder / given.name, folder / recorded.name, _packaged(given.name))
     there = [path for path in dict.fromkeys(filter(None, named)) if _is_file(path)]
     left = MOST_BYTES  # of which so many are read, however many files have the size
@@ -96,8 +96,8 @@ def source_file(artifact: Path, record: dict[str, Any], noun: str, maker: str) -
     if closed := [path for path in there if not os.access(path, os.R_OK)]:
         raise UserError(f"{closed[0]} may not be read; check its permissions, or {again}")
     if there:
-        raise UserError(f"{there[0]} changed since {artifact} was made from it; {again}")
-    raise UserError(f"the {noun} of {artifact}, {given}, is gone; put it back, or {again}")
+        raise UserError(f"{there[0]} changed since {artefact} was made from it; {again}")
+    raise UserError(f"the {noun} of {artefact}, {given}, is gone; put it back, or {again}")
 
 
 def _packaged(name: str) -> Path | None:
@@ -125,23 +125,23 @@ def _of_size(folder: Path, size: Any) -> Iterator[Path]:
                     yield Path(entry.path)
 
 
-def reference_model(artifact: Path, fields: dict[str, Any], dense: bool = False) -> AdaptiveViT:
+def reference_model(artefact: Path, fields: dict[str, Any], dense: bool = False) -> AdaptiveViT:
     """The PyTorch model that an artefact must agree with; `dense` gives its dense twin.
 
     Raises:
         UserError: as `source_file` and `load_checkpoint`.
     """
-    return build_model(reference_checkpoint(artifact, fields), dense=dense)
+    return build_model(reference_checkpoint(artefact, fields), dense=dense)
 
 
-def reference_checkpoint(artifact: Path, fields: dict[str, Any]) -> Checkpoint:
+def reference_checkpoint(artefact: Path, fields: dict[str, Any]) -> Checkpoint:
     """The checkpoint of an artefact, with the facts that the artefact records.
 
     Raises:
         UserError: as `source_file` and `load_checkpoint`.
     """
     record = fields["source"]
-    path = source_file(artifact, record, "checkpoint", "export")
+    path = source_file(artefact, record, "checkpoint", "export")
     return load_checkpoint(
         path, fields["image_size"], fields["arch"], ema=record.get("ema", False),
         recorded=config_of(fields),

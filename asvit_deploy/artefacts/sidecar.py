@@ -30,15 +30,15 @@ _BETWEEN = 0.05  # seconds, far more than two renames take
 KINDS = {".onnx": "onnx", ".engine": "engine", ".safetensors": "checkpoint"}
 
 
-def sidecar_path(artifact: Path) -> Path:
+def sidecar_path(artefact: Path) -> Path:
     """`as_deit_s.onnx` -> `as_deit_s.onnx.json`.
 
     Raises:
         UserError: a path without a name, such as the current folder.
     """
-    if not artifact.name:
-        raise UserError(f"{artifact} names no file; give it a name")
-    return artifact.with_name(artifact.name + ".json")
+    if not artefact.name:
+        raise UserError(f"{artefact} names no file; give it a name")
+    return artefact.with_name(artefact.name + ".json")
 
 
 def check_target(path: Path, kind: str, force: bool, *sources: Path | None) -> None:
@@ -98,7 +98,7 @@ def _program(path: Path) -> str:
 
 
 def source_of(path: Path, **more: Any) -> dict[str, Any]:
-    """The file that an artefact was made from, as `evaluate.reference.source_file` looks for it.
+    """The file that an artefact was made from, as `reference.source_file` looks for it.
 
     `path` is the file itself and `given` the name that it was given by, which may be a link: a
     hub's cache links `model.safetensors` to a file that is called by its digest.
@@ -112,13 +112,13 @@ def source_of(path: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def write(artifact: Path, data: bytes, fields: dict[str, Any]) -> None:
+def write(artefact: Path, data: bytes, fields: dict[str, Any]) -> None:
     """Put an artefact and its sidecar in place, each whole or not at all.
 
     Two files take two renames, the artefact's first. A process that is killed between them leaves
     a new artefact beside an old sidecar or none: `read` refuses that pair by its sha256, and the
-    next `write` mends it. Of several writers at once the last one's pair stays; within a claim
-    without `force` nothing is replaced.
+    next `write` puts that right. Of several writers at once the last one's pair stays; within a
+    claim without `force` nothing is replaced.
 
     Raises:
         UserError: the folder cannot be written, another run has a claim on the artefact, or the
@@ -126,37 +126,36 @@ def write(artifact: Path, data: bytes, fields: dict[str, Any]) -> None:
     """
     text = signed({**fields, "sha256": hashlib.sha256(data).hexdigest()})
     with (
-        claims.claimed(artifact, check=lambda: check_parent(artifact), wait=PATIENCE),
-        atomic_together(artifact, sidecar_path(artifact)) as (file, sidecar),
+        claims.claimed(artefact, check=lambda: check_parent(artefact), wait=PATIENCE),
+        atomic_together(artefact, sidecar_path(artefact)) as (file, sidecar),
     ):
         file.write_bytes(data)
         sidecar.write_text(text)
 
 
-def read(artifact: Path) -> dict[str, Any]:
+def read(artefact: Path) -> dict[str, Any]:
     """The fields of an artefact's sidecar, checked against the artefact.
 
     Raises:
         UserError: the artefact or its sidecar is missing, unreadable, edited, or of a newer schema,
             or they do not belong together.
     """
-    if artifact.is_dir():
-        raise UserError(f"{artifact} is a folder; name a file in it that this tool made")
-    path = sidecar_path(artifact)
+    if artefact.is_dir():
+        raise UserError(f"{artefact} is a folder; name a file in it that this tool made")
+    path = sidecar_path(artefact)
     while True:
-        if not artifact.is_file():
-            raise UserError(f"{artifact} does not exist; name an artefact that this tool made")
+        if not artefact.is_file():
+            raise UserError(f"{artefact} does not exist; name an artefact that this tool made")
         if not path.is_file():
-            raise UserError(f"{artifact} has no sidecar {path.name} beside it; make it again")
-        before = _identity(artifact, path)
-        fields = read_signed(path, "sidecar", artifact.name, "sha256")
-        if fields["sha256"] == sha256(
-            artifact, MOST_ONNX if artifact.suffix == ".onnx" else MOST_BYTES
-        ):
+            raise UserError(f"{artefact} has no sidecar {path.name} beside it; make it again")
+        before = _identity(artefact, path)
+        fields = read_signed(path, "sidecar", artefact.name, "sha256")
+        most = MOST_ONNX if artefact.suffix == ".onnx" else MOST_BYTES
+        if fields["sha256"] == sha256(artefact, most):
             return fields
         time.sleep(_BETWEEN)  # a writer may stand between its two renames
-        if _identity(artifact, path) == before:
-            raise UserError(f"{path} does not belong to {artifact} (sha256 differs); make it again")
+        if _identity(artefact, path) == before:
+            raise UserError(f"{path} does not belong to {artefact} (sha256 differs); make it again")
 
 
 def _identity(*paths: Path) -> list[tuple[int, ...]]:
@@ -165,9 +164,9 @@ def _identity(*paths: Path) -> list[tuple[int, ...]]:
     return [(status.st_ino, status.st_size, status.st_mtime_ns) for status in found]
 
 
-def describes(artifact: Path, kind: str) -> bool:
+def describes(artefact: Path, kind: str) -> bool:
     """Whether there is a sidecar of ours, whole, for an artefact of this kind at that path."""
-    path = sidecar_path(artifact)
+    path = sidecar_path(artefact)
     try:
         return path.is_file() and read_signed(path, "sidecar", "", "sha256").get("kind") == kind
     except UserError:
@@ -218,7 +217,7 @@ def find(folder: Path, *kinds: str) -> list[Path]:
     found = []
     # Not glob: it takes a folder that may not be read for an empty one.
     for sidecar in sorted(path for path in folder.iterdir() if path.suffix == ".json"):
-        artifact = sidecar.with_suffix("")
-        if KINDS.get(artifact.suffix) in kinds and artifact.is_file():
-            found.append(artifact)
+        artefact = sidecar.with_suffix("")
+        if KINDS.get(artefact.suffix) in kinds and artefact.is_file():
+            found.append(artefact)
     return found

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from asvit_deploy.cli import options
-from asvit_deploy.errors import CheckFailed, UserError
+from asvit_deploy.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from asvit_deploy.artefacts.engine_file import EngineSession
-    from asvit_deploy.artefacts.onnx_file import Session
+    from asvit_deploy.evaluation.checking import Comparison
     from asvit_deploy.parity import Parity
-    from asvit_deploy.runners.base import Reference, Runner
-    from asvit_deploy.runners.trt_plan import Allowed
 
-    # artefact, reference, runner of each way
-    Opened = tuple[Session | EngineSession, Reference, dict[str, Runner]]
-
-_BATCH = 8  # what a dynamic-batch model is also run with
 _LISTED = 20
 
 
@@ -43,7 +36,8 @@ def command(
     skip_limit: int,
     reference: Path | None,
     library: Path | None,
-    allowed: Allowed,
+    plugin: Path | None,
+    allow_engine_code: bool,
     as_json: bool,
 ) -> None:
     """Compare logits, top-1 and kept tokens with PyTorch; exit 1 when they do not agree.
@@ -60,84 +54,23 @@ def command(
     With --reference, a model may be a file that another tool made from it (quantised, simplified,
     without its sidecar): what it does not say is taken from the reference.
     """
-    from asvit_deploy.artefacts.onnx_file import find_op_library
+    from asvit_deploy.evaluation.checking import check
 
-    found = find_op_library(library)
-    paths = options.artefacts(models, "onnx", several=True)
-    # A bad one is refused before the first has run for minutes; each is let go again, so that
-    # never more than one is in memory.
-    for path in paths[1:]:
-        _open(path, reference, found, allowed)
-    results: list[dict[str, Any]] = []
-    for path in paths:
-        results += _check(_open(path, reference, found, allowed), images, limit, skip_limit)
+    comparisons = check(
+        models, images=images, limit=limit, skip_limit=skip_limit, reference=reference,
+        library=library, plugin=plugin, allow_engine_code=allow_engine_code, say=options.status,
+    )  # fmt: skip
     if as_json:
-        click.echo(json.dumps([{**r, "parity": r["parity"].as_dict()} for r in results], indent=2))
+        click.echo(json.dumps([comparison.as_dict() for comparison in comparisons], indent=2))
     else:
-        _print(results)
-    failed = [r for r in results if not r["parity"].passed]
-    if failed:
-        reasons = "; ".join(f"{r['model']} ({r['run']}): {f}" for r in failed
-                            for f in r["parity"].failures)  # fmt: skip
+        _print(comparisons)
+    if failed := [comparison for comparison in comparisons if not comparison.passed]:
+        reasons = "; ".join(f"{c.model} ({c.run}): {failure}" for c in failed
+                            for failure in c.parity.failures)  # fmt: skip
         raise CheckFailed(reasons)
 
 
-def _open(path: Path, other: Path | None, library: Path | None, allowed: Allowed) -> Opened:
-    """Everything that checking `path` needs, loaded: what cannot be loaded is refused here."""
-    from asvit_deploy.artefacts.engine_file import EngineSession, is_engine
-    from asvit_deploy.artefacts.onnx_file import Session
-    from asvit_deploy.runners.pytorch import TorchRunner
-
-    reference: Reference
-    if is_engine(path):
-        engine = EngineSession(path, allowed)
-        if other is not None:
-            raise UserError(f"{path} is an engine, which is compared with PyTorch; leave "
-                            "--reference out")  # fmt: skip
-        ways: dict[str, Runner] = {"engine": engine.runner()}
-        if engine.graphs:
-            ways["engine, CUDA graph"] = engine.runner(graph=True)
-        return engine, TorchRunner(engine.reference), ways
-    if other is None:
-        session = Session(path, library)
-        reference = TorchRunner(session.reference)
-    else:
-        theirs = Session(other, library)
-        session = Session(path, library, theirs)
-        if session.borrowed:
-            options.status(f"{path}: {session.borrowed}; preprocessing, stages and thresholds are "
-                           f"those of {other}; judged as {session.parity}")  # fmt: skip
-        reference = theirs.runner(next(iter(theirs.libraries().values())))
-    return session, reference, {w: session.runner(lib) for w, lib in session.libraries().items()}
-
-
-def _check(
-    opened: Opened, images: Path | None, limit: int, skip_limit: int
-) -> list[dict[str, Any]]:
-    from tqdm import tqdm
-
-    from asvit_deploy.data.images import open_images
-    from asvit_deploy.parity import compare
-
-    session, reference, runners = opened
-    pictures = open_images(images, session.config, limit, skip_limit, options.status)
-    loaded, names = pictures.loaded()
-    options.status(f"{session.path}: {len(loaded)} images ({pictures.source})")
-    batches = (1, _BATCH) if session.fields["batch"] == "dynamic" else (1,)
-    runs = [(way, batch) for way in runners for batch in batches]
-    results = []
-    for way, batch in tqdm(runs, desc="check", disable=None, leave=False):
-        parity = compare(
-            reference, runners[way], loaded, names, session.fields["thresholds"],
-            session.parity, batch,
-        )  # fmt: skip
-        results.append({"model": str(session.path), "run": f"{way}, batch {batch}",
-                        "images": pictures.source, **pictures.account,
-                        "reference": reference.describe(), "parity": parity})  # fmt: skip
-    return results
-
-
-def _print(results: list[dict[str, Any]]) -> None:
+def _print(comparisons: list[Comparison]) -> None:
     from asvit_deploy.evaluation.report import table
 
     def row(model: str, run: str, p: Parity) -> list[str]:
@@ -156,11 +89,11 @@ def _print(results: list[dict[str, Any]]) -> None:
 
     headers = ["model", "op, batch", "images", "same tokens", "flips", "same top-1", "logit error",
                "score noise", "kept per stage", "moved by", "verdict"]  # fmt: skip
-    click.echo(table(headers, [row(r["model"], r["run"], r["parity"]) for r in results]))
-    for source in dict.fromkeys(r["images"] for r in results if r["skipped"]):
+    click.echo(table(headers, [row(c.model, c.run, c.parity) for c in comparisons]))
+    for source in dict.fromkeys(c.images for c in comparisons if c.account["skipped"]):
         click.echo(f"images: {source}")
-    for r in results:
-        _print_differences(r["parity"])
+    for comparison in comparisons:
+        _print_differences(comparison.parity)
 
 
 def _print_differences(parity: Parity) -> None:

@@ -171,17 +171,10 @@ def facts(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def engine_code(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for the code that engines may run, as one argument `allowed` of the command."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, plugin: Path | None, allow_engine_code: bool, **more: Any) -> Any:
-        from asvit_deploy.runners.trt_plan import Allowed, named_plugin
-
-        return command(*args, allowed=Allowed(named_plugin(plugin), allow_engine_code), **more)
-
+    """Options for the code that engines may run: `plugin` and `allow_engine_code`."""
     for option in reversed(_ENGINE_CODE):
-        wrapped = option(wrapped)
-    return wrapped
+        command = option(command)
+    return command
 
 
 def artefacts(named: tuple[Path, ...], *kinds: str, several: bool = False) -> list[Path]:
@@ -190,16 +183,11 @@ def artefacts(named: tuple[Path, ...], *kinds: str, several: bool = False) -> li
     Raises:
         UserError: none there, or more than one where one is meant.
     """
-    from asvit_deploy.artefacts import sidecar as artifact
+    from asvit_deploy.artefacts.opening import artefacts_here
 
     if named:
         return list(named)
-    found = artifact.find(Path(), *kinds)
-    if not found:
-        raise UserError(
-            f"no {' or '.join(kinds)} artefact in {Path().resolve()}; "
-            "run `asvit-deploy export --ckpt FILE` here, or name one"
-        )
+    found = artefacts_here(*kinds)
     if len(found) > 1 and not several:
         raise UserError(f"several artefacts here, name one: {', '.join(map(str, found))}")
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from asvit_deploy.doctor.finding import Finding
 from asvit_deploy.doctor.installation import Installation, output_of
 from asvit_deploy.errors import UserError
+from asvit_deploy.processor import cpu_name, usable_cores
 
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 
@@ -142,17 +143,9 @@ def trt_plugin(site: Installation) -> list[Finding]:
     return [Finding(name, "ok", f"{path}, headers {version[1] if version else 'unknown'}")]
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable else os.cpu_count() or 1
-
-
 def cpu(site: Installation) -> list[Finding]:
     """The processor, and how much of it is ours."""
-    from asvit_deploy.evaluation.machine import machine
-
-    return [Finding("CPU", "ok", cpu_line(machine()["cpu"], usable_cores(), _read("/proc/cpuinfo"),
+    return [Finding("CPU", "ok", cpu_line(cpu_name(), usable_cores(), _read("/proc/cpuinfo"),
                                           _read("/sys/fs/cgroup/cpu.max")))]  # fmt: skip
 
 

@@ -1,184 +1,188 @@
-"""Latency of one image at a time, interleaved, beside the dense model of the same runtime.
-
-All variants run in one process, in a new random order each round, so that drift and neighbours
-hit them alike; what counts is the ratio of medians, with a bootstrap interval over rounds.
-"""
+"""Latency at batch 1, MACs and kept tokens of artefacts, beside their dense twins."""
 
 from __future__ import annotations
 
-import random
-import time
+import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
-from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.macs import dense_macs, model_macs
-from asvit_deploy.runners.base import Runner
+from asvit_deploy import files, trusted
+from asvit_deploy.artefacts import sidecar
+from asvit_deploy.artefacts.artefact import Artefact
+from asvit_deploy.artefacts.engine_file import EngineArtefact
+from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
+from asvit_deploy.artefacts.opening import artefacts_here, engines_of, open_artefact, paths_of
+from asvit_deploy.claims import claimed
+from asvit_deploy.data.images import ImageSet, open_images
+from asvit_deploy.errors import UserError
+from asvit_deploy.evaluation.arguments import path_of, require_least
+from asvit_deploy.evaluation.engine_bench import EngineBench, bench_engine
+from asvit_deploy.evaluation.model_bench import ModelBench, bench_model
+from asvit_deploy.ops.headers import silent
+from asvit_deploy.runners.trt_plan import Allowed, named_plugin
+
+_THREADS = {"1": [1], "all": [0], "both": [1, 0]}  # 0: every core
+Benches = list[ModelBench | EngineBench]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One row of the table.
+class _Wanted:
+    """How every artefact is run; names as in `bench`."""
 
-    Attributes:
-        name: shown.
-        runtime: rows of one runtime are compared with its dense row.
-        adaptive: False for the dense row.
-        runner: must not record, so that only the inference itself is timed.
-    """
-
-    name: str
-    runtime: str
-    adaptive: bool
-    runner: Runner
+    images: Path | None
+    limit: int
+    skip_limit: int
+    runs: int
+    warmup: int
+    threads: list[int]
+    say: Callable[[str], None]
 
 
-def interleave(
-    variants: Sequence[Variant],
-    images: Sequence[NDArray[np.float32]],
-    warmup: int,
-    runs: int,
-    seed: int = 0,
-    progress: Callable[[], None] = lambda: None,
-) -> dict[str, NDArray[np.float64]]:
-    """Time every variant on the same image, round after round.
+def bench(
+    models: str | Path | Sequence[str | Path] = (),
+    *,
+    images: str | Path | None = None,
+    limit: int = 64,
+    skip_limit: int = 0,
+    runs: int = 200,
+    warmup: int = 50,
+    threads: str = "both",
+    library: str | Path | None = None,
+    plugin: str | Path | None = None,
+    allow_engine_code: bool = False,
+    output: str | Path | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = silent,
+) -> Benches:
+    """Time artefacts one picture at a time, every variant in turn, in one process.
 
     Args:
-        images: float32 [3, H, W] each; round r takes image r modulo their number.
+        models: ONNX files, engines and bundles; none stands for the adaptive ONNX artefact of the
+            current folder and, on a machine with a GPU, the engines that were built from it.
+        images: folder of pictures, or None for the photographs of scikit-image.
+        limit: use at most so many pictures.
+        skip_limit: so many of them may be unreadable.
+        runs: timed rounds, 10 or more; each runs every variant once.
         warmup: untimed rounds first.
-        runs: timed rounds.
+        threads: "1", "all" cores or "both" in turn, for ONNX artefacts.
+        library: the op's library for ONNX Runtime, or None for the one that `build-plugins` made.
+        plugin: the op's TensorRT library, likewise.
+        allow_engine_code: run code that an engine brings along.
+        output: also write the reports there as JSON.
+        force: replace a file that is there.
+        say: gets status lines; a progress bar is shown only where this is given.
 
     Returns:
-        Seconds [runs] by variant name.
+        one for each ONNX artefact and number of threads, and for each engine.
+
+    Raises:
+        UserError: an artefact that was named, or every one that was found, cannot be opened or run;
+            the pictures cannot be read; or `output` cannot be written.
     """
-    order, rng = list(variants), random.Random(seed)
-    seconds = {variant.name: np.zeros(runs) for variant in variants}
-    for r in range(-warmup, runs):
-        image = images[r % len(images)][None]
-        rng.shuffle(order)
-        for variant in order:
-            start = time.perf_counter()
-            variant.runner.infer(image)
-            if r >= 0:
-                seconds[variant.name][r] = time.perf_counter() - start
-        progress()
-    return seconds
+    require_least(1, limit=limit)
+    require_least(0, skip_limit=skip_limit, warmup=warmup)
+    require_least(10, runs=runs)
+    if threads not in _THREADS:
+        raise UserError(f"threads is {threads!r}; give one of {', '.join(_THREADS)}")
+    allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
+    named, target = paths_of(models), path_of(output)
+    wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _THREADS[threads], say)
+    with contextlib.ExitStack() as stack:
+        if target is not None:
+            stack.enter_context(_output(target, force, named))
+        found = find_op_library(path_of(library), say)
+        reports = _all(named, lambda path: open_artefact(path, found, allowed), wanted)
+        if target is not None:
+            files.write_text(target, as_json(reports) + "\n")
+    return reports
 
 
-def ratio_of_medians(
-    slow: NDArray[np.float64], fast: NDArray[np.float64], draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """median(slow) / median(fast) with its 95 % bootstrap interval over rounds (paired)."""
-    rng = np.random.default_rng(seed)
-    pick = rng.integers(0, len(slow), (draws, len(slow)))
-    ratios = np.median(slow[pick], axis=1) / np.median(fast[pick], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(np.median(slow) / np.median(fast)), float(low), float(high)
+def as_json(reports: Benches) -> str:
+    """What `output` gets."""
+    return json.dumps([report.as_dict() for report in reports], indent=2)
 
 
-def kept_per_image(runner: Runner, images: Sequence[NDArray[np.float32]]) -> NDArray[np.int64]:
-    """Tokens left after each stage, class token included: int64 [images, stages]."""
-    return np.array([[int(n[0]) for n in runner(image[None]).lengths] for image in images])
+def _output(
+    target: Path, force: bool, models: Sequence[Path]
+) -> contextlib.AbstractContextManager[None]:
+    """No other run makes `target` meanwhile, and it is none of the models."""
+    chosen = [path for path in models if path.is_file()]
+    inputs = [*chosen, *map(sidecar.sidecar_path, chosen)]
+    return claimed(target, force, lambda: files.check_writable(target, force, *inputs))
 
 
-def share_of_macs_ratio(
-    dense: NDArray[np.float64],
-    adaptive: NDArray[np.float64],
-    ratios: NDArray[np.float64],
-    draws: int = 2000,
-    seed: int = 0,
-) -> dict[str, float]:
-    """How much of the MACs saved becomes time saved: 1 is all of it.
-
-    Each round's speed-up is divided by the MACs ratio of the image it ran on; the median over
-    rounds has a 95 % bootstrap interval.
-
-    Args:
-        dense, adaptive: seconds [runs], paired by round.
-        ratios: dense MACs over adaptive MACs of each round's image [runs].
-    """
-    shares = dense / adaptive / ratios
-    pick = np.random.default_rng(seed).integers(0, len(shares), (draws, len(shares)))
-    low, high = np.percentile(np.median(shares[pick], axis=1), [2.5, 97.5])
-    return {"value": float(np.median(shares)), "low": float(low), "high": float(high)}
+def _all(named: list[Path], opened: Callable[[Path], Artefact], wanted: _Wanted) -> Benches:
+    """The reports; of artefacts that nobody named, one that cannot run costs a line."""
+    reports: Benches = []
+    failures: list[UserError] = []
+    for path in named or _here(wanted.say):
+        try:
+            reports += _bench(opened(path), wanted)
+        except UserError as error:
+            if named:
+                raise
+            wanted.say(f"not run: {error}")
+            failures.append(error)
+    if failures and not reports:
+        raise failures[0]
+    return reports
 
 
-def macs_by_round(config: ArchConfig, lengths: NDArray[np.int64], runs: int) -> NDArray[np.float64]:
-    """Adaptive MACs of the image that each round ran: [runs].
-
-    Args:
-        lengths: int64 [images, stages], class token included; the images cycle.
-    """
-    shown = lengths[np.arange(runs) % len(lengths)].astype(np.float64)
-    return np.asarray(model_macs(config, list(shown.T)), np.float64)
-
-
-def macs_summary(config: ArchConfig, lengths: NDArray[np.int64], runs: int) -> dict[str, Any]:
-    """Mean MACs over the rounds as they ran, and the ratio that a perfect runtime would show."""
-    adaptive = float(macs_by_round(config, lengths, runs).mean())
-    shown = lengths[np.arange(runs) % len(lengths)]
-    return {
-        "dense_gmacs": dense_macs(config) / 1e9,
-        "adaptive_gmacs": adaptive / 1e9,
-        "ratio": dense_macs(config) / adaptive,
-        "mean_kept": (shown.mean(axis=0) - 1).tolist(),
-        "image_tokens": config.image_tokens,
-    }
+def _bench(artefact: Artefact, wanted: _Wanted) -> Benches:
+    """The report on each way of benching this kind of artefact."""
+    runs, warmup, say = wanted.runs, wanted.warmup, wanted.say
+    if isinstance(artefact, EngineArtefact):
+        trusted.require_temporary()  # engines are built there, and run
+        artefact.require_runnable()
+        return [bench_engine(artefact, _pictures(artefact, wanted), warmup, runs, say)]
+    assert isinstance(artefact, OnnxArtefact)
+    pictures = _pictures(artefact, wanted)
+    return [bench_model(artefact, pictures, count, warmup, runs, say) for count in wanted.threads]
 
 
-def summarise(
-    variants: Sequence[Variant],
-    seconds: dict[str, NDArray[np.float64]],
-    ratios: NDArray[np.float64],
-) -> list[dict[str, Any]]:
-    """One row per variant: percentiles in milliseconds and the ratio to its runtime's dense row.
-
-    Args:
-        ratios: MACs ratio of each round's image [runs].
-    """
-    dense = {v.runtime: seconds[v.name] for v in variants if not v.adaptive}
-    rows = []
-    for variant in variants:
-        times = seconds[variant.name]
-        p50, p90, p99 = np.percentile(times * 1e3, [50, 90, 99])
-        row: dict[str, Any] = {
-            "name": variant.name,
-            "runtime": variant.runtime,
-            "adaptive": variant.adaptive,
-            "runner": variant.runner.describe(),
-            "p50_ms": float(p50),
-            "p90_ms": float(p90),
-            "p99_ms": float(p99),
-            "min_ms": float(times.min() * 1e3),
-        }
-        if variant.adaptive and variant.runtime in dense:
-            ratio, low, high = ratio_of_medians(dense[variant.runtime], times)
-            row["speedup"] = {"value": ratio, "low": low, "high": high}
-            row["share_of_macs_ratio"] = share_of_macs_ratio(dense[variant.runtime], times, ratios)
-        rows.append(row)
-    return rows
+def _pictures(artefact: Artefact, wanted: _Wanted) -> ImageSet:
+    """What an artefact is run on."""
+    found = open_images(
+        wanted.images, artefact.config, wanted.limit, wanted.skip_limit, wanted.say
+    ).readable()
+    wanted.say(f"{artefact.path}: {len(found)} images ({found.source})")
+    return found
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """One sentence on whether dropping tokens pays, in the fastest runtime that ran both."""
-    compared = [row for row in rows if "speedup" in row]
-    if not compared:
-        return "no runtime ran both the dense and the adaptive model: nothing to compare"
-    best = min(compared, key=lambda row: row["p50_ms"])
-    return judged(
-        best["speedup"],
-        f"{best['name']} wins over dense in the same runtime: <span>",
-        f"dense wins in {best['runtime']}: the adaptive model's speed-up is <span>",
-        f"a draw in {best['runtime']}: the adaptive model's speed-up is <span>",
-    )
+def _here(say: Callable[[str], None]) -> list[Path]:
+    """The one adaptive artefact of the current folder, and its engines."""
+    found = artefacts_here("onnx")
+    readable = {path: fields for path in found if (fields := _fields(path, len(found) > 1, say))}
+    adaptive = [path for path, fields in readable.items() if fields["adaptive"]] or list(readable)
+    if not adaptive:
+        sidecar.read(found[0])  # raises: none of them can be read
+    if len(adaptive) > 1:
+        names = ", ".join(map(str, adaptive))
+        raise UserError(f"several artefacts here, name the ones to bench: {names}")
+    return [*adaptive, *_engines_beside(adaptive[0], say)]
 
 
-def judged(speedup: dict[str, float], won: str, lost: str, drawn: str) -> str:
-    """Of three sentences the one that the interval allows, with the figures where it has <span>."""
-    said = won if speedup["low"] > 1 else lost if speedup["high"] < 1 else drawn
-    span = f"{speedup['value']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
-    return said.replace("<span>", span)
+def _fields(path: Path, several: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """A sidecar; of several, one that cannot be read costs a line and no more."""
+    try:
+        return sidecar.read(path)
+    except UserError as error:
+        if not several:
+            raise
+        say(f"not run: {error}")
+        return None
+
+
+def _engines_beside(onnx: Path, say: Callable[[str], None]) -> list[Path]:
+    """The engines here that were built from `onnx`, where they can run."""
+    engines = engines_of(Path(), onnx, lambda reason: say(f"not run: {reason}"))
+    if engines and not torch.cuda.is_available():
+        names = ", ".join(map(str, engines))
+        say(f"not run, for want of an NVIDIA GPU that PyTorch sees: {names}")
+        return []
+    return engines

@@ -7,18 +7,30 @@ variants interleaved in random order, with and without CUDA graphs where a mode 
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from asvit_deploy.artefacts import sidecar as artifact
-from asvit_deploy.artefacts.engine_file import PARITY, EngineSession
+from asvit_deploy.artefacts import sidecar
+from asvit_deploy.artefacts.engine_file import PARITY, EngineArtefact
 from asvit_deploy.data.images import ImageSet
-from asvit_deploy.evaluation.bench import judged, ratio_of_medians
+from asvit_deploy.evaluation.arguments import bar
+from asvit_deploy.evaluation.machine import machine
+from asvit_deploy.evaluation.report import Report
+from asvit_deploy.evaluation.timing import (
+    Macs,
+    judged,
+    kept_per_image,
+    macs_summary,
+    ratio_of_medians,
+)
+from asvit_deploy.runners.pytorch import TorchRunner
 
 if TYPE_CHECKING:
     from asvit_deploy.engine.build import Options
@@ -26,6 +38,48 @@ if TYPE_CHECKING:
 
 CLOCKS = ("gpu", "enqueue", "wall")
 _NOT_OF_THE_MODEL = ("schema", "sha256", "digest")
+
+
+@dataclass(frozen=True)
+class EngineBench(Report):
+    """One engine or bundle, beside its peers.
+
+    Attributes:
+        model: its path.
+        arch: of its network.
+        flavour, version: of its TensorRT.
+        precision, mode: as its sidecar says.
+        gpu: what it ran on.
+        warmup, runs: untimed and timed rounds.
+        images: where the pictures come from.
+        image_count: how many there are.
+        account: how many were skipped and passed over, by reason and ending.
+        macs: of the network and its dense twin; None for a dense one.
+        rows: one for each variant, as `summarise` makes them.
+        against_kept: as `against_kept` makes it.
+        verdict: one sentence on which is the faster.
+        machine: the host.
+    """
+
+    kind: ClassVar[str] = "engine"
+
+    model: str
+    arch: str
+    flavour: str
+    version: str
+    precision: str
+    mode: str
+    gpu: str
+    warmup: int
+    runs: int
+    images: str
+    image_count: int
+    account: dict[str, Any]
+    macs: Macs | None
+    rows: list[dict[str, Any]]
+    against_kept: dict[str, list[dict[str, Any]]]
+    verdict: str
+    machine: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,6 +96,38 @@ class EngineVariant:
     clocks: tuple[str, ...] = CLOCKS
 
 
+def bench_engine(
+    artefact: EngineArtefact, pictures: ImageSet, warmup: int, runs: int,
+    say: Callable[[str], None],
+) -> EngineBench:  # fmt: skip
+    """Time an engine and its peers, which are built first.
+
+    Args:
+        pictures: all of them readable.
+
+    Raises:
+        UserError: no GPU, a source is gone, or a build fails.
+    """
+    fields = artefact.fields
+    loaded = [pictures[i] for i in range(len(pictures))]
+    # The reference's counts: what `check` proves the engine to keep.
+    lengths = kept_per_image(TorchRunner(artefact.reference), loaded)
+    with tempfile.TemporaryDirectory(prefix="asvit-bench-") as folder:
+        variants = variants_of(artefact, pictures, lengths, Path(folder))
+        with bar(say, total=warmup + runs, desc="bench") as progress:
+            times = measure(
+                variants, loaded, warmup, runs, progress=lambda: progress.update() and None
+            )
+    rows = summarise(variants, times)
+    return EngineBench(
+        str(artefact.path), fields["arch"], fields["flavour"], fields["flavour_version"],
+        fields["precision"], fields["mode"], torch.cuda.get_device_name(), warmup, runs,
+        pictures.source, len(loaded), pictures.account,
+        macs_summary(artefact.config, lengths, runs) if artefact.adaptive else None,
+        rows, against_kept(variants, times, lengths), verdict(rows), machine(),
+    )  # fmt: skip
+
+
 def bucketed_times(runner: Any) -> Callable[[NDArray[np.float32]], Times]:
     """A bucketed runner with a clock, of which only the wall's counts.
 
@@ -54,7 +140,7 @@ def bucketed_times(runner: Any) -> Callable[[NDArray[np.float32]], Times]:
 
 
 def variants_of(
-    session: EngineSession, pictures: ImageSet, lengths: NDArray[np.int64], folder: Path
+    artefact: EngineArtefact, pictures: ImageSet, lengths: NDArray[np.int64], folder: Path
 ) -> list[EngineVariant]:
     """The engine, and its dense and top-k peers built into `folder`.
 
@@ -67,24 +153,24 @@ def variants_of(
     from asvit_deploy.runners.tensorrt import TensorRTRunner
 
     variants = []
-    mode = session.fields["mode"]
-    kind = "adaptive" if session.adaptive else "dense"
-    for graph in (False, True) if session.graphs else (False,):
-        runner, name = session.runner(graph), f"{mode}{_graph(graph)}"
+    mode = artefact.fields["mode"]
+    kind = "adaptive" if artefact.adaptive else "dense"
+    for graph in (False, True) if artefact.graphs else (False,):
+        runner, name = artefact.runner(graph), f"{mode}{_graph(graph)}"
         if isinstance(runner, TensorRTRunner):
             variants.append(EngineVariant(name, kind, runner.timed))
         else:
             variants.append(EngineVariant(name, kind, bucketed_times(runner), ("wall",)))
-    if not session.adaptive:
+    if not artefact.adaptive:
         return variants
     kept = [max(1, round(float(n) - 1)) for n in lengths.mean(axis=0)]
-    peers = {"dense": dense_peer(session, pictures, folder)}
-    if session.fields["batch"] == "1":  # static top-k has one fixed shape
-        peers["top-k"] = topk_peer(session, kept, folder)
+    peers = {"dense": dense_peer(artefact, pictures, folder)}
+    if artefact.fields["batch"] == "1":  # static top-k has one fixed shape
+        peers["top-k"] = topk_peer(artefact, kept, folder)
     for kind, path in peers.items():
-        fields = {**artifact.read(path), "precision": session.fields["precision"]}
+        fields = {**sidecar.read(path), "precision": artefact.fields["precision"]}
         for graph in (False, True):
-            peer = TensorRTRunner(path, fields, graph, allowed=session.allowed)
+            peer = TensorRTRunner(path, fields, graph, allowed=artefact.allowed)
             variants.append(EngineVariant(f"{kind}{_graph(graph)}", kind, peer.timed))
     return variants
 
@@ -93,42 +179,41 @@ def _graph(graph: bool) -> str:
     return ", CUDA graph" if graph else ""
 
 
-def dense_peer(session: EngineSession, pictures: ImageSet, folder: Path) -> Path:
+def dense_peer(artefact: EngineArtefact, pictures: ImageSet, folder: Path) -> Path:
     """The dense twin of the engine's checkpoint as an engine for the same batches."""
     from asvit_deploy.artefacts.reference import reference_checkpoint
     from asvit_deploy.exporting.pipeline import export
 
-    fields = {**session.fields, "source": session.fields["source"]["checkpoint"]}
-    checkpoint = reference_checkpoint(session.onnx, fields)
+    checkpoint = reference_checkpoint(artefact.onnx, artefact.checkpoint_fields)
     onnx = folder / "dense.onnx"
-    export(checkpoint, onnx, pictures[:2], session.fields["batch"], dense=True)
-    return _build(session, onnx, PARITY[session.fields["precision"]])
+    export(checkpoint, onnx, pictures[:2], artefact.fields["batch"], dense=True)
+    return _build(artefact, onnx, PARITY[artefact.fields["precision"]])
 
 
-def topk_peer(session: EngineSession, kept: Sequence[int], folder: Path) -> Path:
+def topk_peer(artefact: EngineArtefact, kept: Sequence[int], folder: Path) -> Path:
     """The engine's own ONNX with `kept` image tokens after each stage, as an engine."""
     from asvit_deploy.engine.checked import make_graph
     from asvit_deploy.engine.source import open_source
     from asvit_deploy.exporting.static_topk import to_static_topk
 
-    source = open_source(session.onnx)
-    precision = PARITY[session.fields["precision"]]
+    source = open_source(artefact.onnx)
+    precision = PARITY[artefact.fields["precision"]]
     graph = make_graph(source, "bucketed", None if precision == "float32" else precision)  # type: ignore
     fields = {k: v for k, v in source.fields.items() if k not in _NOT_OF_THE_MODEL}
     onnx = folder / "top_k.onnx"
     proto = to_static_topk(graph, kept, str(source.path))
-    artifact.write(onnx, proto.SerializeToString(), {**fields, "adaptive": False})
-    return _build(session, onnx, "float32")  # the graph holds the precision already
+    sidecar.write(onnx, proto.SerializeToString(), {**fields, "adaptive": False})
+    return _build(artefact, onnx, "float32")  # the graph holds the precision already
 
 
-def _build(session: EngineSession, onnx: Path, precision: str) -> Path:
+def _build(artefact: EngineArtefact, onnx: Path, precision: str) -> Path:
     from asvit_deploy.engine.build import build_engine
     from asvit_deploy.engine.source import open_source
     from asvit_deploy.runners.trt_flavour import FLAVOURS
 
-    options = peer_options(session.fields, precision)
+    options = peer_options(artefact.fields, precision)
     output = onnx.with_suffix(".engine")
-    build_engine(open_source(onnx), output, FLAVOURS[session.fields["flavour"]], options)
+    build_engine(open_source(onnx), output, FLAVOURS[artefact.fields["flavour"]], options)
     return output
 
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+from asvit_deploy.processor import cpu_name, usable_cores
 
 
 def _version(name: str) -> str | None:
@@ -28,10 +19,9 @@ def _version(name: str) -> str | None:
 def machine() -> dict[str, Any]:
     """CPU, usable cores, system and the versions that matter."""
     packages = ("asvit-deploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
-    usable = getattr(os, "sched_getaffinity", None)
     return {
-        "cpu": _cpu_name(),
-        "cores": len(usable(0)) if usable else os.cpu_count() or 1,
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: v for name in packages if (v := _version(name))},

@@ -1,8 +1,24 @@
-"""Tables for people; JSON goes out as it is."""
+"""What `bench` reports, and tables for people; JSON goes out as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, ClassVar
+
+
+class Report:
+    """What a bench of one artefact found; its fields, in order, are those of the JSON."""
+
+    kind: ClassVar[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the entries of `account` stand beside the others."""
+        said: dict[str, Any] = {"kind": self.kind}
+        for item in fields(self):  # type: ignore[arg-type]  # each kind is a dataclass
+            value = getattr(self, item.name)
+            said |= value if item.name == "account" else {item.name: value}
+        return said
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,7 @@
 
 What a stage keeps is padded with zero rows to the smallest bucket that holds it, so every shape
 comes from a short list while the work still shrinks with the picture. The stage models mask the
-padding (`export.stages`); the order of events is the same on every backend and stands here once.
+padding (`exporting.split`); the order of events is the same on every backend and stands here once.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class OrtStages:
     """Stage models in ONNX Runtime on a CPU; compaction by the op's oracle.
 
     Args:
-        stages: from `export.stages.split_stages`, float32 or float16.
+        stages: from `exporting.split.split_stages`, float32 or float16.
         thresholds: one per compaction.
         threads: as `OrtRunner`.
     """

@@ -23,7 +23,7 @@ from asvit_deploy.ops import onnx_op
 Refuse = Callable[[str], NoReturn]
 
 _MOST_NODES = 100_000  # functions written out; LV-ViT-M in standard ops has 1,000
-_MOST_MACS = 10**13  # of one picture, as far as shapes tell; ViT-G at 518 pixels has 2e12
+_MOST_MACS = 10**13  # of one picture, as far as shapes show; ViT-G at 518 pixels has 2e12
 SECONDS = 20  # for one picture; the largest network here takes less than one on a core
 _FOR = onnx.AttributeProto
 # What `export` writes, in its graphs and in the op's function; `tests/runners/test_onnx_bounds.py`
@@ -61,13 +61,13 @@ def read(path: Path, refuse: Refuse) -> onnx.ModelProto:
 
 
 def _external_bytes(path: Path, tensor: onnx.TensorProto, refuse: Refuse) -> int:
-    told = {entry.key: entry.value for entry in tensor.external_data}
-    location = told.get("location", "")
+    given = {entry.key: entry.value for entry in tensor.external_data}
+    location = given.get("location", "")
     if not location or os.path.isabs(location) or ".." in Path(location).parts:
         refuse(f"keeps {tensor.name} in {location!r}, outside its folder")
     with open_regular(path.parent / location, "file of weights") as file:
         size = os.fstat(file.fileno()).st_size
-    length = told.get("length", "")
+    length = given.get("length", "")
     # A length of 0 means all of it to onnx.
     return int(length) or size if length.isdecimal() and len(length) < 20 else size
 
@@ -170,7 +170,7 @@ def check_runnable(model: onnx.ModelProto, largest: int, refuse: Refuse) -> None
 
 
 def _macs(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
-    """Multiplications of a node as far as shapes tell."""
+    """Multiplications of a node as far as shapes show."""
     if node.op_type not in ("MatMul", "Gemm", "Conv", "Einsum", "ConvTranspose"):
         return 0
     out = math.prod(d or 1 for d in shapes.get(node.output[0], []))

@@ -135,7 +135,7 @@ def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
 
 
 def with_decisions(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
-    """A copy of a dynamic model of ours that is told what stays.
+    """A copy of a dynamic model of ours to which what stays is given.
 
     Its further inputs `decision_s` float32 [1, N_s], 1 where a token of stage s's input stays and 0
     where it leaves, stand where its own scores and thresholds stood.
@@ -241,7 +241,7 @@ class OrtRunner(RunnerBase):
     def _bounded(
         self, images: NDArray[np.float32], session: Any = None, **more: NDArray
     ) -> list[NDArray]:
-        """A run that ends: what shapes do not tell of a graph shows then.
+        """A run that ends: what the shapes of a graph do not show comes out then.
 
         Args:
             session: in place of the runner's own, with `more` inputs.
@@ -291,11 +291,11 @@ class OrtRunner(RunnerBase):
         options = session_options(1)
         if library is not None:
             options.register_custom_ops_library(str(library))
-        told = with_decisions(with_stage_outputs(model, self.stages), self.stages)
+        given = with_decisions(with_stage_outputs(model, self.stages), self.stages)
         try:
             with self._limited():
                 session = import_onnxruntime().InferenceSession(
-                    told.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                    given.SerializeToString(), options, providers=["CPUExecutionProvider"]
                 )
         except Exception as error:
             raise UserError(_load_failure(name, library, str(error))) from None
@@ -322,7 +322,7 @@ class OrtRunner(RunnerBase):
 
 @dataclass(frozen=True)
 class _Replay:
-    """A session that is told what stays, and how many image tokens come to its first stage."""
+    """A session to which what stays is given, and how many image tokens come to its first stage."""
 
     session: Any
     tokens: int
@@ -372,7 +372,7 @@ def _run_failure(name: str, error: str) -> UserError:
 
 
 def _load_failure(name: str, library: Path | None, error: str) -> str:
-    """One line for what ONNX Runtime said, with the mend where it is known."""
+    """One line for what ONNX Runtime said, and what to do where that is known."""
     line = " ".join(error.split())
     if f"{onnx_op.OP_TYPE}" in line and "not a registered function/op" in line:
         return (

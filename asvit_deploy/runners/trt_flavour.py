@@ -1,7 +1,7 @@
 """Which TensorRT: the enterprise one or TensorRT-RTX, found without importing either.
 
 Importing a binding loads libraries that may end the process, so that is left to the build's own
-process (`worker`).
+process (`engine.worker`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A TensorRT plan and what it takes to load one: the flavour's module, its logger, the plugin.
+"""A TensorRT plan, loaded: the flavour's module, its logger, the plugin, the engine's contexts.
+
+Written for TensorRT 10, 11 and RTX: what only some of them have is asked for by name.
 
 A plan is a program, and what stands beside it was written by whoever wrote the plan. So no sidecar
 says what is loaded: the plugin is the one that this user built or named, and code that a plan
@@ -12,7 +14,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,14 +22,21 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.requirements import pip_install_extra
+from asvit_deploy.runners.place import Place
 from asvit_deploy.runners.trt_flavour import FLAVOURS, Flavour
+
+if TYPE_CHECKING:
+    from asvit_deploy.runners.trt_buffers import Scratch
+
+_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16,
+           "INT32": torch.int32, "INT64": torch.int64}  # fmt: skip
 
 
 def require_gpu(name: str) -> None:
     """Refuse to run an engine where PyTorch sees no GPU.
 
     Raises:
-        UserError: it names the mend.
+        UserError: it says what to do.
     """
     if torch.cuda.is_available():
         return
@@ -99,7 +108,7 @@ def require_allowed(fields: dict[str, Any], name: str, allowed: Allowed) -> None
     """Refuse an engine that carries host code, unless the user allows that.
 
     Raises:
-        UserError: it names the mend.
+        UserError: it says what to do.
     """
     if (what := carries_code(fields)) and not allowed.engine_code:
         raise UserError(
@@ -120,7 +129,7 @@ def plugin_for(
     """The plugin library to load before a plan: None where the plan needs or carries none.
 
     The one that the user named, else the one in the user's cache that fits our sources. What the
-    sidecar says of the one that it was built with is compared, and a difference told.
+    sidecar says of the one that it was built with is compared, and a difference costs a line.
 
     Raises:
         UserError: there is none.
@@ -137,12 +146,12 @@ def plugin_for(
             "build-plugins trt`, or name it with --plugin"
         )
     if sha256(library) != recorded.get("sha256"):
-        _tell(f"{name} was built with another file of the plugin than {library}, which is used")
+        _warn(f"{name} was built with another file of the plugin than {library}, which is used")
     return library
 
 
 @functools.cache
-def _tell(line: str) -> None:
+def _warn(line: str) -> None:
     """One line on stderr, once: a model has several engines, or runs in several ways."""
     print(" ".join(line.splitlines()), file=sys.stderr)
 
@@ -218,3 +227,110 @@ def _load_plugin(trt: Any, path: str) -> None:
         ) from None
     if handle is None:
         raise UserError(f"{path} cannot be loaded{said(logger_of(trt))}; {build}")
+
+
+class Engine:
+    """A plan on a GPU, where TensorRT then has it and its contexts for good.
+
+    Args:
+        plan: its bytes.
+        fields: the sidecar or manifest.
+        name: how messages call it.
+        device: a CUDA device.
+        allowed: the code that it may run beside its own kernels.
+
+    Raises:
+        UserError: it carries code that is not allowed, no such GPU, the flavour is not installed,
+            the plugin is missing, or TensorRT does not take the plan.
+    """
+
+    def __init__(
+        self, plan: bytes, fields: dict[str, Any], name: str, device: str | Place = "cuda",
+        allowed: Allowed = NOTHING,
+    ) -> None:  # fmt: skip
+        require_allowed(fields, name, allowed)
+        require_gpu(name)
+        self.place = device if isinstance(device, Place) else Place(device)
+        self.flavour, self.trt = import_flavour(fields["flavour"])
+        self.name, self._logger = name, logger_of(self.trt)
+        with self.place.current():
+            self._runtime, self.engine = load_plan(
+                self.trt, self.flavour, plan, fields, name, allowed
+            )
+        self._cache: Any = None
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        mode = self.trt.TensorIOMode.INPUT
+        self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == mode]
+        self.outputs = [n for n in names if n not in self.inputs]
+
+    def dtype(self, tensor: str) -> torch.dtype:
+        """The type of an input or output."""
+        return _DTYPES[self.engine.get_tensor_dtype(tensor).name]
+
+    def largest(self, tensor: str, profile: int = 0) -> tuple[int, ...]:
+        """An input's largest shape."""
+        shape = tuple(self.engine.get_tensor_shape(tensor))
+        if min(shape) >= 0:
+            return shape
+        return tuple(self.engine.get_tensor_profile_shape(tensor, profile)[2])
+
+    def scratch_bytes(self) -> int:
+        """Device memory that a context of it needs while it runs, on whichever profile."""
+        # TensorRT 10.0 has but the older name, 11 and RTX but the newer.
+        newer = getattr(self.engine, "device_memory_size_v2", None)
+        return self.engine.device_memory_size if newer is None else newer
+
+    def _context_arguments(self) -> tuple[Any, ...]:
+        """What makes a context that gets its scratch from us, and on RTX runs final kernels.
+
+        RTX compiles kernels for a shape in the background and swaps them in when they are ready: a
+        CUDA graph would hold the preliminary ones for good, and a bench would time both kinds.
+        """
+        ours = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        strategies = getattr(self.trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is None:
+            return (ours,)
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(ours)
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        # Contexts of one engine share what was compiled: bucketed mode has one for each bucket.
+        if hasattr(config, "create_runtime_cache"):
+            if self._cache is None:
+                self._cache = config.create_runtime_cache()
+            if not config.set_runtime_cache(self._cache):
+                raise UserError(
+                    f"{self.flavour.title} took no runtime cache for {self.name}{self.said()}; "
+                    "build it again on this machine"
+                )
+        return (config,)
+
+    def context(self, scratch: Scratch, profile: int = 0) -> Any:
+        """An execution context on that optimisation profile, which runs in `scratch`.
+
+        Raises:
+            UserError: there is no memory for it, or no such profile.
+        """
+        with self.place.current():
+            return self._context(scratch, profile)
+
+    def _context(self, scratch: Scratch, profile: int) -> Any:
+        context = self.engine.create_execution_context(*self._context_arguments())
+        if context is None:
+            raise UserError(
+                f"{self.flavour.title} cannot make an execution context for {self.name}"
+                f"{self.said()}; free GPU memory, or build it again on this machine"
+            )
+        if self.engine.num_optimization_profiles > 1:
+            stream = torch.cuda.current_stream(self.place.index)
+            if not context.set_optimization_profile_async(profile, stream.cuda_stream):
+                raise UserError(
+                    f"{self.name} has no optimisation profile {profile}{self.said()}; build it "
+                    "again"
+                )
+            stream.synchronize()
+        scratch.lend(context)
+        return context
+
+    def said(self) -> str:
+        """What TensorRT logged since it was last asked, in brackets, or nothing."""
+        return said(self._logger)

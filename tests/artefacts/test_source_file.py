@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import raises_one_line, signed_copy
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.artefacts import sidecar
 from asvit_deploy.artefacts.reference import source_file
 from asvit_deploy.checkpoints import default_checkpoint
 
@@ -34,7 +34,7 @@ def found(made: Path, record) -> Path:
 
 def test_a_link_and_its_blob_are_both_recorded(hub):
     blob, link, made = hub
-    record = artifact.source_of(link)
+    record = sidecar.source_of(link)
     assert (record["path"], record["given"]) == (str(blob), str(link))
     assert record["size"] == 7000
     assert found(made, record) == link  # what lies beside it, such as a config, is found there
@@ -44,7 +44,7 @@ def test_a_link_and_its_blob_are_both_recorded(hub):
 
 def test_a_link_that_became_a_file_is_found(hub):
     blob, link, made = hub
-    record = artifact.source_of(link)
+    record = sidecar.source_of(link)
     data = blob.read_bytes()
     link.unlink()
     blob.unlink()
@@ -55,7 +55,7 @@ def test_a_link_that_became_a_file_is_found(hub):
 @pytest.mark.parametrize("name", ["model.safetensors", "ab" * 32, "renamed.bin"])
 def test_a_copy_beside_the_artefact_is_found_under_any_name(hub, tmp_path, name):
     _, link, made = hub
-    record = artifact.source_of(link)
+    record = sidecar.source_of(link)
     copy = made.with_name(name)
     shutil.copyfile(link, copy)
     shutil.rmtree(tmp_path / "hub")
@@ -66,7 +66,7 @@ def test_a_copy_beside_the_artefact_is_found_under_any_name(hub, tmp_path, name)
 
 def test_another_file_of_the_same_size_is_none(hub, tmp_path):
     _, link, made = hub
-    record = artifact.source_of(link)
+    record = sidecar.source_of(link)
     made.with_name("other.bin").write_bytes(b"WEIGHTS" * 1000)
     shutil.rmtree(tmp_path / "hub")
     raises_one_line(lambda: found(made, record), "model.safetensors", "is gone")
@@ -78,7 +78,7 @@ def test_only_files_of_the_recorded_size_are_read(hub, tmp_path, monkeypatch):
     from asvit_deploy.artefacts import reference
 
     _, link, made = hub
-    record = artifact.source_of(link)
+    record = sidecar.source_of(link)
     shutil.copyfile(link, made.with_name("renamed.bin"))
     for i in range(5):
         made.with_name(f"other{i}.bin").write_bytes(bytes(8000 + i))
@@ -90,7 +90,7 @@ def test_only_files_of_the_recorded_size_are_read(hub, tmp_path, monkeypatch):
 
 
 def test_the_packaged_checkpoint_is_found_in_another_installation(tmp_path):
-    record = artifact.source_of(default_checkpoint())
+    record = sidecar.source_of(default_checkpoint())
     elsewhere = "/another/site-packages/" + default_checkpoint().name
     record |= {"path": elsewhere, "given": elsewhere}
     assert found(tmp_path / "a.onnx", record) == default_checkpoint()
@@ -98,7 +98,7 @@ def test_the_packaged_checkpoint_is_found_in_another_installation(tmp_path):
 
 def test_an_older_sidecar_names_path_and_digest_alone(hub):
     blob, link, made = hub
-    record = {key: artifact.source_of(link)[key] for key in ("path", "sha256")}
+    record = {key: sidecar.source_of(link)[key] for key in ("path", "sha256")}
     assert found(made, record) == blob
     blob.rename(made.with_name(blob.name))
     assert found(made, record) == made.with_name(blob.name)
@@ -110,7 +110,7 @@ def test_check_finds_a_checkpoint_that_was_a_link(cli, tmp_path, mini_artifacts,
     shutil.copyfile(mini_checkpoint, store)
     link = tmp_path / "mini.pt"
     link.symlink_to(store)
-    source = {**artifact.source_of(link), "format": "as-vit", "ema": False}
+    source = {**sidecar.source_of(link), "format": "as-vit", "ema": False}
     made = signed_copy(mini_artifacts["1", "auto"], tmp_path / "mini.onnx", source=source)
     link.unlink()
     store.rename(tmp_path / "mine.pt")

@@ -10,7 +10,7 @@ import pytest
 from conftest import refused
 from onnx import numpy_helper
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy.artefacts import sidecar
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_metadata_and_sidecar_lost(cli, original, tmp_path):
 
 def test_changed_in_place(cli, original, tmp_path):
     model = rewritten(original, tmp_path / "here.onnx")
-    shutil.copy(artifact.sidecar_path(original), artifact.sidecar_path(model))
+    shutil.copy(sidecar.sidecar_path(original), sidecar.sidecar_path(model))
     result = cli("check", "--reference", original, model, "--limit", 4)
     assert result.code == 0, result.err
     assert "its sidecar is not its own" in result.err

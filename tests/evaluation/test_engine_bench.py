@@ -15,8 +15,9 @@ import torch
 from conftest import refused
 
 from asvit_deploy import files
-from asvit_deploy.artefacts import sidecar as artifact
-from asvit_deploy.artefacts.engine_file import EngineSession, engines_of, is_engine
+from asvit_deploy.artefacts import sidecar
+from asvit_deploy.artefacts.engine_file import EngineArtefact
+from asvit_deploy.artefacts.opening import engines_of, open_artefact
 from asvit_deploy.cli import bench
 from asvit_deploy.data.images import open_images
 from asvit_deploy.engine.bucketed import build_bucketed
@@ -38,7 +39,7 @@ def engine(rtx, trt_plugin, mini_artifacts, tmp_path, monkeypatch):
     """A real engine of the small model beside its ONNX file, in the current folder."""
     monkeypatch.chdir(tmp_path)
     onnx = tmp_path / "mini.onnx"
-    for path in (mini_artifacts["1", "auto"], artifact.sidecar_path(mini_artifacts["1", "auto"])):
+    for path in (mini_artifacts["1", "auto"], sidecar.sidecar_path(mini_artifacts["1", "auto"])):
         (tmp_path / path.name.replace("mini_1_auto", "mini")).write_bytes(path.read_bytes())
     output = tmp_path / "mini.fp16.engine"
     options = Options("fp16", plugin=trt_plugin, target_sms=("86",), checked=False)
@@ -99,29 +100,27 @@ def test_latency_against_kept_tokens_has_a_point_per_image():
 
 @pytest.mark.slow
 def test_peers_are_engines_of_the_same_precision(engine, tmp_path):
-    session = EngineSession(engine)
-    photos = open_images(None, session.config, limit=2)
+    opened = EngineArtefact(engine)
+    photos = open_images(None, opened.config, limit=2)
     folder = tmp_path / "peers"
     folder.mkdir()
-    dense = artifact.read(engine_bench.dense_peer(session, photos, folder))
-    topk_path = engine_bench.topk_peer(session, [90, 40, 20], folder)
-    topk = artifact.read(topk_path)
+    dense = sidecar.read(engine_bench.dense_peer(opened, photos, folder))
+    topk_path = engine_bench.topk_peer(opened, [90, 40, 20], folder)
+    topk = sidecar.read(topk_path)
     assert (dense["mode"], dense["precision"]) == ("dense", "float16")
     assert dense["target_sms"] == topk["target_sms"] == ["86"]
     assert dense["plugin"] is topk["plugin"] is None
     assert topk_path.stat().st_size < engine.stat().st_size * 1.2, "half weights, no more"
 
 
-def test_the_session_knows_where_an_engine_comes_from(engine, mini_artifacts):
-    session = EngineSession(engine)
+def test_an_engine_knows_where_an_engine_comes_from(engine, mini_artifacts):
+    opened = EngineArtefact(engine)
     onnx = Path("mini.onnx")
-    assert is_engine(engine)
-    assert not is_engine(onnx)
-    assert session.parity == "fp16"
-    assert not session.graphs
-    assert session.built_from(onnx)
-    assert session.onnx.samefile(onnx)
-    assert len(session.reference.thresholds) == 3
+    assert opened.parity == "fp16"
+    assert not opened.graphs
+    assert opened.built_from(onnx)
+    assert opened.onnx.samefile(onnx)
+    assert len(opened.reference.thresholds) == 3
     assert engines_of(Path(), onnx) == [Path("mini.fp16.engine")]
 
 
@@ -130,8 +129,8 @@ def test_bundles_are_found_too(rtx, engine):
     build_bucketed(open_source(Path("mini.onnx")), Path("mini.bucketed"), rtx, options)
     assert engines_of(Path(), Path("mini.onnx")) == [Path("mini.fp16.engine"),
                                                      Path("mini.bucketed")]  # fmt: skip
-    session = EngineSession(Path("mini.bucketed"))
-    assert (session.parity, session.graphs) == ("float32", True)
+    opened = open_artefact(Path("mini.bucketed"))
+    assert (opened.parity, opened.graphs) == ("float32", True)
 
 
 @no_gpu
@@ -150,7 +149,7 @@ def test_the_third_line_says_which_engines_it_did_not_run(cli, engine):
 
 
 def test_the_host_twin_is_no_plugin_to_run_with(engine, tmp_path, monkeypatch):
-    fields = artifact.read(engine)
+    fields = sidecar.read(engine)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"plugin, which is not built here; run .*build-plugins"):
         plugin_for(fields, "mini.engine")
@@ -165,7 +164,7 @@ def test_the_plugin_is_the_one_named_else_the_cache_s(engine, tmp_path, monkeypa
     named.write_bytes(b"named")
     monkeypatch.setattr(trt_library, "find_trt_plugin", lambda: ours)
     record = {"sha256": files.sha256(ours), "embedded": False}
-    fields = {**artifact.read(engine), "plugin": record}
+    fields = {**sidecar.read(engine), "plugin": record}
     assert plugin_for(fields, "first.engine") == ours
     assert capsys.readouterr().err == ""
     assert plugin_for(fields, "first.engine", Allowed(named)) == named
@@ -218,8 +217,10 @@ def test_bucketed_has_one_clock_that_means_what_the_others_mean(capsys):
     assert "gpu_ms" not in rows[0]
     points = engine_bench.against_kept(variants, times, np.array([[10, 5]]))
     assert points == {"bucketed": [{"kept": [9, 4], "wall_ms": 2.0}]}
-    report = {"model": "x", "flavour": "f", "version": "1", "precision": "float16", "gpu": "g",
-              "runs": 10, "image_count": 1, "rows": rows, "verdict": "none"}  # fmt: skip
+    report = engine_bench.EngineBench(
+        "x", "a", "f", "1", "float16", "bucketed", "g", 0, 10, "photos", 1, {"skipped": 0}, None,
+        rows, points, "none", {},
+    )  # fmt: skip
     bench._print_engine(report)
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-2]]
              for line in capsys.readouterr().out.splitlines() if line.startswith("|")}  # fmt: skip
@@ -233,11 +234,11 @@ def test_a_dense_peer_is_built_like_the_engine(rtx, trt_plugin, mini_artifacts, 
                       workspace=512, checked=False)  # fmt: skip
     path = tmp_path / "x.engine"
     build_engine(open_source(mini_artifacts["dynamic", "auto"]), path, rtx, options)
-    session = EngineSession(path)
-    photos = open_images(None, session.config, limit=2)
-    peer = artifact.read(engine_bench.dense_peer(session, photos, tmp_path))
+    opened = EngineArtefact(path)
+    photos = open_images(None, opened.config, limit=2)
+    peer = sidecar.read(engine_bench.dense_peer(opened, photos, tmp_path))
     assert (peer["mode"], peer["level"], peer["workspace"]) == ("dense", 2, 512)
-    assert peer["profile"] == session.fields["profile"]
+    assert peer["profile"] == opened.fields["profile"]
 
 
 def test_peers_of_an_engine_keep_what_its_sidecar_says():

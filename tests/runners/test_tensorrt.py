@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from asvit_deploy.artefacts.engine_file import EngineSession
+from asvit_deploy.artefacts.opening import open_artefact
 from asvit_deploy.engine.bucketed import build_bucketed
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.source import open_source
@@ -43,7 +43,7 @@ def engine(flavour, plugin, onnx, folder, mode, precision, batch=None):
     bucketed = mode == "bucketed"
     path = folder / ("x.bucketed" if bucketed else "x.engine")
     (build_bucketed if bucketed else build_engine)(open_source(onnx), path, flavour, options)
-    return EngineSession(path)
+    return open_artefact(path)
 
 
 @pytest.mark.parametrize("graph", [False, True])

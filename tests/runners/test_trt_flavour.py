@@ -69,7 +69,8 @@ def test_without_polygraphy(installed):
 def test_the_command_does_not_import_a_binding(rtx):
     # A binding that ends the process must end the builder's, not the command's.
     code = (
-        "import sys; from asvit_deploy.engine import build, flavour; flavour.find_flavour();"
+        "import sys; from asvit_deploy.engine import build;"
+        "from asvit_deploy.runners import trt_flavour; trt_flavour.find_flavour();"
         "print([m for m in sys.modules if m.startswith('tensorrt') or m == 'polygraphy'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,9 +11,8 @@ import pytest
 import torch
 from conftest import raises_one_line, refused
 
-from asvit_deploy.artefacts import bundle
-from asvit_deploy.artefacts import sidecar as artifact
-from asvit_deploy.artefacts.engine_file import EngineSession
+from asvit_deploy.artefacts import bundle, sidecar
+from asvit_deploy.artefacts.engine_file import EngineArtefact
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.ops import trt_library
@@ -26,14 +25,14 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 def signed_engine(mini_artifacts, tmp_path, monkeypatch):
     """Makes an engine that is none, with a sidecar that says whatever its writer likes."""
     monkeypatch.chdir(tmp_path)
-    model = artifact.read(mini_artifacts["1", "auto"])
+    model = sidecar.read(mini_artifacts["1", "auto"])
     kept = {k: v for k, v in model.items() if k not in ("schema", "sha256", "digest")}
-    source = {**artifact.source_of(mini_artifacts["1", "auto"]), "checkpoint": model["source"]}
+    source = {**sidecar.source_of(mini_artifacts["1", "auto"]), "checkpoint": model["source"]}
 
     def make(**fields: object) -> Path:
         own = {"kind": "engine", "flavour": "tensorrt-rtx", "flavour_version": "1.2",
                "mode": "dynamic", "target_sms": [], "plugin": None, "source": source}  # fmt: skip
-        artifact.write(Path("x.engine"), b"no plan" * 100, {**kept, **own, **fields})
+        sidecar.write(Path("x.engine"), b"no plan" * 100, {**kept, **own, **fields})
         return Path("x.engine")
 
     return make
@@ -55,7 +54,7 @@ def test_a_plugin_that_a_sidecar_names_is_not_loaded(
         file.write(b".nv_fatbin")  # what told a plugin for GPUs from a host twin
     named = str(tmp_path / "planted.so") if path == "absolute" else path
     record = {"path": named, "sha256": sha256(Path("planted.so")), "embedded": False}
-    session = EngineSession(signed_engine(plugin=record))
+    session = EngineArtefact(signed_engine(plugin=record))
     raises_one_line(
         lambda: load_plan(trt, rtx, b"no plan", session.fields, str(session.path)),
         "x.engine needs the TensorRT plugin, which is not built here", "--plugin",
@@ -76,7 +75,7 @@ def test_the_cache_s_plugin_is_taken_whatever_the_sidecar_says(
         {"path": "/tmp/planted.so", "sha256": "0" * 64, "embedded": False}, {"path": 3}, {}, "text",
         ["list"], 7, {"sha256": None, "embedded": 0}, True,
     ]):  # fmt: skip
-        fields = EngineSession(signed_engine(plugin=record)).fields
+        fields = EngineArtefact(signed_engine(plugin=record)).fields
         assert plugin_for(fields, f"{number}.engine") == ours, record
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"{number}.engine was built with another file of the plugin")
@@ -102,13 +101,13 @@ def test_code_in_an_engine_runs_only_by_an_option(rtx, signed_engine, monkeypatc
             return super().deserialize_cuda_engine(plan)
 
     monkeypatch.setattr(trt, "Runtime", Runtime)
-    said = EngineSession(signed_engine(**fields)).fields
+    said = EngineArtefact(signed_engine(**fields)).fields
     words = ["x.engine carries code", "--allow-engine-code", "build it again"]
     raises_one_line(lambda: load_plan(trt, rtx, b"no plan", said, "x.engine"), *words)
     assert asked == [], "not even opened"
     allowed = Allowed(engine_code=True)
     raises_one_line(lambda: load_plan(trt, rtx, b"no", said, "x.engine", allowed), "cannot load")
-    plain = EngineSession(signed_engine()).fields
+    plain = EngineArtefact(signed_engine()).fields
     for given in (NOTHING, allowed):
         raises_one_line(lambda given=given: load_plan(trt, rtx, b"no", plain, "x", given), "cannot")
     assert asked == [True, False, False], "never for an engine that says it carries none"
@@ -126,7 +125,7 @@ def test_commands_refuse_code_in_an_engine(cli, signed_engine, command, fields):
 @no_gpu
 @pytest.mark.parametrize("command", ["check", "bench"])
 def test_bundles_are_judged_alike(cli, signed_engine, command):
-    fields = artifact.read(signed_engine(version_compatible=True, mode="bucketed", buckets=[64]))
+    fields = sidecar.read(signed_engine(version_compatible=True, mode="bucketed", buckets=[64]))
     kept = {k: v for k, v in fields.items() if k not in ("schema", "sha256", "digest")}
     bundle.write(Path("x.bucketed"), {"stage_0.engine": b"no plan"}, {**kept, "kind": "bucketed"})
     refused(cli(command, "x.bucketed"), "x.bucketed carries code", "--allow-engine-code")
@@ -187,7 +186,7 @@ def test_a_named_plugin_comes_before_the_cache_s(rtx, cuda_plugin, signed_engine
     """Loaded by TensorRT's own registry; the plan is none, and that is all that is wrong."""
     trt = importlib.import_module(rtx.module)
     record = {"sha256": sha256(cuda_plugin), "embedded": False}
-    fields = EngineSession(signed_engine(plugin=record)).fields
+    fields = EngineArtefact(signed_engine(plugin=record)).fields
     allowed = Allowed(named_plugin(cuda_plugin))
     raises_one_line(lambda: load_plan(trt, rtx, b"no", fields, "x", allowed), "cannot load x,")
     names = {creator.name for creator in trt.get_plugin_registry().all_creators}

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.runners import tensorrt
+from asvit_deploy.runners import trt_buffers
 from asvit_deploy.runners.place import Place
-from asvit_deploy.runners.tensorrt import Bound, Engine, Scratch
+from asvit_deploy.runners.trt_buffers import Bound, Scratch
 from asvit_deploy.runners.trt_flavour import RTX
+from asvit_deploy.runners.trt_plan import Engine
 
 
 class Config:
@@ -155,7 +156,7 @@ def test_contexts_are_made_and_run_on_the_engine_s_device(engine, monkeypatch):
     of_index = {3: default}.__getitem__
     monkeypatch.setattr(torch.cuda, "default_stream", of_index)
     monkeypatch.setattr(torch.cuda, "current_stream", of_index)
-    monkeypatch.setattr(tensorrt, "_side_stream", {3: side}.__getitem__)
+    monkeypatch.setattr(trt_buffers, "_side_stream", {3: side}.__getitem__)
     bound.enqueue()
     assert (side.waited, default.waited) == ([default], [side]), "one execution after the other"
     monkeypatch.setattr(torch.cuda, "current_stream", {3: own}.__getitem__)

@@ -1,0 +1,133 @@
+"""What every artefact offers: what it says of itself, its references, the ways to run it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from asvit_deploy.artefacts.reference import config_of, reference_model
+from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.runners.base import Reference, Runner
+
+Opener = Callable[[], Runner]
+
+
+class Ways(Mapping[str, Runner]):
+    """Ways to run an artefact: name -> runner, which is opened where it is first asked for.
+
+    Args:
+        openers: of each way, in the order of their rows.
+        runtimes: what runs each way, by its name.
+
+    Raises:
+        UserError: on a look-up, where the runner cannot be opened.
+    """
+
+    def __init__(self, openers: Mapping[str, Opener], runtimes: Mapping[str, str]) -> None:
+        self.runtimes = dict(runtimes)
+        self._openers, self._open = dict(openers), dict[str, Runner]()
+
+    def __getitem__(self, way: str) -> Runner:
+        if way not in self._open:
+            self._open[way] = self._openers[way]()
+        return self._open[way]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._openers)
+
+    def __len__(self) -> int:
+        return len(self._openers)
+
+
+class Artefact(ABC):
+    """An artefact of ours, opened: its file was whole and its sidecar or manifest its own.
+
+    Attributes:
+        path: the file, or the folder of a bundle.
+        fields: the sidecar or manifest.
+    """
+
+    path: Path
+    fields: dict[str, Any]
+
+    @cached_property
+    def config(self) -> ArchConfig:
+        """The network's architecture, with its own preprocessing."""
+        return config_of(self.fields)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it removes tokens."""
+        return bool(self.fields["adaptive"])
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether it takes several images at once."""
+        return self.fields["batch"] == "dynamic"
+
+    @property
+    @abstractmethod
+    def parity(self) -> str:
+        """Which of `parity.LIMITS` holds."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever runs it should know, one line each."""
+        return ()
+
+    @property
+    def checkpoint_fields(self) -> dict[str, Any]:
+        """The fields, with the checkpoint at the start of the chain as their `source`."""
+        return self.fields
+
+    @cached_property
+    def reference(self) -> AdaptiveViT:
+        """The PyTorch model at the start of the chain.
+
+        Raises:
+            UserError: its checkpoint is gone or changed.
+        """
+        return reference_model(self.path, self.checkpoint_fields, dense=not self.adaptive)
+
+    @cached_property
+    def dense_reference(self) -> AdaptiveViT:
+        """The same checkpoint without its stages.
+
+        Raises:
+            UserError: as `reference`.
+        """
+        return reference_model(self.path, self.checkpoint_fields, dense=True)
+
+    def judge(self) -> Reference:
+        """What it must agree with: PyTorch, where nothing else was named.
+
+        Raises:
+            UserError: as `reference`.
+        """
+        from asvit_deploy.runners.pytorch import TorchRunner
+
+        return TorchRunner(self.reference)
+
+    @abstractmethod
+    def require_runnable(self) -> None:
+        """Find out, before anything is loaded, whether this machine and its user let it run.
+
+        Raises:
+            UserError: they do not.
+        """
+
+    @abstractmethod
+    def ways(self, threads: int = 1, record: bool = True) -> Ways:
+        """The ways to run it here, by the names that `check` and `bench` call them.
+
+        Args:
+            threads: of a runtime on the CPU; 0 leaves the choice to it.
+            record: also return kept tokens and scores, where a runtime has to be asked for them.
+
+        Raises:
+            UserError: there is none.
+        """

@@ -1,0 +1,143 @@
+"""Artefacts against what they must agree with: logits, top-1 and kept tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asvit_deploy.artefacts.artefact import Artefact, Ways
+from asvit_deploy.artefacts.onnx_file import find_op_library
+from asvit_deploy.artefacts.opening import artefacts_here, open_artefact, paths_of
+from asvit_deploy.data.images import open_images
+from asvit_deploy.evaluation.arguments import bar, path_of, require_least
+from asvit_deploy.ops.headers import silent
+from asvit_deploy.parity import Parity, compare
+from asvit_deploy.runners.base import Reference
+from asvit_deploy.runners.trt_plan import Allowed, named_plugin
+
+_BATCH = 8  # what a dynamic-batch model is also run with
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One artefact, run in one way and batch size, against its reference.
+
+    Attributes:
+        model: its path.
+        run: the way and the batch size.
+        images: where the pictures come from.
+        account: how many were skipped and passed over, by reason and ending.
+        reference: as `Runner.describe`.
+        parity: the verdict, and all that led to it.
+    """
+
+    model: str
+    run: str
+    images: str
+    account: dict[str, Any]
+    reference: dict[str, str]
+    parity: Parity
+
+    @property
+    def passed(self) -> bool:
+        """Whether it agrees."""
+        return self.parity.passed
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the account's entries stand beside the others."""
+        return {"model": self.model, "run": self.run, "images": self.images, **self.account,
+                "reference": self.reference, "parity": self.parity.as_dict()}  # fmt: skip
+
+
+def check(
+    models: str | Path | Sequence[str | Path] = (),
+    *,
+    images: str | Path | None = None,
+    limit: int = 200,
+    skip_limit: int = 0,
+    reference: str | Path | None = None,
+    library: str | Path | None = None,
+    plugin: str | Path | None = None,
+    allow_engine_code: bool = False,
+    say: Callable[[str], None] = silent,
+) -> list[Comparison]:
+    """Compare artefacts with PyTorch, in every way that they can run here.
+
+    Args:
+        models: ONNX files, engines and bundles; none stands for the ONNX artefacts of the current
+            folder.
+        images: folder of pictures, or None for the photographs of scikit-image.
+        limit: use at most so many pictures.
+        skip_limit: so many of them may be unreadable.
+        reference: an ONNX artefact to compare with in place of PyTorch; then a model may be a file
+            that another tool made from it.
+        library: the op's library for ONNX Runtime, or None for the one that `build-plugins` made.
+        plugin: the op's TensorRT library, likewise.
+        allow_engine_code: run code that an engine brings along.
+        say: gets status lines; a progress bar is shown only where this is given.
+
+    Returns:
+        one for each artefact, way and batch size; they are good where all have `passed`.
+
+    Raises:
+        UserError: an artefact cannot be opened or run, or the pictures cannot be read.
+    """
+    require_least(1, limit=limit)
+    require_least(0, skip_limit=skip_limit)
+    allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
+    found = find_op_library(path_of(library), say)
+    paths = paths_of(models) or artefacts_here("onnx")
+
+    def opened(path: Path) -> tuple[Artefact, Reference, Ways]:
+        return _opened(path, found, allowed, path_of(reference), say)
+
+    # A bad one is refused before the first has run for minutes; each is let go again, so that
+    # never more than one is in memory.
+    for path in paths[1:]:
+        opened(path)
+    comparisons: list[Comparison] = []
+    for path in paths:
+        comparisons += _compared(*opened(path), path_of(images), limit, skip_limit, say)
+    return comparisons
+
+
+def _opened(
+    path: Path, library: Path | None, allowed: Allowed, original: Path | None,
+    say: Callable[[str], None],
+) -> tuple[Artefact, Reference, Ways]:  # fmt: skip
+    """Everything that checking `path` needs, loaded: what cannot be loaded is refused here."""
+    artefact = open_artefact(path, library, allowed, original)
+    artefact.require_runnable()
+    for note in artefact.notes:
+        say(note)
+    judge, ways = artefact.judge(), artefact.ways()
+    for way in ways:
+        ways[way]
+    return artefact, judge, ways
+
+
+def _compared(
+    artefact: Artefact, judge: Reference, ways: Ways, images: Path | None, limit: int,
+    skip_limit: int, say: Callable[[str], None],
+) -> list[Comparison]:  # fmt: skip
+    pictures = open_images(images, artefact.config, limit, skip_limit, say)
+    loaded, names = pictures.loaded()
+    say(f"{artefact.path}: {len(loaded)} images ({pictures.source})")
+    batches = (1, _BATCH) if artefact.dynamic_batch else (1,)
+    runs = [(way, batch) for way in ways for batch in batches]
+    comparisons = []
+    with bar(say, desc="check", total=len(runs)) as progress:
+        for way, batch in runs:
+            parity = compare(
+                judge, ways[way], loaded, names, artefact.fields["thresholds"], artefact.parity,
+                batch,
+            )  # fmt: skip
+            found = Comparison(
+                str(artefact.path), f"{way}, batch {batch}", pictures.source, pictures.account,
+                judge.describe(), parity,
+            )  # fmt: skip
+            comparisons.append(found)
+            progress.update()
+    return comparisons

@@ -1,0 +1,162 @@
+"""An ONNX artefact on the CPU: every way to run it, beside PyTorch and its dense twin."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from asvit_deploy.artefacts.artefact import Ways
+from asvit_deploy.artefacts.onnx_file import RUNTIMES, OnnxArtefact
+from asvit_deploy.data.images import ImageSet
+from asvit_deploy.errors import UserError
+from asvit_deploy.evaluation import profile
+from asvit_deploy.evaluation.arguments import bar
+from asvit_deploy.evaluation.machine import machine
+from asvit_deploy.evaluation.report import Report
+from asvit_deploy.evaluation.timing import (
+    Macs,
+    Row,
+    Variant,
+    interleave,
+    kept_per_image,
+    macs_by_round,
+    macs_summary,
+    summarise,
+    verdict,
+)
+from asvit_deploy.exporting.to_onnx import to_onnx
+from asvit_deploy.models.macs import dense_macs
+from asvit_deploy.ops import onnx_op
+from asvit_deploy.runners.pytorch import TorchRunner
+
+
+@dataclass(frozen=True)
+class ModelBench(Report):
+    """One ONNX artefact with so many threads.
+
+    Attributes:
+        model: its path.
+        arch: of its network.
+        threads: on the CPU.
+        warmup, runs: untimed and timed rounds.
+        images: where the pictures come from.
+        image_count: how many there are.
+        account: how many were skipped and passed over, by reason and ending.
+        macs: of the network and its dense twin.
+        rows: one for each variant.
+        profile: per way what scoring and compaction took; one thread and adaptive only.
+        notes: which rows there are not, and why.
+        verdict: one sentence on which is the faster.
+        machine: what it ran on.
+    """
+
+    kind: ClassVar[str] = "model"
+
+    model: str
+    arch: str
+    threads: int
+    warmup: int
+    runs: int
+    images: str
+    image_count: int
+    account: dict[str, Any]
+    macs: Macs
+    rows: list[Row]
+    profile: list[dict[str, Any]]
+    notes: list[str]
+    verdict: str
+    machine: dict[str, Any]
+
+
+def bench_model(
+    artefact: OnnxArtefact, pictures: ImageSet, threads: int, warmup: int, runs: int,
+    say: Callable[[str], None],
+) -> ModelBench:  # fmt: skip
+    """Time every variant of an artefact.
+
+    Args:
+        pictures: all of them readable.
+        threads: 0 takes every core.
+
+    Raises:
+        UserError: it cannot be run here.
+    """
+    count = threads or machine()["cores"]
+    loaded = [pictures[i] for i in range(len(pictures))]
+    config = artefact.config
+    with _torch_threads(count):
+        variants, notes = _variants(artefact, threads)
+        label = f"{count} thread{'s' * (count > 1)}"
+        with bar(say, total=warmup + runs, desc=f"bench, {label}") as progress:
+            seconds = interleave(
+                variants, loaded, warmup, runs, progress=lambda: progress.update() and None
+            )
+    lengths = _lengths(artefact, loaded)
+    ratios = dense_macs(config) / macs_by_round(config, lengths, runs)
+    rows = summarise(variants, seconds, ratios)
+    profiles = []
+    if threads == 1 and artefact.adaptive:
+        libraries = artefact.libraries().values()
+        profiles = [profile.shares(artefact.path, loaded, library) for library in libraries]
+    return ModelBench(
+        str(artefact.path), artefact.fields["arch"], count, warmup, runs, pictures.source,
+        len(loaded), pictures.account, macs_summary(config, lengths, runs), rows, profiles, notes,
+        verdict(rows), machine(),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _lengths(artefact: OnnxArtefact, images: list[NDArray[np.float32]]) -> NDArray[np.int64]:
+    """Rows after each stage, class token included: int64 [images, stages]."""
+    if artefact.adaptive:
+        return kept_per_image(next(iter(artefact.ways().values())), images)
+    return np.full((len(images), len(artefact.config.stages)), artefact.config.image_tokens + 1)
+
+
+def _variants(artefact: OnnxArtefact, threads: int) -> tuple[list[Variant], list[str]]:
+    """The rows that can be run here, and why the others cannot."""
+    notes: list[str] = []
+    ways = artefact.ways(threads, record=False)
+    try:
+        variants = _references(artefact, ways, threads)
+    except UserError as error:
+        variants = []
+        notes.append(f"no torch and no dense rows: {error}")
+    for way, runner in ways.items():
+        runtime = ways.runtimes[way]
+        name = f"{runtime}, dense" if way == "dense" else f"{runtime}, adaptive ({way})"
+        variants.append(Variant(name, runtime, artefact.adaptive, runner))
+    if artefact.library is None and onnx_op.nodes_of(artefact.model.graph):
+        notes.append("no row with the op's library: `asvit-deploy build-plugins ort` makes it")
+    return variants, notes
+
+
+def _references(artefact: OnnxArtefact, ways: Ways, threads: int) -> list[Variant]:
+    """PyTorch, and the dense twin in each runtime."""
+    dense = artefact.dense_reference
+    variants = [Variant("torch eager, dense", "torch", False, TorchRunner(dense))]
+    if not artefact.adaptive:
+        return variants
+    variants.append(
+        Variant("torch eager, adaptive", "torch", True, TorchRunner(artefact.reference))
+    )
+    twin = to_onnx(dense)
+    for runtime in dict.fromkeys(ways.runtimes.values()):
+        runner = RUNTIMES[runtime].model(twin, threads)
+        variants.append(Variant(f"{runtime}, dense", runtime, False, runner))
+    return variants

@@ -1,0 +1,223 @@
+"""Latency of one image at a time, interleaved, beside the dense model of the same runtime.
+
+All variants run in one process, in a new random order each round, so that drift and neighbours
+hit them alike; what counts is the ratio of medians, with a bootstrap interval over rounds.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.macs import dense_macs, model_macs
+from asvit_deploy.runners.base import Runner
+
+
+class Interval(TypedDict):
+    """A figure and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class _Timed(TypedDict):
+    name: str
+    runtime: str
+    adaptive: bool
+    runner: dict[str, str]
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    min_ms: float
+
+
+class Row(_Timed, total=False):
+    """A variant's latency; the ratios are there where its runtime has a dense row too."""
+
+    speedup: Interval
+    share_of_macs_ratio: Interval
+
+
+class Macs(TypedDict):
+    """Means over the rounds as they ran.
+
+    `mean_kept` has the image tokens after each stage; `ratio` is what a perfect runtime would show.
+    """
+
+    dense_gmacs: float
+    adaptive_gmacs: float
+    ratio: float
+    mean_kept: list[float]
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    Attributes:
+        name: shown.
+        runtime: rows of one runtime are compared with its dense row.
+        adaptive: False for the dense row.
+        runner: must not record, so that only the inference itself is timed.
+    """
+
+    name: str
+    runtime: str
+    adaptive: bool
+    runner: Runner
+
+
+def interleave(
+    variants: Sequence[Variant],
+    images: Sequence[NDArray[np.float32]],
+    warmup: int,
+    runs: int,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, NDArray[np.float64]]:
+    """Time every variant on the same image, round after round.
+
+    Args:
+        images: float32 [3, H, W] each; round r takes image r modulo their number.
+        warmup: untimed rounds first.
+        runs: timed rounds.
+
+    Returns:
+        Seconds [runs] by variant name.
+    """
+    order, rng = list(variants), random.Random(seed)
+    seconds = {variant.name: np.zeros(runs) for variant in variants}
+    for r in range(-warmup, runs):
+        image = images[r % len(images)][None]
+        rng.shuffle(order)
+        for variant in order:
+            start = time.perf_counter()
+            variant.runner.infer(image)
+            if r >= 0:
+                seconds[variant.name][r] = time.perf_counter() - start
+        progress()
+    return seconds
+
+
+def ratio_of_medians(
+    slow: NDArray[np.float64], fast: NDArray[np.float64], draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """median(slow) / median(fast) with its 95 % bootstrap interval over rounds (paired)."""
+    rng = np.random.default_rng(seed)
+    pick = rng.integers(0, len(slow), (draws, len(slow)))
+    ratios = np.median(slow[pick], axis=1) / np.median(fast[pick], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(np.median(slow) / np.median(fast)), float(low), float(high)
+
+
+def kept_per_image(runner: Runner, images: Sequence[NDArray[np.float32]]) -> NDArray[np.int64]:
+    """Tokens left after each stage, class token included: int64 [images, stages]."""
+    return np.array([[int(n[0]) for n in runner(image[None]).lengths] for image in images])
+
+
+def share_of_macs_ratio(
+    dense: NDArray[np.float64],
+    adaptive: NDArray[np.float64],
+    ratios: NDArray[np.float64],
+    draws: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """How much of the MACs saved becomes time saved: 1 is all of it.
+
+    Each round's speed-up is divided by the MACs ratio of the image it ran on; the median over
+    rounds has a 95 % bootstrap interval.
+
+    Args:
+        dense, adaptive: seconds [runs], paired by round.
+        ratios: dense MACs over adaptive MACs of each round's image [runs].
+    """
+    shares = dense / adaptive / ratios
+    pick = np.random.default_rng(seed).integers(0, len(shares), (draws, len(shares)))
+    low, high = np.percentile(np.median(shares[pick], axis=1), [2.5, 97.5])
+    return {"value": float(np.median(shares)), "low": float(low), "high": float(high)}
+
+
+def macs_by_round(config: ArchConfig, lengths: NDArray[np.int64], runs: int) -> NDArray[np.float64]:
+    """Adaptive MACs of the image that each round ran: [runs].
+
+    Args:
+        lengths: int64 [images, stages], class token included; the images cycle.
+    """
+    shown = lengths[np.arange(runs) % len(lengths)].astype(np.float64)
+    return np.asarray(model_macs(config, list(shown.T)), np.float64)
+
+
+def macs_summary(config: ArchConfig, lengths: NDArray[np.int64], runs: int) -> Macs:
+    """Mean MACs over the rounds as they ran, and the ratio that a perfect runtime would show."""
+    adaptive = float(macs_by_round(config, lengths, runs).mean())
+    shown = lengths[np.arange(runs) % len(lengths)]
+    return {
+        "dense_gmacs": dense_macs(config) / 1e9,
+        "adaptive_gmacs": adaptive / 1e9,
+        "ratio": dense_macs(config) / adaptive,
+        "mean_kept": (shown.mean(axis=0) - 1).tolist(),
+        "image_tokens": config.image_tokens,
+    }
+
+
+def summarise(
+    variants: Sequence[Variant],
+    seconds: dict[str, NDArray[np.float64]],
+    ratios: NDArray[np.float64],
+) -> list[Row]:
+    """One row per variant: percentiles in milliseconds and the ratio to its runtime's dense row.
+
+    Args:
+        ratios: MACs ratio of each round's image [runs].
+    """
+    dense = {v.runtime: seconds[v.name] for v in variants if not v.adaptive}
+    rows = []
+    for variant in variants:
+        times = seconds[variant.name]
+        p50, p90, p99 = np.percentile(times * 1e3, [50, 90, 99])
+        row: Row = {
+            "name": variant.name,
+            "runtime": variant.runtime,
+            "adaptive": variant.adaptive,
+            "runner": variant.runner.describe(),
+            "p50_ms": float(p50),
+            "p90_ms": float(p90),
+            "p99_ms": float(p99),
+            "min_ms": float(times.min() * 1e3),
+        }
+        if variant.adaptive and variant.runtime in dense:
+            ratio, low, high = ratio_of_medians(dense[variant.runtime], times)
+            row["speedup"] = {"value": ratio, "low": low, "high": high}
+            row["share_of_macs_ratio"] = share_of_macs_ratio(dense[variant.runtime], times, ratios)
+        rows.append(row)
+    return rows
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """One sentence on whether dropping tokens pays, in the fastest runtime that ran both."""
+    compared = [row for row in rows if "speedup" in row]
+    if not compared:
+        return "no runtime ran both the dense and the adaptive model: nothing to compare"
+    best = min(compared, key=lambda row: row["p50_ms"])
+    return judged(
+        best["speedup"],
+        f"{best['name']} wins over dense in the same runtime: <span>",
+        f"dense wins in {best['runtime']}: the adaptive model's speed-up is <span>",
+        f"a draw in {best['runtime']}: the adaptive model's speed-up is <span>",
+    )
+
+
+def judged(speedup: Interval, won: str, lost: str, drawn: str) -> str:
+    """Of three sentences the one that the interval allows, with the figures where it has <span>."""
+    said = won if speedup["low"] > 1 else lost if speedup["high"] < 1 else drawn
+    span = f"{speedup['value']:.2f}x ({speedup['low']:.2f} to {speedup['high']:.2f})"
+    return said.replace("<span>", span)

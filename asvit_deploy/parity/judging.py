@@ -1,0 +1,124 @@
+"""The verdict over all images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from asvit_deploy.parity.limits import (
+    EXPLAINED,
+    FEW_STAGES,
+    LEAST,
+    LIMITS,
+    STRAY,
+    STRAYS,
+    Limits,
+)
+from asvit_deploy.parity.one_image import ComparedImage
+from asvit_deploy.parity.report import Flip, Parity, Top1
+
+
+def judged(
+    compared: Sequence[ComparedImage], thresholds: Sequence[float], precision: str
+) -> Parity:
+    limits = LIMITS[precision]
+    result = Parity(precision, len(compared))
+    if not compared:
+        result.failures = ["no image was compared"]
+        return result
+    result.noise = _noise_by_stage(compared, len(thresholds))
+    kept = np.array([image.lengths for image in compared], np.float64).reshape(len(compared), -1, 2)
+    result.mean_kept, result.candidate_kept = kept.mean(0).T.tolist()
+    for image in compared:
+        flips = _flips(image, result.noise, thresholds, limits)
+        result.flips += flips
+        result.equal_sets += not flips
+        result.explained += all(flip.borderline for flip in flips)
+        result.decisions += sum(cut.decisions for cut in image.cuts)
+        result.decisions_equal += sum(cut.decisions - len(cut.flips) for cut in image.cuts)
+        result.replayed += image.replayed
+        result.top1_equal += image.top1 == int(image.theirs.argmax())
+    _judge_logits(result, compared, limits)
+    result.failures = _failures(result, len(thresholds), limits)
+    return result
+
+
+def _noise_by_stage(compared: Sequence[ComparedImage], stages: int) -> list[float]:
+    """Per stage the median over the images; empty where no scores are known."""
+    noise = [
+        [cut.noise for image in compared for cut in image.cuts[s : s + 1] if cut.noise is not None]
+        for s in range(stages)
+    ]
+    return [float(np.median(values)) for values in noise] if all(noise) else []
+
+
+def _flips(
+    image: ComparedImage, noise: Sequence[float], thresholds: Sequence[float], limits: Limits
+) -> list[Flip]:
+    flips = []
+    for stage, cut in enumerate(image.cuts):
+        for token, score, margin, boundary in cut.flips:
+            if limits.margin is not None:
+                allowed = max(1e-6, limits.margin * boundary)
+            else:
+                known = [limits.noise] if cut.noise is None else [cut.noise, noise[stage], LEAST]
+                allowed = EXPLAINED * min(max(known), limits.noise) * boundary
+            flips.append(
+                Flip(image.name, stage, token, score, float(thresholds[stage]), margin, allowed)
+            )
+    return flips
+
+
+def _judge_logits(result: Parity, compared: Sequence[ComparedImage], limits: Limits) -> None:
+    """Of every image whose tokens are known. An image whose logits are all small, such as a score
+    near 0, is measured by the median of the images' largest."""
+    known = [image for image in compared if image.logits is not None]
+    result.judged = len(known)
+    largest = [float(np.abs(image.logits).max()) for image in known]  # type: ignore[arg-type]
+    errors = []
+    for image, own in zip(known, largest):
+        assert image.logits is not None
+        scale = max(own, float(np.median(largest)), 1e-12)
+        error = float(np.abs(image.logits - image.theirs).max()) / scale
+        # A NaN would lose every comparison, so it is turned into the failure that it is.
+        errors.append(error if np.isfinite(error) else np.inf)
+        best, mine = int(image.logits.argmax()), int(image.theirs.argmax())
+        if best != mine:
+            margin = float(image.logits[best] - image.logits[mine]) / scale
+            result.top1_changes.append(Top1(image.name, best, mine, margin, margin <= limits.worst))
+    if errors:
+        result.logit_error, result.typical_logit_error = max(errors), float(np.median(errors))
+
+
+def _failures(result: Parity, stages: int, limits: Limits) -> list[str]:
+    n = result.images
+    failures = [
+        f"scores at stage {stage} are off by {noise:.1e} of themselves, {limits.noise:.1e} allowed"
+        for stage, noise in enumerate(result.noise)
+        if not noise <= limits.noise
+    ]
+    far = [flip for flip in result.flips if not flip.borderline]
+    wild = [flip for flip in far if flip.margin > STRAY * flip.allowed]
+    strays = 0 if limits.margin is not None else max(1, STRAYS * n)
+    if wild or n - result.explained > strays:
+        worst = max(far, key=lambda flip: flip.margin)
+        failures.append(
+            f"{len(far)} tokens flipped beyond rounding on {n - result.explained}/{n} images (the "
+            f"worst by {worst.margin:.1e} of a threshold of {worst.threshold:.1e}, "
+            f"{worst.allowed:.1e} explained)"
+        )
+    if stages <= FEW_STAGES and n - result.equal_sets > max(1, (1 - limits.alike) * n):
+        failures.append(f"{result.equal_sets}/{n} images keep the same tokens, "
+                        f"{limits.alike:.0%} needed")  # fmt: skip
+    if changed := sum(not change.borderline for change in result.top1_changes):
+        failures.append(f"top-1 changed beyond rounding on {changed}/{n} images")
+    if not result.judged:
+        failures.append("no image's logits could be compared: all keep other tokens")
+    if not result.typical_logit_error <= limits.logits:
+        failures.append(f"logits differ by {result.typical_logit_error:.1e} of the largest on the "
+                        f"median image, {limits.logits:.1e} allowed")  # fmt: skip
+    elif not result.logit_error <= limits.worst:
+        failures.append(f"logits differ by {result.logit_error:.1e} of the largest on one image, "
+                        f"{limits.worst:.1e} allowed")  # fmt: skip
+    return failures

@@ -1,0 +1,150 @@
+"""One image along the candidate's own path: which decisions differ, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asvit_deploy.errors import UserError
+from asvit_deploy.ops.reference import keep_mask
+from asvit_deploy.runners.base import Prediction, Reference
+
+
+@dataclass
+class ComparedCut:
+    """One image at one stage.
+
+    Attributes:
+        decisions: tokens that were there.
+        noise: median |score error| / score; None where the candidate does not put out its scores.
+        flips: (token, score, margin, boundary) of each; the boundary is what decides.
+    """
+
+    decisions: int
+    noise: float | None
+    flips: list[tuple[int, float, float, float]]
+
+
+@dataclass
+class ComparedImage:
+    """One image: `logits` are the reference's along the candidate's path, None if it is unknown."""
+
+    name: str
+    cuts: list[ComparedCut]
+    lengths: list[list[int]]  # per stage: image tokens that the reference and the candidate keep
+    top1: int
+    logits: NDArray[np.float32] | None
+    theirs: NDArray[np.float32]
+    replayed: bool
+
+
+def compare_image(
+    name: str, image: NDArray[np.float32], reference: Reference, theirs: Prediction, b: int,
+    thresholds: Sequence[float],
+) -> ComparedImage:  # fmt: skip
+    """`theirs` holds the image as row `b`."""
+    ours = reference(image[None])
+    if ours.logits.shape[1:] != theirs.logits.shape[1:]:
+        raise UserError(
+            f"the reference has {ours.logits.shape[1]} logits, what is compared with it has "
+            f"{list(theirs.logits.shape[1:])}; name a model of the same network"
+        )
+    if thresholds and (ours.kept is None or ours.scores is None):
+        raise ValueError("parity needs a reference that records kept tokens and scores")
+    path, replayed = ours, False
+    if theirs.kept is None:
+        cuts, known = _counted(ours, theirs, b, thresholds)
+    else:
+        kept = [stage[b] for stage in theirs.kept]
+        known = _possible(kept, len(ours.scores[0][0]) if ours.scores else 0)
+        if known:
+            assert not thresholds or ours.kept is not None
+            replayed = any(not np.array_equal(k, o[0]) for k, o in zip(kept, ours.kept or []))
+            path = reference.replay(image[None], kept) if replayed else ours
+            cuts = _cuts(path, kept, theirs, b, thresholds)
+        else:
+            cuts = [ComparedCut(1, None, [(-1, np.nan, np.inf, 0.0)])]
+    lengths = [[int(o[0]) - 1, int(t[b]) - 1] for o, t in zip(ours.lengths, theirs.lengths)]
+    return ComparedImage(name, cuts, lengths, int(ours.logits[0].argmax()),
+                 path.logits[0] if known else None, theirs.logits[b], replayed)  # fmt: skip
+
+
+def _possible(kept: Sequence[NDArray[np.int64]], tokens: int) -> bool:
+    """Whether each stage keeps something, of what the one before left."""
+    before: NDArray[np.int64] = np.arange(tokens)
+    for now in kept:
+        if not len(now) or not np.isin(now, before).all():
+            return False
+        before = now
+    return True
+
+
+def _cuts(
+    path: Prediction, kept: Sequence[NDArray[np.int64]], theirs: Prediction, b: int,
+    thresholds: Sequence[float],
+) -> list[ComparedCut]:  # fmt: skip
+    cuts: list[ComparedCut] = []
+    for stage, threshold in enumerate(thresholds):
+        assert path.scores is not None
+        scores = path.scores[stage][0]
+        alive = kept[stage - 1] if stage else np.arange(len(scores))
+        decided = alive[keep_mask(scores[None, alive], threshold)[0]]
+        flipped = np.setxor1d(decided, kept[stage])
+        noise = None
+        if theirs.scores is not None:
+            noise = _noise(scores[alive], theirs.scores[stage][b][alive])
+        flips = [_flip(int(token), scores[alive], scores, threshold) for token in flipped]
+        cuts.append(ComparedCut(len(alive), noise, flips))
+    return cuts
+
+
+def _noise(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    """Median error of the scores relative to themselves; what is equal, infinite or not, is 0."""
+    same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        error = np.abs(ours.astype(np.float64) - theirs) / np.abs(ours)
+    return float(np.median(np.where(same, 0.0, np.nan_to_num(error, nan=np.inf))))
+
+
+def _flip(
+    token: int, alive: NDArray[np.float32], scores: NDArray[np.float32], threshold: float
+) -> tuple[int, float, float, float]:
+    score, best = float(scores[token]), float(np.nanmax(alive))
+    # Where nothing passes, the best token stays: the decision was between the two best.
+    boundary = float(threshold) if best > threshold else best
+    margin = abs(score - boundary)
+    return token, score, margin if np.isfinite(margin) else np.inf, abs(boundary)
+
+
+def _counted(
+    ours: Prediction, theirs: Prediction, b: int, thresholds: Sequence[float]
+) -> tuple[list[ComparedCut], bool]:
+    """For a backend that says how many tokens stay and not which: judged up to the first stage
+    where that differs, by the flips that there must at least have been.
+
+    Returns:
+        the cuts, and whether all counts agree.
+    """
+    cuts: list[ComparedCut] = []
+    for stage, threshold in enumerate(thresholds):
+        assert ours.scores is not None
+        assert ours.kept is not None
+        scores, kept = ours.scores[stage][0], ours.kept[stage][0]
+        alive = scores[np.isfinite(scores)]
+        flipped = _likeliest_flips(scores, kept, int(theirs.lengths[stage][b]) - 1)
+        flips = [_flip(int(token), alive, scores, threshold) for token in flipped]
+        cuts.append(ComparedCut(len(alive), None, flips))
+        if flips:
+            return cuts, False
+    return cuts, True
+
+
+def _likeliest_flips(scores: NDArray, kept: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """What must at least have flipped for `count` tokens to stay: the nearest to the threshold."""
+    if count < len(kept):
+        return kept[np.argsort(scores[kept])[: len(kept) - count]]
+    dropped = np.setdiff1d(np.flatnonzero(np.isfinite(scores)), kept)
+    return dropped[np.argsort(-scores[dropped])[: count - len(kept)]]

@@ -1,0 +1,91 @@
+"""What a comparison found: every flip, every change of top-1, and the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One token that only one side keeps, of those that both had before the stage.
+
+    Attributes:
+        margin: distance of the reference's score from what decides: the threshold, or the other
+            of the two best scores where none passes.
+        allowed: the largest margin that rounding explains.
+    """
+
+    image: str
+    stage: int
+    token: int
+    score: float
+    threshold: float
+    margin: float
+    allowed: float
+
+    @property
+    def borderline(self) -> bool:
+        return self.margin <= self.allowed
+
+
+@dataclass(frozen=True)
+class Top1:
+    """An image whose best class changed, given the same tokens; `margin` is a share of its logits.
+
+    Attributes:
+        reference, candidate: the classes.
+        margin: the reference's best logit minus its logit of `candidate`.
+    """
+
+    image: str
+    reference: int
+    candidate: int
+    margin: float
+    borderline: bool
+
+
+@dataclass
+class Parity:
+    """The verdict over a set of images; `failures` is empty when it passes.
+
+    Attributes:
+        equal_sets: images on which no decision differs.
+        explained: images on which every flip is borderline.
+        top1_equal: images whose top-1 is that of the reference's own run.
+        replayed: images on which the reference took the candidate's decisions.
+        judged: images whose logits were compared; without knowing which tokens a candidate keeps,
+            those where it keeps as many.
+        decisions, decisions_equal: tokens at all stages.
+        logit_error, typical_logit_error: the largest and the median, as `Limits.logits`.
+        noise: per stage, as `Limits.noise`; empty where the candidate does not put out its scores.
+        mean_kept, candidate_kept: image tokens after each stage.
+        flips, top1_changes: each one, borderline or not.
+    """
+
+    precision: str = "float32"
+    images: int = 0
+    equal_sets: int = 0
+    explained: int = 0
+    top1_equal: int = 0
+    replayed: int = 0
+    judged: int = 0
+    decisions: int = 0
+    decisions_equal: int = 0
+    logit_error: float = 0.0
+    typical_logit_error: float = 0.0
+    noise: list[float] = field(default_factory=list)
+    mean_kept: list[float] = field(default_factory=list)
+    candidate_kept: list[float] = field(default_factory=list)
+    flips: list[Flip] = field(default_factory=list)
+    top1_changes: list[Top1] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        flips = [{**asdict(flip), "borderline": flip.borderline} for flip in self.flips]
+        return {**asdict(self), "flips": flips, "passed": self.passed}
