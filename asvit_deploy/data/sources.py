@@ -401,6 +401,8 @@ def open_labelled(
     Raises:
         UserError: see `DigitsSource`, `parts.folders_to_evaluate` and `parts.shards_to_evaluate`.
     """
+    if not data:
+        raise UserError("--data is empty; pass a folder, or `digits`")
     if _is_digits(data):
         return DigitsSource(config, 0)
     folder = Path(data)

@@ -16,7 +16,7 @@ from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
 from asvit_deploy.runners.base import Runner
 
 # images float32 [B, 3, H, W], normalised; labels int64 [B], the model's own class numbers
-Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
+LabelledArrays = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 _Z = 1.959964  # two-sided 95 %
 
@@ -37,7 +37,7 @@ class Scored:
     macs: NDArray[np.float64]
 
 
-def score(runner: Runner, batches: Iterable[Batch], config: ArchConfig) -> Scored:
+def score(runner: Runner, batches: Iterable[LabelledArrays], config: ArchConfig) -> Scored:
     """Run every batch as it comes.
 
     Returns:

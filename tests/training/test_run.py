@@ -25,9 +25,10 @@ from asvit_deploy.data.sources import FolderSource
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
-from asvit_deploy.training.finetune import average_path, finetune
+from asvit_deploy.training.lifecycle import average_path
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.recipe import Recipe, Running, rate
+from asvit_deploy.training.run import finetune
 from asvit_deploy.training.state import load_state, save_state, state_path
 from asvit_deploy.training.trainer import Trainer, TrainingForm, adaptive_start, dense_start
 
