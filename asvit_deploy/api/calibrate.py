@@ -127,7 +127,7 @@ def _save(
     report["source_sha256"] = sha256(checkpoint.path)
     metadata = {
         **checkpoint.metadata,
-        **checkpoint.told.metadata(),
+        **checkpoint.origins.metadata(),
         "budget": str(budget),
         "calibration": json.dumps(report),
         "source_sha256": report["source_sha256"],

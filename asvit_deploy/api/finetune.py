@@ -232,7 +232,7 @@ def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | No
             if averaged and not checkpoint.has_average:
                 say(f"{checkpoint.path}: holds no moving average; its own weights are taken")
     if mentor is not None:
-        alike = seen_alike(mentor.config, mentor.told, start.config.preprocessing)
+        alike = seen_alike(mentor.config, mentor.origins, start.config.preprocessing)
         if alike != mentor.config:
             say(f"{teacher}: what is assumed of its pictures is as {pretrained} sees them instead")
         mentor = replace(mentor, config=alike)

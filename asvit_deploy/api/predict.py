@@ -118,7 +118,7 @@ def _loaded(
             skips.add(str(path), error)
             loaded.append((path, error.reason))
     if all(isinstance(image, str) for _, image in loaded):
-        raise UserError(f"none of the {len(paths)} pictures can be read ({skips.told()})")
+        raise UserError(f"none of the {len(paths)} pictures can be read ({skips.summary()})")
     return loaded
 
 

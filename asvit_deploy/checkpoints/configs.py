@@ -1,6 +1,6 @@
 """What lies beside a checkpoint: `config.json` of timm or transformers, `preprocessor_config.json`.
 
-Each becomes a `Source` in our own words. Nothing here decides which source wins; see `facts`.
+Each becomes a `FactSource` in our own words. Nothing here decides which source wins; see `facts`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
+from asvit_deploy.checkpoints.fact_source import FactSource
 from asvit_deploy.checkpoints.names import timm_name
 from asvit_deploy.checkpoints.reading import ENDINGS, quoted
-from asvit_deploy.checkpoints.source import Source
 from asvit_deploy.errors import UserError
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -38,7 +38,7 @@ _VISION_TYPES = (
 )  # fmt: skip
 
 
-def sources_beside(path: Path) -> tuple[list[Source], list[str]]:
+def sources_beside(path: Path) -> tuple[list[FactSource], list[str]]:
     """What the config files beside a checkpoint say, and lines on those that are passed over.
 
     Raises:
@@ -99,7 +99,7 @@ def _read(file: Path, path: Path) -> dict[str, Any]:
 # --- config.json --------------------------------------------------------------------------------
 
 
-def _config(told: Mapping[str, Any]) -> Source | None:
+def _config(told: Mapping[str, Any]) -> FactSource | None:
     nested = told.get("pretrained_cfg")
     flat = {"mean", "std", "input_size"} <= told.keys()
     if isinstance(nested, Mapping) or isinstance(told.get("architecture"), str) or flat:
@@ -111,10 +111,10 @@ def _config(told: Mapping[str, Any]) -> Source | None:
     return None
 
 
-def _timm(told: Mapping[str, Any], nested: Mapping[str, Any]) -> Source:
+def _timm(told: Mapping[str, Any], nested: Mapping[str, Any]) -> FactSource:
     args = told.get("model_args")
     args = args if isinstance(args, Mapping) else {}
-    source = Source(CONFIG)
+    source = FactSource(CONFIG)
 
     def said(key: str, *places: Mapping[str, Any]) -> Any:
         return next((p[key] for p in places if p.get(key) is not None), None)
@@ -146,8 +146,8 @@ def _timm(told: Mapping[str, Any], nested: Mapping[str, Any]) -> Source:
     return source
 
 
-def _transformers(told: Mapping[str, Any], kind: Any) -> Source:
-    source = Source(CONFIG)
+def _transformers(told: Mapping[str, Any], kind: Any) -> FactSource:
+    source = FactSource(CONFIG)
     if kind is not None and kind not in _PLAIN_TYPES:
         source.cannot["model_type"] = f"model_type {quoted(kind)}, no plain ViT"
     source.say("heads", told.get("num_attention_heads"), "num_attention_heads")
@@ -168,18 +168,18 @@ def _transformers(told: Mapping[str, Any], kind: Any) -> Source:
 # --- preprocessor_config.json -------------------------------------------------------------------
 
 
-def _preprocessor(told: Mapping[str, Any]) -> Source | None:
+def _preprocessor(told: Mapping[str, Any]) -> FactSource | None:
     known = ("image_mean", "image_std", "size", "crop_size", "resample", "do_resize")
     if not any(key in told for key in known):
         return None
-    source = Source(PREPROCESSOR)
+    source = FactSource(PREPROCESSOR)
     _normalisation(told, source)
     _resampling(told, source)
     _sizes(told, source)
     return source
 
 
-def _normalisation(told: Mapping[str, Any], source: Source) -> None:
+def _normalisation(told: Mapping[str, Any], source: FactSource) -> None:
     """Mean and standard deviation, of pixels from 0 to 1 whatever the factor of rescaling."""
     if told.get("do_normalize") is False:
         source.say("mean", [0.0] * 3)
@@ -207,7 +207,7 @@ def _same(a: Any, b: float) -> bool:
     return isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-6)
 
 
-def _resampling(told: Mapping[str, Any], source: Source) -> None:
+def _resampling(told: Mapping[str, Any], source: FactSource) -> None:
     code = told.get("resample")
     if code is None:
         return
@@ -233,7 +233,7 @@ def _square(value: Any) -> int | None:
     return sides[0] if whole and len(sides) == 2 and sides[0] == sides[1] else None
 
 
-def _sizes(told: Mapping[str, Any], source: Source) -> None:
+def _sizes(told: Mapping[str, Any], source: FactSource) -> None:
     """How large the picture becomes, what is cut out, and so crop_pct and crop_mode."""
     size, crop = told.get("size"), told.get("crop_size")
     cut = bool(told.get("do_center_crop")) if "do_center_crop" in told else False

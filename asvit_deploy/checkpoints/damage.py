@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from asvit_deploy.checkpoints.refused import Refused
+
 _PIECE = 1 << 20  # bytes of a member in memory at a time
 _FOLDER = 0x10  # an attribute of MS-DOS
 _ENCRYPTED = 0x2061  # the flags of a member that say so, and of a patch
@@ -26,8 +28,8 @@ _END, _END_SIZE = struct.Struct("<4s4xHHII2x"), 22
 _LOCATOR, _END_64 = struct.Struct("<4s4xQ4x"), struct.Struct("<4s20xQQQQ")
 
 
-class Damaged(ValueError):
-    """What is wrong with a file's bytes, to follow its name in a message."""
+class Damaged(Refused):
+    """What is wrong with a file's bytes."""
 
 
 _CUT = "is truncated or damaged; copy or download it again"

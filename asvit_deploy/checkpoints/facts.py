@@ -2,7 +2,7 @@
 
 They come from an option, our own file's metadata, the config files beside a checkpoint, or what
 it holds of its training. What none of these says is assumed by the row of the table, and the line
-that `Told` makes always says which.
+that `Origins` makes always says which.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 from asvit_deploy.bounded import parse_json
 from asvit_deploy.checkpoints.configs import sources_beside
+from asvit_deploy.checkpoints.fact_source import FactSource, checked, meant
 from asvit_deploy.checkpoints.names import moco_name, timm_name
-from asvit_deploy.checkpoints.reading import Refuse, quoted
-from asvit_deploy.checkpoints.source import Source, checked, meant
+from asvit_deploy.checkpoints.reading import quoted
+from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig, Preprocessing
 
@@ -62,26 +63,31 @@ NOTHING_GIVEN = Given()
 
 
 @dataclass(frozen=True)
-class Told:
-    """Where each fact came from, by its name: `assumed`, or what said it."""
+class Origins:
+    """Where each fact came from.
 
-    origins: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        by_fact: `assumed`, or what said it, by the fact's name.
+        line: the same in words, for stderr.
+    """
+
+    by_fact: dict[str, str] = field(default_factory=dict)
     line: str = ""
 
     def fields(self) -> dict[str, Any]:
         """As sidecars and metadata keep it."""
-        of = {name: origin for name, origin in self.origins.items() if name in _PREPROCESSING}
-        return {"preprocessing_from": of, "heads_from": self.origins.get("heads", ASSUMED),
-                "eps_from": self.origins.get("eps", ASSUMED)}  # fmt: skip
+        of = {name: origin for name, origin in self.by_fact.items() if name in _PREPROCESSING}
+        return {"preprocessing_from": of, "heads_from": self.by_fact.get("heads", ASSUMED),
+                "eps_from": self.by_fact.get("eps", ASSUMED)}  # fmt: skip
 
     def metadata(self) -> dict[str, str]:
         """The same for `save_checkpoint`; nothing where there was no load."""
-        return {k: json.dumps(v) for k, v in self.fields().items()} if self.origins else {}
+        return {k: json.dumps(v) for k, v in self.fields().items()} if self.by_fact else {}
 
 
-def seen_alike(config: ArchConfig, told: Told, other: Preprocessing) -> ArchConfig:
+def seen_alike(config: ArchConfig, origins: Origins, other: Preprocessing) -> ArchConfig:
     """The architecture with another network's preprocessing, where its own is only assumed."""
-    assumed = [name for name in _PREPROCESSING if told.origins.get(name, ASSUMED) == ASSUMED]
+    assumed = [name for name in _PREPROCESSING if origins.by_fact.get(name, ASSUMED) == ASSUMED]
     rules = {name: getattr(other, name) for name in assumed}
     return replace(config, preprocessing=replace(config.preprocessing, **rules))
 
@@ -102,13 +108,13 @@ def model_names(content: Any, options: Mapping[str, Mapping[str, Any]]) -> dict[
     return found
 
 
-def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> list[Source]:
+def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> list[FactSource]:
     """What `args` and their like, and the model's name, say."""
     sources = [_of_options(place, told) for place, told in options.items()]
     keys = content.keys() if isinstance(content, dict) else ()
     moco = "student" not in keys and "teacher" not in keys
     for place, name in model_names(content, options).items():
-        source = Source(f"{place} {name}")
+        source = FactSource(f"{place} {name}")
         by_moco = place == "arch" or any(key.startswith("moco") for key in _all(options))
         implied = moco_name(name) if moco and by_moco else None
         if implied:  # these heads are none that the shapes suggest: they count as said
@@ -128,8 +134,8 @@ def _all(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [key for told in options.values() for key in told]
 
 
-def _of_options(place: str, told: Mapping[str, Any]) -> Source:
-    source = Source(place)
+def _of_options(place: str, told: Mapping[str, Any]) -> FactSource:
+    source = FactSource(place)
     for name in ("mean", "std", "interpolation"):
         source.say(name, told.get(name))
     for name, keys in (("crop_pct", ("crop_pct", "eval_crop_ratio")),
@@ -148,7 +154,9 @@ def _of_options(place: str, told: Mapping[str, Any]) -> Source:
     return source
 
 
-def own_source(metadata: Mapping[str, str], config: ArchConfig) -> tuple[Source, dict[str, str]]:
+def own_source(
+    metadata: Mapping[str, str], config: ArchConfig
+) -> tuple[FactSource, dict[str, str]]:
     """What our own file's metadata says, and where it had that from.
 
     Older files say nothing: they were made with their arch's own row.
@@ -158,7 +166,7 @@ def own_source(metadata: Mapping[str, str], config: ArchConfig) -> tuple[Source,
     """
     told = {k: parse_json(metadata[k]) for k in _FIELDS if k in metadata}
     known = recorded(config, told)
-    source = Source(_OURS)
+    source = FactSource(_OURS)
     source.says = {**vars(known.preprocessing), "heads": known.heads, "eps": known.eps}
     origins = told.get("preprocessing_from", {}) if "preprocessing" in told else {}
     if not isinstance(origins, dict) or not all(isinstance(o, str) for o in origins.values()):
@@ -229,15 +237,16 @@ class Loaded:
 
 
 def settle(
-    loaded: Loaded, given: Given, own: tuple[Source, dict[str, str]] | None,
-    within: list[Source], refuse: Refuse,
-) -> tuple[ArchConfig, Told, list[str]]:  # fmt: skip
+    loaded: Loaded, given: Given, own: tuple[FactSource, dict[str, str]] | None,
+    within: list[FactSource],
+) -> tuple[ArchConfig, Origins, list[str]]:  # fmt: skip
     """The architecture with every fact settled, where each came from, and lines on what was not
     taken.
 
     Raises:
-        UserError: a source is broken, cannot be obeyed, disagrees with the weights or with another
-            one, and no option settles it.
+        Refused: a source cannot be obeyed, disagrees with the weights or with another one, and no
+            option settles it.
+        UserError: a source is broken, or an option does not fit the weights.
     """
     config, options = loaded.config, given.settled()
     heads = options.get("heads")
@@ -251,7 +260,7 @@ def settle(
     beside, lines = ([], []) if own is not None else sources_beside(loaded.path)
     sources = [*([own[0]] if own else []), *beside, *within]
     for source in sources:
-        _check_source(source, loaded, options, refuse)
+        _check_source(source, loaded, options)
     chosen: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name in _FACTS:
@@ -260,7 +269,7 @@ def settle(
             continue
         # Who says how to crop has said it for both ways.
         settled = name == "crop_mode" and "crop_pct" in options
-        found = _first(name, sources, refuse, settled)
+        found = _first(name, sources, settled)
         if found is not None:
             value, source = found
             chosen[name] = value
@@ -277,19 +286,17 @@ def settle(
     if config.preprocessing.crop_mode == "center":  # which goes without saying
         del origins["crop_mode"]
     ours = own is not None
-    return config, Told(origins, _line(config, origins, loaded.config, ours)), lines
+    return config, Origins(origins, _line(config, origins, loaded.config, ours)), lines
 
 
-def _check_source(
-    source: Source, loaded: Loaded, options: Mapping[str, Any], refuse: Refuse
-) -> None:
+def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]) -> None:
     """Refuse what a source says that cannot be obeyed, or that is not true of the weights."""
     for name, what in source.cannot.items():
         option = {"crop_mode": "crop_pct"}.get(name, name)
         if option not in options:
             known = f"; pass --{option.replace('_', '-')}" if option in vars(NOTHING_GIVEN) else ""
             mend = known or "; this version computes exact GELU networks with a class token alone"
-            refuse(f"cannot be loaded: {source.name} says {what}{mend}")
+            raise Refused(f"cannot be loaded: {source.name} says {what}{mend}")
     config, settled = loaded.config, set()
     if loaded.sized:
         settled.add("image_size")
@@ -301,13 +308,13 @@ def _check_source(
         by_name = loaded.named and word.endswith(f": {name}")
         if name in settled or by_name or (type(value) is int and value == holds):
             continue
-        refuse(
+        raise Refused(
             f"holds {name.replace('_', ' ')} {holds} where {source.name} says {word} "
             f"{quoted(value)}: one of them is another network's; mend or remove what it says"
         )
     heads = source.says.get("heads")
     if heads is not None and config.dim % heads and "heads" not in options:
-        refuse(
+        raise Refused(
             f"has width {config.dim}, which the {heads} heads of {source.name} do not divide; pass "
             "--heads"
         )
@@ -321,9 +328,7 @@ def _equal(name: str, a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-6) if name == "eps" else a == b
 
 
-def _first(
-    name: str, sources: list[Source], refuse: Refuse, settled: bool
-) -> tuple[Any, Source] | None:
+def _first(name: str, sources: list[FactSource], settled: bool) -> tuple[Any, FactSource] | None:
     """The first that says a fact, once those that say it agree; what is said outright comes
     before what a model's name stands for."""
     for place in ("says", "stands_for"):
@@ -335,7 +340,7 @@ def _first(
             # Our own file is the later one: what it was made from is not asked again.
             if not (settled or first.name == _OURS or _equal(name, value, other)):
                 option = "--crop-pct" if name == "crop_mode" else f"--{name.replace('_', '-')}"
-                refuse(
+                raise Refused(
                     f"has two accounts of its {name}: {first.name} says {_shown(value)}, "
                     f"{source.name} says {_shown(other)}; pass {option}, or mend one"
                 )

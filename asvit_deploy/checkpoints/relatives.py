@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from asvit_deploy.checkpoints.reading import Refuse, quoted
+from asvit_deploy.checkpoints.reading import quoted
+from asvit_deploy.checkpoints.refused import Refused
 
 
 def _said(value: Any) -> bool:
@@ -95,9 +96,7 @@ _KEYS: tuple[tuple[str, str, str], ...] = (
 _LAYER_SCALE = re.compile(r"blocks\.\d+\.(?:gamma_[12]|ls[12]\.gamma)$")
 
 
-def refuse_options(
-    sources: Mapping[str, Mapping[str, Any]], names: Iterable[str], refuse: Refuse
-) -> None:
+def refuse_options(sources: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
     """Refuse a file whose own options, or whose model's name, tell of another method.
 
     Args:
@@ -108,31 +107,31 @@ def refuse_options(
         for flags, tells, method in _OPTIONS:
             for flag in flags:
                 if flag in options and tells(options[flag]):
-                    _refuse_method(method, f"--{flag} {quoted(options[flag])}", refuse)
+                    _refuse_method(method, f"--{flag} {quoted(options[flag])}")
         if "base_keep_rate" not in options:
             for flag in _EVIT_TOO:
                 if _on(options.get(flag)):
-                    _refuse_method("EViT", f"--{flag} {quoted(options[flag])}", refuse)
+                    _refuse_method("EViT", f"--{flag} {quoted(options[flag])}")
     for name in names:
         for pattern, method in _MODELS:
             if re.match(pattern, name):
-                _refuse_method(method, f"the model {quoted(name)}", refuse)
+                _refuse_method(method, f"the model {quoted(name)}")
 
 
-def _refuse_method(method: str, told: str, refuse: Refuse) -> None:
-    refuse(
+def _refuse_method(method: str, told: str) -> None:
+    raise Refused(
         f"was trained with {told} ({method}), which is another method; pass a file trained "
         "without it"
     )
 
 
-def refuse_keys(state: Mapping[str, Any], refuse: Refuse) -> None:
+def refuse_keys(state: Mapping[str, Any]) -> None:
     """Refuse a state dict that holds what only another network has, by that network's name."""
     for pattern, what, mend in _KEYS:
         if key := next((key for key in state if re.match(pattern, key)), None):
-            refuse(f"{what.format(key=quoted(key)[1:-1])}; {mend}")
+            raise Refused(f"{what.format(key=quoted(key)[1:-1])}; {mend}")
     if key := next(filter(_LAYER_SCALE.match, state), None):
-        refuse(f"{_layer_scaled(state)} (LayerScale: {key}); {_LATER}")
+        raise Refused(f"{_layer_scaled(state)} (LayerScale: {key}); {_LATER}")
 
 
 def _layer_scaled(state: Mapping[str, Any]) -> str:

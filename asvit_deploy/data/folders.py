@@ -105,7 +105,7 @@ def _pictures_by_class(folder: Path) -> tuple[list[str], list[Listing], Passed]:
         folders, passed = _top(folder)
         classes = in_order(folders, folder)
         if len(classes) < 2:
-            told = passed.told()
+            told = passed.summary()
             raise UserError(
                 f"{folder} holds {len(classes)} class folder{'s' * (len(classes) != 1)}"
                 f"{f' and {told}' if told else ''}; put the pictures of each class in a folder of "
@@ -155,7 +155,7 @@ def _refuse_class(folder: Path, passed: Passed) -> NoReturn:
             f"the class folder {folder} holds only folders, such as {inner[0]}; put its pictures "
             "into it directly, or name the folder that holds the class folders"
         )
-    told = passed.told()
+    told = passed.summary()
     raise UserError(
         f"the class folder {folder} holds no picture{f', only {told}' if told else ''}; add some"
     )

@@ -13,7 +13,7 @@ from asvit_deploy.checkpoints.load import Checkpoint
 from asvit_deploy.classes.matching import label_map
 from asvit_deploy.classes.network import of_checkpoint
 from asvit_deploy.data.batches import Batch
-from asvit_deploy.data.sources import Source, _fingerprint
+from asvit_deploy.data.sources import Source, fingerprint
 from asvit_deploy.errors import UserError
 
 Say = Callable[[str], None]
@@ -25,7 +25,7 @@ class Relabelled:
     def __init__(self, source: Source, classes: Sequence[str], classes_from: str) -> None:
         self.name, self.epoch, self._source = source.name, source.epoch, source
         self.classes, self.classes_from = list(classes), classes_from
-        self.identity = {**source.identity, "classes": _fingerprint(self.classes)}
+        self.identity = {**source.identity, "classes": fingerprint(self.classes)}
         places = {name: i for i, name in enumerate(self.classes)}
         self._new = torch.tensor([places[name] for name in source.classes])
         self._old = self._new.argsort()

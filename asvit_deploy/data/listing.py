@@ -65,7 +65,7 @@ class Passed:
         named = {ending or "no ending": n for ending, n in self.endings.most_common()}
         return named | dict(self.kinds.most_common())
 
-    def told(self, what: str = "file") -> str:
+    def summary(self, what: str = "file") -> str:
         """Such as `12 files (.txt 10, .heic 2), 3 hidden`; empty where nothing was passed over."""
         parts = []
         if count := sum(self.endings.values()):
@@ -77,7 +77,7 @@ class Passed:
 
     def lines(self, place: object) -> list[str]:
         """For stderr: what was passed over in `place`, and the folders reached again."""
-        told = self.told()
+        told = self.summary()
         lines = [f"passed over in {place}: {told}"] if told else []
         lines += self.again[:_SHOWN]
         if more := len(self.again) - _SHOWN:

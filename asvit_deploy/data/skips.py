@@ -72,7 +72,7 @@ class Skips:
         """How many for which reason, most first."""
         return dict(Counter(self.reasons.values()).most_common())
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Such as `3 skipped (empty 2, broken 1)`; empty where none was."""
         parts = ", ".join(f"{reason} {count}" for reason, count in self.by_reason().items())
         return f"{len(self)} skipped ({parts})" if self.reasons else ""

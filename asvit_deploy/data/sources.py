@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 
 from asvit_deploy.data.augment import NO_AUGMENTATION, Augmentation
 from asvit_deploy.data.batches import Batch, Share, Threads, normalise
-from asvit_deploy.data.decode import PictureError
 from asvit_deploy.data.digits import CANVAS, CLASSES, ClutteredDigits
 from asvit_deploy.data.folders import Pictures
-from asvit_deploy.data.images import preprocess, thinned
+from asvit_deploy.data.images import preprocess
+from asvit_deploy.data.labelled import LabelledPictures
 from asvit_deploy.data.parts import (
     folders_to_evaluate,
     folders_to_train,
@@ -32,7 +32,8 @@ from asvit_deploy.data.parts import (
     shards_to_evaluate,
     shards_to_train,
 )
-from asvit_deploy.data.shards import ShardOrder, ShardPictures
+from asvit_deploy.data.shard_order import ShardOrder
+from asvit_deploy.data.shards import ShardPictures
 from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
@@ -105,7 +106,7 @@ class DigitsSource:
                 f"{config.image_size}; use as_deit_mini at its own image size"
             )
         self.name, self.classes, self.epoch = "digits", list(CLASSES), DIGITS_EPOCH
-        self.identity = {"data": self.name, "classes": _fingerprint(self.classes)}
+        self.identity = {"data": self.name, "classes": fingerprint(self.classes)}
         self.held_out: int | None = None
         self.passed_over, self.notes = Counter[str](), list[str]()
         self._config, self._seed, self._augmentation = config, seed, augmentation
@@ -132,58 +133,6 @@ class DigitsSource:
             placed = self._test.batch(own[start : start + size])
             images = normalise(placed.images, self._config.preprocessing)
             yield Batch(images, torch.from_numpy(placed.labels))
-
-
-class LabelledPictures:
-    """Pictures in the arch's own preprocessing, for evaluation.
-
-    Args:
-        skips: passes unreadable pictures over as far as it allows; by default one is refused.
-    """
-
-    def __init__(
-        self, pictures: Pictures, config: ArchConfig, skips: Skips | None = None,
-        notes: Iterable[str] = (),
-    ) -> None:  # fmt: skip
-        self.classes, self.skips = pictures.classes, Skips() if skips is None else skips
-        self.classes_from = pictures.classes_from
-        self.held_out: int | None = len(pictures)
-        self.passed_over, self.notes = pictures.passed_over, [*notes, *pictures.notes]
-        self._pictures, self._config, self._threads = pictures, config, Threads()
-
-    def image(self, number: int) -> np.ndarray:
-        """float32 [3, H, W]."""
-        return preprocess(self._pictures.load(number), self._config)
-
-    def _image_or_error(self, number: int) -> np.ndarray | PictureError:
-        try:
-            return self.image(number)
-        except PictureError as error:
-            return error
-
-    def validation(
-        self, size: int, limit: int | None = None, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
-        """Every picture once, in order; of more than `limit`, exactly so many, spread evenly; of
-        those, every `world`-th.
-
-        Raises:
-            UserError: more cannot be read than `skips` allows.
-        """
-        own = thinned(range(len(self._pictures)), limit)[rank::world]
-        for start in range(0, len(own), size):
-            numbers = own[start : start + size]
-            read, skipped = {}, []
-            for number, image in zip(numbers, self._threads.map(self._image_or_error, numbers)):
-                if isinstance(image, PictureError):
-                    skipped.append(self._pictures.name(number))
-                    self.skips.add(skipped[-1], image)
-                else:
-                    read[number] = image
-            side = self._config.image_size
-            images = np.stack([*read.values()]) if read else np.empty((0, 3, side, side), "f4")
-            labels = torch.tensor([self._pictures.label(n) for n in read], dtype=torch.int64)
-            yield Batch(torch.from_numpy(images), labels, tuple(skipped))
 
 
 class _Shuffled:
@@ -228,8 +177,8 @@ class PictureSource:
             raise UserError(f"{name}: train and val {told}; make them equal")
         self.identity = {
             "data": self.name,
-            "classes": _fingerprint(self.classes),
-            "pictures": _fingerprint(train.names),
+            "classes": fingerprint(self.classes),
+            "pictures": fingerprint(train.names),
         }
         parts = [train] if held_out is None else [train, held_out]
         self.held_out: int | None = 0 if held_out is None else len(held_out)
@@ -337,7 +286,7 @@ class ShardSource(PictureSource):
         )
 
 
-def _fingerprint(names: Iterable[str]) -> str:
+def fingerprint(names: Iterable[str]) -> str:
     """How many names, and the start of the sha256 of them all in their order."""
     listed = list(names)
     # A file name may hold bytes that are no text; no name holds a zero.

@@ -289,7 +289,7 @@ def finetune(
         skipped = Skipped(accelerator, running.skip_limit)
         log = train(trainer, source, output, identity, skipped, resume, running, force)
         stack.enter_context(kept_when_stopped(output, recipe.steps))
-        facts = pretrained.told.metadata() if pretrained else {}
+        facts = pretrained.origins.metadata() if pretrained else {}
         end = _End(trainer, source, log, skipped, running, identity, facts, fit=selector is None)
         averaged = None
         if (average := trainer.averaged()) is not None:

@@ -203,8 +203,8 @@ def test_calibrate_carries_the_facts(cli, tmp_path):
     assert "mean 0.4 by --mean" in result.err
     written = load_checkpoint(Path("a.safetensors"))
     assert written.config.preprocessing.mean == (0.4,) * 3
-    assert written.told.origins["mean"] == "option --mean"
-    assert written.told.origins["heads"] == "its arch as_deit_mini"
+    assert written.origins.by_fact["mean"] == "option --mean"
+    assert written.origins.by_fact["heads"] == "its arch as_deit_mini"
     assert cli("export", "--ckpt", "a.safetensors").code == 0
     assert artifact.read(Path("a.onnx"))["preprocessing"]["mean"] == [0.4] * 3
 
@@ -225,7 +225,7 @@ def test_finetune_carries_the_facts(cli, tmp_path, data):
     assert "mean 0.3, std 0.2 from args" in result.err
     written = load_checkpoint(Path("out.safetensors"))
     assert (written.config.preprocessing.mean, written.config.heads) == ((0.3,) * 3, 4)
-    assert (written.told.origins["mean"], written.told.origins["heads"]) == (
+    assert (written.origins.by_fact["mean"], written.origins.by_fact["heads"]) == (
         "args", "option --heads",
     )  # fmt: skip
 

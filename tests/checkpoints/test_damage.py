@@ -23,6 +23,7 @@ from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.damage import check_archive, digest
 from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.checkpoints.reading import read
+from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 
 MASKS = (0xFF, 0x01, 0x10, 0x20, 0x80)  # all bits, and those that turn names and flags into others
@@ -59,7 +60,7 @@ def flips(path: Path, load: Callable[[Path], str], offsets: list[int]) -> Counte
         with flipped(path, offset, mask):
             try:
                 after = load(path)
-            except UserError as error:
+            except (UserError, Refused) as error:
                 assert "\n" not in str(error)  # noqa: PT017
                 told["refused"] += 1
                 continue
@@ -77,12 +78,8 @@ def loaded(path: Path) -> str:
     return digest(found.state) + repr(rest)
 
 
-def refuse(reason: str) -> None:
-    raise UserError(reason)
-
-
 def content_of(path: Path) -> str:
-    return digest(list(read(path, refuse)))
+    return digest(list(read(path)))
 
 
 def structure(path: Path) -> list[int]:

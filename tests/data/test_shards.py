@@ -21,7 +21,8 @@ from shard_files import picture_folder, png, samples, shards_of, write_tar
 from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.data.augment import Augmentation
 from asvit_deploy.data.folders import FolderPictures
-from asvit_deploy.data.shards import GROUP, ShardOrder, ShardPictures, _mapped
+from asvit_deploy.data.shard_order import GROUP, ShardOrder
+from asvit_deploy.data.shards import ShardPictures, _mapped
 from asvit_deploy.data.sources import open_labelled, open_source
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.archs import arch
