@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 # ONNX Runtime's telemetry keeps an identifier and a database in the home folder. It looks at this
-# when it is loaded, so it must be said before any part of the package, or a child, loads it.
+# when it is loaded, so it must be set before any part of the package, or a child, loads it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _MODULES = {

@@ -45,8 +45,8 @@ def _no_folder(path: Path) -> UserError:
 
 def unwritten(path: Path, error: OSError) -> UserError:
     """What the system said when `path` was written, in one line."""
-    mend = "; free space, then run it again" * (error.errno in FULL)
-    return UserError(f"cannot write {path}: {error.strerror or error}{mend}")
+    advice = "; free space, then run it again" * (error.errno in FULL)
+    return UserError(f"cannot write {path}: {error.strerror or error}{advice}")
 
 
 def check_parent(path: Path) -> None:

@@ -296,8 +296,8 @@ def _prepared(
     from asvit_deploy.training.presets import recipe_for
 
     make = partial(recipe_for, config, inputs.dense, start is None, given=inputs.given,
-                   told=in_file)  # fmt: skip
-    # Twice: what a batch holds is the recipe's affair, and how long an epoch is the data's.
+                   in_file=in_file)  # fmt: skip
+    # Twice: what a batch holds follows from the recipe, and how long an epoch is from the data.
     draft = make(epoch=1)
     names = read_names(inputs.classes, least=2) if inputs.classes else None
     source = open_source(inputs.data, config, draft.seed, draft.augmentation, names)

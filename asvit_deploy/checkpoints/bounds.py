@@ -83,7 +83,7 @@ def _check_zip(file: BinaryIO) -> None:
                     _refuse_large()
                 _weigh(io.BytesIO(archive.read(entry)), 1)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, ValueError):
-        return  # damaged, which is told where it is read
+        return  # damaged, which is found where it is read
 
 
 def _directory_size(file: BinaryIO) -> int:
@@ -92,10 +92,10 @@ def _directory_size(file: BinaryIO) -> int:
     file.seek(max(0, size - (1 << 16) - 98))  # a comment, the end, and zip64's end and locator
     tail = file.read()
     end, end64 = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
-    told = struct.unpack("<I", tail[end + 12 : end + 16])[0] if 0 <= end <= len(tail) - 22 else 0
-    if told == 2**32 - 1 and 0 <= end64 <= len(tail) - 56:
-        told = struct.unpack("<Q", tail[end64 + 40 : end64 + 48])[0]
-    return told
+    size = struct.unpack("<I", tail[end + 12 : end + 16])[0] if 0 <= end <= len(tail) - 22 else 0
+    if size == 2**32 - 1 and 0 <= end64 <= len(tail) - 56:
+        size = struct.unpack("<Q", tail[end64 + 40 : end64 + 48])[0]
+    return size
 
 
 # --- pickles ------------------------------------------------------------------------------------

@@ -146,8 +146,8 @@ _ALL = "tensors and metadata"
 
 def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata of a `.safetensors` with a digest of it and of the tensors."""
-    told = {**unsealed(metadata), _COVERS: _ALL}
-    return {**told, _DIGEST: _digest_of(tensors, told)}
+    covered = {**unsealed(metadata), _COVERS: _ALL}
+    return {**covered, _DIGEST: _digest_of(tensors, covered)}
 
 
 def unsealed(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -166,8 +166,8 @@ def check_seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> No
     Raises:
         Damaged: they differ.
     """
-    told = {key: value for key, value in metadata.items() if key != _DIGEST}
-    if _digest_of(tensors, told) != metadata.get(_DIGEST):
+    covered = {key: value for key, value in metadata.items() if key != _DIGEST}
+    if _digest_of(tensors, covered) != metadata.get(_DIGEST):
         raise Damaged(
             "is damaged, or was changed after this tool wrote it (its digest differs); copy it "
             "again, or make it again"

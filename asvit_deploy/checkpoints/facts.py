@@ -100,17 +100,17 @@ def model_names(content: Any, options: Mapping[str, Mapping[str, Any]]) -> dict[
     found = {}
     if isinstance(content, dict) and isinstance(content.get("arch"), str):
         found["arch"] = content["arch"]
-    for place, told in options.items():
+    for place, values in options.items():
         for key in ("model", "arch", "model_name", "architecture"):
-            if isinstance(told.get(key), str):
-                found[f"{place}.{key}"] = told[key]
+            if isinstance(values.get(key), str):
+                found[f"{place}.{key}"] = values[key]
                 break
     return found
 
 
 def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> list[FactSource]:
     """What `args` and their like, and the model's name, say."""
-    sources = [_of_options(place, told) for place, told in options.items()]
+    sources = [_of_options(place, values) for place, values in options.items()]
     keys = content.keys() if isinstance(content, dict) else ()
     moco = "student" not in keys and "teacher" not in keys
     for place, name in model_names(content, options).items():
@@ -131,24 +131,24 @@ def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def _all(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [key for told in options.values() for key in told]
+    return [key for values in options.values() for key in values]
 
 
-def _of_options(place: str, told: Mapping[str, Any]) -> FactSource:
+def _of_options(place: str, values: Mapping[str, Any]) -> FactSource:
     source = FactSource(place)
     for name in ("mean", "std", "interpolation"):
-        source.say(name, told.get(name))
+        source.say(name, values.get(name))
     for name, keys in (("crop_pct", ("crop_pct", "eval_crop_ratio")),
                        ("heads", ("num_heads", "num_attention_heads", "heads"))):  # fmt: skip
-        for key in reversed([key for key in keys if told.get(key) is not None]):
-            source.say(name, told[key], key)
-    source.say("eps", told.get("layer_norm_eps"), "layer_norm_eps")
-    source.activation(told.get("act_layer") or told.get("hidden_act"))
+        for key in reversed([key for key in keys if values.get(key) is not None]):
+            source.say(name, values[key], key)
+    source.say("eps", values.get("layer_norm_eps"), "layer_norm_eps")
+    source.activation(values.get("act_layer") or values.get("hidden_act"))
     for key in ("input_size", "img_size", "image_size"):
-        if told.get(key):
-            source.size(key, told[key])
+        if values.get(key):
+            source.size(key, values[key])
             break
-    pooling = told.get("gp", told.get("global_pool"))
+    pooling = values.get("gp", values.get("global_pool"))
     if pooling not in (None, False, "", "token", "fast"):
         source.cannot["global_pool"] = f"global_pool {quoted(pooling)}, not the class token"
     return source
@@ -164,17 +164,17 @@ def own_source(
     Raises:
         ValueError: a field is not what it must be.
     """
-    told = {k: parse_json(metadata[k]) for k in _FIELDS if k in metadata}
-    known = recorded(config, told)
+    stored = {k: parse_json(metadata[k]) for k in _FIELDS if k in metadata}
+    known = recorded(config, stored)
     source = FactSource(_OURS)
     source.says = {**vars(known.preprocessing), "heads": known.heads, "eps": known.eps}
-    origins = told.get("preprocessing_from", {}) if "preprocessing" in told else {}
+    origins = stored.get("preprocessing_from", {}) if "preprocessing" in stored else {}
     if not isinstance(origins, dict) or not all(isinstance(o, str) for o in origins.values()):
         raise ValueError("preprocessing_from")
     of = dict.fromkeys(_FACTS, f"its arch {config.name}")
     of |= {name: origin for name, origin in origins.items() if name in _PREPROCESSING}
     for name in ("heads", "eps"):
-        origin = told.get(f"{name}_from", of[name])
+        origin = stored.get(f"{name}_from", of[name])
         if not isinstance(origin, str):
             raise ValueError(f"{name}_from")
         of[name] = origin
@@ -199,11 +199,11 @@ def recorded(config: ArchConfig, fields: Mapping[str, Any]) -> ArchConfig:
     """
     rules = config.preprocessing
     if "preprocessing" in fields:
-        told = fields["preprocessing"]
+        stored = fields["preprocessing"]
         needed = set(_PREPROCESSING) - {"crop_mode"}
-        if not isinstance(told, Mapping) or not needed <= told.keys() <= set(_PREPROCESSING):
+        if not isinstance(stored, Mapping) or not needed <= stored.keys() <= set(_PREPROCESSING):
             raise ValueError("preprocessing")
-        known = {name: checked(name, value) for name, value in told.items()}
+        known = {name: checked(name, value) for name, value in stored.items()}
         if None in known.values():
             raise ValueError("preprocessing")
         rules = Preprocessing(**known)
@@ -225,7 +225,7 @@ class Loaded:
     Attributes:
         config: the row that its shapes fit, at the file's own size.
         headless: it has no classes of its own.
-        sized: the user asked for an image size, so that none which is told matters.
+        sized: the user asked for an image size, so that what is said of it does not matter.
         named: the user said which architecture it is, so that no name matters.
     """
 
@@ -267,7 +267,7 @@ def settle(
         if name in options:
             chosen[name], origins[name] = options[name], f"{_OPTION} --{name.replace('_', '-')}"
             continue
-        # Who says how to crop has said it for both ways.
+        # An option for the crop settles how it is made, too.
         settled = name == "crop_mode" and "crop_pct" in options
         found = _first(name, sources, settled)
         if found is not None:
@@ -295,8 +295,8 @@ def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]
         option = {"crop_mode": "crop_pct"}.get(name, name)
         if option not in options:
             known = f"; pass --{option.replace('_', '-')}" if option in vars(NOTHING_GIVEN) else ""
-            mend = known or "; this version computes exact GELU networks with a class token alone"
-            raise Refused(f"cannot be loaded: {source.name} says {what}{mend}")
+            advice = known or "; this version computes exact GELU networks with a class token alone"
+            raise Refused(f"cannot be loaded: {source.name} says {what}{advice}")
     config, settled = loaded.config, set()
     if loaded.sized:
         settled.add("image_size")
@@ -310,7 +310,7 @@ def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]
             continue
         raise Refused(
             f"holds {name.replace('_', ' ')} {holds} where {source.name} says {word} "
-            f"{quoted(value)}: one of them is another network's; mend or remove what it says"
+            f"{quoted(value)}: one of them is another network's; correct or remove what it says"
         )
     heads = source.says.get("heads")
     if heads is not None and config.dim % heads and "heads" not in options:
@@ -342,7 +342,7 @@ def _first(name: str, sources: list[FactSource], settled: bool) -> tuple[Any, Fa
                 option = "--crop-pct" if name == "crop_mode" else f"--{name.replace('_', '-')}"
                 raise Refused(
                     f"has two accounts of its {name}: {first.name} says {_shown(value)}, "
-                    f"{source.name} says {_shown(other)}; pass {option}, or mend one"
+                    f"{source.name} says {_shown(other)}; pass {option}, or correct one"
                 )
         return value, first
     return None
@@ -368,7 +368,7 @@ def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours:
         if word and name in origins:
             groups.setdefault(origins[name], []).append(word)
     parts = []
-    for origin, told in groups.items():
+    for origin, group in groups.items():
         what = f"assumed ({config.name}'s)" if origin == ASSUMED else f"from {origin}"
-        parts.append(f"{', '.join(told)} {what.replace(f'from {_OPTION} ', 'by ')}")
+        parts.append(f"{', '.join(group)} {what.replace(f'from {_OPTION} ', 'by ')}")
     return "; ".join(parts) + (", as its metadata says" if ours else "")

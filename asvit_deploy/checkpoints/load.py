@@ -74,7 +74,7 @@ class Checkpoint:
 
     @property
     def lines(self) -> list[str]:
-        """What is to be said of the load, a line each, the facts first."""
+        """What a load should report, a line each, the facts first."""
         return [f"{self.path}: {line}" for line in (self.origins.line, *self.notes) if line]
 
 
@@ -221,7 +221,7 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
     """Write a model as `.safetensors` and its sidecar, whole or not at all.
 
     Args:
-        metadata: text or JSON, told beside the weights; format, schema, arch, image_size,
+        metadata: text or JSON, kept beside the weights; format, schema, arch, image_size,
             num_classes, preprocessing, heads, eps and, where they are not the arch's own, stages
             are added and cannot be overridden.
 
@@ -251,8 +251,8 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
             f"{path} is not written: {listed(odd)} holds NaN or infinite values; "
             "lower the learning rate, or start from other weights"
         )
-    told = unsealed({**metadata, **own})
+    entries = unsealed({**metadata, **own})
     fields = {"kind": "checkpoint", **provenance(["torch", "safetensors"])}
-    fields |= {key: parsed(value) for key, value in told.items() if key != "schema"}
+    fields |= {key: parsed(value) for key, value in entries.items() if key != "schema"}
     fields["thresholds"] = model.threshold_values()
-    artifact.write(path, safetensors.torch.save(tensors, sealed(tensors, told)), fields)
+    artifact.write(path, safetensors.torch.save(tensors, sealed(tensors, entries)), fields)

@@ -40,24 +40,24 @@ def renamed(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(
-    state: Mapping[str, Tensor], told: str | None, wanted: str | None, bare: bool
+    state: Mapping[str, Tensor], stated: str | None, wanted: str | None, bare: bool
 ) -> ArchConfig:
     """Find the row of the table that the shapes fit.
 
     Args:
-        told: arch name in the file's own metadata.
+        stated: arch name in the file's own metadata.
         wanted: arch name the user gave.
         bare: there is no head.
     """
     fits = fitting_archs(state, bare)
     if wanted is not None and arch_by_name(wanted).name not in fits:
         raise Refused(f"holds {' or '.join(fits)}, not {wanted}; drop --arch or name another file")
-    if told is not None and told not in fits:
+    if stated is not None and stated not in fits:
         raise Refused(
-            f"says it is {told} but holds {' or '.join(fits)}; write it again with this tool"
+            f"says it is {stated} but holds {' or '.join(fits)}; write it again with this tool"
         )
-    name = wanted or told or fits[0]
-    if wanted is None and told is None and len(fits) > 1:
+    name = wanted or stated or fits[0]
+    if wanted is None and stated is None and len(fits) > 1:
         raise Refused(f"fits several architectures; pass --arch {' or --arch '.join(fits)}")
     row = ARCHS[name]
     tokens = state["pos_embed"].shape[1] - 1

@@ -104,9 +104,9 @@ def quoted(value: Any) -> str:
 
 
 def read(path: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
-    """The objects in a file, the metadata of a `.safetensors`, and what is to be said of the file.
+    """The objects in a file, the metadata of a `.safetensors`, and lines for the load to report.
 
-    Formats are told apart by content. The checksums of torch.save's zip files are tested; a
+    Formats are recognised by content. The checksums of torch.save's zip files are tested; a
     `.safetensors` has none of its own, see `damage.check_seal` for ours.
 
     Raises:

@@ -38,7 +38,7 @@ _FOLLOWERS = frozenset((
     "teacher", "teacher_model", "momentum_encoder", "momentum_backbone", "target_encoder",
     "target_network",
 ))  # fmt: skip
-# Wrappers that say nothing; others are told.
+# Wrappers that say nothing; others are named in a line.
 _PLAIN = frozenset((
     "module", "model", "backbone", "state_dict", "model_state_dict", "net", "network",
 ))  # fmt: skip
@@ -76,13 +76,13 @@ def options_in(content: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict):
         return found
     for key in ("args", "hyper_parameters", "hparams", "config", "opt"):
-        told = content.get(key)
-        told = vars(told) if isinstance(told, argparse.Namespace) else told
-        if not isinstance(told, Mapping):
+        options = content.get(key)
+        options = vars(options) if isinstance(options, argparse.Namespace) else options
+        if not isinstance(options, Mapping):
             continue
-        flat = {name: value for name, value in told.items() if isinstance(name, str)}
+        flat = {name: value for name, value in options.items() if isinstance(name, str)}
         for inner in ("args", "hparams", "config", "model", "data"):
-            nested = told.get(inner)
+            nested = options.get(inner)
             nested = vars(nested) if isinstance(nested, argparse.Namespace) else nested
             if isinstance(nested, Mapping):
                 flat = {**{n: v for n, v in nested.items() if isinstance(n, str)}, **flat}
@@ -97,7 +97,7 @@ def select(content: Any, ema: bool) -> Selected:
         ema: take the moving average of the weights.
 
     Raises:
-        Refused: there is no network, no average, or no telling which of
+        Refused: there is no network, no average, or nothing says which of
             several is meant.
     """
     if not isinstance(content, dict):
@@ -186,8 +186,8 @@ def _without_network(content: dict) -> dict[str, Tensor]:
         if not (isinstance(k, str) and isinstance(v, Tensor))
     ]
     if odd or not state:
-        told = f"{listed(odd)} are no weights" if odd else "there are no weights in it"
-        raise Refused(f"is no state dict: {told}; save the model's state_dict()")
+        why = f"{listed(odd)} are no weights" if odd else "there are no weights in it"
+        raise Refused(f"is no state dict: {why}; save the model's state_dict()")
     return state
 
 
@@ -206,8 +206,8 @@ def _averages(content: dict, flat: _Flat, roots: list[str]) -> list[str]:
     found.update(root for root in roots if names & _counters(root))
     if any(root.startswith("current_model_state.") for root in roots):  # Lightning's averaging
         found.update(root for root in roots if root.startswith("state_dict."))
-    told = [options for options in options_in(content).values() if "momentum_teacher" in options]
-    if told or "dino_loss" in content or "ibot_loss" in content:
+    by_dino = [options for options in options_in(content).values() if "momentum_teacher" in options]
+    if by_dino or "dino_loss" in content or "ibot_loss" in content:
         found.update(root for root in roots if "teacher" in _parts(root))
     found.update(root for root in roots if "momentum_encoder" in _parts(root))
     return [root for root in roots if root in found]
@@ -274,13 +274,13 @@ def _only(pool: list[str], roots: list[str], flat: _Flat) -> str:
         )
         if not same:
             raise Refused(
-                f"holds {len(pool)} networks ({listed(_told(root) for root in pool)}), and nothing "
+                f"holds {len(pool)} networks ({listed(map(_label, pool))}), and nothing "
                 "says which is meant; save the state_dict() of that one alone"
             )
     return pool[0]
 
 
-def _told(root: str) -> str:
+def _label(root: str) -> str:
     return root.rstrip(".") or "the top level"
 
 
@@ -288,17 +288,17 @@ def _taken(chosen: str, roots: list[str], averages: list[str], ema: bool) -> lis
     """Which network it is, where that does not go without saying."""
     others = [root for root in roots if root != chosen]
     if ema:
-        return [f"the moving average is taken ({_told(chosen)})"]
+        return [f"the moving average is taken ({_label(chosen)})"]
     if chosen in averages:
-        return [f"its only weights are a moving average ({_told(chosen)}), which is taken"]
+        return [f"its only weights are a moving average ({_label(chosen)}), which is taken"]
     notes = []
     rest = [root for root in others if root not in averages]
     if rest or set(_parts(chosen)) - _PLAIN:
-        passed = f", not {listed(map(_told, rest))}" if rest else ""
-        notes.append(f"the network {_told(chosen)} is taken{passed}")
+        passed = f", not {listed(map(_label, rest))}" if rest else ""
+        notes.append(f"the network {_label(chosen)} is taken{passed}")
     if there := [root for root in others if root in averages]:
         notes.append(
-            f"a moving average lies beside the weights ({listed(map(_told, there))}); "
+            f"a moving average lies beside the weights ({listed(map(_label, there))}); "
             "--ema takes it"
         )
     return notes

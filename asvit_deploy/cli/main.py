@@ -64,8 +64,8 @@ def _access_failure(error: OSError) -> str | None:
         return f"cannot write {where}: {error.strerror}; free space, or set TMPDIR to another disk"
     if error.filename is None:
         return None
-    mend = "; check the permissions on it and its folders" * isinstance(error, PermissionError)
-    return f"cannot access {error.filename}: {error.strerror}{mend}"
+    advice = "; check the permissions on it and its folders" * isinstance(error, PermissionError)
+    return f"cannot access {error.filename}: {error.strerror}{advice}"
 
 
 def _hides_interrupt(error: BaseException | None) -> bool:

@@ -31,7 +31,7 @@ class Relabelled:
         self._old = self._new.argsort()
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a source tells of itself stays."""
+        """Everything else about a source stays."""
         if name.startswith("_"):  # not there yet: it is being unpickled
             raise AttributeError(name)
         return getattr(self._source, name)
@@ -64,7 +64,7 @@ def in_head_order(
     Args:
         names, path: the content of `--classes FILE`, and the file.
         start: the weights.
-        say: is told, in one line, what was taken for what.
+        say: gets one line on what was taken for what.
 
     Raises:
         UserError: `names` are not exactly the classes of the data.
@@ -102,11 +102,11 @@ def _outputs(
     classes: list[str], network: Checkpoint, say: Say, winner: str | None
 ) -> list[str] | None:
     """The data's classes in the order of a network's outputs, or None where nothing tells it."""
-    told: list[str] = []
+    lines: list[str] = []
     try:
-        found = of_checkpoint(network, None, say if winner is None else told.append)
+        found = of_checkpoint(network, None, say if winner is None else lines.append)
         ours = found.names if found else None
-        numbers = label_map(classes, ours, len(classes), False, told.append)
+        numbers = label_map(classes, ours, len(classes), False, lines.append)
     except UserError as error:
         say(f"{network.path} knows other classes, its outputs are taken in order: {error}")
         return None
@@ -116,7 +116,7 @@ def _outputs(
             say(f"{network.path} has its classes in another order ({order[0]!r} first); {winner} "
                 "wins")  # fmt: skip
         return order
-    for line in told:
+    for line in lines:
         say(f"{network.path}: {line}")
     return order
 

@@ -199,7 +199,7 @@ def open_images(
 
     Args:
         skip_limit: so many may be unreadable, see `ImageSet.loaded`.
-        say: told in one line each what was passed over in the folder and which were skipped.
+        say: gets a line on what was passed over in the folder, and one on each that was skipped.
 
     Raises:
         UserError: `folder` does not exist, holds no picture or a folder that may not be read; a

@@ -77,8 +77,8 @@ class Passed:
 
     def lines(self, place: object) -> list[str]:
         """For stderr: what was passed over in `place`, and the folders reached again."""
-        told = self.summary()
-        lines = [f"passed over in {place}: {told}"] if told else []
+        rest = self.summary()
+        lines = [f"passed over in {place}: {rest}"] if rest else []
         lines += self.again[:_SHOWN]
         if more := len(self.again) - _SHOWN:
             lines += [f"… and {more} more folders reached again"] if more > 0 else []

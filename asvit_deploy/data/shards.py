@@ -1,6 +1,6 @@
 """Labelled pictures in WebDataset shards: tar files, read by number without unpacking them.
 
-    DIR/train/*.tar  DIR/val/*.tar   (or DIR/*.tar, told apart by name, or to train on)
+    DIR/train/*.tar  DIR/val/*.tar   (or DIR/*.tar, distinguished by name, or to train on)
     DIR/classes.txt                  a class name a line, in the order of the labels
     a member KEY.jpg (or whatever Pillow reads) and a member KEY.cls, its label in decimal, side by
     side; other members are counted and passed over
@@ -219,9 +219,9 @@ def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
                 _note(path, file, member, suffix, sample, passed)
             yield from _finished(path, sample)
     except (tarfile.TarError, EOFError, ValueError) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"the shard {path} is damaged or no tar file ({told}); make or copy it again"
+            f"the shard {path} is damaged or no tar file ({reason}); make or copy it again"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read the shard {path}: {error.strerror or error}") from None
@@ -305,18 +305,19 @@ class ShardPictures:
             if len(entries) and (worst := int(entries["label"].max())) >= len(self.classes):
                 raise UserError(
                     f"the shard {shard.path} holds label {worst}, and {self.classes_from} names "
-                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}; mend one of them"
+                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}; correct one of "
+                    "them"
                 )
         self.counts = tuple(counts)
         self._ends = np.cumsum(counts)
-        told = passed.summary("member")
+        rest = passed.summary("member")
         if not sum(counts):
-            only = f", only {told}" if told else ""
+            only = f", only {rest}" if rest else ""
             raise UserError(f"the shards in {folder} hold no picture{only}; add some")
         self.passed_over = Counter(passed.counts())
         plural = "s" * (len(counts) != 1)
-        self.notes = [f"passed over in {len(counts)} shard{plural} of {folder}: {told}"] * bool(
-            told
+        self.notes = [f"passed over in {len(counts)} shard{plural} of {folder}: {rest}"] * bool(
+            rest
         )
         self.names = [f"{s.path.name}:{s.size}:{n}" for s, n in zip(self._shards, counts)]
 

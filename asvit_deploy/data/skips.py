@@ -15,7 +15,7 @@ _NAMED = 10  # on stderr, one by one
 def too_many(first: str, count: int, limit: int) -> UserError:
     """What ends a command, after what it says of one of those pictures."""
     return UserError(
-        f"{first}, which makes {count} where --skip-limit allows {limit}; mend it, or raise the "
+        f"{first}, which makes {count} where --skip-limit allows {limit}; repair it, or raise the "
         "limit"
     )
 
@@ -26,7 +26,7 @@ class Skips:
 
     Attributes:
         limit: so many different pictures may be unreadable.
-        say: told of each of the first few, and once that there are more.
+        say: gets a line on each of the first few, and one where there are more.
         reasons: why, by the name of the picture.
     """
 

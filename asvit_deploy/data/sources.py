@@ -41,7 +41,7 @@ from asvit_deploy.models.config import ArchConfig
 DIGITS_EPOCH = 50_000  # placements; the stream itself has no end
 _BICUBIC = Image.Resampling.BICUBIC
 _CROPS = 1  # the stream of draws; augmentation has others
-# So many unreadable pictures on end are no accident, and nobody waits for the end of the search.
+# So many unreadable pictures in a row are no accident, and the search must end.
 _STAND_INS = 64
 
 
@@ -66,7 +66,8 @@ class Source(Protocol):
                 all. What a picture is does not depend on it.
 
         Raises:
-            UserError: mixing is on and `part` parts a pair; no picture far and wide can be read.
+            UserError: mixing is on and `part` separates a pair; none of the next pictures can be
+                read.
         """
         ...
 
@@ -173,8 +174,10 @@ class PictureSource:
         self.classes_from = train.classes_from
         if held_out is not None and held_out.classes != train.classes:
             odd = sorted(set(held_out.classes) ^ set(train.classes))
-            told = f"differ in class {odd[0]!r}" if odd else "have their classes in another order"
-            raise UserError(f"{name}: train and val {told}; make them equal")
+            difference = (
+                f"differ in class {odd[0]!r}" if odd else "have their classes in another order"
+            )
+            raise UserError(f"{name}: train and val {difference}; make them equal")
         self.identity = {
             "data": self.name,
             "classes": fingerprint(self.classes),

@@ -91,7 +91,7 @@ def _handed_over(loader: DataLoader[Batch | UserError]) -> Iterator[Batch | User
                 raise
             # The others: what it was handing over broke off.
             batch = UserError(
-                "a process of --workers was killed, perhaps for want of memory; go on with "
+                "a process of --workers was killed, perhaps because memory ran out; go on with "
                 "--resume, with fewer --workers if need be"
             )
         if batch is None:

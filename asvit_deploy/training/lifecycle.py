@@ -107,7 +107,7 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         for number in before:
             signal.signal(number, note)
-    except ValueError:  # not the main thread: whoever runs us sees to signals
+    except ValueError:  # not the main thread: the caller handles signals
         before = {}
     try:
         yield received

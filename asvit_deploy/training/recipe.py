@@ -205,8 +205,10 @@ def memory_failures(batch_size: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = str(error)
+        message = str(error)
         # torch has no class of its own for the CPU's.
-        if not (isinstance(error, MemoryError) or "allocate memory" in told or "of memory" in told):
+        if not (
+            isinstance(error, MemoryError) or "allocate memory" in message or "of memory" in message
+        ):
             raise
         raise UserError(f"--batch-size {batch_size} does not fit into memory; lower it") from error

@@ -240,8 +240,8 @@ def _start(
     if pretrained is None:
         raise UserError("adaptive training starts from dense weights; pass --pretrained")
     check_budget(config, recipe.budget)
-    told = None if recipe.thresholds == FIT else recipe.thresholds
-    student, own = adaptive_start(config, pretrained, told)
+    thresholds = None if recipe.thresholds == FIT else recipe.thresholds
+    student, own = adaptive_start(config, pretrained, thresholds)
     if not recipe.distill_weight:
         if teacher is not None:
             raise UserError("--distill-weight 0 needs no teacher; drop one of it and --teacher")

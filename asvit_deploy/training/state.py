@@ -60,9 +60,9 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
         raise UserError(damaged) from error
     changed = [key for key in recipe if saved.get(key) != recipe[key]]
     if changed:
-        told = ", ".join(f"{key} {saved.get(key)}, not {recipe[key]}" for key in changed)
+        differences = ", ".join(f"{key} {saved.get(key)}, not {recipe[key]}" for key in changed)
         raise UserError(
-            f"{path} belongs to a run with {told}; "
+            f"{path} belongs to a run with {differences}; "
             "use the same options and data, or --force without --resume to start over"
         )
     if not 0 <= step <= trainer.recipe.steps:

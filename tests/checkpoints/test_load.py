@@ -88,7 +88,7 @@ def logits(model, size=64):
 
 
 def refusal(path, **options):
-    """The one line with which a file is refused; it names the file and the mend."""
+    """The one line with which a file is refused; it names the file and what to do."""
     with pytest.raises(UserError) as caught:
         load_checkpoint(path, **options)
     line = str(caught.value)

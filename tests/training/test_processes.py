@@ -213,7 +213,7 @@ DigitsSource.train_batch = train_batch
 def test_processes_without_a_launcher_are_told_so(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(UserError, match=r"WORLD_SIZE tells of 2 processes, .* start them with"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE announces 2 processes, .* start them with"):
         accelerator_for()
 
 
