@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import json
 import pkgutil
+import signal
 import subprocess
 import sys
 import typing
@@ -279,6 +281,38 @@ def test_finetune_shows_nothing_where_nobody_listens(default_small: Path, tmp_pa
     )  # fmt: skip
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "")
+
+
+def test_finetune_is_interrupted_and_goes_on(default_small: Path, tmp_path, monkeypatch) -> None:
+    from asvit_deploy.training import run as training_run
+
+    options = {
+        "pretrained": default_small, "dense": True, "steps": 2, "batch_size": 4,
+        "validation_limit": 4,
+    }  # fmt: skip
+
+    def train(name: str, **more: typing.Any) -> dict[str, typing.Any]:
+        result = asvit_deploy.finetune("digits", **options, output=tmp_path / name, **more)
+        return asvit_deploy.load(result.output).state_dict()
+
+    whole = train("whole.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "stop_signals",
+                      lambda: contextlib.nullcontext([signal.SIGTERM]))  # fmt: skip
+        with pytest.raises(asvit_deploy.Interrupted, match="go on with --resume"):
+            train("stopped.safetensors")
+    assert not (tmp_path / "stopped.safetensors").exists()
+    resumed = train("stopped.safetensors", resume=True)
+    assert all(resumed[key].equal(value) for key, value in whole.items())
+
+
+def test_a_file_is_replaced_only_with_force(mini_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "x.onnx"
+    target.write_text("mine")
+    with pytest.raises(asvit_deploy.UserError, match="exists already"):
+        asvit_deploy.export(mini_checkpoint, output=target)
+    assert target.read_text() == "mine"
+    assert asvit_deploy.export(mini_checkpoint, output=target, force=True).output == target
 
 
 BAD: list[tuple[str, tuple[object, ...], dict[str, object], tuple[str, ...]]] = [

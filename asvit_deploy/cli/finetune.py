@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from asvit_deploy.cli import options
-from asvit_deploy.errors import Interrupted, UserError
+from asvit_deploy.errors import UserError
 from asvit_deploy.status import first_process, silent
 
 _BARE = "average"  # --ema without a value
@@ -124,10 +124,6 @@ def command(ema: bool | float, **chosen: Any) -> None:
             raise UserError(f"--ema {ema:g} and --ema-decay say the same thing; drop one")
         say(f"--ema {ema:g} is the older spelling of --ema-decay {ema:g}")
         ema, chosen["ema_decay"] = False, ema
-    try:
-        result = asvit_deploy.finetune(ema=ema, **chosen, say=say)
-    except Interrupted as stopped:
-        say(str(stopped))
-        click.get_current_context().exit(130)
+    result = asvit_deploy.finetune(ema=ema, **chosen, say=say)
     if first_process():
         click.echo(result.output)
