@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -269,7 +269,7 @@ class _Labelled:
 
     def __init__(
         self, model: Path, data: str, config: ArchConfig, found: ClassNames | None, skips: Skips,
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:  # fmt: skip
         from asvit_deploy.classes.matching import label_map
         from asvit_deploy.data.shards import GIVEN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from asvit_deploy.classes.network import of_checkpoint
 from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.sources import Source, fingerprint
 from asvit_deploy.errors import UserError
-
-Say = Callable[[str], None]
+from asvit_deploy.status import Say
 
 
 class Relabelled:
@@ -101,7 +100,7 @@ def check_teacher(source: Source, teacher: Checkpoint, say: Say) -> None:
 def _outputs(
     classes: list[str], network: Checkpoint, say: Say, winner: str | None
 ) -> list[str] | None:
-    """The data's classes in the order of a network's outputs, or None where nothing tells it."""
+    """The data's classes in the order of a network's outputs, or None where nothing says it."""
     lines: list[str] = []
     try:
         found = of_checkpoint(network, None, say if winner is None else lines.append)

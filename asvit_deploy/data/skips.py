@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from asvit_deploy.data.decode import PictureError
 from asvit_deploy.errors import UserError
+from asvit_deploy.status import Say
 
 _NAMED = 10  # on stderr, one by one
 
@@ -31,7 +31,7 @@ class Skips:
     """
 
     limit: int = 0
-    say: Callable[[str], None] | None = None
+    say: Say | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -68,7 +68,7 @@ def joined(parts: Sequence[Scored]) -> Scored:
 
 
 def _rank(logits: NDArray, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """As `Scored.rank`: a model that says the same of every class has told nothing."""
+    """As `Scored.rank`: a model that says the same of every class has recognised nothing."""
     true = np.take_along_axis(logits, labels[:, None], 1)
     before = (~(logits < true)).sum(1) - 1  # less the true class itself
     return np.where(np.isnan(true[:, 0]), logits.shape[1], before)
