@@ -40,8 +40,9 @@ def build_engine(
     bf16: bool = False, flavour: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto",
     mode: Literal["dynamic", "padded", "bucketed"] = "dynamic",
     buckets: str | Sequence[int] | None = None, batch: tuple[int, int, int] | None = None,
-    target_sm: Sequence[str | int] = (), workspace: int | None = None, level: int | None = None,
-    plugin: PathLike | None = None, embed_plugin: bool = False, layers: PathLike | None = None,
+    target_sm: str | int | Sequence[str | int] = (), workspace: int | None = None,
+    level: int | None = None, plugin: PathLike | None = None, embed_plugin: bool = False,
+    layers: PathLike | None = None,
     version_compatible: bool = False, hardware_compatible: bool = False,
     images: PathLike | None = None, limit: int = 64, skip_limit: int = 0, no_check: bool = False,
     force: bool = False, say: Say = silent,
@@ -70,8 +71,9 @@ def build_engine(
     from asvit_deploy.runners.trt_flavour import find_flavour
 
     found = find_flavour(flavour)
+    targets = (target_sm,) if isinstance(target_sm, (str, int)) else target_sm
     wanted = Options(
-        precision, mode, batch, tuple(map(_capability, target_sm)), workspace, level,
+        precision, mode, batch, tuple(map(_capability, targets)), workspace, level,
         optional_path(plugin), embed_plugin, optional_path(layers), version_compatible,
         hardware_compatible, optional_path(images), limit, not no_check, _buckets(buckets),
         skip_limit,
@@ -91,8 +93,10 @@ def _check_ranges(
     if level is not None and level > 5:
         raise UserError(f"level={level} cannot be used; pass a whole number from 0 to 5")
     if batch is not None:
-        if len(batch) != 3:
-            raise UserError(f"batch={batch!r} is not the smallest, best and largest batch; pass 3")
+        if not isinstance(batch, Sequence) or len(batch) != 3:
+            raise UserError(
+                f"batch={batch!r} is not the smallest, best and largest batch; pass three"
+            )
         for size in batch:
             require_at_least(1, batch=size)
 

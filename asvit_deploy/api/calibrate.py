@@ -14,6 +14,8 @@ from asvit_deploy.api.inputs import (
     given_facts,
     optional_path,
     require_at_least,
+    require_numbers,
+    require_whole,
     say_load,
 )
 from asvit_deploy.errors import UserError
@@ -67,6 +69,8 @@ def calibrate(
             output that cannot be written or is there without `force`.
     """
     require_at_least(1, limit=limit)
+    require_whole(image_size=image_size)
+    require_numbers({"budget": budget})
     require_at_least(0, skip_limit=skip_limit, seed=seed)
     if seed > LARGEST_SEED:
         raise UserError(f"seed={seed} cannot be used; pass a number up to {LARGEST_SEED}")

@@ -94,6 +94,8 @@ def evaluate(
     """
     require_one_of("batch_rule", batch_rule, ("exact", "mean-k"))
     sizes = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+    if not sizes:
+        raise UserError("batch_size is empty; pass one size or more")
     for size in sizes:
         require_at_least(1, batch_size=size)
     require_at_least(1, limit=limit)

@@ -14,6 +14,7 @@ from asvit_deploy.api.inputs import (
     optional_path,
     require_at_least,
     require_one_of,
+    require_whole,
     say_load,
 )
 from asvit_deploy.status import Say, silent
@@ -64,6 +65,7 @@ def export(
     require_one_of("batch", batch, ("1", "dynamic"))
     require_one_of("ops", ops, ("auto", "custom", "standard"))
     require_at_least(0, skip_limit=skip_limit)
+    require_whole(image_size=image_size, opset=opset)
     known = given_facts(mean, std, crop_pct, interpolation, heads)
     ckpt, names, target = checkpoint_path(ckpt), optional_path(classes), optional_path(output)
     from asvit_deploy.artefacts import sidecar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from asvit_deploy.api.inputs import (
     given_facts,
     optional_path,
     require_at_least,
+    require_numbers,
+    require_whole,
     say_load,
 )
 from asvit_deploy.errors import Interrupted, UserError
@@ -75,19 +77,20 @@ def finetune(
         "smoothing": smoothing, "randaugment": randaugment, "mixup": mixup, "cutmix": cutmix,
         "erase": erase, "repeats": repeats, "flops_weight": flops_weight,
         "distill_weight": distill_weight, "temperature": temperature, "masking": masking,
-        "thresholds": thresholds if thresholds is None or thresholds == "fit" else
-        tuple(thresholds), "ema": ema_decay, "amp": amp, "seed": seed,
+        "thresholds": _thresholds(thresholds), "ema": ema_decay, "amp": amp, "seed": seed,
     }  # fmt: skip
     require_at_least(1, epochs=epochs, steps=steps, batch_size=batch_size, repeats=repeats)
     require_at_least(0, warmup=warmup, seed=seed)
+    require_numbers({k: v for k, v in given.items() if k not in ("thresholds", "masking", "amp")})
+    require_whole(image_size=image_size)
     known = given_facts(mean, std, crop_pct, interpolation, heads)
     inputs = _Inputs(
         os.fspath(data), arch, _checkpoint(pretrained), _checkpoint(teacher), dense,
-        optional_path(output), image_size, tuple(stages) if stages else None,
+        optional_path(output), image_size, _stages(stages),
         optional_path(recipe), optional_path(classes), ema, known, given, resume, force,
     )  # fmt: skip
-    running = partial(_running, save_every, log_every, validation_limit, workers, skip_limit,
-                      optional_path(tensorboard))  # fmt: skip
+    running = _running(save_every, log_every, validation_limit, workers, skip_limit,
+                       optional_path(tensorboard), say is not silent)  # fmt: skip
     return _finetune(inputs, running, say if first_process() else silent)
 
 
@@ -121,6 +124,25 @@ class _Inputs:
         return [path for path in named if path]
 
 
+def _thresholds(value: Sequence[float] | Literal["fit"] | None) -> Any:
+    if value is None or (isinstance(value, str) and value == "fit"):
+        return value
+    try:
+        return tuple(float(threshold) for threshold in value)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"thresholds={value!r} cannot be used; pass a list such as [1e-3, 2e-3, 3e-3], or 'fit'"
+        ) from None
+
+
+def _stages(value: Sequence[int] | None) -> tuple[int, ...] | None:
+    try:
+        stages = tuple(int(stage) for stage in value or ())
+    except (TypeError, ValueError):
+        raise UserError(f"stages={value!r} cannot be used; pass a list such as [3, 6, 9]") from None
+    return stages or None
+
+
 def _checkpoint(value: PathLike | None) -> Path | None:
     return None if value is None else checkpoint_path(value)
 
@@ -131,6 +153,9 @@ def _running(
 ) -> Running:  # fmt: skip
     from asvit_deploy.training.recipe import Running
 
+    require_at_least(1, save_every=save_every, log_every=log_every,
+                     validation_limit=validation_limit)  # fmt: skip
+    require_at_least(0, workers=workers, skip_limit=skip_limit)
     if workers > _MOST_WORKERS:
         raise UserError(f"workers={workers} cannot be used; pass a number up to {_MOST_WORKERS}")
     return Running(
@@ -138,7 +163,7 @@ def _running(
     )  # fmt: skip
 
 
-def _finetune(inputs: _Inputs, running: Callable[[bool], Running], say: Say) -> Trained:
+def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
     try:
         from asvit_deploy.training.run import finetune as run
     except ModuleNotFoundError as error:
@@ -170,7 +195,7 @@ def _finetune(inputs: _Inputs, running: Callable[[bool], Running], say: Say) -> 
     try:
         result = run(
             config, source, start, recipe, target, _identity(inputs, config), inputs.resume,
-            running(say is not silent), inputs.force, mentor,
+            running, inputs.force, mentor,
         )  # fmt: skip
     except KeyboardInterrupt:  # a second one, which does not wait for the step's end
         if not state.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,15 +50,32 @@ def require_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise UserError(f"{name}={value!r} cannot be used; pass one of {', '.join(allowed)}")
 
 
-def require_at_least(least: int, **numbers: Any) -> None:
-    """Raises UserError for a number, by its argument's name, that is neither None nor whole and
-    large enough."""
+def require_whole(**numbers: Any) -> None:
+    """Raises UserError for a value, by its argument's name, that is neither None nor a whole
+    number."""
     for name, value in numbers.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= least):
+        if value is not None and not _is_whole(value):
+            raise UserError(f"{name}={value!r} cannot be used; pass a whole number")
+
+
+def require_at_least(least: int, **numbers: Any) -> None:
+    """As `require_whole`, for numbers that must not be smaller than that either."""
+    for name, value in numbers.items():
+        if value is not None and not (_is_whole(value) and value >= least):
             raise UserError(
                 f"{name}={value!r} cannot be used; pass a whole number of at least {least}"
             )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def require_numbers(values: Mapping[str, Any]) -> None:
+    """Raises UserError for a value, by its argument's name, that is neither None nor a number."""
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserError(f"{name}={value!r} cannot be used; pass a number")
 
 
 def given_facts(
@@ -79,7 +96,7 @@ def _three(value: Channels | None) -> Any:
     """One number for each channel; `Given` refuses what is no number."""
     if isinstance(value, (int, float)):
         return (value,) * 3
-    return value if value is None or isinstance(value, str) else tuple(value)
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 def say_load(checkpoint: Checkpoint, say: Say) -> None:

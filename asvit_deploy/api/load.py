@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from asvit_deploy.api.inputs import Channels, PathLike, checkpoint_path, given_facts, say_load
+from asvit_deploy.api.inputs import (
+    Channels,
+    PathLike,
+    checkpoint_path,
+    given_facts,
+    require_whole,
+    say_load,
+)
 from asvit_deploy.status import Say, silent
 
 if TYPE_CHECKING:
@@ -44,6 +51,7 @@ def load(
     Raises:
         UserError: the file is missing, damaged, or holds no network that is known.
     """
+    require_whole(image_size=image_size)
     known = given_facts(mean, std, crop_pct, interpolation, heads)
     from asvit_deploy.checkpoints.load import build_model, load_checkpoint
 
