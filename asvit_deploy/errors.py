@@ -1,11 +1,15 @@
-"""The two ways a command can end badly on purpose."""
+"""The ways in which a command, or its function, ends badly on purpose."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input: one line that names the thing, what is wrong and the mend. Exit code 2."""
+    """Bad input: one line that names the thing, what is wrong and what to do. Exit code 2."""
 
 
 class CheckFailed(Exception):
     """A check ran to its end and did not pass. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """A training run was asked to stop; its state is saved. Exit code 130."""

@@ -26,30 +26,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ABANDONED = 3600  # seconds after which a temporary that nobody changed is nobody's
 
 
-SEAL = 32  # bytes of a digest at a file's end
-
-
-def seal(path: Path) -> None:
-    """Append to a file a digest of its bytes, for `check_seal`."""
-    digest = bytes.fromhex(sha256(path))
-    with open(path, "ab") as file:
-        file.write(digest)
-
-
-def check_seal(path: Path) -> None:
-    """Compare a file with the digest that `seal` appended.
-
-    Raises:
-        ValueError: they differ.
-    """
-    size, digest = path.stat().st_size - SEAL, hashlib.sha256()
-    with open(path, "rb") as file:
-        for place in range(0, size, 1 << 20):
-            digest.update(file.read(min(1 << 20, size - place)))
-        if file.read() != digest.digest():
-            raise ValueError(f"{path} was damaged after it was written")
-
-
 def sha256(path: Path, most: int = MOST_BYTES) -> str:
     """Hex digest of a file's bytes.
 
@@ -77,8 +53,8 @@ def _no_folder(path: Path) -> UserError:
 
 def unwritten(path: Path, error: OSError) -> UserError:
     """What the system said when `path` was written, in one line."""
-    mend = "; free space, then run it again" * (error.errno in FULL)
-    return UserError(f"cannot write {path}: {error.strerror or error}{mend}")
+    advice = "; free space, then run it again" * (error.errno in FULL)
+    return UserError(f"cannot write {path}: {error.strerror or error}{advice}")
 
 
 def check_parent(path: Path) -> None:

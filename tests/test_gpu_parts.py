@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,14 @@ from asvit_deploy.models.archs import arch
 from asvit_deploy.ops import trt_library
 from asvit_deploy.runners import torch_stages
 from asvit_deploy.runners.pytorch import TorchRunner
+from gpu_parts import agreement, calls, cut_cost, networks, packed, plugin, speed
+from gpu_parts import prepare as preparing
+from gpu_parts import prepare_data as data
+from gpu_parts.child import clean
+from gpu_parts.kit import FailPart, Kit, SkipPart, target
+from gpu_parts.run import _targets
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-from gpu_parts import agreement, calls, cut_cost, networks, packed, plugin, speed  # noqa: E402
-from gpu_parts import prepare as preparing  # noqa: E402
-from gpu_parts import prepare_data as data  # noqa: E402
-from gpu_parts.child import clean  # noqa: E402
-from gpu_parts.kit import FailPart, Kit, SkipPart, target  # noqa: E402
-from gpu_parts.run import _targets  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +70,6 @@ def test_kept_rows_are_those_of_the_reference(mini):
 
 
 def test_cases_are_those_of_every_other_form(prepared):
-    sys.path.append(str(ROOT / "tests" / "ops"))
     from op_cases import CASES
 
     stored = calls.stored_calls(prepared, 0)

@@ -18,14 +18,12 @@ import pytest
 from asvit_deploy.files import sha256
 from asvit_deploy.ops.library import find_compiler
 from asvit_deploy.ops.nvcc import find_nvcc
+from gpu_parts import prepared as prepared_folder
+from gpu_parts.prepare import MAX_BYTES, size_of
+from gpu_parts.table import PARTS, SUMMARY
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_suite"
-sys.path.append(str(SCRIPT.parent))
-
-from gpu_parts import prepared as prepared_folder  # noqa: E402
-from gpu_parts.prepare import MAX_BYTES, size_of  # noqa: E402
-from gpu_parts.table import PARTS, SUMMARY  # noqa: E402
 
 NEEDED = ("torch", "numpy", "onnx")
 ABSENT = ("asvit_deploy", "click", "tqdm", "PIL", "safetensors", "skimage", "onnxruntime", "pytest")

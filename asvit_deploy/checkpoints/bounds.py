@@ -12,13 +12,11 @@ import pickletools
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from asvit_deploy.bounded import MOST_BYTES, open_regular
-
-Refuse = Callable[[str], NoReturn]
+from asvit_deploy.checkpoints.refused import Refused
 
 # The 4,000 tensors of a ViT-G and its optimiser take 150,000 opcodes and 1 MiB.
 MOST_NAMES = 100_000  # tensors and whatever else has a name
@@ -33,30 +31,39 @@ SPARE = 1 << 30  # bytes of memory that a load may take beside what the file hol
 _OLD_PICKLES = 5  # with which a torch.save of before the zip files begins
 
 
-def check(path: Path, refuse: Refuse) -> None:
+def check(path: Path) -> None:
     """Refuse what torch.load would take too long over, or too much memory for.
 
     What is no file of torch.save at all passes: torch says so sooner than this could.
+
+    Raises:
+        Refused: it would.
     """
     with open_regular(path, "checkpoint file") as file:
-        check_size(file, refuse)
+        check_size(file)
         head = file.read(tarfile.BLOCKSIZE)
         if head[:4] == b"PK\x03\x04":
-            _check_zip(file, refuse)
+            _check_zip(file)
         elif _is_tar_header(head):  # torch would unpack it, and follow it wherever it points
-            refuse("is a tar file, which torch.save stopped writing in 2017; save it again")
+            raise Refused("is a tar file, which torch.save stopped writing in 2017; save it again")
         else:
             file.seek(0)
             start = file.read(_MOST_PICKLE)
             rest = bool(file.read(1))
-            if not _weigh(io.BytesIO(start), _OLD_PICKLES, refuse) and rest:
-                _refuse_large(refuse)
+            if not _weigh(io.BytesIO(start), _OLD_PICKLES) and rest:
+                _refuse_large()
 
 
-def check_size(file: BinaryIO, refuse: Refuse) -> None:
-    """Refuse a file that is larger than any of a network here."""
+def check_size(file: BinaryIO) -> None:
+    """Refuse a file that is larger than any of a network here.
+
+    Raises:
+        Refused: it is.
+    """
     if (size := os.fstat(file.fileno()).st_size) > MOST_BYTES:
-        refuse(f"has {size:,} bytes, more than {MOST_BYTES:,}; save only the model's weights")
+        raise Refused(
+            f"has {size:,} bytes, more than {MOST_BYTES:,}; save only the model's weights"
+        )
 
 
 def _is_tar_header(block: bytes) -> bool:
@@ -67,30 +74,30 @@ def _is_tar_header(block: bytes) -> bool:
     return True
 
 
-def _refuse_large(refuse: Refuse) -> NoReturn:
-    refuse("holds too many objects for a checkpoint; save the model's state_dict()")
+def _refuse_large() -> NoReturn:
+    raise Refused("holds too many objects for a checkpoint; save the model's state_dict()")
 
 
 # --- zip files ----------------------------------------------------------------------------------
 
 
-def _check_zip(file: BinaryIO, refuse: Refuse) -> None:
+def _check_zip(file: BinaryIO) -> None:
     if _directory_size(file) > _MOST_DIRECTORY:
-        _refuse_large(refuse)
+        _refuse_large()
     size = file.seek(0, 2)
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             # Entries may share their bytes, or be compressed, and so claim any size.
             if sum(entry.file_size for entry in entries) > size:
-                refuse("claims to hold more than its size; save it again with torch.save")
+                raise Refused("claims to hold more than its size; save it again with torch.save")
             pickles = [e for e in entries if e.filename.endswith(".pkl")]
             for entry in pickles:
                 if entry.file_size > _MOST_PICKLE:
-                    _refuse_large(refuse)
-                _weigh(io.BytesIO(archive.read(entry)), 1, refuse)
+                    _refuse_large()
+                _weigh(io.BytesIO(archive.read(entry)), 1)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, ValueError):
-        return  # damaged, which is told where it is read
+        return  # damaged, which is found where it is read
 
 
 def _directory_size(file: BinaryIO) -> int:
@@ -99,22 +106,22 @@ def _directory_size(file: BinaryIO) -> int:
     file.seek(max(0, size - (1 << 16) - 98))  # a comment, the end, and zip64's end and locator
     tail = file.read()
     end, end64 = tail.rfind(b"PK\x05\x06"), tail.rfind(b"PK\x06\x06")
-    told = struct.unpack("<I", tail[end + 12 : end + 16])[0] if 0 <= end <= len(tail) - 22 else 0
-    if told == 2**32 - 1 and 0 <= end64 <= len(tail) - 56:
-        told = struct.unpack("<Q", tail[end64 + 40 : end64 + 48])[0]
-    return told
+    size = struct.unpack("<I", tail[end + 12 : end + 16])[0] if 0 <= end <= len(tail) - 22 else 0
+    if size == 2**32 - 1 and 0 <= end64 <= len(tail) - 56:
+        size = struct.unpack("<Q", tail[end64 + 40 : end64 + 48])[0]
+    return size
 
 
 # --- pickles ------------------------------------------------------------------------------------
 
 
-def _weigh(stream: BinaryIO, count: int, refuse: Refuse) -> bool:
+def _weigh(stream: BinaryIO, count: int) -> bool:
     """Refuse pickles that hold too much; whether so many of them are whole.
 
     To hash a tuple, to compare it or to write it out takes a step for each value that it stands
     for, however often it holds the same one.
     """
-    scale = _Scale(refuse)
+    scale = _Scale()
     try:
         for _ in range(count):
             scale.start()
@@ -132,8 +139,8 @@ class _Scale:
     it later counts wherever it stands.
     """
 
-    def __init__(self, refuse: Refuse) -> None:
-        self._refuse, self._opcodes, self._called = refuse, 0, 0
+    def __init__(self) -> None:
+        self._opcodes, self._called = 0, 0
         self.start()
 
     def start(self) -> None:
@@ -145,7 +152,7 @@ class _Scale:
         """Take one opcode."""
         self._opcodes += 1
         if self._opcodes > _MOST_OPCODES:
-            _refuse_large(self._refuse)
+            _refuse_large()
         name, stack = opcode.name, self._stack
         if name in ("PUT", "BINPUT", "LONG_BINPUT"):
             self._memo[argument] = stack[-1]
@@ -162,14 +169,14 @@ class _Scale:
         taken = self._taken(opcode)
         weight = sum(part[0] for part in taken if part is not None)
         if weight > _HEAVIEST:
-            _refuse_large(self._refuse)
+            _refuse_large()
         if opcode.name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ", "BUILD"):
             # What is called walks through its arguments, and each call may be given the same.
             self._called += weight
             if self._called > _HEAVIEST:
-                _refuse_large(self._refuse)
+                _refuse_large()
         if opcode.name in ("GLOBAL", "STACK_GLOBAL") and "bytearray" in str(argument):
-            self._refuse("holds a bytearray, which no weights are; save the model's state_dict()")
+            raise Refused("holds a bytearray, which no weights are; save the model's state_dict()")
         if opcode.name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD", "ADDITEMS"):
             grown = taken[0]
             if grown is not None:

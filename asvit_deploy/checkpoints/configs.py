@@ -1,6 +1,6 @@
 """What lies beside a checkpoint: `config.json` of timm or transformers, `preprocessor_config.json`.
 
-Each becomes a `Source` in our own words. Nothing here decides which source wins; see `facts`.
+Each becomes a `FactSource` in our own words. Nothing here decides which source wins; see `facts`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
+from asvit_deploy.checkpoints.fact_source import FactSource
 from asvit_deploy.checkpoints.names import timm_name
 from asvit_deploy.checkpoints.reading import ENDINGS, quoted
-from asvit_deploy.checkpoints.source import Source
 from asvit_deploy.errors import UserError
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -38,7 +38,7 @@ _VISION_TYPES = (
 )  # fmt: skip
 
 
-def sources_beside(path: Path) -> tuple[list[Source], list[str]]:
+def sources_beside(path: Path) -> tuple[list[FactSource], list[str]]:
     """What the config files beside a checkpoint say, and lines on those that are passed over.
 
     Raises:
@@ -56,9 +56,9 @@ def sources_beside(path: Path) -> tuple[list[Source], list[str]]:
         ]
     sources, lines = [], []
     for file in there:
-        told = _read(file, path)
+        content = _read(file, path)
         make = _preprocessor if file.name == PREPROCESSOR else _config
-        source = make(told)
+        source = make(content)
         if source is None:
             lines.append(f"{file.name} beside it describes no vision model; it is not taken")
         else:
@@ -84,53 +84,53 @@ def _other_checkpoints(path: Path) -> list[str]:
 
 
 def _read(file: Path, path: Path) -> dict[str, Any]:
-    mend = f"mend it, or take it away from beside {path.name}"
+    advice = f"correct it, or move it away from {path.name}"
     try:
-        told = parse_json(read_bounded(file, MOST_TEXT, "config"))
+        content = parse_json(read_bounded(file, MOST_TEXT, "config"))
     except UserError as error:
-        raise UserError(f"{error}; {mend}") from None
+        raise UserError(f"{error}; {advice}") from None
     except ValueError:
-        raise UserError(f"{file} is cut or no JSON; {mend}") from None
-    if not isinstance(told, dict):
-        raise UserError(f"{file} holds a JSON {type(told).__name__}, not an object; {mend}")
-    return told
+        raise UserError(f"{file} is cut or no JSON; {advice}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a JSON {type(content).__name__}, not an object; {advice}")
+    return content
 
 
 # --- config.json --------------------------------------------------------------------------------
 
 
-def _config(told: Mapping[str, Any]) -> Source | None:
-    nested = told.get("pretrained_cfg")
-    flat = {"mean", "std", "input_size"} <= told.keys()
-    if isinstance(nested, Mapping) or isinstance(told.get("architecture"), str) or flat:
-        return _timm(told, nested if isinstance(nested, Mapping) else {})
-    kind = told.get("model_type")
-    shaped = "hidden_size" in told and ("patch_size" in told or "image_size" in told)
-    if kind in _PLAIN_TYPES + _VISION_TYPES or shaped or "vision_config" in told:
-        return _transformers(told, kind)
+def _config(content: Mapping[str, Any]) -> FactSource | None:
+    nested = content.get("pretrained_cfg")
+    flat = {"mean", "std", "input_size"} <= content.keys()
+    if isinstance(nested, Mapping) or isinstance(content.get("architecture"), str) or flat:
+        return _timm(content, nested if isinstance(nested, Mapping) else {})
+    kind = content.get("model_type")
+    shaped = "hidden_size" in content and ("patch_size" in content or "image_size" in content)
+    if kind in _PLAIN_TYPES + _VISION_TYPES or shaped or "vision_config" in content:
+        return _transformers(content, kind)
     return None
 
 
-def _timm(told: Mapping[str, Any], nested: Mapping[str, Any]) -> Source:
-    args = told.get("model_args")
+def _timm(content: Mapping[str, Any], nested: Mapping[str, Any]) -> FactSource:
+    args = content.get("model_args")
     args = args if isinstance(args, Mapping) else {}
-    source = Source(CONFIG)
+    source = FactSource(CONFIG)
 
     def said(key: str, *places: Mapping[str, Any]) -> Any:
         return next((p[key] for p in places if p.get(key) is not None), None)
 
     for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode"):
-        source.say(key, said(key, nested, told))
-    source.size("input_size", args.get("img_size") or said("input_size", nested, told))
+        source.say(key, said(key, nested, content))
+    source.size("input_size", args.get("img_size") or said("input_size", nested, content))
     source.say("heads", args.get("num_heads"), "num_heads")
     source.activation(args.get("act_layer"))
-    source.network("width", said("num_features", told), "num_features")
+    source.network("width", said("num_features", content), "num_features")
     source.network("width", args.get("embed_dim"), "embed_dim")
     source.network("depth", args.get("depth"), "depth")
     source.network("patch_size", args.get("patch_size"), "patch_size")
-    classes = said("num_classes", args, told, nested)
+    classes = said("num_classes", args, content, nested)
     source.network("num_classes", classes or None, "num_classes")
-    pooling = said("global_pool", args, told)
+    pooling = said("global_pool", args, content)
     if pooling not in (None, "", "token"):
         source.cannot["global_pool"] = f"global_pool {quoted(pooling)}, not the class token"
     if args.get("class_token") is False:
@@ -140,58 +140,60 @@ def _timm(told: Mapping[str, Any], nested: Mapping[str, Any]) -> Source:
     norm = args.get("norm_layer")
     if isinstance(norm, str) and norm.rsplit(".", 1)[-1].lower() not in ("layernorm", "ln"):
         source.cannot["norm_layer"] = f"norm_layer {quoted(norm)}, not LayerNorm"
-    name = told.get("architecture") or nested.get("architecture")
+    name = content.get("architecture") or nested.get("architecture")
     if isinstance(name, str):
         source.named(name, timm_name(name), nested.get("tag"))
     return source
 
 
-def _transformers(told: Mapping[str, Any], kind: Any) -> Source:
-    source = Source(CONFIG)
+def _transformers(content: Mapping[str, Any], kind: Any) -> FactSource:
+    source = FactSource(CONFIG)
     if kind is not None and kind not in _PLAIN_TYPES:
         source.cannot["model_type"] = f"model_type {quoted(kind)}, no plain ViT"
-    source.say("heads", told.get("num_attention_heads"), "num_attention_heads")
-    source.say("eps", told.get("layer_norm_eps"), "layer_norm_eps")
-    source.activation(told.get("hidden_act"))
-    source.size("image_size", told.get("image_size"))
+    source.say("heads", content.get("num_attention_heads"), "num_attention_heads")
+    source.say("eps", content.get("layer_norm_eps"), "layer_norm_eps")
+    source.activation(content.get("hidden_act"))
+    source.size("image_size", content.get("image_size"))
     for field, key in (("width", "hidden_size"), ("depth", "num_hidden_layers"),
                        ("hidden", "intermediate_size"), ("patch_size", "patch_size")):  # fmt: skip
-        source.network(field, told.get(key), key)
-    names = told.get("id2label")
-    count = len(names) if isinstance(names, Mapping) and names else told.get("num_labels")
+        source.network(field, content.get(key), key)
+    names = content.get("id2label")
+    count = len(names) if isinstance(names, Mapping) and names else content.get("num_labels")
     source.network("num_classes", count, "id2label" if names else "num_labels")
-    if told.get("num_channels") not in (None, 3):
-        source.cannot["num_channels"] = f"{quoted(told['num_channels'])} channels, not 3"
+    if content.get("num_channels") not in (None, 3):
+        source.cannot["num_channels"] = f"{quoted(content['num_channels'])} channels, not 3"
     return source
 
 
 # --- preprocessor_config.json -------------------------------------------------------------------
 
 
-def _preprocessor(told: Mapping[str, Any]) -> Source | None:
+def _preprocessor(content: Mapping[str, Any]) -> FactSource | None:
     known = ("image_mean", "image_std", "size", "crop_size", "resample", "do_resize")
-    if not any(key in told for key in known):
+    if not any(key in content for key in known):
         return None
-    source = Source(PREPROCESSOR)
-    _normalisation(told, source)
-    _resampling(told, source)
-    _sizes(told, source)
+    source = FactSource(PREPROCESSOR)
+    _normalisation(content, source)
+    _resampling(content, source)
+    _sizes(content, source)
     return source
 
 
-def _normalisation(told: Mapping[str, Any], source: Source) -> None:
+def _normalisation(content: Mapping[str, Any], source: FactSource) -> None:
     """Mean and standard deviation, of pixels from 0 to 1 whatever the factor of rescaling."""
-    if told.get("do_normalize") is False:
+    if content.get("do_normalize") is False:
         source.say("mean", [0.0] * 3)
         source.say("std", [1.0] * 3)
     else:
-        source.say("mean", told.get("image_mean"), "image_mean")
-        source.say("std", told.get("image_std"), "image_std")
-    factor = told.get("rescale_factor")
-    if told.get("do_rescale") is False or told.get("rescale_offset"):
-        key = "rescale_offset" if told.get("rescale_offset") else "do_rescale"
+        source.say("mean", content.get("image_mean"), "image_mean")
+        source.say("std", content.get("image_std"), "image_std")
+    factor = content.get("rescale_factor")
+    if content.get("do_rescale") is False or content.get("rescale_offset"):
+        key = "rescale_offset" if content.get("rescale_offset") else "do_rescale"
         for field in ("mean", "std"):
-            source.cannot[field] = f"{key} {quoted(told[key])}, so its mean and std are of other "
+            source.cannot[field] = (
+                f"{key} {quoted(content[key])}, so its mean and std are of other "
+            )
             source.cannot[field] += "pixels than 0 to 1"
     elif factor is not None and not _same(factor, 1 / 255):
         usable = isinstance(factor, (int, float)) and 0 < factor < math.inf
@@ -207,8 +209,8 @@ def _same(a: Any, b: float) -> bool:
     return isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-6)
 
 
-def _resampling(told: Mapping[str, Any], source: Source) -> None:
-    code = told.get("resample")
+def _resampling(content: Mapping[str, Any], source: FactSource) -> None:
+    code = content.get("resample")
     if code is None:
         return
     if type(code) is int and 0 <= code < len(_RESAMPLE):
@@ -233,16 +235,16 @@ def _square(value: Any) -> int | None:
     return sides[0] if whole and len(sides) == 2 and sides[0] == sides[1] else None
 
 
-def _sizes(told: Mapping[str, Any], source: Source) -> None:
+def _sizes(content: Mapping[str, Any], source: FactSource) -> None:
     """How large the picture becomes, what is cut out, and so crop_pct and crop_mode."""
-    size, crop = told.get("size"), told.get("crop_size")
-    cut = bool(told.get("do_center_crop")) if "do_center_crop" in told else False
-    if told.get("do_resize") is False:
+    size, crop = content.get("size"), content.get("crop_size")
+    cut = bool(content.get("do_center_crop")) if "do_center_crop" in content else False
+    if content.get("do_resize") is False:
         source.cannot["crop_pct"] = "do_resize false, so pictures would come in any size"
         return
     if size is None:
         return
-    kind = str(told.get("image_processor_type") or told.get("feature_extractor_type") or "")
+    kind = str(content.get("image_processor_type") or content.get("feature_extractor_type") or "")
     if isinstance(size, Mapping) and "shortest_edge" in size:
         edge, mode = _square(size["shortest_edge"]), "center"
     elif type(size) is int and kind.lower().startswith(_SHORTER):

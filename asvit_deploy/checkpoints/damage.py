@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from asvit_deploy.checkpoints.refused import Refused
+
 _PIECE = 1 << 20  # bytes of a member in memory at a time
 _FOLDER = 0x10  # an attribute of MS-DOS
 _ENCRYPTED = 0x2061  # the flags of a member that say so, and of a patch
@@ -26,8 +28,8 @@ _END, _END_SIZE = struct.Struct("<4s4xHHII2x"), 22
 _LOCATOR, _END_64 = struct.Struct("<4s4xQ4x"), struct.Struct("<4s20xQQQQ")
 
 
-class Damaged(ValueError):
-    """What is wrong with a file's bytes, to follow its name in a message."""
+class Damaged(Refused):
+    """What is wrong with a file's bytes."""
 
 
 _CUT = "is truncated or damaged; copy or download it again"
@@ -144,8 +146,8 @@ _ALL = "tensors and metadata"
 
 def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata of a `.safetensors` with a digest of it and of the tensors."""
-    told = {**unsealed(metadata), _COVERS: _ALL}
-    return {**told, _DIGEST: _digest_of(tensors, told)}
+    covered = {**unsealed(metadata), _COVERS: _ALL}
+    return {**covered, _DIGEST: _digest_of(tensors, covered)}
 
 
 def unsealed(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -164,8 +166,8 @@ def check_seal(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> No
     Raises:
         Damaged: they differ.
     """
-    told = {key: value for key, value in metadata.items() if key != _DIGEST}
-    if _digest_of(tensors, told) != metadata.get(_DIGEST):
+    covered = {key: value for key, value in metadata.items() if key != _DIGEST}
+    if _digest_of(tensors, covered) != metadata.get(_DIGEST):
         raise Damaged(
             "is damaged, or was changed after this tool wrote it (its digest differs); copy it "
             "again, or make it again"

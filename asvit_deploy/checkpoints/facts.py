@@ -2,7 +2,7 @@
 
 They come from an option, our own file's metadata, the config files beside a checkpoint, or what
 it holds of its training. What none of these says is assumed by the row of the table, and the line
-that `Told` makes always says which.
+that `Origins` makes always says which.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 
 from asvit_deploy.bounded import parse_json
 from asvit_deploy.checkpoints.configs import sources_beside
+from asvit_deploy.checkpoints.fact_source import FactSource, checked, meant
 from asvit_deploy.checkpoints.names import moco_name, timm_name
-from asvit_deploy.checkpoints.reading import Refuse, quoted
-from asvit_deploy.checkpoints.source import Source, checked, meant
+from asvit_deploy.checkpoints.reading import quoted
+from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig, Preprocessing
 
@@ -62,26 +63,31 @@ NOTHING_GIVEN = Given()
 
 
 @dataclass(frozen=True)
-class Told:
-    """Where each fact came from, by its name: `assumed`, or what said it."""
+class Origins:
+    """Where each fact came from.
 
-    origins: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        by_fact: `assumed`, or what said it, by the fact's name.
+        line: the same in words, for stderr.
+    """
+
+    by_fact: dict[str, str] = field(default_factory=dict)
     line: str = ""
 
     def fields(self) -> dict[str, Any]:
         """As sidecars and metadata keep it."""
-        of = {name: origin for name, origin in self.origins.items() if name in _PREPROCESSING}
-        return {"preprocessing_from": of, "heads_from": self.origins.get("heads", ASSUMED),
-                "eps_from": self.origins.get("eps", ASSUMED)}  # fmt: skip
+        of = {name: origin for name, origin in self.by_fact.items() if name in _PREPROCESSING}
+        return {"preprocessing_from": of, "heads_from": self.by_fact.get("heads", ASSUMED),
+                "eps_from": self.by_fact.get("eps", ASSUMED)}  # fmt: skip
 
     def metadata(self) -> dict[str, str]:
         """The same for `save_checkpoint`; nothing where there was no load."""
-        return {k: json.dumps(v) for k, v in self.fields().items()} if self.origins else {}
+        return {k: json.dumps(v) for k, v in self.fields().items()} if self.by_fact else {}
 
 
-def seen_alike(config: ArchConfig, told: Told, other: Preprocessing) -> ArchConfig:
+def seen_alike(config: ArchConfig, origins: Origins, other: Preprocessing) -> ArchConfig:
     """The architecture with another network's preprocessing, where its own is only assumed."""
-    assumed = [name for name in _PREPROCESSING if told.origins.get(name, ASSUMED) == ASSUMED]
+    assumed = [name for name in _PREPROCESSING if origins.by_fact.get(name, ASSUMED) == ASSUMED]
     rules = {name: getattr(other, name) for name in assumed}
     return replace(config, preprocessing=replace(config.preprocessing, **rules))
 
@@ -94,21 +100,21 @@ def model_names(content: Any, options: Mapping[str, Mapping[str, Any]]) -> dict[
     found = {}
     if isinstance(content, dict) and isinstance(content.get("arch"), str):
         found["arch"] = content["arch"]
-    for place, told in options.items():
+    for place, values in options.items():
         for key in ("model", "arch", "model_name", "architecture"):
-            if isinstance(told.get(key), str):
-                found[f"{place}.{key}"] = told[key]
+            if isinstance(values.get(key), str):
+                found[f"{place}.{key}"] = values[key]
                 break
     return found
 
 
-def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> list[Source]:
+def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> list[FactSource]:
     """What `args` and their like, and the model's name, say."""
-    sources = [_of_options(place, told) for place, told in options.items()]
+    sources = [_of_options(place, values) for place, values in options.items()]
     keys = content.keys() if isinstance(content, dict) else ()
     moco = "student" not in keys and "teacher" not in keys
     for place, name in model_names(content, options).items():
-        source = Source(f"{place} {name}")
+        source = FactSource(f"{place} {name}")
         by_moco = place == "arch" or any(key.startswith("moco") for key in _all(options))
         implied = moco_name(name) if moco and by_moco else None
         if implied:  # these heads are none that the shapes suggest: they count as said
@@ -125,30 +131,32 @@ def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> li
 
 
 def _all(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [key for told in options.values() for key in told]
+    return [key for values in options.values() for key in values]
 
 
-def _of_options(place: str, told: Mapping[str, Any]) -> Source:
-    source = Source(place)
+def _of_options(place: str, values: Mapping[str, Any]) -> FactSource:
+    source = FactSource(place)
     for name in ("mean", "std", "interpolation"):
-        source.say(name, told.get(name))
+        source.say(name, values.get(name))
     for name, keys in (("crop_pct", ("crop_pct", "eval_crop_ratio")),
                        ("heads", ("num_heads", "num_attention_heads", "heads"))):  # fmt: skip
-        for key in reversed([key for key in keys if told.get(key) is not None]):
-            source.say(name, told[key], key)
-    source.say("eps", told.get("layer_norm_eps"), "layer_norm_eps")
-    source.activation(told.get("act_layer") or told.get("hidden_act"))
+        for key in reversed([key for key in keys if values.get(key) is not None]):
+            source.say(name, values[key], key)
+    source.say("eps", values.get("layer_norm_eps"), "layer_norm_eps")
+    source.activation(values.get("act_layer") or values.get("hidden_act"))
     for key in ("input_size", "img_size", "image_size"):
-        if told.get(key):
-            source.size(key, told[key])
+        if values.get(key):
+            source.size(key, values[key])
             break
-    pooling = told.get("gp", told.get("global_pool"))
+    pooling = values.get("gp", values.get("global_pool"))
     if pooling not in (None, False, "", "token", "fast"):
         source.cannot["global_pool"] = f"global_pool {quoted(pooling)}, not the class token"
     return source
 
 
-def own_source(metadata: Mapping[str, str], config: ArchConfig) -> tuple[Source, dict[str, str]]:
+def own_source(
+    metadata: Mapping[str, str], config: ArchConfig
+) -> tuple[FactSource, dict[str, str]]:
     """What our own file's metadata says, and where it had that from.
 
     Older files say nothing: they were made with their arch's own row.
@@ -156,17 +164,17 @@ def own_source(metadata: Mapping[str, str], config: ArchConfig) -> tuple[Source,
     Raises:
         ValueError: a field is not what it must be.
     """
-    told = {k: parse_json(metadata[k]) for k in _FIELDS if k in metadata}
-    known = recorded(config, told)
-    source = Source(_OURS)
+    stored = {k: parse_json(metadata[k]) for k in _FIELDS if k in metadata}
+    known = recorded(config, stored)
+    source = FactSource(_OURS)
     source.says = {**vars(known.preprocessing), "heads": known.heads, "eps": known.eps}
-    origins = told.get("preprocessing_from", {}) if "preprocessing" in told else {}
+    origins = stored.get("preprocessing_from", {}) if "preprocessing" in stored else {}
     if not isinstance(origins, dict) or not all(isinstance(o, str) for o in origins.values()):
         raise ValueError("preprocessing_from")
     of = dict.fromkeys(_FACTS, f"its arch {config.name}")
     of |= {name: origin for name, origin in origins.items() if name in _PREPROCESSING}
     for name in ("heads", "eps"):
-        origin = told.get(f"{name}_from", of[name])
+        origin = stored.get(f"{name}_from", of[name])
         if not isinstance(origin, str):
             raise ValueError(f"{name}_from")
         of[name] = origin
@@ -191,11 +199,11 @@ def recorded(config: ArchConfig, fields: Mapping[str, Any]) -> ArchConfig:
     """
     rules = config.preprocessing
     if "preprocessing" in fields:
-        told = fields["preprocessing"]
+        stored = fields["preprocessing"]
         needed = set(_PREPROCESSING) - {"crop_mode"}
-        if not isinstance(told, Mapping) or not needed <= told.keys() <= set(_PREPROCESSING):
+        if not isinstance(stored, Mapping) or not needed <= stored.keys() <= set(_PREPROCESSING):
             raise ValueError("preprocessing")
-        known = {name: checked(name, value) for name, value in told.items()}
+        known = {name: checked(name, value) for name, value in stored.items()}
         if None in known.values():
             raise ValueError("preprocessing")
         rules = Preprocessing(**known)
@@ -217,7 +225,7 @@ class Loaded:
     Attributes:
         config: the row that its shapes fit, at the file's own size.
         headless: it has no classes of its own.
-        sized: the user asked for an image size, so that none which is told matters.
+        sized: the user asked for an image size, so that what is said of it does not matter.
         named: the user said which architecture it is, so that no name matters.
     """
 
@@ -229,15 +237,16 @@ class Loaded:
 
 
 def settle(
-    loaded: Loaded, given: Given, own: tuple[Source, dict[str, str]] | None,
-    within: list[Source], refuse: Refuse,
-) -> tuple[ArchConfig, Told, list[str]]:  # fmt: skip
+    loaded: Loaded, given: Given, own: tuple[FactSource, dict[str, str]] | None,
+    within: list[FactSource],
+) -> tuple[ArchConfig, Origins, list[str]]:  # fmt: skip
     """The architecture with every fact settled, where each came from, and lines on what was not
     taken.
 
     Raises:
-        UserError: a source is broken, cannot be obeyed, disagrees with the weights or with another
-            one, and no option settles it.
+        Refused: a source cannot be obeyed, disagrees with the weights or with another one, and no
+            option settles it.
+        UserError: a source is broken, or an option does not fit the weights.
     """
     config, options = loaded.config, given.settled()
     heads = options.get("heads")
@@ -251,16 +260,16 @@ def settle(
     beside, lines = ([], []) if own is not None else sources_beside(loaded.path)
     sources = [*([own[0]] if own else []), *beside, *within]
     for source in sources:
-        _check_source(source, loaded, options, refuse)
+        _check_source(source, loaded, options)
     chosen: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name in _FACTS:
         if name in options:
             chosen[name], origins[name] = options[name], f"{_OPTION} --{name.replace('_', '-')}"
             continue
-        # Who says how to crop has said it for both ways.
+        # An option for the crop settles how it is made, too.
         settled = name == "crop_mode" and "crop_pct" in options
-        found = _first(name, sources, refuse, settled)
+        found = _first(name, sources, settled)
         if found is not None:
             value, source = found
             chosen[name] = value
@@ -277,19 +286,17 @@ def settle(
     if config.preprocessing.crop_mode == "center":  # which goes without saying
         del origins["crop_mode"]
     ours = own is not None
-    return config, Told(origins, _line(config, origins, loaded.config, ours)), lines
+    return config, Origins(origins, _line(config, origins, loaded.config, ours)), lines
 
 
-def _check_source(
-    source: Source, loaded: Loaded, options: Mapping[str, Any], refuse: Refuse
-) -> None:
+def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]) -> None:
     """Refuse what a source says that cannot be obeyed, or that is not true of the weights."""
     for name, what in source.cannot.items():
         option = {"crop_mode": "crop_pct"}.get(name, name)
         if option not in options:
             known = f"; pass --{option.replace('_', '-')}" if option in vars(NOTHING_GIVEN) else ""
-            mend = known or "; this version computes exact GELU networks with a class token alone"
-            refuse(f"cannot be loaded: {source.name} says {what}{mend}")
+            advice = known or "; this version computes exact GELU networks with a class token alone"
+            raise Refused(f"cannot be loaded: {source.name} says {what}{advice}")
     config, settled = loaded.config, set()
     if loaded.sized:
         settled.add("image_size")
@@ -301,13 +308,13 @@ def _check_source(
         by_name = loaded.named and word.endswith(f": {name}")
         if name in settled or by_name or (type(value) is int and value == holds):
             continue
-        refuse(
+        raise Refused(
             f"holds {name.replace('_', ' ')} {holds} where {source.name} says {word} "
-            f"{quoted(value)}: one of them is another network's; mend or remove what it says"
+            f"{quoted(value)}: one of them is another network's; correct or remove what it says"
         )
     heads = source.says.get("heads")
     if heads is not None and config.dim % heads and "heads" not in options:
-        refuse(
+        raise Refused(
             f"has width {config.dim}, which the {heads} heads of {source.name} do not divide; pass "
             "--heads"
         )
@@ -321,9 +328,7 @@ def _equal(name: str, a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-6) if name == "eps" else a == b
 
 
-def _first(
-    name: str, sources: list[Source], refuse: Refuse, settled: bool
-) -> tuple[Any, Source] | None:
+def _first(name: str, sources: list[FactSource], settled: bool) -> tuple[Any, FactSource] | None:
     """The first that says a fact, once those that say it agree; what is said outright comes
     before what a model's name stands for."""
     for place in ("says", "stands_for"):
@@ -335,9 +340,9 @@ def _first(
             # Our own file is the later one: what it was made from is not asked again.
             if not (settled or first.name == _OURS or _equal(name, value, other)):
                 option = "--crop-pct" if name == "crop_mode" else f"--{name.replace('_', '-')}"
-                refuse(
+                raise Refused(
                     f"has two accounts of its {name}: {first.name} says {_shown(value)}, "
-                    f"{source.name} says {_shown(other)}; pass {option}, or mend one"
+                    f"{source.name} says {_shown(other)}; pass {option}, or correct one"
                 )
         return value, first
     return None
@@ -363,7 +368,7 @@ def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours:
         if word and name in origins:
             groups.setdefault(origins[name], []).append(word)
     parts = []
-    for origin, told in groups.items():
+    for origin, group in groups.items():
         what = f"assumed ({config.name}'s)" if origin == ASSUMED else f"from {origin}"
-        parts.append(f"{', '.join(told)} {what.replace(f'from {_OPTION} ', 'by ')}")
+        parts.append(f"{', '.join(group)} {what.replace(f'from {_OPTION} ', 'by ')}")
     return "; ".join(parts) + (", as its metadata says" if ours else "")

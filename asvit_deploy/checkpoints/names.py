@@ -24,7 +24,7 @@ _MOCO = {"vit_small": (384, 12), "vit_base": (768, 12)}
 def timm_name(name: str) -> dict[str, Any] | None:
     """What a timm name stands for, or None where it is no plain ViT or DeiT.
 
-    `vit_*` is augreg's preprocessing unless the rest of the name tells of other weights.
+    `vit_*` is augreg's preprocessing unless the rest of the name names other weights.
     """
     match = _NAME.match(name)
     if match is None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from asvit_deploy.bounded import parse_json
-from asvit_deploy.checkpoints.damage import Damaged, check_seal, is_sealed
-from asvit_deploy.checkpoints.reading import Refuse, quoted
+from asvit_deploy.checkpoints.damage import check_seal, is_sealed
+from asvit_deploy.checkpoints.reading import quoted
+from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
 
@@ -24,36 +25,35 @@ def parsed(value: str) -> Any:
         return value
 
 
-def check_schema(metadata: Mapping[str, str], refuse: Refuse) -> None:
+def check_schema(metadata: Mapping[str, str]) -> None:
     """Refuse a file of a newer schema, or one that lacks what every schema has."""
     schema = metadata.get("schema", "")
     if not schema.isdecimal():
-        refuse("does not say its schema; write it again with this tool")
+        raise Refused("does not say its schema; write it again with this tool")
     if int(schema) > SCHEMA:
-        refuse(f"has schema {schema}, this version reads up to {SCHEMA}; update the tool")
+        raise Refused(f"has schema {schema}, this version reads up to {SCHEMA}; update the tool")
     if not {"arch", "image_size", "num_classes"} <= metadata.keys():
-        refuse("does not say its arch, image_size and num_classes; write it again with this tool")
+        raise Refused(
+            "does not say its arch, image_size and num_classes; write it again with this tool"
+        )
 
 
-def check_sealed(content: Any, metadata: Mapping[str, str], refuse: Refuse) -> None:
+def check_sealed(content: Any, metadata: Mapping[str, str]) -> None:
     """Compare a file that has a digest with it; older files have none, nor have those of others."""
     if is_sealed(metadata):
-        try:
-            check_seal(content, metadata)
-        except Damaged as damage:
-            refuse(str(damage))
+        check_seal(content, metadata)
 
 
-def check_told(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) -> None:
+def check_told(metadata: Mapping[str, str], config: ArchConfig) -> None:
     """What our own file says of itself must fit its tensors: later steps take it from here."""
     for key, holds in (("image_size", config.image_size), ("num_classes", config.num_classes)):
         if metadata[key] != str(holds):
-            refuse(
+            raise Refused(
                 f"says {key} {quoted(metadata[key])} but holds {holds}; write it again with this "
                 "tool"
             )
     if "budget" in metadata and not 0 < _number(metadata["budget"]) < math.inf:
-        refuse(
+        raise Refused(
             f"says budget {quoted(metadata['budget'])}, which is no number above 0; write it "
             "again with this tool"
         )
@@ -61,24 +61,24 @@ def check_told(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) 
         names = parsed(metadata["classes"])
         fits = isinstance(names, list) and len(names) == config.num_classes
         if not fits or not all(isinstance(name, str) for name in names):
-            refuse(
+            raise Refused(
                 f"says classes {quoted(metadata['classes'])}, which is no JSON list of "
                 f"{config.num_classes} names; write it again with this tool"
             )
 
 
-def staged(metadata: Mapping[str, str], config: ArchConfig, refuse: Refuse) -> ArchConfig:
+def staged(metadata: Mapping[str, str], config: ArchConfig) -> ArchConfig:
     """The architecture with the stages that the file tells, where they are not its usual ones."""
     if "stages" not in metadata:
         return config
     stages = parsed(metadata["stages"])
     try:
         return config.with_stages(stages if isinstance(stages, list) else [])
-    except (UserError, TypeError):
-        refuse(
+    except (UserError, TypeError) as error:
+        raise Refused(
             f"says stages {quoted(metadata['stages'])}, which do not fit {config.name}; write it "
             "again with this tool"
-        )
+        ) from error
 
 
 def _number(text: str) -> float:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from asvit_deploy.bounded import open_regular
 from asvit_deploy.checkpoints import bounds
-from asvit_deploy.checkpoints.bounds import Refuse
-from asvit_deploy.checkpoints.damage import Damaged, check_archive
+from asvit_deploy.checkpoints.damage import check_archive
+from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.memory import memory
 
@@ -30,6 +30,7 @@ _UNSUMMED = (
     "has no checksums (torch's format of before 1.6, or saved with compute_crc32 off), so damage "
     "to its weights would go unnoticed; compare it with its source, or save it again"
 )
+_TOO_MUCH = "asks for more memory than its size can fill; save it again with torch.save"
 _LONGEST_PATH = 4096  # characters, Linux's own limit
 _LISTED = 3  # keys that a message names before it says how many more there are
 
@@ -102,46 +103,52 @@ def quoted(value: Any) -> str:
     return repr(short) if isinstance(value, str) else " ".join(short.split())
 
 
-def read(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[str, ...]]:
-    """The objects in a file, the metadata of a `.safetensors`, and what is to be said of the file.
+def read(path: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
+    """The objects in a file, the metadata of a `.safetensors`, and lines for the load to report.
 
-    Formats are told apart by content. The checksums of torch.save's zip files are tested; a
+    Formats are recognised by content. The checksums of torch.save's zip files are tested; a
     `.safetensors` has none of its own, see `damage.check_seal` for ours.
+
+    Raises:
+        Refused: it cannot be read, is damaged, would ask too much of the machine, or is no
+            checkpoint.
     """
     if path.is_dir():
-        refuse("is a folder; name the checkpoint file in it")
+        raise Refused("is a folder; name the checkpoint file in it")
     try:
         with open_regular(path, "checkpoint file") as file:
-            bounds.check_size(file, refuse)
+            bounds.check_size(file)
             head = file.read(9)
     except FileNotFoundError:
-        refuse("does not exist; check the path")
+        raise Refused("does not exist; check the path") from None
     except OSError as error:
-        refuse(f"cannot be read: {error.strerror}; check its permissions")
+        raise Refused(f"cannot be read: {error.strerror}; check its permissions") from error
     if not head:
-        refuse("is empty; copy or download it again")
+        raise Refused("is empty; copy or download it again")
     # A safetensors file starts with the length of its header, which is JSON.
     if head[8:] == b"{" and (length := int.from_bytes(head[:8], "little")) < 100_000_000:
         if length > bounds.MOST_HEADER:
-            refuse("holds too many objects for a checkpoint; save only the model's weights")
-        return *_read_safetensors(path, refuse), ()
-    return _read_torch(path, refuse)
+            raise Refused("holds too many objects for a checkpoint; save only the model's weights")
+        return *_read_safetensors(path), ()
+    return _read_torch(path)
 
 
-def _read_safetensors(path: Path, refuse: Refuse) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             if len(keys) > bounds.MOST_NAMES:
-                refuse("holds too many objects for a checkpoint; save only the model's weights")
+                raise Refused(
+                    "holds too many objects for a checkpoint; save only the model's weights"
+                )
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
-    except SafetensorError:
-        refuse("is truncated or damaged; copy or download it again")
+    except SafetensorError as error:
+        raise Refused("is truncated or damaged; copy or download it again") from error
 
 
-def _read_torch(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[str, ...]]:
+def _read_torch(path: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
     try:
-        bounds.check(path, refuse)
+        bounds.check(path)
         with (
             torch.serialization.safe_globals(_KNOWN),
             warnings.catch_warnings(),
@@ -152,35 +159,39 @@ def _read_torch(path: Path, refuse: Refuse) -> tuple[Any, dict[str, str], tuple[
             summed = check_archive(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
         return content, {}, () if summed else (_UNSUMMED,)
-    except UserError:
+    except (UserError, Refused):
         raise
-    except Damaged as damage:
-        refuse(str(damage))
-    except MemoryError:
-        refuse("asks for more memory than its size can fill; save it again with torch.save")
+    except MemoryError as error:
+        raise Refused(_TOO_MUCH) from error
     except Exception as error:  # torch answers to bad bytes with nearly any exception
-        _refuse_unread(path, str(error), refuse)
+        _refuse_unread(path, str(error))
 
 
-def _refuse_unread(path: Path, message: str, refuse: Refuse) -> NoReturn:
+def _refuse_unread(path: Path, message: str) -> NoReturn:
     """Say in one line why torch.load did not read a file."""
     # torch names what it would have had to import: "Unsupported global: GLOBAL a.B was not an
     # allowed global" or, for modules it never allows, "unsupported GLOBAL a.B whose module".
     code = re.search(r"unsupported (?:global: )?GLOBAL ([\w.]+)", message, re.I)
     if code or re.search(r"unsupported class|trying to call reduce", message, re.I):
         name = f" ({code[1]})" if code else ""
-        refuse(f"holds pickled code{name}, which was not run; save only the model's state_dict()")
+        raise Refused(
+            f"holds pickled code{name}, which was not run; save only the model's state_dict()"
+        )
     if "can't allocate memory" in message:
-        refuse("asks for more memory than its size can fill; save it again with torch.save")
+        raise Refused(_TOO_MUCH)
     if "TorchScript" in message:
-        refuse("is a TorchScript archive; save the model's state_dict() instead")
+        raise Refused("is a TorchScript archive; save the model's state_dict() instead")
     with open(path, "rb") as file:
         head = file.read(len(_OLD_TORCH))
     if head == _OLD_TORCH or (head[:4] == b"PK\x03\x04" and _cut_or_torch_zip(path)):
-        refuse("is truncated or damaged; copy or download it again")
+        raise Refused("is truncated or damaged; copy or download it again")
     if head[:1] == b"\x80" and "Unsupported operand" in message:
-        refuse("is a pickle that torch.save did not write; it was not run; name a checkpoint file")
-    refuse("is not a checkpoint (neither safetensors nor torch.save); name a file that holds one")
+        raise Refused(
+            "is a pickle that torch.save did not write; it was not run; name a checkpoint file"
+        )
+    raise Refused(
+        "is not a checkpoint (neither safetensors nor torch.save); name a file that holds one"
+    )
 
 
 def _cut_or_torch_zip(path: Path) -> bool:

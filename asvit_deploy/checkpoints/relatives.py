@@ -1,4 +1,4 @@
-"""Networks that share most names with ours, yet are others: told by their options and names.
+"""Networks that share most names with ours, yet are others: recognised by their options and names.
 
 What a row of these tables names would load as a plain DeiT, or fail with a word about keys, and
 compute something else than it was trained for.
@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from asvit_deploy.checkpoints.reading import Refuse, quoted
+from asvit_deploy.checkpoints.reading import quoted
+from asvit_deploy.checkpoints.refused import Refused
 
 
 def _said(value: Any) -> bool:
@@ -60,7 +61,7 @@ _MODELS: tuple[tuple[str, str], ...] = (
 _NO_DISTILLED = "pass the DeiT of the same size without distillation"
 _LATER = "this version does not load it; pass a DeiT, a plain ViT, LV-ViT or AS-ViT"
 _HF = "has transformers' names"
-# (a key of the state dict, what that means, what to do); the first that fits is told.
+# (a key of the state dict, what that means, what to do); the first that fits is named.
 _KEYS: tuple[tuple[str, str, str], ...] = (
     (
         r"score_predictor\.\d+\.(?:in_conv|out_conv)\.",
@@ -95,10 +96,8 @@ _KEYS: tuple[tuple[str, str, str], ...] = (
 _LAYER_SCALE = re.compile(r"blocks\.\d+\.(?:gamma_[12]|ls[12]\.gamma)$")
 
 
-def refuse_options(
-    sources: Mapping[str, Mapping[str, Any]], names: Iterable[str], refuse: Refuse
-) -> None:
-    """Refuse a file whose own options, or whose model's name, tell of another method.
+def refuse_options(sources: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
+    """Refuse a file whose own options, or whose model's name, belong to another method.
 
     Args:
         sources: options by the key of the file that holds them.
@@ -108,31 +107,31 @@ def refuse_options(
         for flags, tells, method in _OPTIONS:
             for flag in flags:
                 if flag in options and tells(options[flag]):
-                    _refuse_method(method, f"--{flag} {quoted(options[flag])}", refuse)
+                    _refuse_method(method, f"--{flag} {quoted(options[flag])}")
         if "base_keep_rate" not in options:
             for flag in _EVIT_TOO:
                 if _on(options.get(flag)):
-                    _refuse_method("EViT", f"--{flag} {quoted(options[flag])}", refuse)
+                    _refuse_method("EViT", f"--{flag} {quoted(options[flag])}")
     for name in names:
         for pattern, method in _MODELS:
             if re.match(pattern, name):
-                _refuse_method(method, f"the model {quoted(name)}", refuse)
+                _refuse_method(method, f"the model {quoted(name)}")
 
 
-def _refuse_method(method: str, told: str, refuse: Refuse) -> None:
-    refuse(
-        f"was trained with {told} ({method}), which is another method; pass a file trained "
+def _refuse_method(method: str, evidence: str) -> None:
+    raise Refused(
+        f"was trained with {evidence} ({method}), which is another method; pass a file trained "
         "without it"
     )
 
 
-def refuse_keys(state: Mapping[str, Any], refuse: Refuse) -> None:
+def refuse_keys(state: Mapping[str, Any]) -> None:
     """Refuse a state dict that holds what only another network has, by that network's name."""
-    for pattern, what, mend in _KEYS:
+    for pattern, what, advice in _KEYS:
         if key := next((key for key in state if re.match(pattern, key)), None):
-            refuse(f"{what.format(key=quoted(key)[1:-1])}; {mend}")
+            raise Refused(f"{what.format(key=quoted(key)[1:-1])}; {advice}")
     if key := next(filter(_LAYER_SCALE.match, state), None):
-        refuse(f"{_layer_scaled(state)} (LayerScale: {key}); {_LATER}")
+        raise Refused(f"{_layer_scaled(state)} (LayerScale: {key}); {_LATER}")
 
 
 def _layer_scaled(state: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from asvit_deploy.checkpoints.bounds import LONGEST_NAME, MOST_NAMES, MOST_NETWORKS
-from asvit_deploy.checkpoints.reading import Refuse, listed, quoted
+from asvit_deploy.checkpoints.reading import listed, quoted
+from asvit_deploy.checkpoints.refused import Refused
 
 # What every network of these families has, directly under its prefix.
 _ANCHOR = re.compile(
@@ -37,7 +38,7 @@ _FOLLOWERS = frozenset((
     "teacher", "teacher_model", "momentum_encoder", "momentum_backbone", "target_encoder",
     "target_network",
 ))  # fmt: skip
-# Wrappers that say nothing; others are told.
+# Wrappers that say nothing; others are named in a line.
 _PLAIN = frozenset((
     "module", "model", "backbone", "state_dict", "model_state_dict", "net", "network",
 ))  # fmt: skip
@@ -75,13 +76,13 @@ def options_in(content: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict):
         return found
     for key in ("args", "hyper_parameters", "hparams", "config", "opt"):
-        told = content.get(key)
-        told = vars(told) if isinstance(told, argparse.Namespace) else told
-        if not isinstance(told, Mapping):
+        options = content.get(key)
+        options = vars(options) if isinstance(options, argparse.Namespace) else options
+        if not isinstance(options, Mapping):
             continue
-        flat = {name: value for name, value in told.items() if isinstance(name, str)}
+        flat = {name: value for name, value in options.items() if isinstance(name, str)}
         for inner in ("args", "hparams", "config", "model", "data"):
-            nested = told.get(inner)
+            nested = options.get(inner)
             nested = vars(nested) if isinstance(nested, argparse.Namespace) else nested
             if isinstance(nested, Mapping):
                 flat = {**{n: v for n, v in nested.items() if isinstance(n, str)}, **flat}
@@ -89,33 +90,35 @@ def options_in(content: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def select(content: Any, ema: bool, refuse: Refuse) -> Selected:
+def select(content: Any, ema: bool) -> Selected:
     """The network among what a training script saved.
 
     Args:
         ema: take the moving average of the weights.
 
     Raises:
-        UserError: by way of `refuse`; there is no network, no average, or no telling which of
+        Refused: there is no network, no average, or nothing says which of
             several is meant.
     """
     if not isinstance(content, dict):
-        refuse(f"holds a {type(content).__name__}, not a state dict; save the model's state_dict()")
-    flat = _flattened(content, refuse)
+        raise Refused(
+            f"holds a {type(content).__name__}, not a state dict; save the model's state_dict()"
+        )
+    flat = _flattened(content)
     roots = _roots(flat)
     if len(roots) > MOST_NETWORKS:
-        refuse(f"holds {len(roots)} networks; save the state_dict() of one of them")
+        raise Refused(f"holds {len(roots)} networks; save the state_dict() of one of them")
     if not roots:
-        return Selected(_without_network(content, refuse))
+        return Selected(_without_network(content))
     averages, followers = _averages(content, flat, roots), _named(roots, _FOLLOWERS)
     live = [root for root in roots if root not in averages and root not in followers]
     if ema and not averages:
-        refuse("holds no moving average of its weights; drop --ema")
+        raise Refused("holds no moving average of its weights; drop --ema")
     pool = averages if ema else live or averages or followers
     pool = [root for root in pool if root not in followers] or pool
     for root in pool:
-        _check_tensors(root, roots, flat, refuse)
-    chosen = _only(pool, roots, flat, refuse)
+        _check_tensors(root, roots, flat)
+    chosen = _only(pool, roots, flat)
     own = _own(chosen, roots, flat)
     state = {key.removeprefix(chosen): value for key, value in own.items()}
     notes = _taken(chosen, roots, averages, ema)
@@ -130,21 +133,23 @@ def select(content: Any, ema: bool, refuse: Refuse) -> Selected:
     return Selected(state, tuple(notes), tuple(beside), bool(averages))
 
 
-def _flattened(content: dict, refuse: Refuse) -> _Flat:
+def _flattened(content: dict) -> _Flat:
     flat = _Flat()
 
     def walk(level: Mapping, prefix: str, depth: int) -> None:
         for key, value in level.items():
             text = key if isinstance(key, str) else quoted(key)
             if len(prefix) + len(text) > LONGEST_NAME:
-                refuse(f"has a name of {len(prefix) + len(text):,} characters ({quoted(text)}); "
-                       "save the model's state_dict()")  # fmt: skip
+                raise Refused(
+                    f"has a name of {len(prefix) + len(text):,} characters ({quoted(text)}); "
+                    "save the model's state_dict()"
+                )
             name = _ANYWHERE.sub("", f"{prefix}{text}")
             if isinstance(key, str) and key.startswith("optim"):
                 continue  # names of weights again, with what an optimiser keeps of each
             if isinstance(value, Tensor) and isinstance(key, str):
                 if name in flat.tensors:
-                    refuse(f"has {name} twice, on two levels; save the model's state_dict()")
+                    raise Refused(f"has {name} twice, on two levels; save the model's state_dict()")
                 flat.tensors[name] = value
                 flat.levels[name] = prefix
             elif isinstance(value, dict) and isinstance(key, str) and depth < _DEEPEST:
@@ -153,7 +158,9 @@ def _flattened(content: dict, refuse: Refuse) -> _Flat:
                 flat.others.append(name)
                 flat.levels.setdefault(name, prefix)
             if len(flat.levels) > MOST_NAMES:
-                refuse("holds too many objects for a checkpoint; save the model's state_dict()")
+                raise Refused(
+                    "holds too many objects for a checkpoint; save the model's state_dict()"
+                )
 
     walk(content, "", 0)
     return flat
@@ -169,7 +176,7 @@ def _roots(flat: _Flat) -> list[str]:
     return [root for root, kinds in found.items() if kinds == {True, False}]
 
 
-def _without_network(content: dict, refuse: Refuse) -> dict[str, Tensor]:
+def _without_network(content: dict) -> dict[str, Tensor]:
     """The most likely state dict of a file that holds no network of ours."""
     kept = [content[k] for k in ("model", "state_dict") if isinstance(content.get(k), dict)]
     state = kept[0] if kept else content
@@ -179,8 +186,8 @@ def _without_network(content: dict, refuse: Refuse) -> dict[str, Tensor]:
         if not (isinstance(k, str) and isinstance(v, Tensor))
     ]
     if odd or not state:
-        told = f"{listed(odd)} are no weights" if odd else "there are no weights in it"
-        refuse(f"is no state dict: {told}; save the model's state_dict()")
+        why = f"{listed(odd)} are no weights" if odd else "there are no weights in it"
+        raise Refused(f"is no state dict: {why}; save the model's state_dict()")
     return state
 
 
@@ -199,8 +206,8 @@ def _averages(content: dict, flat: _Flat, roots: list[str]) -> list[str]:
     found.update(root for root in roots if names & _counters(root))
     if any(root.startswith("current_model_state.") for root in roots):  # Lightning's averaging
         found.update(root for root in roots if root.startswith("state_dict."))
-    told = [options for options in options_in(content).values() if "momentum_teacher" in options]
-    if told or "dino_loss" in content or "ibot_loss" in content:
+    by_dino = [options for options in options_in(content).values() if "momentum_teacher" in options]
+    if by_dino or "dino_loss" in content or "ibot_loss" in content:
         found.update(root for root in roots if "teacher" in _parts(root))
     found.update(root for root in roots if "momentum_encoder" in _parts(root))
     return [root for root in roots if root in found]
@@ -225,17 +232,19 @@ def _own(root: str, roots: list[str], flat: _Flat) -> dict[str, Tensor]:
     }
 
 
-def _check_tensors(root: str, roots: list[str], flat: _Flat, refuse: Refuse) -> None:
+def _check_tensors(root: str, roots: list[str], flat: _Flat) -> None:
     """Refuse what is no plain block of numbers, before anything is computed from it."""
     own = _own(root, roots, flat)
     levels = {flat.levels[key] for key in own}
     odd = [k for k in flat.others if k.startswith(root) and flat.levels[k] in levels]
     if odd:
-        refuse(f"is no state dict: {listed(odd)} are no weights; save the model's state_dict()")
+        raise Refused(
+            f"is no state dict: {listed(odd)} are no weights; save the model's state_dict()"
+        )
     for key, value in own.items():
         if reason := _not_plain(value):
             name = key.removeprefix(root)
-            refuse(f"has {name} as {reason}; save the weights as plain, contiguous tensors")
+            raise Refused(f"has {name} as {reason}; save the weights as plain, contiguous tensors")
 
 
 def _not_plain(value: Tensor) -> str | None:
@@ -254,7 +263,7 @@ def _not_plain(value: Tensor) -> str | None:
     return None
 
 
-def _only(pool: list[str], roots: list[str], flat: _Flat, refuse: Refuse) -> str:
+def _only(pool: list[str], roots: list[str], flat: _Flat) -> str:
     """The one network of the pool; several may be there if they are the same."""
     first = _own(pool[0], roots, flat)
     for other in pool[1:]:
@@ -264,14 +273,14 @@ def _only(pool: list[str], roots: list[str], flat: _Flat, refuse: Refuse) -> str
             first[pool[0] + name].equal(theirs[other + name]) for name in names
         )
         if not same:
-            refuse(
-                f"holds {len(pool)} networks ({listed(_told(root) for root in pool)}), and nothing "
+            raise Refused(
+                f"holds {len(pool)} networks ({listed(map(_label, pool))}), and nothing "
                 "says which is meant; save the state_dict() of that one alone"
             )
     return pool[0]
 
 
-def _told(root: str) -> str:
+def _label(root: str) -> str:
     return root.rstrip(".") or "the top level"
 
 
@@ -279,17 +288,17 @@ def _taken(chosen: str, roots: list[str], averages: list[str], ema: bool) -> lis
     """Which network it is, where that does not go without saying."""
     others = [root for root in roots if root != chosen]
     if ema:
-        return [f"the moving average is taken ({_told(chosen)})"]
+        return [f"the moving average is taken ({_label(chosen)})"]
     if chosen in averages:
-        return [f"its only weights are a moving average ({_told(chosen)}), which is taken"]
+        return [f"its only weights are a moving average ({_label(chosen)}), which is taken"]
     notes = []
     rest = [root for root in others if root not in averages]
     if rest or set(_parts(chosen)) - _PLAIN:
-        passed = f", not {listed(map(_told, rest))}" if rest else ""
-        notes.append(f"the network {_told(chosen)} is taken{passed}")
+        passed = f", not {listed(map(_label, rest))}" if rest else ""
+        notes.append(f"the network {_label(chosen)} is taken{passed}")
     if there := [root for root in others if root in averages]:
         notes.append(
-            f"a moving average lies beside the weights ({listed(map(_told, there))}); "
+            f"a moving average lies beside the weights ({listed(map(_label, there))}); "
             "--ema takes it"
         )
     return notes

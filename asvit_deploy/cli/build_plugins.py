@@ -20,7 +20,7 @@ from asvit_deploy.cli import options
     help="ONNX Runtime's library with kernels for its CUDA provider beside the CPU's "
     "[default: where nvcc is found].",
 )  # fmt: skip
-@options.target_sms(
+@options.target_sm(
     "Compile the TensorRT plugin for these GPU generations, such as 86 89 120, or `all` "
     "[default: the GPUs here; without one, code that the driver compiles].",
     all_too=True,
@@ -30,7 +30,7 @@ def command(
     targets: tuple[str, ...],
     headers: Path | None,
     cuda: bool | None,
-    target_sms: tuple[str, ...],
+    target_sm: tuple[str, ...],
     force: bool,
 ) -> None:
     """Compile the C++ libraries into the user cache and print their paths.
@@ -47,4 +47,4 @@ def command(
     if "trt" in targets:
         from asvit_deploy.ops.trt_library import build_trt
 
-        click.echo(build_trt(sms=target_sms, force=force, say=options.status))
+        click.echo(build_trt(sms=target_sm, force=force, say=options.status))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from asvit_deploy.api.calibrate import LARGEST_SEED
 from asvit_deploy.cli import options
 
 if TYPE_CHECKING:
-    from asvit_deploy.checkpoints.facts import Given
     from asvit_deploy.models.config import ArchConfig
 
 
@@ -33,28 +33,13 @@ if TYPE_CHECKING:
     "--limit", type=click.IntRange(1),
     help="Use at most so many pictures [default: 256 of --images, else 64].",
 )  # fmt: skip
-# The draws take this seed and the two after it; a generator's end at 2^63.
 @click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 4), default=0, help="Of the random comparison."
+    "--seed", type=click.IntRange(0, LARGEST_SEED), default=0, help="Of the random comparison."
 )
 @options.skip_limit
 @options.force
 @options.as_json
-def command(
-    ckpt: Path,
-    images: Path | None,
-    budget: float,
-    output: Path | None,
-    image_size: int | None,
-    arch: str | None,
-    ema: bool,
-    limit: int | None,
-    seed: int,
-    skip_limit: int,
-    force: bool,
-    as_json: bool,
-    known: Given,
-) -> None:
+def command(as_json: bool, **chosen: Any) -> None:
     """Find thresholds that meet a MACs budget on pictures, without training.
 
     \b
@@ -64,53 +49,13 @@ def command(
     Splits of the reduction between the stages are tried; the one that agrees best with the dense
     network on these pictures wins. The table says how well, beside chance with the same counts.
     """
-    import json
+    import asvit_deploy
 
-    from tqdm import tqdm
-
-    from asvit_deploy.artefacts.sidecar import claimed, provenance
-    from asvit_deploy.calibration import calibrate, with_thresholds
-    from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
-    from asvit_deploy.checkpoints.reading import stem_of
-    from asvit_deploy.classes.network import named, of_checkpoint
-    from asvit_deploy.data.images import open_images
-    from asvit_deploy.files import sha256
-
-    target = output or Path(f"{stem_of(ckpt)}.calibrated.safetensors")
-    options.within(claimed(target, "checkpoint", force, ckpt))
-    checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
-    options.tell(checkpoint)
-    # What lies beside the checkpoint may not lie beside the output.
-    found = of_checkpoint(checkpoint, None, options.status, assume=False)
-    checkpoint = named(checkpoint, found)
-    config = checkpoint.config
-    pictures = open_images(
-        images, config, limit or (256 if images else 64), skip_limit, options.status
-    ).readable()
-    options.status(f"{ckpt}: {config.name}, {config.image_size} px; {pictures.source}")
-    with tqdm(desc="calibrate", unit="pass", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update()
-
-        model = build_model(checkpoint, dense=True)
-        result = calibrate(model, pictures, budget, seed, progress)
-    report = {"arch": config.name, "image_size": config.image_size, **result.report}
-    report |= {"pictures": pictures.source, **pictures.account, "source_sha256": sha256(ckpt)}
-    metadata = {
-        **checkpoint.metadata,
-        **checkpoint.told.metadata(),
-        "budget": str(budget),
-        "calibration": json.dumps(report),
-        "source_sha256": report["source_sha256"],
-        "provenance": json.dumps(provenance(["torch"])),
-    }
-    save_checkpoint(target, with_thresholds(checkpoint, result.thresholds), metadata)
+    result = asvit_deploy.calibrate(**chosen, say=options.status)
     if as_json:
-        click.echo(json.dumps({"output": str(target), **report}, indent=2))
+        click.echo(json.dumps({"output": str(result.output), **result.report}, indent=2))
     else:
-        click.echo(f"{_tables(report, config)}\n\n{target}")
+        click.echo(f"{_tables(result.report, result.config)}\n\n{result.output}")
 
 
 def _tables(report: dict[str, Any], config: ArchConfig) -> str:

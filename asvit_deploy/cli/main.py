@@ -10,8 +10,9 @@ import click
 from click.utils import PacifyFlushWrapper
 
 from asvit_deploy import __version__
-from asvit_deploy.errors import CheckFailed, UserError
+from asvit_deploy.errors import CheckFailed, Interrupted, UserError
 from asvit_deploy.files import FULL
+from asvit_deploy.status import first_process
 
 # name -> one line of help; the module is the name with dashes as underscores and holds `command`.
 COMMANDS = {
@@ -64,8 +65,8 @@ def _access_failure(error: OSError) -> str | None:
         return f"cannot write {where}: {error.strerror}; free space, or set TMPDIR to another disk"
     if error.filename is None:
         return None
-    mend = "; check the permissions on it and its folders" * isinstance(error, PermissionError)
-    return f"cannot access {error.filename}: {error.strerror}{mend}"
+    advice = "; check the permissions on it and its folders" * isinstance(error, PermissionError)
+    return f"cannot access {error.filename}: {error.strerror}{advice}"
 
 
 def _hides_interrupt(error: BaseException | None) -> bool:
@@ -87,7 +88,7 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command; exit 0 when good, 1 when a check failed, 2 on bad input."""
+    """Run the command; exit 0 when good, 1 when a check failed, 2 on bad input, 130 if stopped."""
     try:
         code = group.main(args, prog_name="asvit-deploy", standalone_mode=False)
     except click.ClickException as error:
@@ -107,6 +108,10 @@ def main(args: list[str] | None = None) -> None:
         if line is None:
             raise
         _refuse(line)
+    except Interrupted as error:
+        if first_process():
+            click.echo(" ".join(str(error).splitlines()), err=True)
+        sys.exit(130)
     except CheckFailed as error:
         click.echo(f"Failed: {error}", err=True)
         sys.exit(1)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import click
 
-from asvit_deploy.errors import UserError
+from asvit_deploy.artefacts.finding import artefacts as artefacts
 from asvit_deploy.models.config import Interpolation
-
-if TYPE_CHECKING:
-    from asvit_deploy.checkpoints.load import Checkpoint
 
 
 def within(context: AbstractContextManager[object]) -> None:
@@ -83,12 +79,11 @@ class ListsTargets(click.Command):
         return super().parse_args(ctx, spread)
 
 
-def target_sms(text: str, all_too: bool = False) -> Any:
+def target_sm(text: str, all_too: bool = False) -> Any:
     """The option `--target-sm` of a command of class `ListsTargets`."""
     return click.option(
-        "--target-sm", "target_sms", multiple=True, type=Capability(all_too), metavar="SM...",
-        help=text,
-    )  # fmt: skip
+        "--target-sm", multiple=True, type=Capability(all_too), metavar="SM...", help=text
+    )
 
 
 class _Path(click.Path):
@@ -152,22 +147,13 @@ _FACTS = (
 
 
 def facts(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for what weights cannot tell, as one argument `known` of the command.
+    """Options for what weights cannot tell.
 
     By default they come from what lies beside or in the checkpoint, else from its arch.
     """
-
-    @functools.wraps(command)
-    def wrapped(
-        *args: Any, mean: Any, std: Any, crop_pct: Any, interpolation: Any, heads: Any, **more: Any
-    ) -> Any:
-        from asvit_deploy.checkpoints.facts import Given
-
-        return command(*args, known=Given(mean, std, crop_pct, interpolation, heads), **more)
-
     for option in reversed(_FACTS):
-        wrapped = option(wrapped)
-    return wrapped
+        command = option(command)
+    return command
 
 
 def engine_code(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,28 +161,6 @@ def engine_code(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_ENGINE_CODE):
         command = option(command)
     return command
-
-
-def artefacts(named: tuple[Path, ...], *kinds: str, several: bool = False) -> list[Path]:
-    """The artefacts a command was given, or the ones that the current folder's sidecars describe.
-
-    Raises:
-        UserError: none there, or more than one where one is meant.
-    """
-    from asvit_deploy.artefacts.opening import artefacts_here
-
-    if named:
-        return list(named)
-    found = artefacts_here(*kinds)
-    if len(found) > 1 and not several:
-        raise UserError(f"several artefacts here, name one: {', '.join(map(str, found))}")
-    return found
-
-
-def tell(checkpoint: Checkpoint, say: Callable[[str], None] | None = None) -> None:
-    """What a load took, from where, and what it left out, on stderr."""
-    for line in checkpoint.lines:
-        (say or status)(line)
 
 
 def status(message: str) -> None:

@@ -110,7 +110,7 @@ def load_picture(path: Path) -> Image.Image:
 
 
 def _refuse_no_file(path: Path) -> None:
-    """Told from the outside, for a pipe that is opened is waited for."""
+    """Judged from the outside, for a pipe that is opened is waited for."""
     cannot = f"cannot read the picture {path}: "
     try:
         mode = path.stat().st_mode
@@ -118,8 +118,8 @@ def _refuse_no_file(path: Path) -> None:
         what = "the link leads nowhere" if path.is_symlink() else "there is no such file"
         raise PictureError(f"{cannot}{what}; check the path", "missing") from None
     except (OSError, ValueError) as error:  # such as a folder that was closed meanwhile
-        told = getattr(error, "strerror", None) or str(error)
-        raise PictureError(f"{cannot}{told}; check its permissions", "no permission") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PictureError(f"{cannot}{reason}; check its permissions", "no permission") from error
     if stat.S_ISDIR(mode):
         raise PictureError(f"{cannot}it is a folder; check the path", "a folder")
     if not stat.S_ISREG(mode):

@@ -105,10 +105,10 @@ def _pictures_by_class(folder: Path) -> tuple[list[str], list[Listing], Passed]:
         folders, passed = _top(folder)
         classes = in_order(folders, folder)
         if len(classes) < 2:
-            told = passed.told()
+            rest = passed.summary()
             raise UserError(
                 f"{folder} holds {len(classes)} class folder{'s' * (len(classes) != 1)}"
-                f"{f' and {told}' if told else ''}; put the pictures of each class in a folder of "
+                f"{f' and {rest}' if rest else ''}; put the pictures of each class in a folder of "
                 "its own, at least two"
             )
         seen = Seen()
@@ -155,9 +155,9 @@ def _refuse_class(folder: Path, passed: Passed) -> NoReturn:
             f"the class folder {folder} holds only folders, such as {inner[0]}; put its pictures "
             "into it directly, or name the folder that holds the class folders"
         )
-    told = passed.told()
+    rest = passed.summary()
     raise UserError(
-        f"the class folder {folder} holds no picture{f', only {told}' if told else ''}; add some"
+        f"the class folder {folder} holds no picture{f', only {rest}' if rest else ''}; add some"
     )
 
 
@@ -228,7 +228,7 @@ class Splits:
 
         Args:
             used: by default training and validation.
-            read: names beside the parts that are read, or told of elsewhere.
+            read: names beside the parts that are read, or reported elsewhere.
         """
         places = used or (self.train, self.val)
         lines = [f"not used: {path}" for path in self._found.values() if path not in places]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,9 @@ from asvit_deploy.checkpoints.load import Checkpoint
 from asvit_deploy.classes.matching import label_map
 from asvit_deploy.classes.network import of_checkpoint
 from asvit_deploy.data.batches import Batch
-from asvit_deploy.data.sources import Source, _fingerprint
+from asvit_deploy.data.sources import Source, fingerprint
 from asvit_deploy.errors import UserError
-
-Say = Callable[[str], None]
+from asvit_deploy.status import Say
 
 
 class Relabelled:
@@ -25,13 +24,13 @@ class Relabelled:
     def __init__(self, source: Source, classes: Sequence[str], classes_from: str) -> None:
         self.name, self.epoch, self._source = source.name, source.epoch, source
         self.classes, self.classes_from = list(classes), classes_from
-        self.identity = {**source.identity, "classes": _fingerprint(self.classes)}
+        self.identity = {**source.identity, "classes": fingerprint(self.classes)}
         places = {name: i for i, name in enumerate(self.classes)}
         self._new = torch.tensor([places[name] for name in source.classes])
         self._old = self._new.argsort()
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a source tells of itself stays."""
+        """Everything else about a source stays."""
         if name.startswith("_"):  # not there yet: it is being unpickled
             raise AttributeError(name)
         return getattr(self._source, name)
@@ -64,7 +63,7 @@ def in_head_order(
     Args:
         names, path: the content of `--classes FILE`, and the file.
         start: the weights.
-        say: is told, in one line, what was taken for what.
+        say: gets one line on what was taken for what.
 
     Raises:
         UserError: `names` are not exactly the classes of the data.
@@ -101,12 +100,12 @@ def check_teacher(source: Source, teacher: Checkpoint, say: Say) -> None:
 def _outputs(
     classes: list[str], network: Checkpoint, say: Say, winner: str | None
 ) -> list[str] | None:
-    """The data's classes in the order of a network's outputs, or None where nothing tells it."""
-    told: list[str] = []
+    """The data's classes in the order of a network's outputs, or None where nothing says it."""
+    lines: list[str] = []
     try:
-        found = of_checkpoint(network, None, say if winner is None else told.append)
+        found = of_checkpoint(network, None, say if winner is None else lines.append)
         ours = found.names if found else None
-        numbers = label_map(classes, ours, len(classes), False, told.append)
+        numbers = label_map(classes, ours, len(classes), False, lines.append)
     except UserError as error:
         say(f"{network.path} knows other classes, its outputs are taken in order: {error}")
         return None
@@ -116,7 +115,7 @@ def _outputs(
             say(f"{network.path} has its classes in another order ({order[0]!r} first); {winner} "
                 "wins")  # fmt: skip
         return order
-    for line in told:
+    for line in lines:
         say(f"{network.path}: {line}")
     return order
 

@@ -115,7 +115,7 @@ class ImageSet(Sequence[np.ndarray]):
     @property
     def source(self) -> str:
         """Where they come from, how many of how many, and what was skipped so far."""
-        return ", ".join(filter(None, (self._source, self.skips.told())))
+        return ", ".join(filter(None, (self._source, self.skips.summary())))
 
     @property
     def skipped(self) -> list[str]:
@@ -199,7 +199,7 @@ def open_images(
 
     Args:
         skip_limit: so many may be unreadable, see `ImageSet.loaded`.
-        say: told in one line each what was passed over in the folder and which were skipped.
+        say: gets a line on what was passed over in the folder, and one on each that was skipped.
 
     Raises:
         UserError: `folder` does not exist, holds no picture or a folder that may not be read; a
@@ -218,7 +218,7 @@ def open_images(
         raise UserError(f"the image folder {folder} {what}; check the path")
     found = pictures_below(folder)
     if not found.names:
-        rest = found.passed.told()
+        rest = found.passed.summary()
         raise UserError(
             f"the folder {folder} holds no picture that this Pillow reads"
             + (f", only {rest}" if rest else "")

@@ -66,7 +66,7 @@ class Passed:
         named = {ending or "no ending": n for ending, n in self.endings.most_common()}
         return named | dict(self.kinds.most_common())
 
-    def told(self, what: str = "file") -> str:
+    def summary(self, what: str = "file") -> str:
         """Such as `12 files (.txt 10, .heic 2), 3 hidden`; empty where nothing was passed over."""
         parts = []
         if count := sum(self.endings.values()):
@@ -78,8 +78,8 @@ class Passed:
 
     def lines(self, place: object) -> list[str]:
         """For stderr: what was passed over in `place`, and the folders reached again."""
-        told = self.told()
-        lines = [f"passed over in {place}: {told}"] if told else []
+        rest = self.summary()
+        lines = [f"passed over in {place}: {rest}"] if rest else []
         lines += self.again[:_SHOWN]
         if more := len(self.again) - _SHOWN:
             lines += [f"… and {more} more folders reached again"] if more > 0 else []

@@ -51,5 +51,5 @@ def _webp(data: bytes) -> bytes | None:
     cut = bytearray(data[:at])
     cut[4:8] = struct.pack("<I", at - 8)
     if cut[12:16] == b"VP8X":
-        cut[20] &= ~0x0C & 0xFF  # the flags that tell of EXIF and XMP
+        cut[20] &= ~0x0C & 0xFF  # the flags that announce EXIF and XMP
     return bytes(cut)

@@ -124,7 +124,7 @@ class _ShardFolder:
         odd = [p.name for p in paths if place != self.folder and split_of(p.name) != split]
         if odd := [name for name in odd if split_of(name)]:
             self.notes.append(
-                f"{place} holds shards whose names tell of another part, such as {odd[0]}; they "
+                f"{place} holds shards that are named after another part, such as {odd[0]}; they "
                 f"are taken for {split} all the same"
             )
 
@@ -165,8 +165,8 @@ def shards_to_train(folder: Path, names: Sequence[str] | None = None) -> Parts:
     """
     found = _ShardFolder(folder, names, own_first=False)
     if found.single in ("val", "test"):
-        told = f"the shards of {folder} are trained on, and their names tell of {found.single}"
-        return Parts(found.pictures(found.single), None, [told, *found.notes, NO_VALIDATION])
+        note = f"the shards of {folder} are trained on, and their names say {found.single}"
+        return Parts(found.pictures(found.single), None, [note, *found.notes, NO_VALIDATION])
     if "train" not in found.found:
         raise UserError(f"{folder} holds no shards to train on; put some into train/")
     parts = Parts(found.pictures("train"), found.pictures("val"), found.notes)
@@ -183,8 +183,8 @@ def shards_to_evaluate(folder: Path, names: Sequence[str] | None = None) -> Part
     """
     found = _ShardFolder(folder, names, own_first=True)
     if found.single in ("train", "test"):
-        told = f"the shards of {folder} are evaluated on, and their names tell of {found.single}"
-        return Parts(None, found.pictures(found.single), [told, *found.notes])
+        note = f"the shards of {folder} are evaluated on, and their names say {found.single}"
+        return Parts(None, found.pictures(found.single), [note, *found.notes])
     if "val" in found.found:
         return Parts(None, found.pictures("val"), found.notes)
     place, _ = found.found["train"]

@@ -48,7 +48,7 @@ def by_split(folder: Path) -> dict[str | None, list[Path]]:
     """The shards of a folder itself by the split that their names tell; None where none does.
 
     Raises:
-        UserError: some names tell of a split and others of none; the folder may not be read.
+        UserError: some names say a split and others none; the folder may not be read.
     """
     found: dict[str | None, list[Path]] = {}
     for path in shards_in(folder):

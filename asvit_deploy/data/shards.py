@@ -1,6 +1,6 @@
 """Labelled pictures in WebDataset shards: tar files, read by number without unpacking them.
 
-    DIR/train/*.tar  DIR/val/*.tar   (or DIR/*.tar, told apart by name, or to train on)
+    DIR/train/*.tar  DIR/val/*.tar   (or DIR/*.tar, distinguished by name, or to train on)
     DIR/classes.txt                  a class name a line, in the order of the labels
     a member KEY.jpg (or whatever Pillow reads) and a member KEY.cls, its label in decimal, side by
     side; other members are counted and passed over
@@ -52,11 +52,11 @@ from asvit_deploy.data.listing import HIDDEN, Passed, ending_of
 from asvit_deploy.data.shard_folders import class_names, shards_in
 from asvit_deploy.data.tar_members import Member, Members
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import SEAL, atomic, cache_dir, check_seal, make_cache_dir, seal
+from asvit_deploy.files import atomic, cache_dir, make_cache_dir
+from asvit_deploy.sealed import SEAL, check_seal, seal
 
 # Where a sample has one of these, other pictures of it (a mask, a depth map) are not meant.
 _USUAL = frozenset((".jpeg", ".jpg", ".png", ".webp"))
-GROUP = 8  # shards that are shuffled together: enough to mix, few enough to stay in the page cache
 _FORMAT = 3  # of the index; part of its name
 _ENTRY = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<u2")])
 _MAX_LABEL = 2**16 - 1  # ImageNet-21k has 21,841 classes
@@ -226,9 +226,9 @@ def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
                 _note(path, file, member, suffix, sample, passed)
             yield from _finished(path, sample)
     except (tarfile.TarError, EOFError, ValueError) as error:
-        told = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"the shard {path} is damaged or no tar file ({told}); make or copy it again"
+            f"the shard {path} is damaged or no tar file ({reason}); make or copy it again"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read the shard {path}: {error.strerror or error}") from None
@@ -312,18 +312,19 @@ class ShardPictures:
             if len(entries) and (worst := int(entries["label"].max())) >= len(self.classes):
                 raise UserError(
                     f"the shard {shard.path} holds label {worst}, and {self.classes_from} names "
-                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}; mend one of them"
+                    f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}; correct one of "
+                    "them"
                 )
         self.counts = tuple(counts)
         self._ends = np.cumsum(counts)
-        told = passed.told("member")
+        rest = passed.summary("member")
         if not sum(counts):
-            only = f", only {told}" if told else ""
+            only = f", only {rest}" if rest else ""
             raise UserError(f"the shards in {folder} hold no picture{only}; add some")
         self.passed_over = Counter(passed.counts())
         plural = "s" * (len(counts) != 1)
-        self.notes = [f"passed over in {len(counts)} shard{plural} of {folder}: {told}"] * bool(
-            told
+        self.notes = [f"passed over in {len(counts)} shard{plural} of {folder}: {rest}"] * bool(
+            rest
         )
         self.names = [f"{s.path.name}:{s.size}:{n}" for s, n in zip(self._shards, counts)]
 
@@ -363,49 +364,3 @@ class ShardPictures:
 
 def _member_name(shard: Shard, header: bytes) -> str:
     return f"{shard.path}:{tarfile.TarInfo.frombuf(header[:_BLOCK], 'utf-8', 'replace').name}"
-
-
-class ShardOrder:
-    """The endless order in which training sees the pictures of shards.
-
-    In each epoch the shards are permuted, and the pictures of every `GROUP` shards that follow one
-    another are permuted among themselves: reads stay within a few files, and where a picture
-    stands is arithmetic on seed and position.
-    """
-
-    def __init__(self, counts: Sequence[int], seed: int) -> None:
-        self._counts, self._seed, self._epoch = np.array(counts), seed, sum(counts)
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        # What was asked for last, each replaced whole: another thread may ask for something else.
-        self._shards: tuple[int, NDArray, NDArray] = (-1, self._counts, self._counts)
-        self._group: tuple[tuple[int, int], NDArray] = ((-1, -1), self._counts)
-
-    def __call__(self, position: int) -> int:
-        """The number of the picture that stands there."""
-        epoch, place = divmod(position, self._epoch)
-        shards, ends = self._epoch_order(epoch)
-        group = int(np.searchsorted(ends, place, "right"))
-        first = int(ends[group - 1]) if group else 0
-        inside = int(self._group_order(epoch, group, int(ends[group]) - first)[place - first])
-        own = shards[group * GROUP : (group + 1) * GROUP]
-        before = np.cumsum(self._counts[own])
-        which = int(np.searchsorted(before, inside, "right"))
-        return int(self._starts[own[which]]) + inside - (int(before[which - 1]) if which else 0)
-
-    def _epoch_order(self, epoch: int) -> tuple[NDArray, NDArray]:
-        """The shards of an epoch in their order, and where each group of them ends."""
-        known = self._shards
-        if known[0] != epoch:
-            shards = np.random.default_rng((self._seed, epoch)).permutation(len(self._counts))
-            starts = np.arange(0, len(shards), GROUP)
-            known = (epoch, shards, np.cumsum(np.add.reduceat(self._counts[shards], starts)))
-            self._shards = known
-        return known[1], known[2]
-
-    def _group_order(self, epoch: int, group: int, count: int) -> NDArray:
-        known = self._group
-        if known[0] != (epoch, group):
-            rng = np.random.default_rng((self._seed, epoch, group + 1))
-            known = ((epoch, group), rng.permutation(count))
-            self._group = known
-        return known[1]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from asvit_deploy.data.decode import PictureError
 from asvit_deploy.errors import UserError
+from asvit_deploy.status import Say
 
 _NAMED = 10  # on stderr, one by one
 
@@ -15,7 +15,7 @@ _NAMED = 10  # on stderr, one by one
 def too_many(first: str, count: int, limit: int) -> UserError:
     """What ends a command, after what it says of one of those pictures."""
     return UserError(
-        f"{first}, which makes {count} where --skip-limit allows {limit}; mend it, or raise the "
+        f"{first}, which makes {count} where --skip-limit allows {limit}; repair it, or raise the "
         "limit"
     )
 
@@ -26,12 +26,12 @@ class Skips:
 
     Attributes:
         limit: so many different pictures may be unreadable.
-        say: told of each of the first few, and once that there are more.
+        say: gets a line on each of the first few, and one where there are more.
         reasons: why, by the name of the picture.
     """
 
     limit: int = 0
-    say: Callable[[str], None] | None = None
+    say: Say | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class Skips:
         """How many for which reason, most first."""
         return dict(Counter(self.reasons.values()).most_common())
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Such as `3 skipped (empty 2, broken 1)`; empty where none was."""
         parts = ", ".join(f"{reason} {count}" for reason, count in self.by_reason().items())
         return f"{len(self)} skipped ({parts})" if self.reasons else ""

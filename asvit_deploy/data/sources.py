@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 
 from asvit_deploy.data.augment import NO_AUGMENTATION, Augmentation
 from asvit_deploy.data.batches import Batch, Share, Threads, normalise
-from asvit_deploy.data.decode import PictureError
 from asvit_deploy.data.digits import CANVAS, CLASSES, ClutteredDigits
 from asvit_deploy.data.folders import Pictures
-from asvit_deploy.data.images import preprocess, thinned
+from asvit_deploy.data.images import preprocess
+from asvit_deploy.data.labelled import LabelledPictures
 from asvit_deploy.data.parts import (
     folders_to_evaluate,
     folders_to_train,
@@ -32,7 +32,8 @@ from asvit_deploy.data.parts import (
     shards_to_evaluate,
     shards_to_train,
 )
-from asvit_deploy.data.shards import ShardOrder, ShardPictures
+from asvit_deploy.data.shard_order import ShardOrder
+from asvit_deploy.data.shards import ShardPictures
 from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
@@ -40,7 +41,7 @@ from asvit_deploy.models.config import ArchConfig
 DIGITS_EPOCH = 50_000  # placements; the stream itself has no end
 _BICUBIC = Image.Resampling.BICUBIC
 _CROPS = 1  # the stream of draws; augmentation has others
-# So many unreadable pictures on end are no accident, and nobody waits for the end of the search.
+# So many unreadable pictures in a row are no accident, and the search must end.
 _STAND_INS = 64
 
 
@@ -65,7 +66,8 @@ class Source(Protocol):
                 all. What a picture is does not depend on it.
 
         Raises:
-            UserError: mixing is on and `part` parts a pair; no picture far and wide can be read.
+            UserError: mixing is on and `part` separates a pair; none of the next pictures can be
+                read.
         """
         ...
 
@@ -105,7 +107,7 @@ class DigitsSource:
                 f"{config.image_size}; use as_deit_mini at its own image size"
             )
         self.name, self.classes, self.epoch = "digits", list(CLASSES), DIGITS_EPOCH
-        self.identity = {"data": self.name, "classes": _fingerprint(self.classes)}
+        self.identity = {"data": self.name, "classes": fingerprint(self.classes)}
         self.held_out: int | None = None
         self.passed_over, self.notes = Counter[str](), list[str]()
         self._config, self._seed, self._augmentation = config, seed, augmentation
@@ -132,58 +134,6 @@ class DigitsSource:
             placed = self._test.batch(own[start : start + size])
             images = normalise(placed.images, self._config.preprocessing)
             yield Batch(images, torch.from_numpy(placed.labels))
-
-
-class LabelledPictures:
-    """Pictures in the arch's own preprocessing, for evaluation.
-
-    Args:
-        skips: passes unreadable pictures over as far as it allows; by default one is refused.
-    """
-
-    def __init__(
-        self, pictures: Pictures, config: ArchConfig, skips: Skips | None = None,
-        notes: Iterable[str] = (),
-    ) -> None:  # fmt: skip
-        self.classes, self.skips = pictures.classes, Skips() if skips is None else skips
-        self.classes_from = pictures.classes_from
-        self.held_out: int | None = len(pictures)
-        self.passed_over, self.notes = pictures.passed_over, [*notes, *pictures.notes]
-        self._pictures, self._config, self._threads = pictures, config, Threads()
-
-    def image(self, number: int) -> np.ndarray:
-        """float32 [3, H, W]."""
-        return preprocess(self._pictures.load(number), self._config)
-
-    def _image_or_error(self, number: int) -> np.ndarray | PictureError:
-        try:
-            return self.image(number)
-        except PictureError as error:
-            return error
-
-    def validation(
-        self, size: int, limit: int | None = None, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
-        """Every picture once, in order; of more than `limit`, exactly so many, spread evenly; of
-        those, every `world`-th.
-
-        Raises:
-            UserError: more cannot be read than `skips` allows.
-        """
-        own = thinned(range(len(self._pictures)), limit)[rank::world]
-        for start in range(0, len(own), size):
-            numbers = own[start : start + size]
-            read, skipped = {}, []
-            for number, image in zip(numbers, self._threads.map(self._image_or_error, numbers)):
-                if isinstance(image, PictureError):
-                    skipped.append(self._pictures.name(number))
-                    self.skips.add(skipped[-1], image)
-                else:
-                    read[number] = image
-            side = self._config.image_size
-            images = np.stack([*read.values()]) if read else np.empty((0, 3, side, side), "f4")
-            labels = torch.tensor([self._pictures.label(n) for n in read], dtype=torch.int64)
-            yield Batch(torch.from_numpy(images), labels, tuple(skipped))
 
 
 class _Shuffled:
@@ -224,12 +174,14 @@ class PictureSource:
         self.classes_from = train.classes_from
         if held_out is not None and held_out.classes != train.classes:
             odd = sorted(set(held_out.classes) ^ set(train.classes))
-            told = f"differ in class {odd[0]!r}" if odd else "have their classes in another order"
-            raise UserError(f"{name}: train and val {told}; make them equal")
+            difference = (
+                f"differ in class {odd[0]!r}" if odd else "have their classes in another order"
+            )
+            raise UserError(f"{name}: train and val {difference}; make them equal")
         self.identity = {
             "data": self.name,
-            "classes": _fingerprint(self.classes),
-            "pictures": _fingerprint(train.names),
+            "classes": fingerprint(self.classes),
+            "pictures": fingerprint(train.names),
         }
         parts = [train] if held_out is None else [train, held_out]
         self.held_out: int | None = 0 if held_out is None else len(held_out)
@@ -337,7 +289,7 @@ class ShardSource(PictureSource):
         )
 
 
-def _fingerprint(names: Iterable[str]) -> str:
+def fingerprint(names: Iterable[str]) -> str:
     """How many names, and the start of the sha256 of them all in their order."""
     listed = list(names)
     # A file name may hold bytes that are no text; no name holds a zero.
@@ -401,6 +353,8 @@ def open_labelled(
     Raises:
         UserError: see `DigitsSource`, `parts.folders_to_evaluate` and `parts.shards_to_evaluate`.
     """
+    if not data:
+        raise UserError("--data is empty; pass a folder, or `digits`")
     if _is_digits(data):
         return DigitsSource(config, 0)
     folder = Path(data)

@@ -66,8 +66,8 @@ class Members:
                 extra = self._extra(info, start)
                 long_name = extra.split(b"\0")[0] if info.type == _LONG_NAME else long_name
             else:
-                told = {**everywhere, **here}
-                member, end = self._member(info, start, told, long_name)
+                headers = {**everywhere, **here}
+                member, end = self._member(info, start, headers, long_name)
                 if end <= self._at or end > self._length:
                     raise tarfile.ReadError("unexpected end of data")
                 self._at = end
@@ -100,14 +100,18 @@ class Members:
         return self._file.read(info.size)
 
     def _member(
-        self, info: tarfile.TarInfo, start: int, told: dict[bytes, bytes], long_name: bytes | None
+        self,
+        info: tarfile.TarInfo,
+        start: int,
+        headers: dict[bytes, bytes],
+        long_name: bytes | None,
     ) -> tuple[Member, int]:
         """A member by its header and what stands before that, and where the next header is."""
-        sparse = info.type == _SPARSE or any(key.startswith(b"GNU.sparse.") for key in told)
+        sparse = info.type == _SPARSE or any(key.startswith(b"GNU.sparse.") for key in headers)
         if info.type == _SPARSE:
             start = self._behind_map(start)
-        size = _number(told[b"size"]) if b"size" in told else info.size
-        name = told.get(b"path", long_name)
+        size = _number(headers[b"size"]) if b"size" in headers else info.size
+        name = headers.get(b"path", long_name)
         text = info.name if name is None else name.decode("utf-8", "surrogateescape")
         holds = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not sparse

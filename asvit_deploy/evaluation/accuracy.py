@@ -16,7 +16,7 @@ from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
 from asvit_deploy.runners.base import Runner
 
 # images float32 [B, 3, H, W], normalised; labels int64 [B], the model's own class numbers
-Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
+LabelledArrays = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 _Z = 1.959964  # two-sided 95 %
 
@@ -37,7 +37,7 @@ class Scored:
     macs: NDArray[np.float64]
 
 
-def score(runner: Runner, batches: Iterable[Batch], config: ArchConfig) -> Scored:
+def score(runner: Runner, batches: Iterable[LabelledArrays], config: ArchConfig) -> Scored:
     """Run every batch as it comes.
 
     Returns:
@@ -68,7 +68,7 @@ def joined(parts: Sequence[Scored]) -> Scored:
 
 
 def _rank(logits: NDArray, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """As `Scored.rank`: a model that says the same of every class has told nothing."""
+    """As `Scored.rank`: a model that says the same of every class has recognised nothing."""
     true = np.take_along_axis(logits, labels[:, None], 1)
     before = (~(logits < true)).sum(1) - 1  # less the true class itself
     return np.where(np.isnan(true[:, 0]), logits.shape[1], before)

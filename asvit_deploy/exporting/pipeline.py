@@ -63,7 +63,7 @@ def describe_model(
         "classes": json.loads(classes) if classes else None,
         "classes_from": checkpoint.metadata.get("classes_from", OWN) if classes else None,
         **fields_of(config),
-        **checkpoint.told.fields(),
+        **checkpoint.origins.fields(),
         "stages": list(config.stages) if model.adaptive else [],
         "thresholds": model.threshold_values(),
         "budget": float(budget) if budget and model.adaptive else None,

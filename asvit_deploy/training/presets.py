@@ -46,7 +46,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """The options in a TOML file, named as on the command line, with - or _.
 
     Raises:
-        UserError: it cannot be read, is no TOML, or holds an option that there is not.
+        UserError: it cannot be read, is no TOML, or holds an unknown option.
     """
     try:
         import tomllib
@@ -56,24 +56,22 @@ def read_recipe(path: Path) -> dict[str, Any]:
         except ModuleNotFoundError as error:
             raise UserError(f"--recipe needs tomli; run: {pip_install('tomli')}") from error
     try:
-        told = tomllib.loads(read_bounded(path, _MOST_RECIPE, "TOML file").decode())
+        in_file = tomllib.loads(read_bounded(path, _MOST_RECIPE, "TOML file").decode())
     except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-        raise UserError(f"{path} is no TOML: {str(error)[:200]}; mend it there") from error
-    given = {name.replace("-", "_"): value for name, value in told.items()}
+        raise UserError(f"{path} is no TOML: {str(error)[:200]}; correct it") from error
+    given = {name.replace("-", "_"): value for name, value in in_file.items()}
     given = {{"ema_decay": "ema"}.get(name, name): value for name, value in given.items()}
-    if len(given) < len(told):
+    if len(given) < len(in_file):
         raise UserError(f"{path} has an option twice, in two spellings; drop one")
     for name, value in given.items():
         if name not in _KNOWN:
             known = ", ".join(sorted(_KNOWN)).replace("_", "-")
-            raise UserError(
-                f"{path} has an option {reprlib.repr(name)} that there is not; it knows {known}"
-            )
+            raise UserError(f"{path} has an unknown option {reprlib.repr(name)}; known: {known}")
         several = name == "thresholds" and value != FIT
         parts, kinds = (value, (int, float)) if several else ([value], _kinds(name))
         if not isinstance(parts, list) or not all(type(part) in kinds for part in parts):
             raise UserError(
-                f"{path} says {name} = {reprlib.repr(value)}, which it cannot be; mend it there"
+                f"{path} says {name} = {reprlib.repr(value)}, which it cannot be; correct it"
             )
         if meant := wanted(name, value):
             raise UserError(f"{path} says {name} = {reprlib.repr(value)}; make it {meant}")
@@ -109,26 +107,27 @@ def recipe_for(
     scratch: bool,
     epoch: int,
     given: Mapping[str, Any],
-    told: Mapping[str, Any],
+    in_file: Mapping[str, Any],
 ) -> Recipe:
     """The recipe of a run.
 
     Args:
         scratch: it starts from random weights.
         epoch: pictures in one.
-        given, told: options of the command line and of a file by their name; None where not given.
+        given: options of the command line by their name; None where not given.
+        in_file: those of a recipe file.
 
     Raises:
         UserError: two of them contradict one another, or see `Recipe`.
     """
     given = {name: value for name, value in given.items() if value is not None}
     check_options(dense, given)
-    check_options(False, told)
+    check_options(False, in_file)
     # Steps of a file stand above the preset's epochs, those of the command line above both.
     length: dict[str, Any] = {}
-    for options in (PRESETS[config.name], told, given):
+    for options in (PRESETS[config.name], in_file, given):
         length = {k: options[k] for k in ("steps", "epochs") if k in options} or length
-    merged = {**PRESETS[config.name], **told, **given}
+    merged = {**PRESETS[config.name], **in_file, **given}
     merged = {k: v for k, v in merged.items() if k not in ("steps", "epochs")}
     if dense:
         merged = {name: value for name, value in merged.items() if name not in _ADAPTIVE}

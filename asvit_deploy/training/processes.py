@@ -25,8 +25,8 @@ def accelerator_for(amp: str = "no") -> Accelerator:
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1" and "LOCAL_RANK" not in os.environ:
         raise UserError(
-            f"WORLD_SIZE tells of {world} processes, and nothing which this one is; start them "
-            "with torchrun or `accelerate launch`, or unset WORLD_SIZE"
+            f"WORLD_SIZE announces {world} processes, and nothing says which this one is; start "
+            "them with torchrun or `accelerate launch`, or unset WORLD_SIZE"
         )
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -35,7 +35,7 @@ def accelerator_for(amp: str = "no") -> Accelerator:
             f"{here} processes on a machine with {torch.cuda.device_count()} GPUs; start one for "
             "each GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES="
         )
-    # Precision is the recipe's affair: part of what decides a result, and of a run's identity. Told
+    # The recipe sets the precision, which decides a result and belongs to a run's identity. Told
     # nothing, accelerate makes processes without a GPU runs of their own.
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu)
     kind = accelerator.distributed_type
@@ -91,11 +91,11 @@ def lost_peers(accelerator: Accelerator) -> Iterator[None]:
         ours = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if accelerator.num_processes == 1 or not ours:
             raise
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        if any(sign in told[0] for sign in _HUNG_UP):
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if any(sign in lines[0] for sign in _HUNG_UP):
             raise UserError(_ELSEWHERE) from error
         raise UserError(
-            f"the processes of this run cannot work together, or one of them ended: {told[0]}"
+            f"the processes of this run cannot work together, or one of them ended: {lines[0]}"
         ) from error
 
 

@@ -130,7 +130,7 @@ class Running:
 
     `save_every` and `log_every` are steps between states and between log lines; `workers` are
     processes that make batches (0: a thread); `skip_limit` is how many unreadable pictures are
-    passed over; `tensorboard` is a folder for its events.
+    passed over; `tensorboard` is a folder for its events; without `bars`, no progress is shown.
 
     Raises:
         UserError: a number is out of its range.
@@ -142,6 +142,7 @@ class Running:
     workers: int = 0
     skip_limit: int = 0
     tensorboard: Path | None = None
+    bars: bool = True
 
     def __post_init__(self) -> None:
         _check(self)
@@ -204,8 +205,10 @@ def memory_failures(batch_size: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        told = str(error)
+        message = str(error)
         # torch has no class of its own for the CPU's.
-        if not (isinstance(error, MemoryError) or "allocate memory" in told or "of memory" in told):
+        if not (
+            isinstance(error, MemoryError) or "allocate memory" in message or "of memory" in message
+        ):
             raise
         raise UserError(f"--batch-size {batch_size} does not fit into memory; lower it") from error

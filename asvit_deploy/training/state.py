@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from asvit_deploy.checkpoints import bounds
 from asvit_deploy.checkpoints.damage import Damaged, check_archive, digest
+from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import write_bytes
 from asvit_deploy.memory import memory
@@ -51,38 +52,21 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
     Raises:
         UserError: there is none, it is damaged, or it belongs to a run with another recipe.
     """
-    if not path.is_file():
-        raise UserError(f"nothing to resume: {path} does not exist; run without --resume")
-
-    def refuse(reason: str) -> NoReturn:
-        raise UserError(f"{path} {reason}; delete it and start over")
-
+    content = _read(path)
+    damaged = f"{path} is damaged; delete it and start over"
     try:
-        bounds.check(path, refuse)
-        with open(path, "rb") as file, memory.within(2 * path.stat().st_size + bounds.SPARE):
-            check_archive(file)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        told = content.pop("digest", None)  # states of earlier versions have none
-        if told is not None and told != digest(content):
-            raise Damaged("its digest differs")
         step, saved = int(content["step"]), dict(content["recipe"])
-    except UserError:
-        raise
-    except PermissionError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}; check its permissions"
-        ) from error
-    except Exception as error:  # torch answers to bad bytes with nearly any exception
-        raise UserError(f"{path} is damaged; delete it and start over") from error
+    except Exception as error:  # it may hold anything
+        raise UserError(damaged) from error
     changed = [key for key in recipe if saved.get(key) != recipe[key]]
     if changed:
-        told = ", ".join(f"{key} {saved.get(key)}, not {recipe[key]}" for key in changed)
+        differences = ", ".join(f"{key} {saved.get(key)}, not {recipe[key]}" for key in changed)
         raise UserError(
-            f"{path} belongs to a run with {told}; "
+            f"{path} belongs to a run with {differences}; "
             "use the same options and data, or --force without --resume to start over"
         )
     if not 0 <= step <= trainer.recipe.steps:
-        raise UserError(f"{path} is damaged; delete it and start over")
+        raise UserError(damaged)
     try:
         trainer.model.load_state_dict(content["model"])
         trainer.optimizer.load_state_dict(content["optimizer"])
@@ -94,3 +78,35 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not fit this network; delete it and start over") from error
     return step
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `save_state` wrote, once it is whole.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"nothing to resume: {path} does not exist; run without --resume")
+    damaged = f"{path} is damaged; delete it and start over"
+    try:
+        bounds.check(path)
+        with open(path, "rb") as file, memory.within(2 * path.stat().st_size + bounds.SPARE):
+            check_archive(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        own = content.pop("digest", None)  # states of earlier versions have none
+        if own is not None and own != digest(content):
+            raise Damaged("its digest differs")
+    except UserError:
+        raise
+    except Damaged as error:
+        raise UserError(damaged) from error
+    except Refused as refused:
+        raise UserError(f"{path} {refused}; delete it and start over") from refused
+    except PermissionError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; check its permissions"
+        ) from error
+    except Exception as error:  # torch answers to bad bytes with nearly any exception
+        raise UserError(damaged) from error
+    return content

@@ -20,7 +20,7 @@ from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_che
 from asvit_deploy.data.images import load_picture, preprocess
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import ARCHS, arch
-from asvit_deploy.training import finetune as training
+from asvit_deploy.training import run as training
 
 SIZE = 20  # pixels: 25 tokens, so that a step takes milliseconds
 LINE = "mean 0.5, std 0.5, crop 0.9, bicubic, 6 heads from config.json"
@@ -203,8 +203,8 @@ def test_calibrate_carries_the_facts(cli, tmp_path):
     assert "mean 0.4 by --mean" in result.err
     written = load_checkpoint(Path("a.safetensors"))
     assert written.config.preprocessing.mean == (0.4,) * 3
-    assert written.told.origins["mean"] == "option --mean"
-    assert written.told.origins["heads"] == "its arch as_deit_mini"
+    assert written.origins.by_fact["mean"] == "option --mean"
+    assert written.origins.by_fact["heads"] == "its arch as_deit_mini"
     assert cli("export", "--ckpt", "a.safetensors").code == 0
     assert artifact.read(Path("a.onnx"))["preprocessing"]["mean"] == [0.4] * 3
 
@@ -225,7 +225,7 @@ def test_finetune_carries_the_facts(cli, tmp_path, data):
     assert "mean 0.3, std 0.2 from args" in result.err
     written = load_checkpoint(Path("out.safetensors"))
     assert (written.config.preprocessing.mean, written.config.heads) == ((0.3,) * 3, 4)
-    assert (written.told.origins["mean"], written.told.origins["heads"]) == (
+    assert (written.origins.by_fact["mean"], written.origins.by_fact["heads"]) == (
         "args", "option --heads",
     )  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_finetune_carries_the_facts(cli, tmp_path, data):
 @pytest.mark.parametrize("option", [["--mean", "0.5"], ["--heads", "2"], ["--ema"]])
 def test_options_for_pretrained_need_it(cli, data, option):
     result = run(cli, data, "--arch", "as_deit_mini", "--dense", *option)
-    refused(result, f"{option[0]} tell of --pretrained's weights")
+    refused(result, f"{option[0]} say something of --pretrained's weights")
 
 
 def test_a_teacher_sees_alike_or_is_refused(cli, tmp_path, data):
@@ -329,13 +329,17 @@ def test_the_older_spelling_of_the_decay(cli, tmp_path, data):
 def test_a_run_is_not_resumed_with_other_eyes(cli, tmp_path, data, monkeypatch):
     path = mini(tmp_path)
     state = Path("out.safetensors.unfinished.pt")
-    save = training.save_state
-    monkeypatch.setattr(training, "_save", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    save = training.save_checkpoint
+
+    def stopped(*rest: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", stopped)
     assert run(cli, data, "--pretrained", path, "--dense", "--mean", "0.4").code == 130
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert state.exists()
-    assert save is training.save_state
+    assert save is training.save_checkpoint
     again = ["--pretrained", path, "--dense", "--resume"]
     refused(run(cli, data, *again), f"{state} belongs to a run with facts")
     refused(run(cli, data, *again, "--mean", "0.3"), "belongs to a run with facts")

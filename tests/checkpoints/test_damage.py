@@ -23,6 +23,7 @@ from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.damage import check_archive, digest
 from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.checkpoints.reading import read
+from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 
 MASKS = (0xFF, 0x01, 0x10, 0x20, 0x80)  # all bits, and those that turn names and flags into others
@@ -77,12 +78,11 @@ def loaded(path: Path) -> str:
     return digest(found.state) + repr(rest)
 
 
-def refuse(reason: str) -> None:
-    raise UserError(reason)
-
-
 def content_of(path: Path) -> str:
-    return digest(list(read(path, refuse)))
+    try:
+        return digest(list(read(path)))
+    except Refused as refused:  # which a load says behind the file's name
+        raise UserError(str(refused)) from refused
 
 
 def structure(path: Path) -> list[int]:

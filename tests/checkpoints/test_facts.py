@@ -40,7 +40,7 @@ def saved(tmp_path, name="weights.pth", **content):
 
 
 def line(path, **options):
-    return load_checkpoint(path, **options).told.line
+    return load_checkpoint(path, **options).origins.line
 
 
 # --- config files beside the file ---------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_timm_config_in_both_layouts(config, tmp_path):
     checkpoint = load_checkpoint(hub_folder(tmp_path, config=config))
     rules = checkpoint.config.preprocessing
     assert (rules.mean, rules.std, rules.crop_pct) == (HALF, HALF, 0.9)
-    assert checkpoint.told.line == (
+    assert checkpoint.origins.line == (
         "mean 0.5, std 0.5, crop 0.9, bicubic, 6 heads from config.json"
     )
 
@@ -68,7 +68,7 @@ def test_transformers_config_and_preprocessor(tmp_path):
     network = build_model(checkpoint)
     assert {m.eps for m in network.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-12}
     assert network.blocks[0].attn.heads == 12
-    assert "squashed from preprocessor_config.json; 12 heads, eps 1e-12" in checkpoint.told.line
+    assert "squashed from preprocessor_config.json; 12 heads, eps 1e-12" in checkpoint.origins.line
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_args(wrap, tmp_path):
     path = saved(tmp_path, args=wrap(told))
     checkpoint = load_checkpoint(path)
     assert checkpoint.config.preprocessing.std == (0.25, 0.25, 0.25)
-    assert checkpoint.told.line == (
+    assert checkpoint.origins.line == (
         "mean 0.5, std 0.25 from args; crop 0.9, bicubic, 6 heads from args.model "
         "vit_small_patch16_224"
     )
@@ -192,7 +192,7 @@ def test_options_win(tmp_path):
     checkpoint = load_checkpoint(path, given=given)
     assert checkpoint.config.preprocessing.mean == (0.1, 0.2, 0.3)
     assert checkpoint.config.preprocessing.std == HALF
-    assert checkpoint.told.line == (
+    assert checkpoint.origins.line == (
         "mean 0.1 0.2 0.3 by --mean; std 0.5, crop 0.9, bicubic from config.json; "
         "12 heads by --heads"
     )
@@ -214,13 +214,13 @@ def test_our_own_file_keeps_them_and_asks_nobody_else(tmp_path):
     path = hub_folder(tmp_path, config=TIMM)
     first = load_checkpoint(path, given=Given(heads=12))
     own = tmp_path / "own.safetensors"
-    save_checkpoint(own, build_model(first), first.told.metadata())
+    save_checkpoint(own, build_model(first), first.origins.metadata())
     (tmp_path / "config.json").write_text("{")
     second = load_checkpoint(own)
     assert second.config == first.config
-    assert second.told.origins == first.told.origins
-    assert "from config.json" in second.told.line
-    assert second.told.line.endswith("as its metadata says")
+    assert second.origins.by_fact == first.origins.by_fact
+    assert "from config.json" in second.origins.line
+    assert second.origins.line.endswith("as its metadata says")
     assert second.metadata["schema"] == "3"  # what knows of no heads must not read it
     sidecar = json.loads((tmp_path / "own.safetensors.json").read_text())
     assert sidecar["preprocessing"]["mean"] == [0.5] * 3

@@ -91,7 +91,7 @@ def test_a_checkpoint_of_lightning(load, monkeypatch):
     assert holds(checkpoint, 3)
     assert ran == []  # the stand-in was made, not the class
     assert checkpoint.config.preprocessing.mean == (0.5, 0.5, 0.5)
-    assert checkpoint.told.origins["mean"] == "hyper_parameters"
+    assert checkpoint.origins.by_fact["mean"] == "hyper_parameters"
     told = "\n".join(checkpoint.notes)
     assert "the network state_dict.model is taken, not state_dict.teacher" in told
     assert "criterion.*, val_acc.*" in told

@@ -24,7 +24,8 @@ from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
-from asvit_deploy.training import finetune, state
+from asvit_deploy.training import run as training_run
+from asvit_deploy.training import state
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.state import state_path
 
@@ -127,7 +128,7 @@ def test_a_batch_larger_than_memory_is_refused_at_once(cli, data, size):
 # The limit counts address space, of which the imports alone take gigabytes; hence only after them.
 _LITTLE_MEMORY = """
 import resource, sys
-import asvit_deploy.training.finetune, torch
+import asvit_deploy.training.run, torch
 from asvit_deploy.cli.main import main
 torch.zeros(8).sum()
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -352,7 +353,7 @@ def test_a_start_on_the_budget_is_made_once(cli, fitted, monkeypatch, steps):
     else:
         with monkeypatch.context() as patch:
             signals = contextlib.nullcontext([signal.SIGTERM])
-            patch.setattr(finetune, "_stop_signals", lambda: signals)
+            patch.setattr(training_run, "stop_signals", lambda: signals)
             assert cli(*fitted, "--force").code == 130
     assert torch.load(state_path(OUTPUT), weights_only=True)["step"] == steps
     result = cli(*fitted, "--resume")

@@ -96,8 +96,8 @@ def test_what_cannot_be_read_is_counted_and_not_waited_for(tmp_path):
         found = pictures_below(root)
     assert found.names == ["1.png"]
     assert found.passed.counts() == {"link that leads nowhere": 3, "device, pipe or socket": 3}
-    assert "3 links that lead nowhere (" in found.passed.told()
-    assert "3 devices, pipes or sockets (" in found.passed.told()
+    assert "3 links that lead nowhere (" in found.passed.summary()
+    assert "3 devices, pipes or sockets (" in found.passed.summary()
 
 
 # --- endings ------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_what_is_no_picture_is_counted_by_ending(tmp_path):
 
 def test_a_hundred_endings_and_odd_ones_make_one_short_line(tmp_path):
     root = put(tmp_path, *(f"x.{i:03}" for i in range(100)), "y.a\nb", "z." + "q" * 200)
-    told = pictures_below(root).passed.told()
+    told = pictures_below(root).passed.summary()
     assert told.startswith("102 files (no ending 2, .000 1")
     assert "93 other endings 93" in told
     assert len(told) < 200

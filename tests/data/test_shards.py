@@ -21,7 +21,8 @@ from shard_files import picture_folder, png, samples, shards_of, write_tar
 from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.data.augment import Augmentation
 from asvit_deploy.data.folders import FolderPictures
-from asvit_deploy.data.shards import GROUP, ShardOrder, ShardPictures, _mapped
+from asvit_deploy.data.shard_order import GROUP, ShardOrder
+from asvit_deploy.data.shards import ShardPictures, _mapped
 from asvit_deploy.data.sources import open_labelled, open_source
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.archs import arch
@@ -191,10 +192,10 @@ def test_shards_of_one_other_part_are_used_with_a_line(tmp_path):
     write_tar(tmp_path / "a-val-0.tar", some(3))
     source = open_source(str(tmp_path), TWO, 0)
     assert source.epoch == 3
-    assert "are trained on, and their names tell of val" in source.notes[0]
+    assert "are trained on, and their names say val" in source.notes[0]
     assert open_labelled(str(tmp_path), TWO).held_out == 3
     (tmp_path / "a-val-0.tar").rename(tmp_path / "a-test-0.tar")
-    assert "their names tell of test" in open_labelled(str(tmp_path), TWO).notes[0]
+    assert "their names say test" in open_labelled(str(tmp_path), TWO).notes[0]
 
 
 def test_a_pipe_among_shards_is_not_waited_for(tmp_path):

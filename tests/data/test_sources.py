@@ -23,7 +23,7 @@ from asvit_deploy.data.augment import Augmentation
 from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.digits import ClutteredDigits
 from asvit_deploy.data.images import load_picture, preprocess
-from asvit_deploy.data.shards import ShardOrder
+from asvit_deploy.data.shard_order import ShardOrder
 from asvit_deploy.data.skips import Skips
 from asvit_deploy.data.sources import (
     FolderSource,

@@ -59,7 +59,7 @@ def test_a_dense_run_has_no_budget_and_no_average():
     ("text", "said"),
     [
         ("lr = ", "is no TOML"),
-        ("learning_rate = 1", "has an option 'learning_rate' that there is not; it knows amp,"),
+        ("learning_rate = 1", "has an unknown option 'learning_rate'; known: amp,"),
         ('lr = "1e-3"', "says lr = '1e-3', which it cannot be"),
         ("lr = true", "says lr = True"),
         ('thresholds = "fitted"', "says thresholds = 'fitted', which it cannot be"),

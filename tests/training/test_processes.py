@@ -21,7 +21,7 @@ from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
-from asvit_deploy.training.finetune import _share
+from asvit_deploy.training.feed import share
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.processes import accelerator_for, lost_peers
 from asvit_deploy.training.recipe import Recipe
@@ -165,7 +165,7 @@ def program(folder: Path, change: str) -> Path:
     path = folder / "program.py"
     path.write_text(
         "import os\nfrom asvit_deploy.cli.main import main\n"
-        f"from asvit_deploy.training import finetune as module\n{change}\nmain()\n"
+        f"from asvit_deploy.training import lifecycle as module\n{change}\nmain()\n"
     )
     return path
 
@@ -213,7 +213,7 @@ DigitsSource.train_batch = train_batch
 def test_processes_without_a_launcher_are_told_so(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(UserError, match=r"WORLD_SIZE tells of 2 processes, .* start them with"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE announces 2 processes, .* start them with"):
         accelerator_for()
 
 
@@ -231,7 +231,7 @@ def test_every_process_refuses_a_batch_that_parts_a_pair_in_one_of_them(process)
     recipe = Recipe(steps=1, batch_size=9, mixup=0.8)
     place = SimpleNamespace(num_processes=3, process_index=process)
     with pytest.raises(UserError, match="mix pictures 2i and 2i"):
-        _share(place, recipe)  # type: ignore[arg-type]
+        share(place, recipe)  # type: ignore[arg-type]
 
 
 def test_what_processes_cannot_do_together_is_told():

@@ -23,11 +23,12 @@ from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
-from asvit_deploy.training.finetune import average_path, finetune
+from asvit_deploy.training.lifecycle import average_path
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.losses import flops_loss
 from asvit_deploy.training.processes import accelerator_for
 from asvit_deploy.training.recipe import Recipe, Running
+from asvit_deploy.training.run import finetune
 from asvit_deploy.training.selection import static_top_k
 from asvit_deploy.training.state import state_path
 from asvit_deploy.training.trainer import Trainer, adaptive_start, load_teacher

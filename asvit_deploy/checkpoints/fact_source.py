@@ -69,7 +69,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 @dataclass
-class Source:
+class FactSource:
     """What one place says, in our own words.
 
     Attributes:

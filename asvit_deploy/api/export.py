@@ -1,0 +1,101 @@
+"""`asvit_deploy.export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from asvit_deploy.api.inputs import (
+    Channels,
+    PathLike,
+    checkpoint_path,
+    given_facts,
+    optional_path,
+    require_at_least,
+    require_one_of,
+    require_whole,
+    say_load,
+)
+from asvit_deploy.status import Say, silent
+
+if TYPE_CHECKING:
+    from asvit_deploy.parity import Parity
+
+_PICTURES = 16  # to compare on
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file that agrees with PyTorch.
+
+    Attributes:
+        output: the file; its sidecar lies beside it.
+        pictures: what the comparison ran on.
+        parity: how it went, by the size of the batches, such as "batch 1".
+    """
+
+    output: Path
+    pictures: str
+    parity: dict[str, Parity]
+
+
+def export(
+    ckpt: PathLike, *, output: PathLike | None = None, image_size: int | None = None,
+    arch: str | None = None, batch: Literal["1", "dynamic"] = "1",
+    ops: Literal["auto", "custom", "standard"] = "auto", opset: int | None = None,
+    stage_outputs: bool = False, dense: bool = False, ema: bool = False,
+    mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
+    interpolation: str | None = None, heads: int | None = None,
+    images: PathLike | None = None, skip_limit: int = 0, classes: PathLike | None = None,
+    force: bool = False, say: Say = silent,
+) -> Exported:  # fmt: skip
+    """Write one ONNX file and its sidecar, after comparing it with PyTorch.
+
+    Its input `images` is float32 [B, 3, H, W], normalised, B being 1 or any number, see `batch`;
+    the options are those of `asvit-deploy export`.
+
+    Args:
+        say: gets a line on every fact that was taken or assumed, and on the comparison.
+
+    Raises:
+        UserError: bad input, or an output that cannot be written or is there without `force`.
+        CheckFailed: the graph does not agree with PyTorch; nothing was written.
+    """
+    require_one_of("batch", batch, ("1", "dynamic"))
+    require_one_of("ops", ops, ("auto", "custom", "standard"))
+    require_at_least(0, skip_limit=skip_limit)
+    require_whole(image_size=image_size, opset=opset)
+    known = given_facts(mean, std, crop_pct, interpolation, heads)
+    ckpt, names, target = checkpoint_path(ckpt), optional_path(classes), optional_path(output)
+    from asvit_deploy.artefacts import sidecar
+    from asvit_deploy.checkpoints.load import load_checkpoint
+    from asvit_deploy.classes.network import named, of_checkpoint
+    from asvit_deploy.data.images import open_images
+    from asvit_deploy.exporting import pipeline
+    from asvit_deploy.exporting.to_onnx import OPSET, check_opset
+    from asvit_deploy.runners.onnx_runtime import import_onnxruntime
+
+    import_onnxruntime()
+    opset = OPSET if opset is None else opset
+    check_opset(opset)
+    checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
+    checkpoint = named(checkpoint, of_checkpoint(checkpoint, names, say))
+    if not dense:
+        pipeline.require_adaptive(checkpoint)
+    target = target or pipeline.default_output(ckpt, dense)
+    config, kind = checkpoint.config, "dense" if dense else "adaptive"
+    with sidecar.claimed(target, "onnx", force, ckpt, names):
+        pictures = open_images(optional_path(images), config, _PICTURES, skip_limit, say)
+        say_load(checkpoint, say)
+        say(f"{ckpt}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")
+        parity = pipeline.export(
+            checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema, opset
+        )
+    for name, result in parity.items():
+        kept = ", ".join(f"{k:.1f}" for k in result.mean_kept)
+        say(
+            f"agrees with PyTorch at {name} on {result.images} images ({pictures.source})"
+            + (f"; kept tokens per stage: {kept} of {config.image_tokens}" if kept else "")
+        )
+    return Exported(target, pictures.source, parity)

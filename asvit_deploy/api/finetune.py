@@ -1,0 +1,387 @@
+"""`asvit_deploy.finetune`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from asvit_deploy.api.inputs import (
+    Channels,
+    PathLike,
+    checkpoint_path,
+    given_facts,
+    optional_path,
+    require_at_least,
+    require_numbers,
+    require_whole,
+    say_load,
+)
+from asvit_deploy.errors import Interrupted, UserError
+from asvit_deploy.requirements import pip_install
+from asvit_deploy.status import Say, first_process, silent
+
+if TYPE_CHECKING:
+    from asvit_deploy.checkpoints.facts import Given
+    from asvit_deploy.checkpoints.load import Checkpoint
+    from asvit_deploy.data.sources import Source
+    from asvit_deploy.models.config import ArchConfig
+    from asvit_deploy.training.recipe import Recipe, Running
+    from asvit_deploy.training.run import Trained
+
+_NAMED = 10  # skipped pictures
+_MOST_WORKERS = 1024
+
+
+def finetune(
+    data: PathLike, *, arch: str | None = None, pretrained: PathLike | None = None,
+    teacher: PathLike | None = None, dense: bool = False, output: PathLike | None = None,
+    image_size: int | None = None, stages: Sequence[int] | None = None,
+    recipe: PathLike | None = None, budget: float | None = None, epochs: int | None = None,
+    steps: int | None = None, batch_size: int | None = None, lr: float | None = None,
+    min_lr: float | None = None, warmup: int | None = None, weight_decay: float | None = None,
+    clip: float | None = None, smoothing: float | None = None, randaugment: float | None = None,
+    mixup: float | None = None, cutmix: float | None = None, erase: float | None = None,
+    repeats: int | None = None, flops_weight: float | None = None,
+    distill_weight: float | None = None, temperature: float | None = None,
+    thresholds: Sequence[float] | Literal["fit"] | None = None, masking: str | None = None,
+    ema: bool = False, ema_decay: float | None = None, amp: str | None = None,
+    seed: int | None = None, save_every: int = 200, log_every: int = 20,
+    validation_limit: int | None = None, workers: int = 0, skip_limit: int = 0,
+    classes: PathLike | None = None, tensorboard: PathLike | None = None,
+    mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
+    interpolation: str | None = None, heads: int | None = None, resume: bool = False,
+    force: bool = False, say: Say = silent,
+) -> Trained:  # fmt: skip
+    """Train to a MACs budget (Eq. 10-13 of AS-ViT), or train a dense network.
+
+    The options are those of `asvit-deploy finetune`; those that are None are the paper's, by
+    architecture. Every process of `torchrun` calls it alike; all of them get the result.
+
+    Args:
+        data: "digits", or a folder of class folders or of .tar shards.
+        recipe: a TOML file of options; those given here win.
+        say: gets status lines in the first process; progress bars go with them.
+
+    Raises:
+        UserError: bad input, options that contradict one another, or a run that cannot go on.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved, `resume=True` goes on from it.
+    """
+    given = {
+        "budget": budget, "epochs": epochs, "steps": steps, "batch_size": batch_size, "lr": lr,
+        "min_lr": min_lr, "warmup": warmup, "weight_decay": weight_decay, "clip": clip,
+        "smoothing": smoothing, "randaugment": randaugment, "mixup": mixup, "cutmix": cutmix,
+        "erase": erase, "repeats": repeats, "flops_weight": flops_weight,
+        "distill_weight": distill_weight, "temperature": temperature, "masking": masking,
+        "thresholds": _thresholds(thresholds), "ema": ema_decay, "amp": amp, "seed": seed,
+    }  # fmt: skip
+    require_at_least(1, epochs=epochs, steps=steps, batch_size=batch_size, repeats=repeats)
+    require_at_least(0, warmup=warmup, seed=seed)
+    require_numbers({k: v for k, v in given.items() if k not in ("thresholds", "masking", "amp")})
+    require_whole(image_size=image_size)
+    known = given_facts(mean, std, crop_pct, interpolation, heads)
+    inputs = _Inputs(
+        os.fspath(data), arch, _checkpoint(pretrained), _checkpoint(teacher), dense,
+        optional_path(output), image_size, _stages(stages),
+        optional_path(recipe), optional_path(classes), ema, known, given, resume, force,
+    )  # fmt: skip
+    running = _running(save_every, log_every, validation_limit, workers, skip_limit,
+                       optional_path(tensorboard), say is not silent)  # fmt: skip
+    return _finetune(inputs, running, say if first_process() else silent)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a run is asked to do; names as those of the options.
+
+    Attributes:
+        given: the recipe's options by their field, None where not given.
+    """
+
+    data: str
+    arch: str | None
+    pretrained: Path | None
+    teacher: Path | None
+    dense: bool
+    output: Path | None
+    image_size: int | None
+    stages: tuple[int, ...] | None
+    recipe: Path | None
+    classes: Path | None
+    averaged: bool
+    known: Given
+    given: dict[str, Any]
+    resume: bool
+    force: bool
+
+    def files(self) -> list[Path]:
+        """What the run reads and must not write."""
+        named = (self.pretrained, self.teacher, self.recipe, self.classes)
+        return [path for path in named if path]
+
+
+def _thresholds(value: Sequence[float] | Literal["fit"] | None) -> Any:
+    if value is None or (isinstance(value, str) and value == "fit"):
+        return value
+    try:
+        return tuple(float(threshold) for threshold in value)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"thresholds={value!r} cannot be used; pass a list such as [1e-3, 2e-3, 3e-3], or 'fit'"
+        ) from None
+
+
+def _stages(value: Sequence[int] | None) -> tuple[int, ...] | None:
+    try:
+        stages = tuple(int(stage) for stage in value or ())
+    except (TypeError, ValueError):
+        raise UserError(f"stages={value!r} cannot be used; pass a list such as [3, 6, 9]") from None
+    return stages or None
+
+
+def _checkpoint(value: PathLike | None) -> Path | None:
+    return None if value is None else checkpoint_path(value)
+
+
+def _running(
+    save_every: int, log_every: int, validation_limit: int | None, workers: int, skip_limit: int,
+    tensorboard: Path | None, bars: bool,
+) -> Running:  # fmt: skip
+    from asvit_deploy.training.recipe import Running
+
+    require_at_least(1, save_every=save_every, log_every=log_every,
+                     validation_limit=validation_limit)  # fmt: skip
+    require_at_least(0, workers=workers, skip_limit=skip_limit)
+    if workers > _MOST_WORKERS:
+        raise UserError(f"workers={workers} cannot be used; pass a number up to {_MOST_WORKERS}")
+    return Running(
+        save_every, log_every, validation_limit, workers, skip_limit, tensorboard, bars
+    )  # fmt: skip
+
+
+def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
+    try:
+        from asvit_deploy.training.run import finetune as run
+    except ModuleNotFoundError as error:
+        if error.name != "accelerate":
+            raise
+        raise UserError(f"finetune needs accelerate; {pip_install('accelerate')}") from error
+    from asvit_deploy.data.head_order import check_teacher
+    from asvit_deploy.training.presets import check_options, read_recipe
+
+    check_options(inputs.dense, inputs.given)
+    _check_combination(inputs)
+    in_file = read_recipe(inputs.recipe) if inputs.recipe else {}
+    start, mentor = _load(inputs, say)
+    if start and start.headless:
+        inputs = _with_fresh_head(inputs, start, say)
+    config = _config(inputs, start)
+    target = inputs.output or Path(f"{config.name}{'_dense' if inputs.dense else ''}.safetensors")
+    state = _check_outputs(inputs, target)
+    config, source, recipe = _prepared(inputs, config, start, in_file, say)
+    if mentor is not None:
+        check_teacher(source, mentor, say)
+    say(
+        f"{config.name}, {config.image_size} px, {len(source.classes)} classes of {source.name} "
+        f"({_pictures(source)}): {recipe.steps} steps of {recipe.batch_size}, learning rate "
+        f"{recipe.lr:g}"
+    )
+    for note in source.notes:
+        say(note)
+    try:
+        result = run(
+            config, source, start, recipe, target, _identity(inputs, config), inputs.resume,
+            running, inputs.force, mentor,
+        )  # fmt: skip
+    except KeyboardInterrupt:  # a second one, which does not wait for the step's end
+        if not state.exists():
+            raise
+        raise Interrupted(
+            f"interrupted; {state} holds the last state that was saved, go on with --resume"
+        ) from None
+    _say_end(result, say)
+    return result
+
+
+def _check_combination(inputs: _Inputs) -> None:
+    """Refuse what contradicts itself, before anything is loaded."""
+    if inputs.dense and inputs.teacher is not None:
+        raise UserError("--dense has no teacher; drop one of --dense and --teacher")
+    if not inputs.dense and inputs.pretrained is None:
+        raise UserError(
+            "adaptive training starts from dense weights: pass --pretrained FILE, "
+            "or train them first with --dense"
+        )
+    if inputs.arch is None and inputs.pretrained is None:
+        raise UserError("nothing says which network to train; pass --arch or --pretrained")
+    asked = inputs.known.options() + ["--ema"] * inputs.averaged
+    if inputs.pretrained is None and asked:
+        raise UserError(
+            f"{' and '.join(asked)} say something of --pretrained's weights; pass --pretrained, or "
+            "drop it"
+        )
+
+
+def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | None]:
+    """The weights to start from and those to learn from, with a line on each.
+
+    Raises:
+        UserError: as `load_checkpoint`; averaged weights are asked for and neither has any.
+    """
+    from asvit_deploy.checkpoints.facts import seen_alike
+    from asvit_deploy.checkpoints.load import load_checkpoint
+
+    pretrained, teacher, averaged = inputs.pretrained, inputs.teacher, inputs.averaged
+    if pretrained is None:
+        return None, None
+    load = partial(load_checkpoint, pretrained, inputs.image_size, inputs.arch,
+                   given=inputs.known, headless=True)  # fmt: skip
+    start = load()
+    teach = None
+    if teacher is not None:
+        teach = partial(load_checkpoint, teacher, start.config.image_size)
+    mentor = teach() if teach else None
+    if averaged and not (start.has_average or (mentor and mentor.has_average)):
+        where = f"{pretrained} holds" if mentor is None else f"{pretrained} and {teacher} hold"
+        raise UserError(f"{where} no moving average of its weights; drop --ema")
+    if averaged:
+        start = load(ema=True) if start.has_average else start
+        mentor = teach(ema=True) if teach and mentor and mentor.has_average else mentor
+    for checkpoint in (start, mentor):
+        if checkpoint is not None:
+            say_load(checkpoint, say)
+            if averaged and not checkpoint.has_average:
+                say(f"{checkpoint.path}: holds no moving average; its own weights are taken")
+    if mentor is not None:
+        alike = seen_alike(mentor.config, mentor.origins, start.config.preprocessing)
+        if alike != mentor.config:
+            say(f"{teacher}: what is assumed of its pictures is as {pretrained} sees them instead")
+        mentor = replace(mentor, config=alike)
+    return start, mentor
+
+
+def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
+    """Say that the head is fresh; such a network is no teacher, so that an adaptive run without
+    another one distils nothing.
+
+    Raises:
+        UserError: distillation is asked for, and there is nobody to learn from.
+    """
+    alone, weight = not inputs.dense and inputs.teacher is None, inputs.given["distill_weight"]
+    if alone and weight:
+        raise UserError(
+            f"{start.path} has no head, so it teaches nothing and --distill-weight {weight:g} "
+            "needs another teacher; pass --teacher, or drop it"
+        )
+    nothing = ", and without a --teacher nothing is distilled" if alone else ""
+    say(f"{start.path}: has no head; a fresh one is trained{nothing}")
+    return replace(inputs, given={**inputs.given, "distill_weight": 0.0}) if alone else inputs
+
+
+def _config(inputs: _Inputs, start: Checkpoint | None) -> ArchConfig:
+    from asvit_deploy.models.archs import arch
+
+    config = start.config if start else arch(inputs.arch or "").at(inputs.image_size)
+    return config.with_stages(inputs.stages) if inputs.stages else config
+
+
+def _check_outputs(inputs: _Inputs, target: Path) -> Path:
+    """Where the run keeps its state, once it is sure that nothing is overwritten unasked.
+
+    Raises:
+        UserError: an output is there and not to be replaced, is an input, or cannot be written.
+    """
+    from asvit_deploy.artefacts.sidecar import check_target
+    from asvit_deploy.training.log import log_path
+    from asvit_deploy.training.state import state_path
+
+    resume, force, files = inputs.resume, inputs.force, inputs.files()
+    check_target(target, "checkpoint", force or resume, *files)
+    state, log = state_path(target), log_path(target)
+    for path, given in itertools.product((state, log), files):
+        if path.exists() and path.samefile(given):
+            raise UserError(f"a run for {target} would write {path}, its own input; name another")
+    if state.exists() and not (resume or force):
+        raise UserError(f"{state} holds an unfinished run; pass --resume to go on, or --force")
+    return state
+
+
+def _prepared(
+    inputs: _Inputs, config: ArchConfig, start: Checkpoint | None, in_file: dict[str, Any],
+    say: Say,
+) -> tuple[ArchConfig, Source, Recipe]:  # fmt: skip
+    """The architecture with the data's classes, the data, and the recipe for both."""
+    from asvit_deploy.classes.name_files import read_names
+    from asvit_deploy.data.head_order import in_head_order
+    from asvit_deploy.data.sources import open_source
+    from asvit_deploy.training.presets import recipe_for
+
+    make = partial(recipe_for, config, inputs.dense, start is None, given=inputs.given,
+                   in_file=in_file)  # fmt: skip
+    # Twice: what a batch holds follows from the recipe, and how long an epoch is from the data.
+    draft = make(epoch=1)
+    names = read_names(inputs.classes, least=2) if inputs.classes else None
+    source = open_source(inputs.data, config, draft.seed, draft.augmentation, names)
+    source = in_head_order(source, names, inputs.classes, start, say)
+    return config.at(num_classes=len(source.classes)), source, make(epoch=source.epoch)
+
+
+def _identity(inputs: _Inputs, config: ArchConfig) -> dict[str, Any]:
+    """What, beside data and recipe, decides the result; None where nothing was said: states of
+    earlier versions know of neither."""
+    from asvit_deploy.checkpoints.facts import fields_of
+    from asvit_deploy.files import sha256
+    from asvit_deploy.models.archs import arch
+
+    facts = fields_of(config)
+    return {
+        "arch": config.name,
+        "image_size": config.image_size,
+        "stages": list(config.stages),
+        "pretrained": sha256(inputs.pretrained) if inputs.pretrained else None,
+        "teacher": sha256(inputs.teacher) if inputs.teacher else None,
+        "averaged": True if inputs.averaged else None,
+        "facts": facts if facts != fields_of(arch(config.name)) else None,
+    }
+
+
+def _pictures(source: Source) -> str:
+    """How many pictures of each part, and what lies beside them."""
+    from asvit_deploy.data.listing import others
+
+    if source.held_out is None:  # digits, which are placed anew each time
+        return f"{source.epoch:,} training pictures an epoch"
+    parts = [f"{source.epoch:,} training pictures", f"{source.held_out:,} for validation"]
+    return ", ".join(filter(None, (*parts, others(source.passed_over))))
+
+
+def _say_end(result: Trained, say: Say) -> None:
+    """How the network ended, its average first, and which pictures were skipped."""
+    if result.average:
+        _say_network(result.average, "its moving average: ", say)
+    _say_network(result, "", say)
+    if skipped := result.skipped:
+        more, plural = ", …" * (len(skipped) > _NAMED), "s" * (len(skipped) > 1)
+        say(f"skipped {len(skipped)} unreadable picture{plural}: "
+            f"{', '.join(skipped[:_NAMED])}{more}")  # fmt: skip
+
+
+def _say_network(result: Trained, of: str, say: Say) -> None:
+    """Its MACs, whether they are those asked for, and what validation says."""
+    if fit := result.fit:
+        say(
+            f"{of}{fit.after:.4f} of the dense MACs on {fit.pictures} training pictures, "
+            f"budget {fit.budget:g}"
+        )
+        if fit.missed:
+            say(
+                f"{of}missed the budget by {fit.off:+.1%}: these weights' scores are too much "
+                "alike for any thresholds; train longer, or start from better weights"
+            )
+    if result.validation:
+        numbers = {n: v for n, v in result.validation.items() if not isinstance(v, list)}
+        say(of + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))

@@ -1,0 +1,150 @@
+"""`asvit_deploy.predict`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asvit_deploy.api.inputs import PathLike, optional_path, path_of, require_at_least
+from asvit_deploy.errors import UserError
+from asvit_deploy.status import Say, silent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from asvit_deploy.classes.network import ClassNames
+    from asvit_deploy.models.config import ArchConfig
+    from asvit_deploy.runners.base import Runner
+
+_BEST = 5
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A class: its number among the outputs, its name, and its probability from 0 to 1."""
+
+    index: int
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of one picture.
+
+    Attributes:
+        image: the file.
+        image_tokens: how many tokens the picture is cut into.
+        top: the five best classes, the best first; empty where there is one output.
+        score: that one output.
+        label: its name, where it has one.
+        kept: the image tokens that each stage kept, by their number among all of them.
+        skipped: why the picture could not be read; everything else is empty then.
+    """
+
+    image: str
+    image_tokens: int
+    top: tuple[Guess, ...] = ()
+    score: float | None = None
+    label: str | None = None
+    kept: tuple[tuple[int, ...], ...] = ()
+    skipped: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `asvit-deploy predict --json` prints."""
+        if self.skipped is not None:
+            return {"image": self.image, "skipped": self.skipped}
+        alone = {} if self.score is None else {"score": self.score, "label": self.label}
+        top, kept = [asdict(guess) for guess in self.top], [list(stage) for stage in self.kept]
+        return {"image": self.image, "top": top, **alone, "kept": kept}
+
+
+def predict(
+    model: PathLike, pictures: PathLike | Sequence[PathLike], *, skip_limit: int = 0,
+    classes: PathLike | None = None, library: PathLike | None = None, say: Say = silent,
+) -> list[Prediction]:  # fmt: skip
+    """Top-5, or the score of a network with one output, and kept tokens of each picture.
+
+    The options are those of `asvit-deploy predict`.
+
+    Args:
+        model: an ONNX artefact.
+        pictures: files, or one; all are read before the first is looked at.
+        say: gets a line on where the labels come from, and on what was skipped.
+
+    Raises:
+        UserError: bad input; more pictures than `skip_limit` cannot be read, or none can.
+    """
+    require_at_least(0, skip_limit=skip_limit)
+    model, named = path_of(model), optional_path(classes)
+    several = [pictures] if isinstance(pictures, (str, os.PathLike)) else list(pictures)
+    if not several:
+        raise UserError("no picture is named; name one or more")
+    paths = [path_of(picture) for picture in several]
+    from asvit_deploy.artefacts.onnx_file import Session, find_op_library
+    from asvit_deploy.classes.network import of_fields
+
+    session = Session(model, find_op_library(optional_path(library)))
+    found = of_fields(model, session.fields, named, say)
+    if found is None or found.firm:  # of others it has said so already
+        say(f"labels: {_origin(model, found, named, session.config.num_classes)}")
+    runner = session.runner(list(session.libraries().values())[-1])
+    labels, tokens = found.names if found else None, session.fields["image_tokens"]
+    return [
+        Prediction(str(path), tokens, skipped=image)
+        if isinstance(image, str)
+        else _predicted(runner, str(path), tokens, image, labels)
+        for path, image in _loaded(paths, session.config, skip_limit, say)
+    ]
+
+
+def _loaded(
+    paths: Sequence[Path], config: ArchConfig, skip_limit: int, say: Say
+) -> list[tuple[Path, NDArray | str]]:
+    """Every picture as input, or why it was skipped."""
+    from asvit_deploy.data.decode import PictureError, load_picture
+    from asvit_deploy.data.images import preprocess
+    from asvit_deploy.data.skips import Skips
+
+    skips = Skips(skip_limit, say)
+    loaded: list[tuple[Path, NDArray | str]] = []
+    for path in paths:
+        try:
+            loaded.append((path, preprocess(load_picture(path), config)))
+        except PictureError as error:
+            skips.add(str(path), error)
+            loaded.append((path, error.reason))
+    if all(isinstance(image, str) for _, image in loaded):
+        raise UserError(f"none of the {len(paths)} pictures can be read ({skips.summary()})")
+    return loaded
+
+
+def _origin(model: Path, found: ClassNames | None, given: Path | None, count: int) -> str:
+    """Where the labels come from."""
+    if found is None and count == 1:
+        return f"{model} has one output, a score"
+    if found is None:
+        return f"numbers of the outputs, {model} has no class names; --classes FILE gives them"
+    return found.origin if given else f"those of {model} ({found.origin})"
+
+
+def _predicted(
+    runner: Runner, name: str, tokens: int, image: NDArray, labels: Sequence[str] | None
+) -> Prediction:
+    import numpy as np
+
+    prediction = runner(image[None])
+    kept = tuple(tuple(stage[0].tolist()) for stage in prediction.kept or [])
+    logits = prediction.logits[0].astype(np.float64)
+    if len(logits) == 1:  # softmax would call it certain, whatever it is
+        label = labels[0] if labels else None
+        return Prediction(name, tokens, score=float(logits[0]), label=label, kept=kept)
+    probability = np.exp(logits - logits.max())
+    probability /= probability.sum()
+    labels = labels or [f"class {i}" for i in range(len(logits))]
+    best = np.argsort(-probability)[:_BEST]
+    top = tuple(Guess(int(i), labels[i], float(probability[i])) for i in best)
+    return Prediction(name, tokens, top, kept=kept)
