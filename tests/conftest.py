@@ -120,7 +120,7 @@ def signed_copy(source: Path, target: Path, change=lambda proto: None, /, **fiel
     """A copy of an ONNX artefact, changed, and with a sidecar that belongs to it."""
     import onnx
 
-    from asvit_deploy.artefacts import sidecar as artifact
+    from asvit_deploy import sidecar as artifact
 
     proto = onnx.load(source)
     change(proto)

@@ -17,8 +17,8 @@ import conftest
 import pytest
 
 from asvit_deploy import claims, files
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.artefacts import bundle
-from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic, write_bytes, write_text
 
@@ -44,7 +44,7 @@ def names(folder: Path) -> list[str]:
 WRITER = """
     import contextlib, sys, time
     from pathlib import Path
-    from asvit_deploy.artefacts import sidecar as artifact
+    from asvit_deploy import sidecar as artifact
     from asvit_deploy.errors import UserError
     folder, me, how, start, count = Path(sys.argv[1]), *sys.argv[2:4], *map(float, sys.argv[4:])
     for i in range(int(count)):
@@ -123,7 +123,7 @@ def test_a_reader_between_two_renames_waits_for_the_second(tmp_path):
         """
         import itertools, sys
         from pathlib import Path
-        from asvit_deploy.artefacts import sidecar as artifact
+        from asvit_deploy import sidecar as artifact
         for i in itertools.count():
             artifact.write(Path(sys.argv[1]), b"%d" % i, {"kind": "onnx", "i": i})
         """,

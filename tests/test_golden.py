@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from asvit_deploy.artefacts import bundle, sidecar
+from asvit_deploy import sidecar
+from asvit_deploy.artefacts import bundle
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint
 from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import raises_one_line
 
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.artefacts import bundle
-from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.checkpoints.configs import sources_beside
 from asvit_deploy.classes.name_files import read_names
@@ -162,8 +162,8 @@ def sized(path: Path, size: int) -> Path:
 
 SIGNED = {"sha256": "0" * 64, "kind": "onnx"}
 TERABYTES = {
-    "x.onnx": "from asvit_deploy.artefacts.sidecar import read; read(path)",
-    "x.engine": "from asvit_deploy.artefacts.sidecar import read; read(path)",
+    "x.onnx": "from asvit_deploy.sidecar import read; read(path)",
+    "x.engine": "from asvit_deploy.sidecar import read; read(path)",
     "x.pt": "from asvit_deploy.checkpoints.load import load_checkpoint; load_checkpoint(path)",
     "x.safetensors": (
         "from asvit_deploy.checkpoints.load import load_checkpoint; load_checkpoint(path)"

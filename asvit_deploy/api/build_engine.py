@@ -133,7 +133,8 @@ def _build(
     path: Path, output: Path | None, flavour: Flavour, wanted: Options, force: bool, say: Say
 ) -> BuiltEngine:
     """Claim what will be written, build, and say what came of it."""
-    from asvit_deploy.artefacts import bundle, sidecar
+    from asvit_deploy import sidecar
+    from asvit_deploy.artefacts import bundle
     from asvit_deploy.claims import claimed
     from asvit_deploy.engine.bucketed import build_bucketed
     from asvit_deploy.engine.build import build_engine as build_plan

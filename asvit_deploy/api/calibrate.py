@@ -76,11 +76,11 @@ def calibrate(
         raise UserError(f"seed={seed} cannot be used; pass a number up to {LARGEST_SEED}")
     known = given_facts(mean, std, crop_pct, interpolation, heads)
     ckpt, folder, target = checkpoint_path(ckpt), optional_path(images), optional_path(output)
-    from asvit_deploy.artefacts.sidecar import claimed
     from asvit_deploy.checkpoints.load import load_checkpoint
     from asvit_deploy.checkpoints.reading import stem_of
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.data.images import open_images
+    from asvit_deploy.sidecar import claimed
 
     target = target or Path(f"{stem_of(ckpt)}.calibrated.safetensors")
     with claimed(target, "checkpoint", force, ckpt):
@@ -120,10 +120,10 @@ def _save(
     result: CalibrationResult,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the checkpoint and return the report, which is kept in it too."""
-    from asvit_deploy.artefacts.sidecar import provenance
     from asvit_deploy.calibration import with_thresholds
     from asvit_deploy.checkpoints.load import save_checkpoint
     from asvit_deploy.files import sha256
+    from asvit_deploy.sidecar import provenance
 
     config = checkpoint.config
     report = {"arch": config.name, "image_size": config.image_size, **result.report}

@@ -125,9 +125,9 @@ def _claimed(
     output: Path | None, force: bool, model: Path, classes: Path | None
 ) -> Iterator[_Place]:
     """This process's place among several, the first of which alone writes the report."""
-    from asvit_deploy.artefacts.sidecar import sidecar_path
     from asvit_deploy.claims import claimed
     from asvit_deploy.files import check_writable
+    from asvit_deploy.sidecar import sidecar_path
 
     def check() -> None:
         if output is not None:

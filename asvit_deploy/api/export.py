@@ -68,7 +68,7 @@ def export(
     require_whole(image_size=image_size, opset=opset)
     known = given_facts(mean, std, crop_pct, interpolation, heads)
     ckpt, names, target = checkpoint_path(ckpt), optional_path(classes), optional_path(output)
-    from asvit_deploy.artefacts import sidecar
+    from asvit_deploy import sidecar
     from asvit_deploy.checkpoints.load import load_checkpoint
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.data.images import open_images

@@ -295,7 +295,7 @@ def _check_outputs(inputs: _Inputs, target: Path) -> Path:
     Raises:
         UserError: an output is there and not to be replaced, is an input, or cannot be written.
     """
-    from asvit_deploy.artefacts.sidecar import check_target
+    from asvit_deploy.sidecar import check_target
     from asvit_deploy.training.log import log_path
     from asvit_deploy.training.state import state_path
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy import claims
-from asvit_deploy.artefacts.sidecar import PATIENCE, read_signed, signed
 from asvit_deploy.bounded import MOST_BYTES
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic_folder, check_parent, sha256
+from asvit_deploy.sidecar import PATIENCE, read_signed, signed
 
 MANIFEST = "manifest.json"
 # Bundles by the ending of their folder's name.

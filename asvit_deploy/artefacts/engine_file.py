@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from asvit_deploy.artefacts import bundle, sidecar
+from asvit_deploy import sidecar
+from asvit_deploy.artefacts import bundle
 from asvit_deploy.artefacts.artefact import Artefact, Opener, Ways
 from asvit_deploy.artefacts.reference import check_fields, source_file
 from asvit_deploy.errors import UserError

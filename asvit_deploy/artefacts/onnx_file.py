@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import onnx
 
-from asvit_deploy.artefacts import sidecar
+from asvit_deploy import sidecar
 from asvit_deploy.artefacts.artefact import Artefact, Opener, Ways
 from asvit_deploy.artefacts.reference import check_fields
 from asvit_deploy.checkpoints.facts import fields_of

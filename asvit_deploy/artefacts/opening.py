@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from asvit_deploy.artefacts import bundle, sidecar
+from asvit_deploy import sidecar
+from asvit_deploy.artefacts import bundle
 from asvit_deploy.artefacts.artefact import Artefact
 from asvit_deploy.artefacts.engine_file import BundleArtefact, EngineArtefact
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact

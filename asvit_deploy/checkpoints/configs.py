@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.checkpoints.fact_source import FactSource
 from asvit_deploy.checkpoints.names import timm_name

@@ -17,8 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from asvit_deploy.artefacts import sidecar as artifact
-from asvit_deploy.artefacts.sidecar import provenance
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints import facts, relatives, unwrapping
 from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Origins
@@ -46,6 +45,7 @@ from asvit_deploy.models import build
 from asvit_deploy.models.archs import ARCHS
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.sidecar import provenance
 
 
 @dataclass(frozen=True)

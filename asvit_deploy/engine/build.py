@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from asvit_deploy import files, trusted
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.engine import process
 from asvit_deploy.engine.checked import Checked, check, make_graph
 from asvit_deploy.engine.job import Job, Profile

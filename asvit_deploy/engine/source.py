@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.artefacts.onnx_file import Session
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import onnx_op

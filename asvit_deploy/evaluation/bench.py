@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from asvit_deploy import files, trusted
-from asvit_deploy.artefacts import sidecar
+from asvit_deploy import files, sidecar, trusted
 from asvit_deploy.artefacts.artefact import Artefact
 from asvit_deploy.artefacts.engine_file import EngineArtefact
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from asvit_deploy.artefacts import sidecar
+from asvit_deploy import sidecar
 from asvit_deploy.artefacts.engine_file import PARITY, EngineArtefact
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.evaluation.arguments import bar

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.facts import fields_of
 from asvit_deploy.checkpoints.load import Checkpoint, build_model
 from asvit_deploy.checkpoints.reading import stem_of

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from asvit_deploy.artefacts.sidecar import claimed
 from asvit_deploy.checkpoints.load import Checkpoint
 from asvit_deploy.errors import Interrupted
+from asvit_deploy.sidecar import claimed
 from asvit_deploy.training.log import Log, log_path
 from asvit_deploy.training.processes import together
 from asvit_deploy.training.recipe import Running

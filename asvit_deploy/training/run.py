@@ -19,7 +19,6 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from asvit_deploy.artefacts.sidecar import provenance
 from asvit_deploy.budget import Fit, check_budget
 from asvit_deploy.checkpoints.load import Checkpoint, save_checkpoint, with_head
 from asvit_deploy.data.batches import Batch
@@ -27,6 +26,7 @@ from asvit_deploy.data.sources import Source
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT, Selector
+from asvit_deploy.sidecar import provenance
 from asvit_deploy.training.feed import Skipped, batches, share
 from asvit_deploy.training.lifecycle import (
     Progress,

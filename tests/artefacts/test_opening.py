@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import raises_one_line
 
-from asvit_deploy.artefacts import bundle, sidecar
+from asvit_deploy import sidecar
+from asvit_deploy.artefacts import bundle
 from asvit_deploy.artefacts.artefact import Ways
 from asvit_deploy.artefacts.engine_file import BundleArtefact, EngineArtefact
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import raises_one_line, signed_copy
 
-from asvit_deploy.artefacts import sidecar
+from asvit_deploy import sidecar
 from asvit_deploy.artefacts.reference import source_file
 from asvit_deploy.checkpoints import default_checkpoint
 

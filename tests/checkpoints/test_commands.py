@@ -13,7 +13,7 @@ from checkpoint_files import AUGREG, THIN, TIMM, dense_state, headless, hub_fold
 from conftest import refused, signed_copy
 from PIL import Image
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.facts import Given
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint

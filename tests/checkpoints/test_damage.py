@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.artefacts import bundle
-from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.damage import check_archive, digest
 from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint

@@ -18,7 +18,7 @@ from conftest import refused
 from PIL import Image
 from safetensors import safe_open
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.damage import unsealed
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
 from asvit_deploy.errors import UserError

@@ -15,8 +15,8 @@ import onnx
 import onnx.numpy_helper
 import pytest
 
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.artefacts import bundle
-from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.exporting.precision import to_half
 from asvit_deploy.runners.trt_flavour import ENTERPRISE, RTX
 

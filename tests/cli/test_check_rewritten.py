@@ -10,7 +10,7 @@ import pytest
 from conftest import refused
 from onnx import numpy_helper
 
-from asvit_deploy.artefacts import sidecar
+from asvit_deploy import sidecar
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 from conftest import refused, released_format, sharpened
 from shard_files import picture_folder, png, samples, write_tar
 
-from asvit_deploy.artefacts.sidecar import read
 from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.models.archs import arch
+from asvit_deploy.sidecar import read
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import torch
 from conftest import Result, refused
 from PIL import Image
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 from conftest import refused
 from shard_files import picture_folder
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
 from asvit_deploy.data.images import open_images
 from asvit_deploy.models.archs import arch

@@ -17,7 +17,7 @@ import torch
 from conftest import refused, signed_copy
 from PIL import Image
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.errors import UserError
 from asvit_deploy.runners.trt_flavour import FLAVOURS
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import conftest
 import pytest
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.load import load_checkpoint
 
 EXPORT = ("export", "--ckpt", "default", "-o", "x.onnx")

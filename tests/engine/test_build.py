@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import released_format, sharpened
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.data.images import open_images
 from asvit_deploy.engine import checked

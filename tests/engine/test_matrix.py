@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 from conftest import sharpened
 
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.artefacts import bundle
-from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.data.images import open_images

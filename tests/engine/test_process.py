@@ -14,7 +14,7 @@ import pytest
 
 import asvit_deploy
 from asvit_deploy import child
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.errors import UserError

@@ -14,8 +14,7 @@ import pytest
 import torch
 from conftest import refused
 
-from asvit_deploy import files
-from asvit_deploy.artefacts import sidecar
+from asvit_deploy import files, sidecar
 from asvit_deploy.artefacts.engine_file import EngineArtefact
 from asvit_deploy.artefacts.opening import engines_of, open_artefact
 from asvit_deploy.cli import bench

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from asvit_deploy.artefacts import sidecar as artifact
+from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.errors import UserError
 

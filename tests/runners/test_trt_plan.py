@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import raises_one_line, refused
 
-from asvit_deploy.artefacts import bundle, sidecar
+from asvit_deploy import sidecar
+from asvit_deploy.artefacts import bundle
 from asvit_deploy.artefacts.engine_file import EngineArtefact
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256

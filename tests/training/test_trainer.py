@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from asvit_deploy.artefacts.sidecar import read
 from asvit_deploy.checkpoints.damage import unsealed
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
 from asvit_deploy.data.batches import Batch
@@ -23,6 +22,7 @@ from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.sidecar import read
 from asvit_deploy.training.lifecycle import average_path
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.losses import flops_loss

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from asvit_deploy.artefacts import sidecar
+from asvit_deploy import sidecar
 from asvit_deploy.errors import UserError
 
 KINDS = [("x.onnx", "onnx"), ("x.engine", "engine"), ("x.safetensors", "checkpoint")]
@@ -68,7 +68,7 @@ def test_folder_in_the_sidecars_place(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from asvit_deploy.artefacts import sidecar
+from asvit_deploy import sidecar
 real, left = os.replace, [int(sys.argv[2])]
 def replace(*paths):
     if not left[0]:
