@@ -140,7 +140,7 @@ def with_thresholds(checkpoint: Checkpoint, thresholds: Sequence[float]) -> Adap
     """The network of a checkpoint, adaptive or dense, with these thresholds."""
     own = {f"thresholds.{i}": torch.tensor(value) for i, value in enumerate(thresholds)}
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith("thresholds.")}
-    return build_model(replace(checkpoint, state={**state, **own}, adaptive=True))
+    return build_model(replace(checkpoint, state={**state, **own}, adaptive=True, reduction=None))
 
 
 def agreement(dense: Tensor, other: Tensor) -> dict[str, float]:

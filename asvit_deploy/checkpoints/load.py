@@ -30,11 +30,13 @@ from asvit_deploy.checkpoints.network import (
     renamed,
 )
 from asvit_deploy.checkpoints.ours import (
+    FACTS,
     FORMAT,
-    SCHEMA,
+    METHOD,
     check_schema,
     check_sealed,
     check_told,
+    method_of,
     parsed,
     staged,
 )
@@ -45,6 +47,8 @@ from asvit_deploy.models import build
 from asvit_deploy.models.archs import ARCHS
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.reduction.methods import restored
+from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.sidecar import provenance
 
 
@@ -58,7 +62,8 @@ class Checkpoint:
     carries the preprocessing, heads and epsilon that were found; `origins` says where each came
     from, `notes` what was decided or left out besides, a line each. Where `headless`, `state` lacks
     the head, and the number of classes means nothing. `has_average` says that the file has averaged
-    weights too, whether they were taken or not.
+    weights too, whether they were taken or not. `reduction` are the fields of another method than
+    thresholds (`Reduction.fields`); then it is `adaptive` without any.
     """
 
     config: ArchConfig
@@ -71,6 +76,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     headless: bool = False
     has_average: bool = False
+    reduction: dict[str, Any] | None = None
 
     @property
     def lines(self) -> list[str]:
@@ -130,8 +136,9 @@ def _loaded(
     if ours:
         check_told(metadata, config)
         config = staged(metadata, config)
-    adaptive = any(map(THRESHOLD.match, state))
-    state = checked_state(state, config, adaptive, bare)
+    method = method_of(metadata, config) if ours else None
+    adaptive = method is not None or any(map(THRESHOLD.match, state))
+    state = checked_state(state, config, adaptive, bare, method)
     if recorded is not None:
         config = facts.recorded(config, facts.fields_of(recorded))
         origins, lines = Origins(), list[str]()
@@ -152,6 +159,7 @@ def _loaded(
         notes=(*notes, *found.notes, *lines),
         headless=bare,
         has_average=found.average,
+        reduction=method,
     )
 
 
@@ -210,7 +218,9 @@ def build_model(checkpoint: Checkpoint, dense: bool = False) -> AdaptiveViT:
     """The network of a checkpoint in eval mode, float32, on the CPU; `dense` drops thresholds."""
     adaptive = checkpoint.adaptive and not dense
     with torch.device("meta"):  # no time spent on an initialisation that is replaced at once
-        model = build(checkpoint.config, adaptive)
+        fields, config = checkpoint.reduction, checkpoint.config
+        method = restored(fields, config.prefix) if fields and adaptive else None
+        model = build(config, adaptive, method)
     model.to_empty(device="cpu")
     wanted = {k: v for k, v in checkpoint.state.items() if adaptive or not THRESHOLD.match(k)}
     model.load_state_dict(wanted, strict=True)
@@ -243,7 +253,9 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
     if config.stages != row.stages:
         own |= {"schema": "2", "stages": json.dumps(config.stages)}
     if known != facts.fields_of(row):
-        own["schema"] = str(SCHEMA)
+        own["schema"] = str(FACTS)
+    if model.reduction is not None and not isinstance(model.reduction, Threshold):
+        own |= {"schema": str(METHOD), "reduction": json.dumps(model.reduction.fields())}
     own |= {name: json.dumps(value) for name, value in known.items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if odd := [key for key, value in tensors.items() if not value.isfinite().all()]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from asvit_deploy.models import build
 from asvit_deploy.models.archs import ARCHS
 from asvit_deploy.models.archs import arch as arch_by_name
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.reduction.methods import restored
 
 _FOREIGN_THRESHOLD = re.compile(r"^score_predictor\.(\d+)\.keep_threshold$")
 THRESHOLD = re.compile(r"^thresholds\.(\d+)$")
@@ -110,18 +112,24 @@ def fitting_archs(state: Mapping[str, Tensor], bare: bool) -> list[str]:
 
 
 def checked_state(
-    state: Mapping[str, Tensor], config: ArchConfig, adaptive: bool, bare: bool
-) -> dict[str, Tensor]:
-    """The state in float32, once its keys, shapes, types and values are right."""
+    state: Mapping[str, Tensor], config: ArchConfig, adaptive: bool, bare: bool,
+    method: dict[str, Any] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The state in float32, once its keys, shapes, types and values are right.
+
+    Args:
+        method: fields of another method than thresholds.
+    """
     thresholds = {key for key in state if THRESHOLD.match(key)}
     expected_thresholds = {f"thresholds.{i}" for i in range(len(config.stages))}
-    if adaptive and thresholds != expected_thresholds:
+    if adaptive and method is None and thresholds != expected_thresholds:
         raise Refused(
             f"has {len(thresholds)} thresholds ({listed(sorted(thresholds))}); {config.name} "
             f"has {len(config.stages)} stages and needs one for each"
         )
     with torch.device("meta"):
-        expected = build(config, adaptive).state_dict()
+        reduction = None if method is None else restored(method, config.prefix)
+        expected = build(config, adaptive, reduction).state_dict()
     if bare:
         expected = {key: like for key, like in expected.items() if not HEAD.match(key)}
     if extra := [key for key in state if key not in expected]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from asvit_deploy.bounded import parse_json
@@ -12,9 +13,13 @@ from asvit_deploy.checkpoints.reading import quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.reduction.methods import restored
 
 FORMAT = "asvit-deploy"
-SCHEMA = 3  # 2 tells stages of its own, 3 other facts than the arch's, which those before ignore
+# 2 has stages of its own, 3 other facts than the arch's, 4 another method than thresholds; what
+# came before would ignore them.
+SCHEMA = 4
+FACTS, METHOD = 3, 4
 
 
 def parsed(value: str) -> Any:
@@ -79,6 +84,23 @@ def staged(metadata: Mapping[str, str], config: ArchConfig) -> ArchConfig:
             f"says stages {quoted(metadata['stages'])}, which do not fit {config.name}; write it "
             "again with this tool"
         ) from error
+
+
+def method_of(metadata: Mapping[str, str], config: ArchConfig) -> dict[str, Any] | None:
+    """The fields of a method other than thresholds, once they fit the network."""
+    if "reduction" not in metadata:
+        return None
+    fields = parsed(metadata["reduction"])
+    try:
+        cuts = restored(fields if isinstance(fields, dict) else {}, config.prefix).cuts
+        if not all(a < b for a, b in pairwise((0, *cuts, 2 * config.depth))):
+            raise ValueError("cuts outside the network")
+    except (ValueError, TypeError) as error:
+        raise Refused(
+            f"says reduction {quoted(metadata['reduction'])}, which does not fit {config.name}; "
+            "write it again with this tool"
+        ) from error
+    return fields
 
 
 def _number(text: str) -> float:
