@@ -80,11 +80,11 @@ def test_commands_are_executed_by_a_test(page):
 
 def test_options_that_pages_name_are_there(runner_of_help):
     """`--like-this` beside a command's name exists on some command."""
-    known = set(re.findall(r"--[a-z][a-z-]+", runner_of_help))
+    known = set(re.findall(r"--[a-z][a-zA-Z0-9-]+", runner_of_help))
     foreign = {"--nproc-per-node", "--standalone", "--onnxrt", "--convert-to", "--plugins",
-               "--strongly-typed", "--compute-capabilities"}  # fmt: skip
+               "--stronglyTyped", "--strongly-typed", "--compute-capabilities", "--onnx"}  # fmt: skip
     for page in PAGES:
-        for option in re.findall(r"`(--[a-z][a-z-]+)", page.read_text()):
+        for option in re.findall(r"`(--[a-z][a-zA-Z0-9-]+)", page.read_text()):
             assert option in known | foreign, f"{page.name}: {option}"
 
 
@@ -92,12 +92,12 @@ def test_options_that_pages_name_are_there(runner_of_help):
 def runner_of_help() -> str:
     from click.testing import CliRunner
 
-    from asvit_deploy.cli.main import main
+    from asvit_deploy.cli.main import group
 
-    texts = [CliRunner().invoke(main, ["--help"]).output]
-    context = main.make_context("asvit-deploy", [], resilient_parsing=True)
-    for name in main.list_commands(context):
-        texts.append(CliRunner().invoke(main, [name, "--help"]).output)
+    texts = [CliRunner().invoke(group, ["--help"]).output]
+    context = group.make_context("asvit-deploy", [], resilient_parsing=True)
+    for name in group.list_commands(context):
+        texts.append(CliRunner().invoke(group, [name, "--help"]).output)
     return "\n".join(texts)
 
 
