@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from asvit_deploy import precision
 from asvit_deploy.artefacts import bundle
 from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.artefacts.reference import check_fields, config_of, reference_model, source_file
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _KINDS: dict[str, type] = {
     "flavour": str, "flavour_version": str, "mode": str, "target_sms": list,
 }  # fmt: skip
-PARITY = {"float32": "float32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def is_engine(path: Path) -> bool:
@@ -79,7 +79,7 @@ class EngineSession:
         for name, kind in _KINDS.items():
             if type(self.fields.get(name)) is not kind:
                 self._refuse(name)
-        if self.fields["precision"] not in PARITY:
+        if self.fields["precision"] not in precision.NAMES:
             self._refuse("precision")
 
     def _refuse(self, name: str) -> NoReturn:
@@ -97,7 +97,11 @@ class EngineSession:
     @property
     def parity(self) -> str:
         """Which of `parity.LIMITS` holds."""
-        return PARITY[self.fields["precision"]]
+        return self.precision.option
+
+    @property
+    def precision(self) -> precision.Precision:
+        return precision.of_name(self.fields["precision"])
 
     @property
     def graphs(self) -> bool:

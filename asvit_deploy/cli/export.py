@@ -66,7 +66,7 @@ def command(
     from asvit_deploy.checkpoints.load import load_checkpoint
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.data.images import open_images
-    from asvit_deploy.exporting import pipeline
+    from asvit_deploy.exporting.export import default_output, export, require_adaptive
     from asvit_deploy.exporting.to_onnx import OPSET, check_opset
     from asvit_deploy.runners.onnx_runtime import import_onnxruntime
 
@@ -76,17 +76,15 @@ def command(
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
     checkpoint = named(checkpoint, of_checkpoint(checkpoint, classes, options.status))
     if not dense:
-        pipeline.require_adaptive(checkpoint)
-    target = output or pipeline.default_output(ckpt, dense)
+        require_adaptive(checkpoint)
+    target = output or default_output(ckpt, dense)
     options.within(artifact.claimed(target, "onnx", force, ckpt, classes))
     pictures = open_images(images, checkpoint.config, 16, skip_limit, options.status)
     config = checkpoint.config
     kind = "dense" if dense else "adaptive"
     options.tell(checkpoint)
     options.status(f"{ckpt}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")
-    parity = pipeline.export(
-        checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema, opset
-    )
+    parity = export(checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema, opset)
     for name, result in parity.items():
         kept = ", ".join(f"{k:.1f}" for k in result.mean_kept)
         options.status(

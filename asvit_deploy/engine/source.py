@@ -27,7 +27,7 @@ class Source:
         path: the file.
         model: its contents.
         session: the artefact it is, or None for a foreign file.
-        reference: what its graphs were compared with (`engine.checked`), kept for the next one.
+        reference: what its graphs were compared with (`engine.comparison`), kept for the next one.
     """
 
     path: Path

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asvit_deploy.artefacts import sidecar as artifact
-from asvit_deploy.artefacts.engine_file import PARITY, EngineSession
+from asvit_deploy.artefacts.engine_file import EngineSession
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.evaluation.bench import judged, ratio_of_medians
+from asvit_deploy.precision import FLOAT32, Precision
 
 if TYPE_CHECKING:
     from asvit_deploy.engine.build import Options
@@ -96,32 +97,31 @@ def _graph(graph: bool) -> str:
 def dense_peer(session: EngineSession, pictures: ImageSet, folder: Path) -> Path:
     """The dense twin of the engine's checkpoint as an engine for the same batches."""
     from asvit_deploy.artefacts.reference import reference_checkpoint
-    from asvit_deploy.exporting.pipeline import export
+    from asvit_deploy.exporting.export import export
 
     fields = {**session.fields, "source": session.fields["source"]["checkpoint"]}
     checkpoint = reference_checkpoint(session.onnx, fields)
     onnx = folder / "dense.onnx"
     export(checkpoint, onnx, pictures[:2], session.fields["batch"], dense=True)
-    return _build(session, onnx, PARITY[session.fields["precision"]])
+    return _build(session, onnx, session.precision)
 
 
 def topk_peer(session: EngineSession, kept: Sequence[int], folder: Path) -> Path:
     """The engine's own ONNX with `kept` image tokens after each stage, as an engine."""
-    from asvit_deploy.engine.checked import make_graph
+    from asvit_deploy.engine.graphs import make_graph
     from asvit_deploy.engine.source import open_source
     from asvit_deploy.exporting.static_topk import to_static_topk
 
     source = open_source(session.onnx)
-    precision = PARITY[session.fields["precision"]]
-    graph = make_graph(source, "bucketed", None if precision == "float32" else precision)  # type: ignore
+    graph = make_graph(source, "bucketed", session.precision.rewritten)
     fields = {k: v for k, v in source.fields.items() if k not in _NOT_OF_THE_MODEL}
     onnx = folder / "top_k.onnx"
     proto = to_static_topk(graph, kept, str(source.path))
     artifact.write(onnx, proto.SerializeToString(), {**fields, "adaptive": False})
-    return _build(session, onnx, "float32")  # the graph holds the precision already
+    return _build(session, onnx, FLOAT32)  # the graph holds the precision already
 
 
-def _build(session: EngineSession, onnx: Path, precision: str) -> Path:
+def _build(session: EngineSession, onnx: Path, precision: Precision) -> Path:
     from asvit_deploy.engine.build import build_engine
     from asvit_deploy.engine.source import open_source
     from asvit_deploy.runners.trt_flavour import FLAVOURS
@@ -132,13 +132,13 @@ def _build(session: EngineSession, onnx: Path, precision: str) -> Path:
     return output
 
 
-def peer_options(fields: dict[str, Any], precision: str) -> Options:
+def peer_options(fields: dict[str, Any], precision: Precision) -> Options:
     """What an engine was built with, as its sidecar says, less what belongs to its own mode."""
     from asvit_deploy.engine.build import Options
 
     profile = (fields.get("profile") or {}).get("images")
     return Options(
-        None if precision == "float32" else precision,  # type: ignore[arg-type]
+        precision.rewritten,
         batch=tuple(shape[0] for shape in profile) if profile else None,  # type: ignore[arg-type]
         target_sms=tuple(fields["target_sms"]),
         workspace=fields.get("workspace"),

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asvit_deploy import precision
 from asvit_deploy.errors import UserError
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 from asvit_deploy.runners.place import Place
@@ -33,8 +34,8 @@ from asvit_deploy.runners.trt_plan import (
     said,
 )
 
-_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16,
-           "INT32": torch.int32, "INT64": torch.int64}  # fmt: skip
+_DTYPES = {row.tensorrt_name: row.torch_type for row in precision.TABLE}
+_DTYPES |= {"INT32": torch.int32, "INT64": torch.int64}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from onnx.reference import ReferenceEvaluator
 from asvit_deploy.data import digits
 from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
+from asvit_deploy.exporting.half import rounded, to_half
 from asvit_deploy.exporting.padded import to_padded
-from asvit_deploy.exporting.precision import rounded, to_half
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models.archs import arch
 from asvit_deploy.parity import compare
