@@ -16,6 +16,8 @@ import onnx_ir as ir
 
 from asvit_deploy.ops import onnx_op
 
+_LARGEST_SHAPE = 64  # numbers of a constant that can be a shape, axes or bounds
+
 
 def opened(model: onnx.ModelProto) -> ir.Model:
     """The model to be changed; its weights are those of `model`, not copies."""
@@ -80,8 +82,15 @@ def upstream(values: Iterable[ir.Value], stop: Iterable[ir.Value] = ()) -> set[i
 def inferred(model: onnx.ModelProto) -> dict[str, ir.Value]:
     """Every value by its name, with the type and shape that ONNX infers, through the op's function
     too; what the file itself says of the values inside is not believed."""
-    whole = closed(_forgotten(opened(with_function(model))))
-    return values_of(ir.from_proto(onnx.shape_inference.infer_shapes(whole)).graph)
+    copy = opened(model)
+    forget_types(copy.graph)
+    for name, weight in tuple(copy.graph.initializers.items()):
+        tensor = weight.const_value
+        if tensor is not None and tensor.size > _LARGEST_SHAPE:  # its numbers tell of no shape
+            del copy.graph.initializers[name]
+            copy.graph.inputs.append(weight)
+    whole = with_function(closed(copy))
+    return values_of(opened(onnx.shape_inference.infer_shapes(whole)).graph)
 
 
 def prefix_of(values: dict[str, ir.Value]) -> int:
@@ -109,11 +118,6 @@ def forget_types(graph: ir.Graph) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.type = value.shape = None
-
-
-def _forgotten(model: ir.Model) -> ir.Model:
-    forget_types(model.graph)
-    return model
 
 
 def constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
