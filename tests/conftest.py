@@ -217,7 +217,7 @@ def op_library() -> Path:
 def mini_artifacts(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The small model exported, by (batch, ops)."""
     from asvit_deploy.checkpoints.load import load_checkpoint
-    from asvit_deploy.exporting.pipeline import export
+    from asvit_deploy.exporting.export import export
 
     folder = tmp_path_factory.mktemp("artifacts")
     checkpoint = load_checkpoint(mini_checkpoint)

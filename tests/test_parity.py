@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from asvit_deploy.exporting.precision import rounded, to_half
+from asvit_deploy.exporting.half import rounded, to_half
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models import build
 from asvit_deploy.parity import LIMITS, compare

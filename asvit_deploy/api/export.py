@@ -72,7 +72,8 @@ def export(
     from asvit_deploy.checkpoints.load import load_checkpoint
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.data.images import open_images
-    from asvit_deploy.exporting import pipeline
+    from asvit_deploy.exporting.export import default_output, require_adaptive
+    from asvit_deploy.exporting.export import export as write_checked
     from asvit_deploy.exporting.to_onnx import OPSET, check_opset
     from asvit_deploy.runners.onnx_runtime import import_onnxruntime
 
@@ -82,14 +83,14 @@ def export(
     checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
     checkpoint = named(checkpoint, of_checkpoint(checkpoint, names, say))
     if not dense:
-        pipeline.require_adaptive(checkpoint)
-    target = target or pipeline.default_output(ckpt, dense)
+        require_adaptive(checkpoint)
+    target = target or default_output(ckpt, dense)
     config, kind = checkpoint.config, "dense" if dense else "adaptive"
     with sidecar.claimed(target, "onnx", force, ckpt, names):
         pictures = open_images(optional_path(images), config, _PICTURES, skip_limit, say)
         say_load(checkpoint, say)
         say(f"{ckpt}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")
-        parity = pipeline.export(
+        parity = write_checked(
             checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema, opset
         )
     for name, result in parity.items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from asvit_deploy import sidecar
+from asvit_deploy import precision, sidecar
 from asvit_deploy.artefacts import bundle
 from asvit_deploy.artefacts.artefact import Artefact, Opener, Ways
 from asvit_deploy.artefacts.reference import check_fields, source_file
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _KINDS: dict[str, type] = {
     "flavour": str, "flavour_version": str, "mode": str, "target_sms": list,
 }  # fmt: skip
-PARITY = {"float32": "float32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass
@@ -51,7 +50,7 @@ class EngineArtefact(Artefact):
         for name, kind in _KINDS.items():
             if type(self.fields.get(name)) is not kind:
                 self._refuse(name)
-        if self.fields["precision"] not in PARITY:
+        if self.fields["precision"] not in precision.NAMES:
             self._refuse("precision")
 
     def _read(self) -> dict[str, Any]:
@@ -64,7 +63,11 @@ class EngineArtefact(Artefact):
     @property
     def parity(self) -> str:
         """Which of `parity.LIMITS` holds."""
-        return PARITY[self.fields["precision"]]
+        return self.precision.option
+
+    @property
+    def precision(self) -> precision.Precision:
+        return precision.of_name(self.fields["precision"])
 
     @property
     def graphs(self) -> bool:

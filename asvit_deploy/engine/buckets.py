@@ -1,4 +1,4 @@
-"""How many rows a stage engine may take: a short list of sizes, one optimisation profile each."""
+"""How many rows a segment may take: a short list of sizes, one optimisation profile each."""
 
 from __future__ import annotations
 
@@ -28,25 +28,28 @@ def parse_buckets(text: str) -> tuple[int, ...] | None:
         ) from None
 
 
-def choose_buckets(wanted: Sequence[int] | None, rows: int, name: str) -> tuple[int, ...]:
+def choose_buckets(
+    wanted: Sequence[int] | None, rows: int, name: str, prefix: int = 1
+) -> tuple[int, ...]:
     """The buckets of a network, rising.
 
     Args:
         wanted: as the user gave them, class token included; None takes the multiples of `STEP`.
         rows: M, what an image that keeps every token has, class token included; the last bucket.
         name: how messages call the model.
+        prefix: P, the rows that never leave; a bucket holds them and one image token at least.
 
     Raises:
-        UserError: a bucket below 2 or above `rows`, or the largest is below `rows`.
+        UserError: a bucket below P + 1 or above `rows`, or the largest is below `rows`.
     """
     if wanted is None:
         return (*range(STEP, rows, STEP), rows)
     buckets = sorted(set(wanted))
     for bucket in buckets:
-        if not 2 <= bucket <= rows:
+        if not prefix < bucket <= rows:
             raise UserError(
                 f"--buckets {bucket} does not fit {name}: its tokens, class token included, take "
-                f"2 to {rows} rows"
+                f"{prefix + 1} to {rows} rows"
             )
     if not buckets or buckets[-1] < rows:
         given = ",".join(map(str, buckets))
@@ -57,10 +60,10 @@ def choose_buckets(wanted: Sequence[int] | None, rows: int, name: str) -> tuple[
     return tuple(buckets)
 
 
-def profiles_of(stage: onnx.ModelProto, buckets: Sequence[int]) -> list[Profile]:
+def profiles_of(segment: onnx.ModelProto, buckets: Sequence[int]) -> list[Profile]:
     """One profile per bucket in which nothing varies; none where the shapes are fixed anyway."""
     profiles = []
-    for info in stage.graph.input:
+    for info in segment.graph.input:
         dims = [dim.dim_value for dim in info.type.tensor_type.shape.dim]
         if not all(dims):
             shapes = [tuple(dim or bucket for dim in dims) for bucket in buckets]

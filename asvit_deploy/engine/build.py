@@ -15,13 +15,15 @@ import onnx
 from asvit_deploy import files, trusted
 from asvit_deploy import sidecar as artifact
 from asvit_deploy.engine import process
-from asvit_deploy.engine.checked import Checked, check, make_graph
+from asvit_deploy.engine.comparison import Comparison, compare_graph
+from asvit_deploy.engine.graphs import make_graph
 from asvit_deploy.engine.job import Job, Profile
 from asvit_deploy.engine.source import Source
 from asvit_deploy.engine.warnings import unexpected
 from asvit_deploy.errors import UserError
-from asvit_deploy.exporting.precision import NAMES, Precision
+from asvit_deploy.graph import without_function
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.precision import Half, of_option
 from asvit_deploy.runners.trt_flavour import Flavour
 
 Batch = tuple[int, int, int]
@@ -47,11 +49,11 @@ class Options:
         images: folder of pictures to check on, or None for the sample photographs.
         limit: check on at most so many.
         checked: compare the graph before building.
-        buckets: rows that stage engines take, or None for the automatic list; bucketed only.
+        buckets: rows that segments take, or None for the automatic list; bucketed only.
         skip_limit: so many of the pictures may be unreadable.
     """
 
-    precision: Precision | None = None
+    precision: Half | None = None
     mode: str = "dynamic"
     batch: Batch | None = None
     target_sms: tuple[str, ...] = ()
@@ -80,7 +82,7 @@ class Built:
         seconds: the builder's process, from start to end.
     """
 
-    checked: Checked | None
+    checked: Comparison | None
     warnings: list[str]
     fields: dict[str, Any]
     seconds: float
@@ -176,9 +178,9 @@ def build_engine(
     changed = options.precision or options.mode == "padded"
     if changed and options.checked:
         say(f"comparing the graph on up to {options.limit} images")
-        checked = check(source, graph, options.precision, options.images, options.limit,
+        checked = compare_graph(source, graph, options.precision, options.images, options.limit,
                         skip_limit=options.skip_limit, say=say)  # fmt: skip
-        say(checked.told)
+        say(checked.summary)
     stages = len(onnx_op.nodes_of(graph.graph))
     if stages and options.plugin is None:
         raise UserError(
@@ -216,13 +218,8 @@ def make_job(
 
     With the function there, a parser that misses the plugin would quietly take the function.
     """
-    stripped = onnx.ModelProto()
-    stripped.CopyFrom(graph)
-    kept = [f for f in stripped.functions if f.domain != onnx_op.DOMAIN]
-    del stripped.functions[:]
-    stripped.functions.extend(kept)
     path = folder / "graph.onnx"
-    path.write_bytes(stripped.SerializeToString())
+    path.write_bytes(without_function(graph).SerializeToString())
     assert flavour.module is not None
     version, namespace = onnx_op.PLUGIN_ATTRIBUTES.values()
     plugin = options.plugin.resolve() if options.plugin and stages else None
@@ -269,17 +266,17 @@ def describe(
     flavour: Flavour,
     options: Options,
     outcome: process.Outcome,
-    checked: Checked | None,
+    checked: Comparison | None,
     seconds: float,
 ) -> dict[str, Any]:
     """A sidecar's fields: the model as its ONNX describes it, and what the build added."""
     model = {key: value for key, value in source.fields.items() if key not in _OF_THE_FILE}
-    precision = NAMES[options.precision] if options.precision else "float32"
     own = {
         "kind": "engine",
         "flavour": flavour.name,
         "flavour_version": outcome.version,
-        "precision": precision if source.session else None,  # a foreign file's is not known
+        # A foreign file's is not known.
+        "precision": of_option(options.precision).name if source.session else None,
         "mode": options.mode if source.adaptive else "dense" if source.session else "foreign",
         "ops": source.fields.get("ops") if options.mode == "dynamic" else "standard",
         "target_sms": list(options.target_sms),

@@ -27,8 +27,8 @@ class Source:
         path: the file.
         model: its contents.
         session: the artefact it is, or None for a foreign file.
-        reference: what its graphs were compared with (`engine.checked`), kept for the next one.
-        tried: whether it was run in a child first (`engine.checked`).
+        reference: what its graphs were compared with (`engine.comparison`), kept for the next one.
+        tried: whether it was run in a child first (`engine.comparison`).
     """
 
     path: Path

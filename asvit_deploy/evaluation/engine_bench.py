@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from asvit_deploy import sidecar
-from asvit_deploy.artefacts.engine_file import PARITY, EngineArtefact
+from asvit_deploy.artefacts.engine_file import EngineArtefact
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.evaluation.arguments import bar
 from asvit_deploy.evaluation.machine import machine
@@ -30,6 +30,7 @@ from asvit_deploy.evaluation.timing import (
     macs_summary,
     ratio_of_medians,
 )
+from asvit_deploy.precision import FLOAT32, Precision
 from asvit_deploy.runners.pytorch import TorchRunner
 
 if TYPE_CHECKING:
@@ -182,31 +183,30 @@ def _graph(graph: bool) -> str:
 def dense_peer(artefact: EngineArtefact, pictures: ImageSet, folder: Path) -> Path:
     """The dense twin of the engine's checkpoint as an engine for the same batches."""
     from asvit_deploy.artefacts.reference import reference_checkpoint
-    from asvit_deploy.exporting.pipeline import export
+    from asvit_deploy.exporting.export import export
 
     checkpoint = reference_checkpoint(artefact.onnx, artefact.checkpoint_fields)
     onnx = folder / "dense.onnx"
     export(checkpoint, onnx, pictures[:2], artefact.fields["batch"], dense=True)
-    return _build(artefact, onnx, PARITY[artefact.fields["precision"]])
+    return _build(artefact, onnx, artefact.precision)
 
 
 def topk_peer(artefact: EngineArtefact, kept: Sequence[int], folder: Path) -> Path:
     """The engine's own ONNX with `kept` image tokens after each stage, as an engine."""
-    from asvit_deploy.engine.checked import make_graph
+    from asvit_deploy.engine.graphs import make_graph
     from asvit_deploy.engine.source import open_source
     from asvit_deploy.exporting.static_topk import to_static_topk
 
     source = open_source(artefact.onnx)
-    precision = PARITY[artefact.fields["precision"]]
-    graph = make_graph(source, "bucketed", None if precision == "float32" else precision)  # type: ignore
+    graph = make_graph(source, "bucketed", artefact.precision.rewritten)
     fields = {k: v for k, v in source.fields.items() if k not in _NOT_OF_THE_MODEL}
     onnx = folder / "top_k.onnx"
     proto = to_static_topk(graph, kept, str(source.path))
     sidecar.write(onnx, proto.SerializeToString(), {**fields, "adaptive": False})
-    return _build(artefact, onnx, "float32")  # the graph holds the precision already
+    return _build(artefact, onnx, FLOAT32)  # the graph holds the precision already
 
 
-def _build(artefact: EngineArtefact, onnx: Path, precision: str) -> Path:
+def _build(artefact: EngineArtefact, onnx: Path, precision: Precision) -> Path:
     from asvit_deploy.engine.build import build_engine
     from asvit_deploy.engine.source import open_source
     from asvit_deploy.runners.trt_flavour import FLAVOURS
@@ -217,13 +217,13 @@ def _build(artefact: EngineArtefact, onnx: Path, precision: str) -> Path:
     return output
 
 
-def peer_options(fields: dict[str, Any], precision: str) -> Options:
+def peer_options(fields: dict[str, Any], precision: Precision) -> Options:
     """What an engine was built with, as its sidecar says, less what belongs to its own mode."""
     from asvit_deploy.engine.build import Options
 
     profile = (fields.get("profile") or {}).get("images")
     return Options(
-        None if precision == "float32" else precision,  # type: ignore[arg-type]
+        precision.rewritten,
         batch=tuple(shape[0] for shape in profile) if profile else None,  # type: ignore[arg-type]
         target_sms=tuple(fields["target_sms"]),
         workspace=fields.get("workspace"),

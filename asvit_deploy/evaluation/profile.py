@@ -7,46 +7,41 @@ belongs where is read off the optimised graph itself, by the stage values' names
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from asvit_deploy import graph
 from asvit_deploy.runners.onnx_runtime import OrtRunner, load_model
 
 _KINDS = ("scoring", "compaction", "network")
 
 
-def _ancestors(graph: onnx.GraphProto, values: Iterable[str], stop: Iterable[str] = ()) -> set[str]:
-    """Names of the nodes that `values` depend on, not looking past `stop`."""
-    producer = {name: node for node in graph.node for name in node.output if name}
-    seen, waiting, nodes = set(stop), list(values), set()
-    while waiting:
-        value = waiting.pop()
-        if value in seen or value not in producer:
-            continue
-        seen.add(value)
-        nodes.add(producer[value].name)
-        waiting.extend(producer[value].input)
-    return nodes
-
-
-def classify_nodes(graph: onnx.GraphProto, stages: int) -> dict[str, str]:
+def classify_nodes(model: onnx.ModelProto, stages: int) -> dict[str, str]:
     """Node name -> "scoring" or "compaction"; every other node is the network itself.
 
     Scoring is what the scores need and the tokens do not; compaction is what lies between the
     scores and the compacted tokens.
     """
-    kinds: dict[str, str] = {}
+    values = graph.values_of(graph.opened(model).graph)
+
+    def found(stage: int, *names: str) -> list[ir.Value]:
+        wanted = (values.get(f"{name}_{stage}") for name in names)
+        return [value for value in wanted if value is not None]
+
+    kinds: dict[str | None, str] = {}
     for s in range(stages):
-        inputs, outputs = (f"tokens_{s}", f"scores_{s}"), (f"compact_{s}", f"length_{s}")
-        network = _ancestors(graph, [inputs[0]])
-        kinds |= dict.fromkeys(_ancestors(graph, [inputs[1]]) - network, "scoring")
-        kinds |= dict.fromkeys(_ancestors(graph, outputs, stop=inputs), "compaction")
-    return kinds
+        tokens, scores = found(s, "tokens"), found(s, "scores")
+        scoring = graph.upstream(scores) - graph.upstream(tokens)
+        compaction = graph.upstream(found(s, "compact", "length"), stop=[*tokens, *scores])
+        kinds |= {node.name: "scoring" for node in scoring}
+        kinds |= {node.name: "compaction" for node in compaction}
+    return {name: kind for name, kind in kinds.items() if name}
 
 
 def shares(
@@ -68,7 +63,7 @@ def shares(
             runner.infer(images[i % len(images)][None])
         events = runner.end_profiling()
         optimised = onnx.load(f"{prefix}.optimized.onnx")
-    medians = _medians(events, classify_nodes(optimised.graph, runner.stages), warmup)
+    medians = _medians(events, classify_nodes(optimised, runner.stages), warmup)
     return {**medians, "op": "library" if library else "function"}
 
 

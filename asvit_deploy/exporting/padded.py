@@ -12,8 +12,9 @@ import json
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx import helper
+import onnx_ir as ir
 
+from asvit_deploy import graph
 from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.row_mask import RowMask
 from asvit_deploy.ops import onnx_op
@@ -46,7 +47,7 @@ _BODY = """
     above = Greater (scores, threshold)
     keep = Or (above, is_best)
     class_row = GreaterOrEqual (first, none)
-    mask = Concat <axis = 1> (class_row, keep)
+    mask = Concat <axis = 1> ({prefix}, keep)
     one_each = Cast <to = 7> (mask)
     length = ReduceSum <keepdims = 0> (one_each, axis_1)
     row = Constant <value = int64[1,{rows}] {{{all_rows}}}> ()
@@ -55,14 +56,16 @@ _BODY = """
 """
 
 
-def _stage_function(tokens: int, opset: int) -> onnx.FunctionProto:
-    """Which tokens stay: scores [B, N] -> mask [B, M], index [B, M], length [B]."""
+def _stage_function(tokens: int, opset: int, prefix: int = 1) -> onnx.FunctionProto:
+    """Which tokens stay: scores [B, N] -> mask [B, P+N], index [B, P+N], length [B]."""
+    rows = prefix + tokens
     body = _BODY.format(
         tokens=tokens,
         twice=2 * tokens,
-        rows=tokens + 1,
+        rows=rows,
+        prefix=", ".join(["class_row"] * prefix),
         places=", ".join(map(str, range(tokens))),
-        all_rows=", ".join(map(str, range(tokens + 1))),
+        all_rows=", ".join(map(str, range(rows))),
     )
     return onnx.parser.parse_function(
         f'<domain: "{_DOMAIN}", opset_import: ["" : {opset}]>\n'
@@ -79,29 +82,22 @@ def to_padded(model: onnx.ModelProto, name: str = "model") -> onnx.ModelProto:
 
     Returns:
         Standard ops only. Input `images`; outputs `logits` and per stage `length_s` int64 [B],
-        class token included. Inside: `mask_s` bool [B, M], true where the row is in use after
-        stage s; `index_s` int64 [B, M], the row's own number or -1; `scores_s` float32 [B, N], -inf
-        where the token was gone before stage s.
+        prefix included. Inside: `mask_s` bool [B, M], true where the row is in use after stage s;
+        `index_s` int64 [B, M], the row's own number or -1; `scores_s` float32 [B, N], -inf where
+        the token was gone before stage s.
 
     Raises:
         UserError: there is no op node to replace.
     """
-    stages = len(onnx_op.nodes_of(model.graph))
-    if not stages:
+    if not onnx_op.nodes_of(model.graph):
         raise UserError(
             f"{name} has no {onnx_op.OP_TYPE} node (dense, or exported with --ops standard); "
             "padded mode rewrites the file that `asvit-deploy export` makes by default"
         )
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    _Rewrite(result).run()
-    result = onnx.inliner.inline_local_functions(result)
-    standard = [entry for entry in result.opset_import if not entry.domain]
-    del result.opset_import[:]
-    result.opset_import.extend(standard)
-    properties = {entry.key: entry.value for entry in result.metadata_props}
-    properties |= {"asvit_mode": json.dumps("padded"), "asvit_ops": json.dumps("standard")}
-    helper.set_model_props(result, properties)
+    rewrite = _Rewrite(model)
+    rewrite.run()
+    result = onnx.inliner.inline_local_functions(rewrite.closed())
+    graph.keep_standard_opset(result)
     onnx.checker.check_model(result, full_check=True)
     return result
 
@@ -109,50 +105,52 @@ def to_padded(model: onnx.ModelProto, name: str = "model") -> onnx.ModelProto:
 class _Rewrite(RowMask):
     """Replaces each op node, in order; what comes after it sees the mask of the last stage."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        super().__init__(model.graph)
-        self.model = model
-        self.opset = {entry.domain: entry.version for entry in model.opset_import}[""]
+    def __init__(self, source: onnx.ModelProto) -> None:
+        known = graph.inferred(source)
+        self.model = graph.opened(source)
+        super().__init__(self.model.graph, graph.prefix_of(known))
+        self.opset = graph.opset_of(source)
         # A batch of one has no masks in its graph; any other batch masks by `index_s >= 0`.
-        self.masked = not self.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-        self.tokens = _tokens(model)
-        self.compacted: dict[str, str] = {}
-        self.stage = -1
+        self.masked = graph.batch_of(source) is None
+        self.tokens = graph.rows_of(known["scores_0"])
+        self.all_alive = self.constant(np.ones((1, self.tokens), bool), _ALL_ALIVE)
 
     def run(self) -> None:
-        graph = self.graph
-        self.constant(np.ones((1, self.tokens), bool), _ALL_ALIVE)
-        for node in list(graph.node):
-            node.input[:] = [self.compacted.get(value, value) for value in node.input]
-            if (node.domain, node.op_type) == (onnx_op.DOMAIN, onnx_op.OP_TYPE):
-                self._replace(node)
-            else:
-                if not self.masked:
-                    self.hide(node)
-                self.nodes.append(node)
-        del graph.node[:], graph.value_info[:], self.model.functions[:]
-        graph.node.extend(self.nodes)
-        self.model.functions.append(_stage_function(self.tokens, self.opset))
-        self.model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+        graph.forget_types(self.graph)
+        stage = 0
+        for node in list(self.graph):
+            self.before = node
+            if graph.is_cut(node):
+                self._replace(node, stage)
+                stage += 1
+            elif not self.masked:
+                self.hide(node)
 
-    def _replace(self, node: onnx.NodeProto) -> None:
-        tokens, scores, threshold = node.input
-        compact, index, length, _ = node.output
-        alive = _ALL_ALIVE
+    def closed(self) -> onnx.ModelProto:
+        """The model with the stage's function, standard ops but for that."""
+        self.model.functions.clear()
+        properties = self.model.metadata_props
+        properties |= {"asvit_mode": json.dumps("padded"), "asvit_ops": json.dumps("standard")}
+        self.model.opset_imports[_DOMAIN] = 1
+        result = graph.closed(self.model)
+        result.functions.append(_stage_function(self.tokens, self.opset, self.prefix))
+        return result
+
+    def _replace(self, cut: ir.Node, stage: int) -> None:
+        alive = self.all_alive
         if self.mask is not None:
             alive = self.image_mask()
             if not self.masked:
-                self.hide_scores(scores)
-        self.stage += 1
-        self.mask = f"mask_{self.stage}"
-        outputs = [self.mask, index, length]
+                assert cut.inputs[1] is not None
+                self.hide_scores(cut.inputs[1])
+        tokens, scores, threshold = cut.inputs
+        compact, index, length, _ = cut.outputs
+        assert tokens is not None
+        names = [f"mask_{stage}", str(index.name), str(length.name)]
         inputs = [scores, threshold, alive]
-        self.nodes.append(helper.make_node("Keep", inputs, outputs, node.name, domain=_DOMAIN))
-        self.compacted[compact] = tokens
-
-
-def _tokens(model: onnx.ModelProto) -> int:
-    """N, from the shape of the first stage's scores."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    infos = {info.name: info for info in graph.value_info}
-    return infos["scores_0"].type.tensor_type.shape.dim[1].dim_value
+        keep = self.insert(graph.node("Keep", inputs, names, name=cut.name, domain=_DOMAIN))
+        self.mask = keep.outputs[0]
+        for old, new in zip((index, length), keep.outputs[1:]):
+            graph.redirect(old, new)
+        graph.redirect(compact, tokens)
+        graph.remove(self.graph, [cut])

@@ -7,61 +7,68 @@ few nodes hide both.
 from __future__ import annotations
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir as ir
+
+from asvit_deploy import graph
 
 _INT64_MAX = np.iinfo(np.int64).max
 
 
 class RowMask:
-    """Collects a graph's nodes and puts the mask in front of those that mix rows.
+    """Puts a mask in front of a graph's nodes that mix rows.
 
     Attributes:
-        mask: name of the bool value [1 or B, M] that is true for rows that count, class token
-            first; None while all do.
-        nodes: the nodes so far, in order; constants go straight into the graph.
+        mask: the bool value [1 or B, M] that is true for rows that count, the prefix first; None
+            while all do.
+        before: the node in front of which new nodes go; None: at the end.
+        prefix: P, the rows in front that are no image tokens.
     """
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
-        self.nodes: list[onnx.NodeProto] = []
-        self.mask: str | None = None
-        self._made: set[str] = set()
+    def __init__(self, whole: ir.Graph, prefix: int) -> None:
+        self.graph, self.prefix = whole, prefix
+        self.mask: ir.Value | None = None
+        self.before: ir.Node | None = next(iter(whole), None)
+        self._made: dict[str, ir.Value] = {}
 
-    def constant(self, value: np.ndarray | np.generic, name: str) -> str:
+    def insert(self, node: ir.Node) -> ir.Node:
+        """A node at the place where new nodes go."""
+        if self.before is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(self.before, node)
+        return node
+
+    def constant(self, value: np.ndarray | np.generic, name: str) -> ir.Value:
         """A constant of that name, made on first use."""
         if name not in self._made:
-            self._made.add(name)
-            self.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-        return name
+            tensor = ir.tensor(np.asarray(value), name=name)
+            self._made[name] = graph.constant(self.graph, tensor)
+        return self._made[name]
 
-    def add(self, op_type: str, inputs: list[str], output: str) -> str:
+    def add(self, op_type: str, inputs: list[ir.Value], output: str) -> ir.Value:
         """A node, made on first use of its only output."""
         if output not in self._made:
-            self._made.add(output)
-            self.nodes.append(helper.make_node(op_type, inputs, [output], name=output))
-        return output
+            self._made[output] = self.insert(graph.node(op_type, inputs, output)).outputs[0]
+        return self._made[output]
 
-    def minus_inf(self, kind: int = TensorProto.FLOAT) -> str:
+    def minus_inf(self, kind: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         """The constant -inf of an ONNX type."""
-        name = f"minus_inf_{TensorProto.DataType.Name(kind).lower()}"
-        if name not in self._made:
-            self._made.add(name)
-            self.graph.initializer.append(helper.make_tensor(name, kind, [], [-np.inf]))
-        return name
+        return self.constant(
+            np.asarray(-np.inf, kind.numpy()), f"minus_inf_{kind.name.lower()}"
+        )  # fmt: skip
 
-    def image_mask(self) -> str:
-        """The mask without its class row, bool [1 or B, N]."""
+    def image_mask(self) -> ir.Value:
+        """The mask without its prefix, bool [1 or B, N]."""
         assert self.mask is not None
-        ends = {"from": 1, "to": _INT64_MAX, "axis": 1}
-        names = [self.constant(np.array([v], np.int64), f"image_{k}") for k, v in ends.items()]
-        return self.add("Slice", [self.mask, *names], f"{self.mask}_image")
+        ends = {"from": self.prefix, "to": _INT64_MAX, "axis": 1}
+        bounds = [self.constant(np.array([v], np.int64), f"image_{k}") for k, v in ends.items()]
+        return self.add("Slice", [self.mask, *bounds], f"{self.mask.name}_image")
 
-    def hide(self, node: onnx.NodeProto, kind: int = TensorProto.FLOAT) -> None:
+    def hide(self, node: ir.Node, kind: ir.DataType = ir.DataType.FLOAT) -> None:
         """Mask what `node` sums or compares over rows; other nodes are left alone.
 
         Args:
-            kind: ONNX type of its first input.
+            kind: type of its first input.
         """
         if self.mask is None:
             return
@@ -71,14 +78,17 @@ class RowMask:
             mask, axes = self.image_mask(), [2]
         else:
             return
-        wide = f"{mask}_wide"
+        wide = f"{mask.name}_wide"
         self.add("Unsqueeze", [mask, self.constant(np.array(axes, np.int64), f"{wide}_axes")], wide)
-        hidden = f"{node.output[0]}_hidden"
-        node.input[0] = self.add("Where", [wide, node.input[0], self.minus_inf(kind)], hidden)
+        mixed = node.inputs[0]
+        assert mixed is not None
+        hidden = f"{node.outputs[0].name}_hidden"
+        inputs = [self._made[wide], mixed, self.minus_inf(kind)]
+        node.replace_input_with(0, self.add("Where", inputs, hidden))
 
-    def hide_scores(self, scores: str) -> None:
-        """Make float32 `scores` [B, N], already among the nodes, -inf where its row is hidden."""
-        producer = next(node for node in self.nodes if scores in node.output)
-        raw = f"{scores}_raw"
-        producer.output[:] = [raw if value == scores else value for value in producer.output]
-        self.add("Where", [self.image_mask(), raw, self.minus_inf()], scores)
+    def hide_scores(self, scores: ir.Value) -> None:
+        """Make float32 `scores` [B, N] -inf where its row is hidden."""
+        name = str(scores.name)
+        inputs = [self.image_mask(), scores, self.minus_inf()]
+        hiding = self.insert(graph.node("Where", inputs, name))
+        graph.take_over(scores, hiding.outputs[0], f"{name}_raw", spare=[hiding])

@@ -1,28 +1,29 @@
-"""Bucketed mode: our ONNX cut at its op nodes into models of standard ops.
+"""Bucketed mode: our ONNX cut at its op nodes into segments of standard ops.
 
-Between two stages the tokens that stay are compacted and padded with zero rows to a bucket; a
-stage takes any number of rows and keeps the padding out of what it sums or compares over tokens.
+Between two segments the tokens that stay are compacted and padded with zero rows to a bucket; a
+segment takes any number of rows and keeps the padding out of what it sums or compares over tokens.
 It is a rewrite of the exported graph, so no checkpoint is needed.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx import numpy_helper
 
+from asvit_deploy import graph
 from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.row_mask import RowMask
 from asvit_deploy.ops import onnx_op
 
-_ROWS, _IMAGE_ROWS = "rows", "image_rows"  # symbolic dimensions of a stage's tokens and scores
+_ROWS, _IMAGE_ROWS = "rows", "image_rows"  # symbolic dimensions of a segment's tokens and scores
 
 
-def split_stages(model: onnx.ModelProto, name: str = "model") -> list[onnx.ModelProto]:
-    """Cut a dynamic model of ours into one stage model more than it has op nodes.
+def split_segments(model: onnx.ModelProto, name: str = "model") -> list[onnx.ModelProto]:
+    """Cut a dynamic model of ours into one segment more than it has op nodes.
 
     Args:
         model: from `export` with `--batch 1` and its op nodes (`--ops auto` or `custom`), float32
@@ -31,31 +32,27 @@ def split_stages(model: onnx.ModelProto, name: str = "model") -> list[onnx.Model
 
     Returns:
         The first: `images` float32 [1, 3, H, W] -> `tokens` T [1, M, D], `scores` float32
-        [1, M-1]. Those between: `kept` T [1, rows, D], `length` int64 [1] -> `tokens` T
-        [1, rows, D], `scores` float32 [1, rows-1]. The last: `kept`, `length` -> `logits` float32
+        [1, M-P]. Those between: `kept` T [1, rows, D], `length` int64 [1] -> `tokens` T
+        [1, rows, D], `scores` float32 [1, rows-P]. The last: `kept`, `length` -> `logits` float32
         [1, C]. Rows of `kept` from `length` on must be finite (by contract zero); nothing depends
         on them, and their scores are -inf.
 
     Raises:
         UserError: there is no op node to cut at, or the batch is not fixed to one image.
     """
-    nodes = onnx_op.nodes_of(model.graph)
-    if not nodes:
+    stages = len(onnx_op.nodes_of(model.graph))
+    if not stages:
         raise UserError(
             f"{name} has no {onnx_op.OP_TYPE} node (dense, or exported with --ops standard); "
             "bucketed mode cuts the file that `asvit-deploy export` makes by default"
         )
-    if model.graph.input[0].type.tensor_type.shape.dim[0].dim_value != 1:
+    if graph.batch_of(model) != 1:
         raise UserError(
             f"{name} has a dynamic batch, and bucketed mode runs one image at a time; export it "
             "with --batch 1"
         )
-    tokens = _Tokens.of(model)
-    starts = [None, *(node.output[0] for node in nodes)]
-    ends = [*({node.input[0]: "tokens", node.input[1]: "scores"} for node in nodes), _LAST]
-    return [
-        _stage(model, s, start, end, tokens) for s, (start, end) in enumerate(zip(starts, ends))
-    ]
+    known = graph.inferred(model)
+    return [_Segment(model, known, number, number == stages).made() for number in range(stages + 1)]
 
 
 def thresholds_of(model: onnx.ModelProto) -> list[float]:
@@ -65,115 +62,106 @@ def thresholds_of(model: onnx.ModelProto) -> list[float]:
     return [numpy_helper.to_array(values[node.input[2]]).item() for node in nodes]
 
 
-def rows_of(stages: list[onnx.ModelProto]) -> int:
-    """M: the rows that the first stage puts out, class token included."""
-    return stages[0].graph.output[0].type.tensor_type.shape.dim[1].dim_value
+def rows_of(segments: list[onnx.ModelProto]) -> int:
+    """M: the rows that the first segment puts out, prefix included."""
+    return segments[0].graph.output[0].type.tensor_type.shape.dim[1].dim_value
 
 
-_LAST = {"logits": "logits"}
+def prefix_of(segments: list[onnx.ModelProto]) -> int:
+    """P: the rows that the first segment puts out and does not score."""
+    return rows_of(segments) - segments[0].graph.output[1].type.tensor_type.shape.dim[1].dim_value
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Type and shape [1, M, D] of the tokens in front of the first op node."""
+class _Segment:
+    """What lies behind cut `number` - 1 and before cut `number`.
 
-    kind: int
-    rows: int
-    width: int
+    Args:
+        known: every value of the whole model with its type and shape.
+        last: nothing is cut behind it.
+    """
 
-    @classmethod
-    def of(cls, model: onnx.ModelProto) -> _Tokens:
-        graph = onnx.shape_inference.infer_shapes(model).graph
-        name = onnx_op.nodes_of(graph)[0].input[0]
-        kind = next(info.type.tensor_type for info in graph.value_info if info.name == name)
-        return cls(kind.elem_type, *(dim.dim_value for dim in kind.shape.dim[1:]))
+    def __init__(
+        self, source: onnx.ModelProto, known: dict[str, ir.Value], number: int, last: bool
+    ) -> None:
+        self.known, self.number, self.last = known, number, last
+        self.model = graph.opened(source)
+        self.graph = self.model.graph
+        self.kinds = {name: value.dtype or ir.DataType.FLOAT for name, value in known.items()}
+        self.prefix = graph.prefix_of(known)
+        tokens = known["tokens_0"]
+        assert tokens.dtype is not None
+        assert tokens.shape is not None
+        self.kind, (_, self.rows, self.width) = tokens.dtype, tokens.shape
 
+    def made(self) -> onnx.ModelProto:
+        cuts = graph.cuts_of(self.graph)
+        graph.forget_types(self.graph)
+        logits = next(value for value in self.graph.outputs if value.name == "logits")
+        self.graph.outputs[:] = [logits] if self.last else self._ends(cuts[self.number])
+        if self.number:
+            self._begin(cuts[self.number - 1])
+        graph.prune(self.graph)
+        if self.number:
+            self._hide_padding()
+        self.model.functions.clear()
+        properties = self.model.metadata_props
+        if "asvit_mode" in properties:
+            properties["asvit_mode"] = json.dumps("bucketed")
+        properties["asvit_stage"] = json.dumps(self.number)
+        self.graph.name = f"stage_{self.number}"
+        self.graph.metadata_props.clear()  # which says what was traced: the whole
+        self.model.producer_name = self.model.producer_version = None
+        result = graph.closed(self.model)
+        graph.keep_standard_opset(result)
+        onnx.checker.check_model(result, full_check=True)
+        return result
 
-def _stage(
-    model: onnx.ModelProto, number: int, start: str | None, ends: dict[str, str], tokens: _Tokens
-) -> onnx.ModelProto:
-    """What lies between the op's output `start` and the values `ends` (old name: new name)."""
-    stage = onnx.ModelProto(ir_version=model.ir_version)
-    stage.opset_import.extend(entry for entry in model.opset_import if not entry.domain)
-    names = {**ends, start: "kept"} if start else ends
-    for source in _between(model.graph, start, ends):
-        node = stage.graph.node.add()
-        node.CopyFrom(source)
-        node.input[:] = [names.get(value, value) for value in source.input]
-        node.output[:] = [names.get(value, value) for value in source.output]
-    used = {value for node in stage.graph.node for value in node.input}
-    stage.graph.initializer.extend(t for t in model.graph.initializer if t.name in used)
-    stage.graph.name = f"stage_{number}"
-    _declare(stage.graph, model.graph, tokens, first=start is None)
-    if start is not None:
-        _mask_padding(stage)
-    for entry in model.metadata_props:
-        value = json.dumps("bucketed") if entry.key == "asvit_mode" else entry.value
-        stage.metadata_props.add(key=entry.key, value=value)
-    stage.metadata_props.add(key="asvit_stage", value=json.dumps(number))
-    onnx.checker.check_model(stage, full_check=True)
-    return stage
+    def _ends(self, cut: ir.Node) -> list[ir.Value]:
+        """What comes to the cut, as outputs of the segment."""
+        tokens, scores, _ = cut.inputs
+        assert tokens is not None
+        assert scores is not None
+        rows, image_rows = (_ROWS, _IMAGE_ROWS) if self.number else (
+            self.rows, self.rows - self.prefix)  # fmt: skip
+        tokens.name, tokens.dtype = "tokens", self.kind
+        tokens.shape = ir.Shape([1, rows, self.width])
+        scores.name, scores.dtype = "scores", ir.DataType.FLOAT
+        scores.shape = ir.Shape([1, image_rows])
+        return [tokens, scores]
 
+    def _begin(self, cut: ir.Node) -> None:
+        """Take what the cut leaves as inputs of the segment."""
+        kept = ir.Value(name="kept", type=ir.TensorType(self.kind),
+                        shape=ir.Shape([1, _ROWS, self.width]))  # fmt: skip
+        length = ir.Value(name="length", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+        graph.redirect(cut.outputs[0], kept)
+        self.graph.inputs[:] = [kept, length]
 
-def _between(
-    graph: onnx.GraphProto, start: str | None, ends: dict[str, str]
-) -> list[onnx.NodeProto]:
-    """The nodes that `ends` depend on, in order, not looking past `start`."""
-    producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    found: set[int] = set()
-    waiting = list(ends)
-    while waiting:
-        value = waiting.pop()
-        number = producer.get(value)
-        if value != start and number is not None and number not in found:
-            found.add(number)
-            waiting.extend(graph.node[number].input)
-    return [graph.node[number] for number in sorted(found)]
-
-
-def _declare(graph: onnx.GraphProto, whole: onnx.GraphProto, tokens: _Tokens, first: bool) -> None:
-    """Inputs and outputs of a stage."""
-    rows, image_rows = (tokens.rows, tokens.rows - 1) if first else (_ROWS, _IMAGE_ROWS)
-    shape = [1, rows, tokens.width]
-    info = helper.make_tensor_value_info
-    if first:
-        graph.input.append(whole.input[0])
-    else:
-        graph.input.append(info("kept", tokens.kind, shape))
-        graph.input.append(info("length", TensorProto.INT64, [1]))
-    made = {value for node in graph.node for value in node.output}
-    if "logits" in made:
-        graph.output.append(next(output for output in whole.output if output.name == "logits"))
-    else:
-        graph.output.append(info("tokens", tokens.kind, shape))
-        graph.output.append(info("scores", TensorProto.FLOAT, [1, image_rows]))
-
-
-def _mask_padding(stage: onnx.ModelProto) -> None:
-    """Hide the rows from `length` on."""
-    inferred = onnx.shape_inference.infer_shapes(stage).graph
-    kinds = {info.name: info.type.tensor_type.elem_type for info in inferred.value_info}
-    graph = stage.graph
-    mask = RowMask(graph)
-    mask.mask = _rows_in_use(mask)
-    scored = False
-    for node in list(graph.node):
-        mask.hide(node, kinds.get(node.input[0], TensorProto.FLOAT))
-        mask.nodes.append(node)
-        scored = scored or "scores" in node.output
-    if scored:
-        mask.hide_scores("scores")
-    del graph.node[:]
-    graph.node.extend(mask.nodes)
+    def _hide_padding(self) -> None:
+        """Hide the rows from `length` on."""
+        kept, length = self.graph.inputs
+        mask = RowMask(self.graph, self.prefix)
+        nodes = list(self.graph)
+        mask.mask = _rows_in_use(mask, kept, length)
+        for node in nodes:
+            mask.before = node
+            mixed = node.inputs[0].name if node.inputs and node.inputs[0] is not None else ""
+            mask.hide(node, self.kinds.get(mixed or "", ir.DataType.FLOAT))
+        if not self.last:
+            mask.before = None
+            mask.hide_scores(self.graph.outputs[1])
 
 
-def _rows_in_use(mask: RowMask) -> str:
+def _rows_in_use(mask: RowMask, kept: ir.Value, length: ir.Value) -> ir.Value:
     """bool [1, rows]: the row's number is below `length`."""
-    for name, value in (("zero", 0), ("one", 1)):
+    numbers = {"zero": 0, "one": 1}
+    zero, zero_1d, one, _ = (
         mask.constant(np.array(value, np.int64), f"rows_{name}")
-        mask.constant(np.array([value], np.int64), f"rows_{name}_1d")
-    mask.add("Shape", ["kept"], "rows_shape")
-    mask.add("Gather", ["rows_shape", "rows_one"], "rows_count")
-    mask.add("Range", ["rows_zero", "rows_count", "rows_one"], "rows_number")
-    mask.add("Less", ["rows_number", "length"], "rows_below")
-    return mask.add("Unsqueeze", ["rows_below", "rows_zero_1d"], "in_use")
+        for label, number in numbers.items()
+        for name, value in ((label, number), (f"{label}_1d", [number]))
+    )
+    shape = mask.add("Shape", [kept], "rows_shape")
+    count = mask.add("Gather", [shape, one], "rows_count")
+    number = mask.add("Range", [zero, count, one], "rows_number")
+    below = mask.add("Less", [number, length], "rows_below")
+    return mask.add("Unsqueeze", [below, zero_1d], "in_use")

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+import onnx_ir as ir
 
+from asvit_deploy import graph
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import onnx_op
 
@@ -37,73 +38,53 @@ def to_static_topk(
     nodes = onnx_op.nodes_of(model.graph)
     if not nodes:
         raise UserError(f"{name} has no {onnx_op.OP_TYPE} node; name a file of --ops auto")
-    if model.graph.input[0].type.tensor_type.shape.dim[0].dim_value != 1:
+    if graph.batch_of(model) != 1:
         raise UserError(f"{name} has a dynamic batch; export it with --batch 1")
     if len(kept) != len(nodes) or sorted(kept, reverse=True) != list(kept) or min(kept) < 1:
         raise ValueError(f"{list(kept)} image tokens do not fit {len(nodes)} stages")
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    graph, replaced = result.graph, []
-    compacted: dict[str, str] = {}
-    for node in graph.node:
-        node.input[:] = [compacted.get(value, value) for value in node.input]
-        if (node.domain, node.op_type) != (onnx_op.DOMAIN, onnx_op.OP_TYPE):
-            replaced.append(node)
-            continue
-        stage = len(compacted)
-        compacted[node.output[0]] = f"chosen_{stage}"
-        replaced += _choice(graph, node, stage, kept[stage])
-    logits = next(output for output in graph.output if output.name == "logits")
-    needed = _needed(replaced, "logits")
-    del graph.node[:], graph.output[:], graph.value_info[:], result.functions[:]
-    graph.node.extend(needed)
-    graph.output.append(logits)
-    used = {value for node in needed for value in node.input}
-    weights = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(weights)
-    standard = [entry for entry in result.opset_import if not entry.domain]
-    del result.opset_import[:]
-    result.opset_import.extend(standard)
-    onnx.checker.check_model(result, full_check=True)
-    return result
+    prefix = graph.prefix_of(graph.inferred(model))
+    result = graph.opened(model)
+    whole = result.graph
+    graph.forget_types(whole)
+    whole.outputs[:] = [value for value in whole.outputs if value.name == "logits"]
+    for stage, (cut, count) in enumerate(zip(graph.cuts_of(whole), kept)):
+        choice = _choice(whole, cut, stage, count, prefix)
+        whole.insert_before(cut, choice)
+        graph.redirect(cut.outputs[0], choice[-1].outputs[0])
+    graph.prune(whole)
+    result.functions.clear()
+    proto = graph.closed(result)
+    graph.keep_standard_opset(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
 
 
-def _choice(
-    graph: onnx.GraphProto, op: onnx.NodeProto, stage: int, count: int
-) -> list[onnx.NodeProto]:
-    """tokens [1, M, D], scores [1, M-1] -> `chosen_s` [1, 1+k, D]."""
-
-    def constant(what: str, value: np.ndarray) -> str:
-        name = f"topk_{stage}_{what}"
-        graph.initializer.append(numpy_helper.from_array(value, name))
-        return name
-
-    def node(op_type: str, inputs: list[str], *outputs: str, **attributes: Any) -> onnx.NodeProto:
-        return helper.make_node(op_type, inputs, list(outputs), name=outputs[0], **attributes)
-
-    tokens, scores, _ = op.input
+def _choice(whole: ir.Graph, cut: ir.Node, stage: int, count: int, prefix: int) -> list[ir.Node]:
+    """tokens [1, M, D], scores [1, M-P] -> `chosen_s` [1, P+k, D]."""
     name = f"topk_{stage}"
-    k = constant("count", np.array([count], np.int64))
-    first = constant("first", np.array([0], np.int64))  # the batch axis; the class token's row
+    nodes: list[ir.Node] = []
+
+    def constant(what: str, value: Any) -> ir.Value:
+        tensor = ir.tensor(np.array(value, np.int64), name=f"{name}_{what}")
+        return graph.constant(whole, tensor)
+
+    def add(op_type: str, inputs: list[ir.Value | None], *outputs: str, **numbers: int) -> ir.Value:
+        attributes = {key: ir.AttrInt64(key, value) for key, value in numbers.items()}
+        nodes.append(graph.node(op_type, inputs, outputs, attributes))
+        return nodes[-1].outputs[0]
+
+    tokens, scores, _ = cut.inputs
+    k = constant("count", [count])
+    first = constant("first", [0])  # the batch axis; the class token's row
+    add("TopK", [scores, k], f"{name}_score", f"{name}_place", axis=1)
     # A second TopK brings the places into order, as float32: runtimes sort no integers.
-    return [
-        node("TopK", [scores, k], f"{name}_score", f"{name}_place", axis=1),
-        node("Cast", [f"{name}_place"], f"{name}_number", to=onnx.TensorProto.FLOAT),
-        node("TopK", [f"{name}_number", k], f"{name}_rising", f"{name}_order", axis=1, largest=0),
-        node("Cast", [f"{name}_rising"], f"{name}_token", to=onnx.TensorProto.INT64),
-        node("Add", [f"{name}_token", constant("one", np.array(1, np.int64))], f"{name}_row"),
-        node("Squeeze", [f"{name}_row", first], f"{name}_flat"),
-        node("Concat", [first, f"{name}_flat"], f"{name}_rows", axis=0),
-        node("Gather", [tokens, f"{name}_rows"], f"chosen_{stage}", axis=1),
-    ]  # fmt: skip
-
-
-def _needed(nodes: list[onnx.NodeProto], output: str) -> list[onnx.NodeProto]:
-    """The nodes that `output` depends on, in order."""
-    wanted, found = {output}, []
-    for node in reversed(nodes):
-        if wanted & set(node.output):
-            found.append(node)
-            wanted.update(node.input)
-    return found[::-1]
+    place = nodes[-1].outputs[1]
+    number = add("Cast", [place], f"{name}_number", to=ir.DataType.FLOAT)
+    rising = add("TopK", [number, k], f"{name}_rising", f"{name}_order", axis=1, largest=0)
+    token = add("Cast", [rising], f"{name}_token", to=ir.DataType.INT64)
+    row = add("Add", [token, constant("one", prefix)], f"{name}_row")
+    flat = add("Squeeze", [row, first], f"{name}_flat")
+    others = [constant("others", range(1, prefix))] if prefix > 1 else []
+    rows = add("Concat", [first, *others, flat], f"{name}_rows", axis=0)
+    add("Gather", [tokens, rows], f"chosen_{stage}", axis=1)
+    return nodes

@@ -5,36 +5,45 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 
-import numpy as np
 import onnx
 import onnx.inliner
+import onnx_ir as ir
 import onnxscript
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
+from asvit_deploy import graph
 from asvit_deploy.errors import UserError
+from asvit_deploy.exporting.naming import name_traced
 from asvit_deploy.exporting.translations import translations
-from asvit_deploy.models.vit import AdaptiveViT
-from asvit_deploy.ops import onnx_op
+from asvit_deploy.models.vit import AdaptiveViT, Trace
 
 OPSET = 20
 # The op's body needs 18; PyTorch writes up to 25.
 OPSETS = range(18, 26)
 
 
-class _Graph(nn.Module):
-    """What the ONNX graph computes: images -> logits, length_0, length_1, ..."""
+class _Traced(nn.Module):
+    """What is traced: images -> logits, and what is to have a name in the graph, by that name."""
 
     def __init__(self, model: AdaptiveViT, dynamic: bool) -> None:
         super().__init__()
         self.model, self.dynamic = model, dynamic
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         logits, trace = self.model(images, padded=self.dynamic)
-        return (logits, *trace.length)
+        return {"logits": logits, **_named(trace, self.model.thresholds)}
+
+
+def _named(trace: Trace, thresholds: Iterable[Tensor]) -> dict[str, Tensor]:
+    """All that a trace holds for each stage by its name in the graph, such as `scores_0`."""
+    lists = {part.name: getattr(trace, part.name) for part in fields(trace)}
+    lists = {name: values for name, values in lists.items() if isinstance(values, list)}
+    lists["threshold"] = list(thresholds)
+    return {f"{name}_{s}": v for name, values in lists.items() for s, v in enumerate(values)}
 
 
 @contextlib.contextmanager
@@ -74,7 +83,11 @@ def check_opset(opset: int) -> None:
 
 
 def to_onnx(
-    model: AdaptiveViT, batch: str = "1", ops: str = "auto", opset: int = OPSET
+    model: AdaptiveViT,
+    batch: str = "1",
+    ops: str = "auto",
+    opset: int = OPSET,
+    stage_outputs: bool = False,
 ) -> onnx.ModelProto:
     """Export a model in eval mode.
 
@@ -84,49 +97,57 @@ def to_onnx(
         ops: "auto" (node and model-local function), "custom" (node only) or "standard" (function
             inlined, no custom node).
         opset: version of the standard ops, one of `OPSETS`.
+        stage_outputs: make `index_s` int64 [B, P+K] outputs too.
 
     Returns:
         The model in the lowest IR version that its opset allows. Input `images` float32
-        [B, 3, H, W]; outputs `logits` [B, C] and per stage `length_s` int64 [B], class token
-        included. Inside, each stage's values carry the names `tokens_s`, `scores_s`,
-        `threshold_s`, `compact_s` and `index_s`.
+        [B, 3, H, W]; outputs `logits` [B, C] and per stage `length_s` int64 [B], prefix included.
+        Inside, each stage's values carry the names `tokens_s`, `scores_s`, `threshold_s`,
+        `compact_s` and `index_s`.
 
     Raises:
         UserError: this opset cannot be written here.
     """
     check_opset(opset)
     dynamic = batch == "dynamic"
+    program = _traced(model, dynamic, opset)
+    _refuse_other_opset(program, opset)
+    _refuse_zero_placeholders(program.graph)
+    program.ir_version = ir_version(opset)
+    proto = graph.closed(program)
+    if ops != "custom":
+        proto = graph.with_function(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    proto = onnx.inliner.inline_local_functions(proto) if ops == "standard" else proto
+    return _with_index(proto) if stage_outputs else proto
+
+
+def _traced(model: AdaptiveViT, dynamic: bool, opset: int) -> ir.Model:
+    """The graph of a model, its stages' values named."""
     size = model.config.image_size
     # A batch of one would be baked into the graph, so a dynamic one is traced with two.
     example = torch.zeros(2 if dynamic else 1, 3, size, size)
-    stages = len(model.config.stages) if model.adaptive else 0
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Graph(model, dynamic).eval(),
+            _Traced(model, dynamic).eval(),
             (example,),
             dynamo=True,
             verbose=False,
             opset_version=opset,
             dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},) if dynamic else None,
             input_names=["images"],
-            output_names=["logits", *(f"length_{s}" for s in range(stages))],
             custom_translation_table=translations(dynamic, opset),
         )
-    assert program is not None  # with dynamo=True there always is one
-    proto = program.model_proto
-    _refuse_other_opset(proto, opset)
-    proto.ir_version = ir_version(opset)
-    _name_stages(proto.graph)
-    _refuse_zero_placeholders(proto.graph)
-    if stages and ops != "custom":
-        proto.functions.append(onnx_op.function_body(dynamic, opset))
-    onnx.checker.check_model(proto, full_check=True)
-    return onnx.inliner.inline_local_functions(proto) if ops == "standard" else proto
+    assert program is not None  # with dynamo=True there always are both
+    assert program.exported_program is not None
+    whole, spec = program.model.graph, program.exported_program.call_spec.out_spec
+    name_traced(whole, list(spec.unflatten(range(len(whole.outputs)))))
+    return program.model
 
 
-def _refuse_other_opset(proto: onnx.ModelProto, opset: int) -> None:
+def _refuse_other_opset(model: ir.Model, opset: int) -> None:
     """Raise UserError where the exporter left the opset that it starts from."""
-    made = next(entry.version for entry in proto.opset_import if not entry.domain)
+    made = model.opset_imports[""]
     if made != opset:
         raise UserError(
             f"torch {torch.__version__} with onnxscript {onnxscript.__version__} writes opset "
@@ -134,44 +155,26 @@ def _refuse_other_opset(proto: onnx.ModelProto, opset: int) -> None:
         )
 
 
-def _name_stages(graph: onnx.GraphProto) -> None:
-    """Give every stage's values their names, and every stage a threshold of its own.
-
-    The exporter merges equal initialisers; thresholds must stay apart to be re-tuned apart.
-    """
-    rename: dict[str, str] = {}
-    values = {tensor.name: tensor for tensor in graph.initializer}
-    for stage, node in enumerate(onnx_op.nodes_of(graph)):
-        threshold = numpy_helper.to_array(values[node.input[2]])
-        name = f"threshold_{stage}"
-        graph.initializer.append(numpy_helper.from_array(threshold.astype(np.float32), name))
-        node.input[2] = name
-        node.name = f"stage_{stage}/{onnx_op.OP_TYPE}"
-        rename |= {node.input[0]: f"tokens_{stage}", node.input[1]: f"scores_{stage}"}
-        rename |= {old: f"{new}_{stage}" for old, new in zip(node.output, onnx_op.OUTPUTS)}
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [t for t in graph.initializer if t.name not in used]:
-        graph.initializer.remove(tensor)
-    for node in graph.node:
-        node.input[:] = [rename.get(name, name) for name in node.input]
-        node.output[:] = [rename.get(name, name) for name in node.output]
-    for info in [*graph.value_info, *graph.output]:
-        info.name = rename.get(info.name, info.name)
-
-
-def _refuse_zero_placeholders(graph: onnx.GraphProto) -> None:
+def _refuse_zero_placeholders(whole: ir.Graph) -> None:
     """Make every Reshape take its shape literally; a 0 as "copy that dim" makes TensorRT warn.
 
     Raises:
         RuntimeError: a constant shape does hold a placeholder.
     """
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
+    for node in whole:
         if node.op_type != "Reshape":
             continue
-        shape = constants.get(node.input[1])
-        if shape is not None and (numpy_helper.to_array(shape) == 0).any():
+        shape = node.inputs[1]
+        constant = shape.const_value if shape is not None else None
+        if constant is not None and (constant.numpy() == 0).any():
             raise RuntimeError(f"the exporter left a zero placeholder in {node.name}")
-        others = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
-        del node.attribute[:]
-        node.attribute.extend([*others, onnx.helper.make_attribute("allowzero", 1)])
+        node.attributes.pop("allowzero", None)
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 1)
+
+
+def _with_index(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """`proto` with its `index_s` as outputs."""
+    for name in graph.stage_values(proto, "index"):
+        info = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [None, None])
+        proto.graph.output.append(info)
+    return proto

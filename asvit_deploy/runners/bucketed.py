@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from asvit_deploy.ops.reference import threshold_compact
+from asvit_deploy.precision import of_tensor_type
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 from asvit_deploy.runners.onnx_runtime import import_onnxruntime, session_options
 
@@ -151,7 +152,7 @@ class OrtStages:
     """Stage models in ONNX Runtime on a CPU; compaction by the op's oracle.
 
     Args:
-        stages: from `exporting.split.split_stages`, float32 or float16.
+        stages: from `exporting.split.split_segments`, float32 or float16.
         thresholds: one per compaction.
         threads: as `OrtRunner`.
     """
@@ -195,6 +196,6 @@ class OrtStages:
         return {
             "backend": f"onnxruntime {ort.__version__}, bucketed",
             "provider": self.sessions[0].get_providers()[0],
-            "precision": {"tensor(float)": "float32"}.get(kind, "float16"),
+            "precision": of_tensor_type(kind).name,
             "device": ort.get_device(),
         }

@@ -12,11 +12,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from asvit_deploy import graph
 from asvit_deploy.errors import UserError
 from asvit_deploy.memory import memory
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.precision import FLOAT32, HALVES
 from asvit_deploy.requirements import pip_install
 from asvit_deploy.runners import onnx_bounds, onnx_trial
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
@@ -96,7 +99,7 @@ def precision_of(model: onnx.ModelProto) -> str:
     A file of another origin says nothing and counts as float32.
     """
     said = {entry.key: entry.value for entry in model.metadata_props}
-    return said.get("asvit_precision", "float32").strip('"')
+    return said.get("asvit_precision", FLOAT32.name).strip('"')
 
 
 def arithmetic_of(model: onnx.ModelProto) -> str:
@@ -104,8 +107,7 @@ def arithmetic_of(model: onnx.ModelProto) -> str:
     if any(node.op_type in _INTEGER for node in model.graph.node):
         return "int8"
     kinds = {tensor.data_type for tensor in model.graph.initializer}
-    names = {onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16"}
-    return next((name for kind, name in names.items() if kind in kinds), "float32")
+    return next((row for row in HALVES if row.onnx_type in kinds), FLOAT32).option
 
 
 def op_of(model: onnx.ModelProto, library: Path | None) -> str:
@@ -120,18 +122,16 @@ def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
 
     What another tool took out of a file of ours is left out.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    present = {output.name for output in copy.graph.output}
-    made = {value for node in copy.graph.node for value in node.output}
+    copy = graph.opened(model)
+    outputs, made = copy.graph.outputs, graph.values_of(copy.graph)
     for stage in range(stages):
-        for name, kind in (("length", "INT64"), ("index", "INT64"), ("scores", "FLOAT")):
-            if (value := f"{name}_{stage}") in made - present:
-                info = onnx.helper.make_tensor_value_info(
-                    value, getattr(onnx.TensorProto, kind), [None] * (1 + (name != "length"))
-                )
-                copy.graph.output.append(info)
-    return copy
+        for kind, rank in (("length", 1), ("index", 2), ("scores", 2)):
+            value = made.get(f"{kind}_{stage}")
+            if value is not None and value.producer() is not None and value not in outputs:
+                number = ir.DataType.FLOAT if kind == "scores" else ir.DataType.INT64
+                value.type, value.shape = ir.TensorType(number), ir.Shape([None] * rank)
+                outputs.append(value)
+    return graph.closed(copy)
 
 
 def with_decisions(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
@@ -140,21 +140,21 @@ def with_decisions(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
     Its further inputs `decision_s` float32 [1, N_s], 1 where a token of stage s's input stays and 0
     where it leaves, stand where its own scores and thresholds stood.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    half = onnx.helper.make_tensor("decision_threshold", onnx.TensorProto.FLOAT, [], [0.5])
-    copy.graph.initializer.append(half)
-    taken: dict[str, str] = {}
+    copy = graph.opened(model)
+    values = graph.values_of(copy.graph)
+    half = ir.tensor(np.array(0.5, np.float32), name="decision_threshold")
+    half_way = graph.constant(copy.graph, half)
     for stage in range(stages):
-        taken |= {f"scores_{stage}": f"decision_{stage}", f"threshold_{stage}": half.name}
-        copy.graph.input.append(
-            onnx.helper.make_tensor_value_info(
-                f"decision_{stage}", onnx.TensorProto.FLOAT, [1, None]
-            )
+        told = ir.Value(
+            name=f"decision_{stage}",
+            type=ir.TensorType(ir.DataType.FLOAT),
+            shape=ir.Shape([1, None]),
         )
-    for node in copy.graph.node:
-        node.input[:] = [taken.get(value, value) for value in node.input]
-    return copy
+        copy.graph.inputs.append(told)
+        for name, new in (("scores", told), ("threshold", half_way)):
+            if (own := values.get(f"{name}_{stage}")) is not None:
+                graph.redirect(own, new, outputs=False)
+    return graph.closed(copy)
 
 
 class OrtRunner(RunnerBase):

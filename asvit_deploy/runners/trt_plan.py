@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asvit_deploy import precision
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.ops import onnx_op
@@ -28,8 +29,8 @@ from asvit_deploy.runners.trt_flavour import FLAVOURS, Flavour
 if TYPE_CHECKING:
     from asvit_deploy.runners.trt_buffers import Scratch
 
-_DTYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16,
-           "INT32": torch.int32, "INT64": torch.int64}  # fmt: skip
+_DTYPES = {row.tensorrt_name: row.torch_type for row in precision.TABLE}
+_DTYPES |= {"INT32": torch.int32, "INT64": torch.int64}
 
 
 def require_gpu(name: str) -> None:

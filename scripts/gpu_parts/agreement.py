@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asvit_deploy.precision import of_name
 from gpu_parts import networks
 from gpu_parts.kit import FailPart, Kit, Report, torch_for
 
@@ -66,7 +67,7 @@ def agreement(kit: Kit) -> Report:
             stages = TorchStages(network.model, buckets, batch=batch, device=kit.device,
                                  dtype=getattr(torch, dtype))  # fmt: skip
             runner = Batches(stages, len(network.config.stages), buckets)
-            precision = {"float32": "float32", "float16": "fp16"}[dtype]
+            precision = of_name(dtype).option
             parity = compare(reference, runner, pictures, labels,  # type: ignore[arg-type]
                              network.model.threshold_values(), precision, batch)  # fmt: skip
             said = parity.as_dict()

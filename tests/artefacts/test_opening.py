@@ -15,7 +15,7 @@ from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
 from asvit_deploy.artefacts.opening import artefacts_here, engines_of, open_artefact, paths_of
 from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.data.images import open_images
-from asvit_deploy.exporting.pipeline import export
+from asvit_deploy.exporting.export import export
 from asvit_deploy.parity import LIMITS
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner

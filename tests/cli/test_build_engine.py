@@ -17,7 +17,7 @@ import pytest
 
 from asvit_deploy import sidecar as artifact
 from asvit_deploy.artefacts import bundle
-from asvit_deploy.exporting.precision import to_half
+from asvit_deploy.exporting.half import to_half
 from asvit_deploy.runners.trt_flavour import ENTERPRISE, RTX
 
 rtx = pytest.mark.skipif(
@@ -139,7 +139,7 @@ def test_no_tensorrt(cli, model, monkeypatch):
         (["--mode", "bucketed", "--batch", 1, 4, 8], ["--batch", "--mode bucketed"]),
         (["--mode", "bucketed", "--embed-plugin"], ["--embed-plugin", "--mode bucketed"]),
         (["--mode", "bucketed", "-o", "x.engine"], ["x.engine", "a name in .bucketed"]),
-        (["--mode", "bucketed", "--target-sm", "90", "--no-check"], ["stage 1 of 4", "SM90"]),
+        (["--mode", "bucketed", "--target-sm", "90", "--no-check"], ["segment 1 of 4", "SM90"]),
         (["--batch", "1", "4", "8"], ["as_deit_s.onnx", "fixed batch", "--batch dynamic"]),
         (["--layers", "l.json"], ["--layers", "--flavour tensorrt"]),
         (["--version-compatible"], ["--version-compatible"]),

@@ -240,9 +240,9 @@ def test_export_refuses_another_ending(cli, folder, name):
 
 
 def test_a_model_that_disagrees_is_not_written(cli, exported, monkeypatch):
-    from asvit_deploy.exporting import pipeline
+    from asvit_deploy.exporting import export
 
-    real = pipeline.to_onnx
+    real = export.to_onnx
 
     def wrong(*given):  # a fault in the exporter: one weight differs
         proto = real(*given)
@@ -252,7 +252,7 @@ def test_a_model_that_disagrees_is_not_written(cli, exported, monkeypatch):
                 tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
         return proto
 
-    monkeypatch.setattr(pipeline, "to_onnx", wrong)
+    monkeypatch.setattr(export, "to_onnx", wrong)
     before = exported.read_bytes()
     result = cli("export", "--ckpt", "as_deit_s.pt", "--force")
     assert result.code == 1

@@ -7,7 +7,7 @@ import pytest
 
 from asvit_deploy.engine.buckets import choose_buckets, parse_buckets, profiles_of
 from asvit_deploy.errors import UserError
-from asvit_deploy.exporting.split import split_stages
+from asvit_deploy.exporting.split import split_segments
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_refuses(wanted, words):
 
 
 def test_one_profile_for_each_bucket(mini_artifacts):
-    first, second, *_ = split_stages(onnx.load(mini_artifacts["1", "auto"]))
+    first, second, *_ = split_segments(onnx.load(mini_artifacts["1", "auto"]))
     assert profiles_of(first, (16, 197)) == []
     shapes = [(1, 16, 128), (1, 197, 128)]
     assert profiles_of(second, (16, 197)) == [{"kept": (shape,) * 3} for shape in shapes]

@@ -12,13 +12,13 @@ from conftest import released_format, sharpened
 from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.data.images import open_images
-from asvit_deploy.engine import checked
+from asvit_deploy.engine import graphs
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.process import Outcome
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.engine.warnings import EXPECTED, unexpected
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.exporting.pipeline import export
+from asvit_deploy.exporting.export import export
 from asvit_deploy.models.archs import arch
 
 ALL_SMS = ("86", "89", "120")
@@ -126,7 +126,7 @@ def test_checked_against_the_onnx_file_where_the_checkpoint_is_gone(
 
 @pytest.mark.parametrize("mode", ["dynamic", "padded"])
 def test_a_graph_that_disagrees_is_not_built(rtx, mini_artifacts, tmp_path, monkeypatch, mode):
-    real = checked.to_half
+    real = graphs.to_half
 
     def wrong(model, precision, name):  # a fault in the rewrite: one weight differs
         half = real(model, precision, name)
@@ -134,7 +134,7 @@ def test_a_graph_that_disagrees_is_not_built(rtx, mini_artifacts, tmp_path, monk
         tensor.raw_data = bytes(len(tensor.raw_data))
         return half
 
-    monkeypatch.setattr(checked, "to_half", wrong)
+    monkeypatch.setattr(graphs, "to_half", wrong)
     options = Options("fp16", mode, plugin=tmp_path / "unused.so", limit=4)
     with pytest.raises(CheckFailed, match=r"logits differ.*nothing was built"):
         build_engine(open_source(mini_artifacts["1", "auto"]), tmp_path / "x.engine", rtx, options)

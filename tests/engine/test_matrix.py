@@ -14,7 +14,7 @@ from asvit_deploy.data.images import open_images
 from asvit_deploy.engine.bucketed import build_bucketed
 from asvit_deploy.engine.build import Options, build_engine
 from asvit_deploy.engine.source import open_source
-from asvit_deploy.exporting.pipeline import export
+from asvit_deploy.exporting.export import export
 from asvit_deploy.models.archs import arch
 
 pytestmark = pytest.mark.slow

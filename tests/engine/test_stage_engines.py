@@ -10,7 +10,7 @@ from asvit_deploy.engine.bucketed import build_bucketed
 from asvit_deploy.engine.build import Options
 from asvit_deploy.engine.source import open_source
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.exporting.split import split_stages
+from asvit_deploy.exporting.split import split_segments
 from asvit_deploy.runners.onnx_runtime import precision_of
 
 ALL_SMS = ("86", "89", "120")
@@ -60,15 +60,15 @@ def test_stages_are_checked_before_the_build(rtx, mini_artifacts, tmp_path):
     assert "agrees with PyTorch on 12 images" in said[-1]
     phases = [phase for phase, _, _ in seen]
     assert [phase.split(":")[0] for phase in dict.fromkeys(phases)] == [
-        f"stage {number} of 4" for number in (1, 2, 3, 4)
+        f"segment {number} of 4" for number in (1, 2, 3, 4)
     ]
 
 
 def unmasked(precisions):
-    """`split_stages` with a fault: in models of these precisions nothing hides the padding."""
+    """`split_segments` with a fault: in models of these precisions nothing hides the padding."""
 
     def split(model, name="model"):
-        stages = split_stages(model, name)
+        stages = split_segments(model, name)
         for stage in stages if precision_of(model) in precisions else ():
             for mask in [n for n in stage.graph.node if n.name.endswith("_hidden")]:
                 user = next(n for n in stage.graph.node if mask.output[0] in n.input)
@@ -79,7 +79,7 @@ def unmasked(precisions):
 
 
 def test_stages_without_their_masks_are_not_built(rtx, mini_artifacts, tmp_path, monkeypatch):
-    monkeypatch.setattr(bucketed, "split_stages", unmasked(["float32"]))
+    monkeypatch.setattr(bucketed, "split_segments", unmasked(["float32"]))
     source = open_source(mini_artifacts["1", "auto"])
     with pytest.raises(CheckFailed, match="does not match PyTorch"):
         build_bucketed(source, tmp_path / "m.bucketed", rtx, Options(None, "bucketed", limit=12))
@@ -88,7 +88,7 @@ def test_stages_without_their_masks_are_not_built(rtx, mini_artifacts, tmp_path,
 
 def test_the_half_cut_runs_before_the_build(rtx, mini_artifacts, tmp_path, monkeypatch):
     """A fault that only the half stages have: the mask of float32 is right."""
-    monkeypatch.setattr(bucketed, "split_stages", unmasked(["float16"]))
+    monkeypatch.setattr(bucketed, "split_segments", unmasked(["float16"]))
     source = open_source(mini_artifacts["1", "auto"])
     options = Options("fp16", "bucketed", limit=4, buckets=(197,))
     with pytest.raises(CheckFailed, match=r"the fp16 graph of .* does not match PyTorch"):
@@ -99,6 +99,6 @@ def test_the_half_cut_runs_before_the_build(rtx, mini_artifacts, tmp_path, monke
 def test_a_refused_stage_leaves_nothing(rtx, mini_artifacts, tmp_path):
     source = open_source(mini_artifacts["1", "auto"])
     options = Options(None, "bucketed", target_sms=("90",), checked=False)
-    with pytest.raises(UserError, match=r"cannot build stage 1 of 4 of .*SM90"):
+    with pytest.raises(UserError, match=r"cannot build segment 1 of 4 of .*SM90"):
         build_bucketed(source, tmp_path / "m.bucketed", rtx, options)
     assert list(tmp_path.iterdir()) == []

@@ -11,9 +11,9 @@ from conftest import refused
 from onnxruntime.quantization import quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from asvit_deploy.exporting.half import rounded, to_half
 from asvit_deploy.exporting.padded import to_padded
-from asvit_deploy.exporting.precision import rounded, to_half
-from asvit_deploy.exporting.split import split_stages
+from asvit_deploy.exporting.split import split_segments
 from asvit_deploy.exporting.to_onnx import ir_version, to_onnx
 from asvit_deploy.models import build
 from asvit_deploy.parity import compare
@@ -79,7 +79,7 @@ def test_every_form_at_another_opset(mini, photos, opset, batch):
         assert alike >= 2, "rounding moved the tokens of most pictures"
     to_half(proto, "bf16")
     if batch == "1":
-        for stage in [*split_stages(proto), *split_stages(half)]:
+        for stage in [*split_segments(proto), *split_segments(half)]:
             assert [(e.domain, e.version) for e in stage.opset_import] == [("", opset)]
 
 

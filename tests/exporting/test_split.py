@@ -12,8 +12,8 @@ from conftest import sharpened
 
 from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
-from asvit_deploy.exporting.precision import to_half
-from asvit_deploy.exporting.split import rows_of, split_stages, thresholds_of
+from asvit_deploy.exporting.half import to_half
+from asvit_deploy.exporting.split import rows_of, split_segments, thresholds_of
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
@@ -46,7 +46,7 @@ def signature(values):
 def test_inputs_and_outputs(mini_artifacts, ops, precision, kind):
     model = onnx.load(mini_artifacts["1", ops])
     model = to_half(model, precision) if precision else model
-    first, *between, last = stages = split_stages(model)
+    first, *between, last = stages = split_segments(model)
     images, length = ("images", 1, [1, 3, 56, 56]), ("length", 7, [1])
     kept = ("kept", kind, [1, "rows", 128])
     assert signature(first.graph.input) == [images]
@@ -77,17 +77,17 @@ def test_thresholds_are_those_of_the_graph(mini, mini_artifacts):
 def test_the_model_itself_is_left_alone(networks):
     model, _ = networks["deit"]
     before = model.SerializeToString()
-    split_stages(model)
+    split_segments(model)
     assert (model.SerializeToString() == before) is True
 
 
 def test_refuses_what_cannot_be_cut(mini, mini_artifacts):
     with pytest.raises(UserError, match=r"here\.onnx has no ThresholdCompact"):
-        split_stages(onnx.load(mini_artifacts["1", "standard"]), "here.onnx")
+        split_segments(onnx.load(mini_artifacts["1", "standard"]), "here.onnx")
     with pytest.raises(UserError, match="no ThresholdCompact"):
-        split_stages(to_onnx(build(mini.config, adaptive=False).eval()))
+        split_segments(to_onnx(build(mini.config, adaptive=False).eval()))
     with pytest.raises(UserError, match=r"d\.onnx has a dynamic batch.*--batch 1"):
-        split_stages(onnx.load(mini_artifacts["dynamic", "auto"]), "d.onnx")
+        split_segments(onnx.load(mini_artifacts["dynamic", "auto"]), "d.onnx")
 
 
 def run(stage, tokens, rows):
@@ -134,7 +134,7 @@ def errors(stage, tokens, bucket, garbage):
 @pytest.mark.parametrize("family", ["deit", "lvvit"])
 def test_a_tail_changes_nothing(networks, family, number, garbage):
     model, images = networks[family]
-    stages = split_stages(model)
+    stages = split_segments(model)
     tokens = entering(stages, thresholds_of(model), images[0], number)
     rows = tokens.shape[1]
     for bucket in (rows, rows + 1, rows + 40):
@@ -151,7 +151,7 @@ def test_a_tail_changes_nothing(networks, family, number, garbage):
 def test_every_mask_is_needed_and_seen(networks, family):
     """Without any one of the masks the comparison above fails."""
     model, images = networks[family]
-    stages = split_stages(model)
+    stages = split_segments(model)
     kinds = set()
     for number in (1, 2, 3):
         tokens = entering(stages, thresholds_of(model), images[0], number)
@@ -171,7 +171,7 @@ def test_every_mask_is_needed_and_seen(networks, family):
 
 
 def test_half_stages_mask_in_their_own_type(lvvit):
-    stage = split_stages(to_half(lvvit[0], "fp16"))[3]
+    stage = split_segments(to_half(lvvit[0], "fp16"))[3]
     constants = {t.name: t.data_type for t in stage.graph.initializer if "minus_inf" in t.name}
     assert constants == {"minus_inf_float": 1, "minus_inf_float16": 10}
     onnx.checker.check_model(stage, full_check=True)

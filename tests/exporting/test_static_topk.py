@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.exporting.precision import to_half
+from asvit_deploy.exporting.half import to_half
 from asvit_deploy.exporting.static_topk import to_static_topk
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.torch_stages import StaticModel

@@ -13,8 +13,8 @@ from onnx import numpy_helper
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint
 from asvit_deploy.data.images import open_images
-from asvit_deploy.exporting.precision import to_half
-from asvit_deploy.exporting.split import rows_of, split_stages, thresholds_of
+from asvit_deploy.exporting.half import to_half
+from asvit_deploy.exporting.split import rows_of, split_segments, thresholds_of
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models.archs import arch
 from asvit_deploy.parity import compare
@@ -41,7 +41,7 @@ class Watched(BucketedRunner):
 
 
 def bucketed(model, buckets, backend=OrtStages):
-    return Watched(backend(split_stages(model), thresholds_of(model)), 3, buckets)
+    return Watched(backend(split_segments(model), thresholds_of(model)), 3, buckets)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def digits(tmp_path_factory):
 
 def test_default_checkpoint(digits):
     network, graph, images = digits
-    runner = bucketed(graph, (*range(16, rows_of(split_stages(graph)), 16), 197))
+    runner = bucketed(graph, (*range(16, rows_of(split_segments(graph)), 16), 197))
     parity = compare(
         OrtRunner(graph), runner, list(images), images.names, network.threshold_values()
     )

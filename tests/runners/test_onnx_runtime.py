@@ -8,8 +8,8 @@ import pytest
 
 from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.errors import UserError
-from asvit_deploy.exporting.pipeline import export
-from asvit_deploy.exporting.precision import to_half
+from asvit_deploy.exporting.export import export
+from asvit_deploy.exporting.half import to_half
 from asvit_deploy.runners.base import decode
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner

@@ -9,13 +9,14 @@ from typing import Any
 
 import onnx
 
+from asvit_deploy import precision as precisions
 from asvit_deploy.data.images import open_images
 from asvit_deploy.engine.source import Source
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.exporting.padded import to_padded
-from asvit_deploy.exporting.precision import Precision, rounded, to_half
-from asvit_deploy.ops import onnx_op
+from asvit_deploy.exporting.half import rounded
+from asvit_deploy.graph import with_function
 from asvit_deploy.parity import Parity, compare
+from asvit_deploy.precision import Half
 from asvit_deploy.runners import onnx_runtime
 from asvit_deploy.runners.base import Reference, Remembered, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner
@@ -25,7 +26,7 @@ _LISTED = 50  # flips in a sidecar: bfloat16 can have thousands
 
 
 @dataclass(frozen=True)
-class Checked:
+class Comparison:
     """How a graph compares: with what, on which pictures, the verdict, and how many pictures could
     not be read."""
 
@@ -43,7 +44,7 @@ class Checked:
                 **said, **counts, **firsts}  # fmt: skip
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """What a person needs to know of it, in one line."""
         p = self.parity
         said = f"agrees with {self.reference} on {p.images} images ({self.pictures})"
@@ -54,40 +55,6 @@ class Checked:
         return said + (f"; score noise {max(p.noise):.1e}" if p.noise else "")
 
 
-def make_graph(source: Source, mode: str, precision: Precision | None) -> onnx.ModelProto:
-    """The graph of that mode and precision; its op nodes still have their function.
-
-    Raises:
-        UserError: the file is foreign, or has not what the mode needs.
-    """
-    model, name = source.model, str(source.path)
-    if source.session is None and (mode != "dynamic" or precision):
-        raise UserError(
-            f"{name} has no sidecar, so it is built as it is: leave --mode {mode}, --fp16 and "
-            "--bf16 out, or name a file that `asvit-deploy export` made"
-        )
-    if mode == "padded":
-        model = to_padded(model, name)
-    elif source.adaptive and not onnx_op.nodes_of(model.graph):
-        raise UserError(
-            f"{name} was exported with --ops standard, which builds no {mode} engine; "
-            "export it with --ops auto"
-        )
-    return to_half(model, precision, name) if precision else model
-
-
-def runnable(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with the op's function, which `--ops custom` leaves out."""
-    if model.functions or not onnx_op.nodes_of(model.graph):
-        return model
-    opset = {entry.domain: entry.version for entry in model.opset_import}[""]
-    batched = not model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    copy.functions.append(onnx_op.function_body(batched, opset))
-    return copy
-
-
 def require_end(source: Source) -> None:
     """Run the graph in a child first; those that are made of it compute the same.
 
@@ -95,7 +62,7 @@ def require_end(source: Source) -> None:
         UserError: see `onnx_runtime.require_end`.
     """
     if not source.tried:
-        onnx_runtime.require_end(runnable(source.model).SerializeToString(), str(source.path))
+        onnx_runtime.require_end(with_function(source.model).SerializeToString(), str(source.path))
         source.tried = True
 
 
@@ -106,23 +73,23 @@ def _reference(source: Source) -> tuple[Reference, str]:
         try:
             source.reference = Remembered(TorchRunner(source.session.reference)), "PyTorch"
         except UserError:
-            runner = Remembered(OrtRunner(runnable(source.model)))
+            runner = Remembered(OrtRunner(with_function(source.model)))
             source.reference = (
                 runner, "the float32 ONNX file (its checkpoint is gone or changed)"
             )  # fmt: skip
     return source.reference
 
 
-def check(
+def compare_graph(
     source: Source,
     graph: onnx.ModelProto,
-    precision: Precision | None,
+    precision: Half | None,
     images: Path | None,
     limit: int,
     candidate: Runner | None = None,
     skip_limit: int = 0,
     say: Callable[[str], None] | None = None,
-) -> Checked:
+) -> Comparison:
     """Compare a graph with PyTorch, or with the float32 ONNX where the checkpoint is gone.
 
     A half graph runs as its `rounded` twin: each result rounded to half, as the GPU will.
@@ -142,17 +109,15 @@ def check(
     loaded, names = pictures.loaded()
     reference, with_what = _reference(source)
     if candidate is None and precision:
-        candidate = OrtRunner(rounded(runnable(graph)), optimize=False)
+        candidate = OrtRunner(rounded(with_function(graph)), optimize=False)
     elif candidate is None:
-        candidate = OrtRunner(runnable(graph))
-    parity = compare(
-        reference, candidate, loaded, names, source.fields["thresholds"],
-        precision or "float32",
-    )  # fmt: skip
+        candidate = OrtRunner(with_function(graph))
+    limits = precisions.of_option(precision).option
+    parity = compare(reference, candidate, loaded, names, source.fields["thresholds"], limits)
     if not parity.passed:
         raise CheckFailed(
-            f"the {precision or 'float32'} graph of {source.path} does not match {with_what} "
+            f"the {limits} graph of {source.path} does not match {with_what} "
             f"({'; '.join(parity.failures)}); nothing was built "
             "(--no-check builds it all the same)"
         )
-    return Checked(with_what, pictures.source, parity, len(pictures.skipped))
+    return Comparison(with_what, pictures.source, parity, len(pictures.skipped))

@@ -16,9 +16,10 @@ from asvit_deploy.classes.network import OWN
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.exporting.to_onnx import OPSET, to_onnx
+from asvit_deploy.graph import opset_of, with_function
 from asvit_deploy.models.vit import AdaptiveViT
-from asvit_deploy.ops import onnx_op
 from asvit_deploy.parity import Parity, compare
+from asvit_deploy.precision import FLOAT32
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -39,11 +40,6 @@ def require_adaptive(checkpoint: Checkpoint) -> None:
             "thresholds; run `asvit-deploy calibrate` (no training) or `finetune` on it first, or "
             "export it as it is with --dense"
         )
-
-
-def opset_of(proto: onnx.ModelProto) -> int:
-    """Version of the standard ops."""
-    return next(entry.version for entry in proto.opset_import if not entry.domain)
 
 
 def describe_model(
@@ -67,7 +63,7 @@ def describe_model(
         "stages": list(config.stages) if model.adaptive else [],
         "thresholds": model.threshold_values(),
         "budget": float(budget) if budget and model.adaptive else None,
-        "precision": "float32",
+        "precision": FLOAT32.name,
         "mode": "dynamic" if model.adaptive else "dense",
         "batch": batch,
         "opset": opset_of(proto),
@@ -86,13 +82,7 @@ def verify(
     proto: onnx.ModelProto, model: AdaptiveViT, images: ImageSet, batch: str
 ) -> dict[str, Parity]:
     """Compare a float32 model with PyTorch, one image at a time and, if it can, in batches."""
-    checked = proto
-    if onnx_op.nodes_of(proto.graph) and not proto.functions:
-        # The node alone runs nowhere without a library; its meaning is the function.
-        checked = onnx.ModelProto()
-        checked.CopyFrom(proto)
-        checked.functions.append(onnx_op.function_body(batch == "dynamic", opset_of(proto)))
-    runner, reference = OrtRunner(checked), TorchRunner(model)
+    runner, reference = OrtRunner(with_function(proto)), TorchRunner(model)
     thresholds = model.threshold_values()
     pictures, names = images.loaded()
     return {
@@ -131,13 +121,7 @@ def export(
     if not dense:
         require_adaptive(checkpoint)
     model = build_model(checkpoint, dense=dense)
-    proto = to_onnx(model, batch, ops, opset)
-    if stage_outputs:
-        for stage in range(len(model.thresholds)):
-            info = onnx.helper.make_tensor_value_info(
-                f"index_{stage}", onnx.TensorProto.INT64, [None, None]
-            )
-            proto.graph.output.append(info)
+    proto = to_onnx(model, batch, ops, opset, stage_outputs)
     fields = {
         **describe_model(model, checkpoint, proto, batch, ops),
         "source": artifact.source_of(checkpoint.path, format=checkpoint.format, ema=ema),

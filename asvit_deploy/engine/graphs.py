@@ -1,0 +1,34 @@
+"""The graph that an engine is built from: the artefact's own, in the mode and precision wanted."""
+
+from __future__ import annotations
+
+import onnx
+
+from asvit_deploy.engine.source import Source
+from asvit_deploy.errors import UserError
+from asvit_deploy.exporting.half import to_half
+from asvit_deploy.exporting.padded import to_padded
+from asvit_deploy.ops import onnx_op
+from asvit_deploy.precision import Half
+
+
+def make_graph(source: Source, mode: str, precision: Half | None) -> onnx.ModelProto:
+    """The graph of that mode and precision; its op nodes still have their function.
+
+    Raises:
+        UserError: the file is foreign, or has not what the mode needs.
+    """
+    model, name = source.model, str(source.path)
+    if source.session is None and (mode != "dynamic" or precision):
+        raise UserError(
+            f"{name} has no sidecar, so it is built as it is: leave --mode {mode}, --fp16 and "
+            "--bf16 out, or name a file that `asvit-deploy export` made"
+        )
+    if mode == "padded":
+        model = to_padded(model, name)
+    elif source.adaptive and not onnx_op.nodes_of(model.graph):
+        raise UserError(
+            f"{name} was exported with --ops standard, which builds no {mode} engine; "
+            "export it with --ops auto"
+        )
+    return to_half(model, precision, name) if precision else model
