@@ -197,8 +197,9 @@ class _Place:
             return gather_object([own])
 
 
-# How to run a model, its architecture, and its classes where they are known.
-_Opened = tuple["Runner", "ArchConfig", "ClassNames | None"]
+# How to run a model, its architecture, its classes where they are known, and its cuts where they
+# are not those of the architecture's stages.
+_Opened = tuple["Runner", "ArchConfig", "ClassNames | None", "tuple[int, ...] | None"]
 
 
 def _open(
@@ -215,7 +216,7 @@ def _open(
                             "or --dense name its checkpoint")  # fmt: skip
         session = Session(path, find_op_library(library))
         found = of_fields(path, session.fields, classes, say)
-        return session.runner(session.library), session.config, found
+        return session.runner(session.library), session.config, found, session.cuts
     from asvit_deploy.checkpoints.load import build_model, load_checkpoint
     from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -223,7 +224,8 @@ def _open(
     say_load(checkpoint, say)
     network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(place.device)
     found = of_checkpoint(checkpoint, classes, say)
-    return TorchRunner(network, batch_rule), checkpoint.config, found
+    cuts = network.cuts if checkpoint.reduction else None
+    return TorchRunner(network, batch_rule), checkpoint.config, found, cuts or None
 
 
 def _evaluate(
@@ -235,7 +237,7 @@ def _evaluate(
     from asvit_deploy.evaluation.machine import machine
     from asvit_deploy.training.recipe import memory_failures
 
-    runner, config, found = opened
+    runner, config, found, cuts = opened
     if config.num_classes == 1:
         raise UserError(
             f"{model} has one output, a score and no class, so there is no top-1; see the scores "
@@ -249,7 +251,7 @@ def _evaluate(
     rows, counts = list[dict[str, Any]](), list[list[int]]()
     for size in sizes:
         with memory_failures(size):
-            own = score(runner, labelled.batches(size, limit, place, say), config)
+            own = score(runner, labelled.batches(size, limit, place, say), config, cuts)
         parts = place.gathered((own, skips.reasons, labelled.counts))
         for _, reasons, _ in parts:
             skips.merge(reasons)

@@ -8,7 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from asvit_deploy.artefacts.reference import config_of, reference_model
+from asvit_deploy.artefacts.reference import (
+    boundaries_of,
+    config_of,
+    cuts_of,
+    reference_model,
+)
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
 from asvit_deploy.runners.base import Reference, Runner
@@ -63,6 +68,16 @@ class Artefact(ABC):
     def adaptive(self) -> bool:
         """Whether it removes tokens."""
         return bool(self.fields["adaptive"])
+
+    @property
+    def boundaries(self) -> list[float | None]:
+        """What decides at each cut: a threshold, or None where the number of tokens is fixed."""
+        return boundaries_of(self.fields)
+
+    @property
+    def cuts(self) -> tuple[int, ...] | None:
+        """Halves in front of which rows leave; None: before the blocks of the stages."""
+        return cuts_of(self.fields)
 
     @property
     def dynamic_batch(self) -> bool:

@@ -23,7 +23,7 @@ from asvit_deploy.runners.base import Reference, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
 
 # Sidecar fields that two artefacts share if they can be compared token by token.
-_OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages")
+_OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages", "reduction")
 
 
 @dataclass
@@ -118,6 +118,8 @@ class OnnxArtefact(Artefact):
         """
         if not self.adaptive:
             return {"dense": None}
+        if self.fields["mode"] == "static":
+            return {"static": None}
         ways: dict[str, Path | None] = {}
         if self.model.functions or not onnx_op.nodes_of(self.model.graph):
             ways["function"] = None
@@ -155,7 +157,7 @@ class OnnxArtefact(Artefact):
 
     def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
         """The artefact in ONNX Runtime."""
-        stages = len(self.fields["thresholds"]) if self.adaptive else 0
+        stages = len(self.boundaries) if self.adaptive else 0
         runner = OrtRunner(self.model, library, threads=threads, record=record,
                            name=str(self.path), stages=stages, foreign=not self._tried)  # fmt: skip
         self._tried = True
@@ -217,7 +219,7 @@ def _largest(config: ArchConfig) -> int:
 
 
 def _network_fields(artefact: OnnxArtefact) -> dict[str, Any]:
-    return {key: artefact.fields[key] for key in _OF_THE_NETWORK}
+    return {key: artefact.fields.get(key) for key in _OF_THE_NETWORK}
 
 
 def _to_stderr(line: str) -> None:

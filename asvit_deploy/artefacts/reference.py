@@ -16,6 +16,7 @@ from asvit_deploy.files import sha256
 from asvit_deploy.models.archs import ARCHS, arch
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.reduction.methods import restored
 
 _KINDS: dict[str, type] = {
     "arch": str, "adaptive": bool, "image_size": int, "num_classes": int, "stages": list,
@@ -52,10 +53,34 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
         refuse("classes_from")
     if not all(type(source.get(key)) is str for key in ("path", "sha256")):
         refuse("source")
+    config = arch(fields["arch"])
+    if fields.get("prefix", 1) != config.prefix:
+        refuse("prefix")
+    if "reduction" in fields:
+        try:
+            own = restored(fields["reduction"], config.prefix)
+        except (ValueError, TypeError, AttributeError):
+            refuse("reduction")
+        if fields.get("appended") != own.appends:
+            refuse("appended")
     try:
-        facts.recorded(arch(fields["arch"]), fields)
+        facts.recorded(config, fields)
     except ValueError as error:
         refuse(str(error))
+
+
+def boundaries_of(fields: dict[str, Any]) -> list[float | None]:
+    """As `AdaptiveViT.boundaries`, from a sidecar; empty when dense."""
+    if "reduction" in fields and fields["adaptive"]:
+        return [None] * len(fields["reduction"]["blocks"])
+    return list(fields["thresholds"])
+
+
+def cuts_of(fields: dict[str, Any]) -> tuple[int, ...] | None:
+    """As `AdaptiveViT.cuts`, from a sidecar; None: before the blocks of the stages."""
+    if "reduction" not in fields:
+        return None
+    return restored(fields["reduction"], fields.get("prefix", 1)).cuts
 
 
 def config_of(fields: dict[str, Any]) -> ArchConfig:

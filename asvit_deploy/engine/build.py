@@ -277,7 +277,7 @@ def describe(
         "flavour_version": outcome.version,
         # A foreign file's is not known.
         "precision": of_option(options.precision).name if source.session else None,
-        "mode": options.mode if source.adaptive else "dense" if source.session else "foreign",
+        "mode": _mode(source, options),
         "ops": source.fields.get("ops") if options.mode == "dynamic" else "standard",
         "target_sms": list(options.target_sms),
         "level": options.level,
@@ -291,6 +291,14 @@ def describe(
         "source": artifact.source_of(source.path, checkpoint=source.fields.get("source")),
     }  # fmt: skip
     return {**model, **own, **artifact.provenance(("onnx", "onnxruntime", "polygraphy", "torch"))}
+
+
+def _mode(source: Source, options: Options) -> str:
+    if source.session is None:
+        return "foreign"
+    if not source.adaptive:
+        return "dense"
+    return "static" if source.fields["mode"] == "static" else options.mode
 
 
 def _plugin_fields(options: Options) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def compare_graph(
     elif candidate is None:
         candidate = OrtRunner(with_function(graph))
     limits = precisions.of_option(precision).option
-    parity = compare(reference, candidate, loaded, names, source.fields["thresholds"], limits)
+    boundaries = source.session.boundaries
+    parity = compare(reference, candidate, loaded, names, boundaries, limits)
     if not parity.passed:
         raise CheckFailed(
             f"the {limits} graph of {source.path} does not match {with_what} "

@@ -24,9 +24,12 @@ def make_graph(source: Source, mode: str, precision: Half | None) -> onnx.ModelP
             f"{name} has no sidecar, so it is built as it is: leave --mode {mode}, --fp16 and "
             "--bf16 out, or name a file that `asvit-deploy export` made"
         )
+    static = source.fields.get("mode") == "static"
+    if static and mode != "dynamic":
+        raise UserError(f"the rows of {name} are fixed already; leave --mode {mode} out")
     if mode == "padded":
         model = to_padded(model, name)
-    elif source.adaptive and not onnx_op.nodes_of(model.graph):
+    elif source.adaptive and not static and not onnx_op.nodes_of(model.graph):
         raise UserError(
             f"{name} was exported with --ops standard, which builds no {mode} engine; "
             "export it with --ops auto"

@@ -56,7 +56,7 @@ def open_source(path: Path) -> Source:
     """
     if artifact.sidecar_path(path).is_file():
         session = Session(path)
-        _check_nodes(path, session.model, len(session.fields["stages"]))
+        _check_nodes(path, session.model, len(session.fields["thresholds"]))
         _check_thresholds(path, session.model, session.fields["thresholds"])
         return Source(path, session.model, session)
     model = load_model(path)

@@ -37,8 +37,14 @@ class Scored:
     macs: NDArray[np.float64]
 
 
-def score(runner: Runner, batches: Iterable[LabelledArrays], config: ArchConfig) -> Scored:
+def score(
+    runner: Runner, batches: Iterable[LabelledArrays], config: ArchConfig,
+    cuts: Sequence[int] | None = None,
+) -> Scored:  # fmt: skip
     """Run every batch as it comes.
+
+    Args:
+        cuts: as `model_macs`.
 
     Returns:
         no rows where there is no image, such as in one of more processes than images.
@@ -47,10 +53,16 @@ def score(runner: Runner, batches: Iterable[LabelledArrays], config: ArchConfig)
     for images, labels in batches:
         prediction = runner(images)
         ranks.append(_rank(prediction.logits, labels))
-        kept.append(np.array(prediction.lengths, np.int64).reshape(-1, len(labels)).T - 1)
+        kept.append(
+            np.array(prediction.lengths, np.int64).reshape(-1, len(labels)).T - config.prefix
+        )
     rank, tokens = np.concatenate(ranks), np.concatenate(kept or [np.empty((0, 0), np.int64)])
-    lengths = list((tokens + 1).astype(np.float64).T)
-    macs = model_macs(config, lengths) if lengths else np.full(len(rank), float(dense_macs(config)))
+    lengths = list((tokens + config.prefix).astype(np.float64).T)
+    macs = (
+        model_macs(config, lengths, cuts)
+        if lengths
+        else np.full(len(rank), float(dense_macs(config)))
+    )
     return Scored(rank, tokens, np.asarray(macs, np.float64))
 
 

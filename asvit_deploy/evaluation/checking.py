@@ -131,7 +131,7 @@ def _compared(
     with bar(say, desc="check", total=len(runs)) as progress:
         for way, batch in runs:
             parity = compare(
-                judge, ways[way], loaded, names, artefact.fields["thresholds"], artefact.parity,
+                judge, ways[way], loaded, names, artefact.boundaries, artefact.parity,
                 batch,
             )  # fmt: skip
             found = Comparison(

@@ -124,7 +124,7 @@ def bench_engine(
         str(artefact.path), fields["arch"], fields["flavour"], fields["flavour_version"],
         fields["precision"], fields["mode"], torch.cuda.get_device_name(), warmup, runs,
         pictures.source, len(loaded), pictures.account,
-        macs_summary(artefact.config, lengths, runs) if artefact.adaptive else None,
+        macs_summary(artefact.config, lengths, runs, artefact.cuts) if artefact.adaptive else None,
         rows, against_kept(variants, times, lengths), verdict(rows), machine(),
     )  # fmt: skip
 

@@ -89,7 +89,7 @@ def bench_model(
     """
     count = threads or machine()["cores"]
     loaded = [pictures[i] for i in range(len(pictures))]
-    config = artefact.config
+    config, cuts = artefact.config, artefact.cuts if artefact.adaptive else None
     with _torch_threads(count):
         variants, notes = _variants(artefact, threads)
         label = f"{count} thread{'s' * (count > 1)}"
@@ -98,16 +98,16 @@ def bench_model(
                 variants, loaded, warmup, runs, progress=lambda: progress.update() and None
             )
     lengths = _lengths(artefact, loaded)
-    ratios = dense_macs(config) / macs_by_round(config, lengths, runs)
+    ratios = dense_macs(config) / macs_by_round(config, lengths, runs, cuts)
     rows = summarise(variants, seconds, ratios)
     profiles = []
-    if threads == 1 and artefact.adaptive:
+    if threads == 1 and artefact.adaptive and artefact.fields["mode"] != "static":
         libraries = artefact.libraries().values()
         profiles = [profile.shares(artefact.path, loaded, library) for library in libraries]
     return ModelBench(
         str(artefact.path), artefact.fields["arch"], count, warmup, runs, pictures.source,
-        len(loaded), pictures.account, macs_summary(config, lengths, runs), rows, profiles, notes,
-        verdict(rows), machine(),
+        len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, profiles,
+        notes, verdict(rows), machine(),
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def _lengths(artefact: OnnxArtefact, images: list[NDArray[np.float32]]) -> NDArr
     """Rows after each stage, class token included: int64 [images, stages]."""
     if artefact.adaptive:
         return kept_per_image(next(iter(artefact.ways().values())), images)
-    return np.full((len(images), len(artefact.config.stages)), artefact.config.image_tokens + 1)
+    return np.full((len(images), len(artefact.config.stages)), artefact.config.rows)
 
 
 def _variants(artefact: OnnxArtefact, threads: int) -> tuple[list[Variant], list[str]]:

@@ -146,25 +146,30 @@ def share_of_macs_ratio(
     return {"value": float(np.median(shares)), "low": float(low), "high": float(high)}
 
 
-def macs_by_round(config: ArchConfig, lengths: NDArray[np.int64], runs: int) -> NDArray[np.float64]:
+def macs_by_round(
+    config: ArchConfig, lengths: NDArray[np.int64], runs: int, cuts: Sequence[int] | None = None
+) -> NDArray[np.float64]:
     """Adaptive MACs of the image that each round ran: [runs].
 
     Args:
-        lengths: int64 [images, stages], class token included; the images cycle.
+        lengths: int64 [images, stages], prefix included; the images cycle.
+        cuts: as `model_macs`.
     """
     shown = lengths[np.arange(runs) % len(lengths)].astype(np.float64)
-    return np.asarray(model_macs(config, list(shown.T)), np.float64)
+    return np.asarray(model_macs(config, list(shown.T), cuts), np.float64)
 
 
-def macs_summary(config: ArchConfig, lengths: NDArray[np.int64], runs: int) -> Macs:
+def macs_summary(
+    config: ArchConfig, lengths: NDArray[np.int64], runs: int, cuts: Sequence[int] | None = None
+) -> Macs:
     """Mean MACs over the rounds as they ran, and the ratio that a perfect runtime would show."""
-    adaptive = float(macs_by_round(config, lengths, runs).mean())
+    adaptive = float(macs_by_round(config, lengths, runs, cuts).mean())
     shown = lengths[np.arange(runs) % len(lengths)]
     return {
         "dense_gmacs": dense_macs(config) / 1e9,
         "adaptive_gmacs": adaptive / 1e9,
         "ratio": dense_macs(config) / adaptive,
-        "mean_kept": (shown.mean(axis=0) - 1).tolist(),
+        "mean_kept": (shown.mean(axis=0) - config.prefix).tolist(),
         "image_tokens": config.image_tokens,
     }
 

@@ -60,16 +60,31 @@ def describe_model(
         "classes_from": checkpoint.metadata.get("classes_from", OWN) if classes else None,
         **fields_of(config),
         **checkpoint.origins.fields(),
-        "stages": list(config.stages) if model.adaptive else [],
+        "stages": list(config.stages) if model.thresholds else [],
         "thresholds": model.threshold_values(),
+        **_method_fields(model),
         "budget": float(budget) if budget and model.adaptive else None,
         "precision": FLOAT32.name,
-        "mode": "dynamic" if model.adaptive else "dense",
+        "mode": _mode(model),
         "batch": batch,
         "opset": opset_of(proto),
         "ir_version": proto.ir_version,
-        "ops": ops if model.adaptive else "standard",
+        "ops": ops if model.thresholds else "standard",
     }
+
+
+def _mode(model: AdaptiveViT) -> str:
+    if model.reduction is None:
+        return "dense"
+    return "dynamic" if model.thresholds else "static"
+
+
+def _method_fields(model: AdaptiveViT) -> dict[str, Any]:
+    """Of another method than thresholds, what restores it and the rows that each cut adds."""
+    fields: dict[str, Any] = {"prefix": model.config.prefix} if model.config.prefix > 1 else {}
+    if model.reduction is not None and not model.thresholds:
+        fields |= {"reduction": model.reduction.fields(), "appended": model.reduction.appends}
+    return fields
 
 
 def embed_metadata(proto: onnx.ModelProto, fields: dict[str, Any]) -> None:
@@ -83,7 +98,7 @@ def verify(
 ) -> dict[str, Parity]:
     """Compare a float32 model with PyTorch, one image at a time and, if it can, in batches."""
     runner, reference = OrtRunner(with_function(proto)), TorchRunner(model)
-    thresholds = model.threshold_values()
+    thresholds = model.boundaries()
     pictures, names = images.loaded()
     return {
         f"batch {size}": compare(reference, runner, pictures, names, thresholds, batch=size)

@@ -26,6 +26,7 @@ def name_traced(whole: ir.Graph, names: Sequence[str]) -> None:
     Args:
         names: one for each output: `logits`, or what it is and its stage.
     """
+    _free(whole, names)
     named: set[ir.Value] = set()
     outputs = []
     for output, name in zip(whole.outputs, names, strict=True):
@@ -42,6 +43,14 @@ def name_traced(whole: ir.Graph, names: Sequence[str]) -> None:
             _name_cut(value.producer(), name.removeprefix("index_"))
     whole.outputs[:] = outputs
     graph.prune(whole)
+
+
+def _free(whole: ir.Graph, names: Sequence[str]) -> None:
+    """Rename what the exporter happened to call as we will: its `index_1` is an indexing."""
+    taken = set(names)
+    for name, value in graph.values_of(whole).items():
+        if name in taken:
+            value.name = f"traced_{name}"
 
 
 def _repeated(whole: ir.Graph, value: ir.Value) -> ir.Value:

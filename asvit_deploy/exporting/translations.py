@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
 import onnxscript
 import torch
 
@@ -57,7 +58,9 @@ def _attention(opset: int) -> Callable:
         factor = query.shape[3] ** -0.5 if scale is None else scale
         scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
         logits = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
-        if attn_mask is not None:
+        if attn_mask is not None and attn_mask.dtype != ir.DataType.BOOL:
+            logits = op.Add(logits, attn_mask)  # what sizes of rows add
+        elif attn_mask is not None:
             minus_inf = op.CastLike(op.Constant(value_float=float("-inf")), query)
             logits = op.Where(attn_mask, logits, minus_inf)
         return op.MatMul(op.Softmax(logits, axis=3), value)

@@ -91,6 +91,10 @@ class AdaptiveViT(Backbone):
         """The thresholds as plain numbers, in stage order; empty where the method has none."""
         return self.reduction.values() if isinstance(self.reduction, Threshold) else []
 
+    def boundaries(self) -> list[float | None]:
+        """What decides at each cut: a threshold, or None where the number of tokens is fixed."""
+        return [*self.threshold_values()] or [None] * len(self.cuts)
+
     def segment(self, part: int, rows: Rows, masked: bool = False) -> tuple[Rows, Seen | None]:
         """The halves between two cuts, and what the last attention saw; None behind the last cut.
 

@@ -29,7 +29,7 @@ def compare(
     candidate: Runner,
     images: Sequence[NDArray[np.float32]],
     names: Sequence[str],
-    thresholds: Sequence[float],
+    thresholds: Sequence[float | None],
     precision: str = "float32",
     batch: int = 1,
 ) -> Parity:
@@ -41,7 +41,7 @@ def compare(
             number is compared, and what flipped is guessed from it.
         images: float32 [3, H, W] each.
         names: one per image, for the lists of flips and changes.
-        thresholds: one per stage; empty when dense.
+        thresholds: one per stage, None where the number of tokens is fixed; empty when dense.
         precision: a key of `LIMITS`.
 
     Raises:

@@ -20,7 +20,7 @@ from asvit_deploy.parity.report import Flip, Parity, Top1
 
 
 def judged(
-    compared: Sequence[ComparedImage], thresholds: Sequence[float], precision: str
+    compared: Sequence[ComparedImage], thresholds: Sequence[float | None], precision: str
 ) -> Parity:
     limits = LIMITS[precision]
     result = Parity(precision, len(compared))
@@ -54,7 +54,10 @@ def _noise_by_stage(compared: Sequence[ComparedImage], stages: int) -> list[floa
 
 
 def _flips(
-    image: ComparedImage, noise: Sequence[float], thresholds: Sequence[float], limits: Limits
+    image: ComparedImage,
+    noise: Sequence[float],
+    thresholds: Sequence[float | None],
+    limits: Limits,
 ) -> list[Flip]:
     flips = []
     for stage, cut in enumerate(image.cuts):
@@ -64,9 +67,9 @@ def _flips(
             else:
                 known = [limits.noise] if cut.noise is None else [cut.noise, noise[stage], LEAST]
                 allowed = EXPLAINED * min(max(known), limits.noise) * boundary
-            flips.append(
-                Flip(image.name, stage, token, score, float(thresholds[stage]), margin, allowed)
-            )
+            given = thresholds[stage]
+            decides = boundary if given is None else float(given)
+            flips.append(Flip(image.name, stage, token, score, decides, margin, allowed))
     return flips
 
 

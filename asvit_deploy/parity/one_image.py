@@ -43,9 +43,11 @@ class ComparedImage:
 
 def compare_image(
     name: str, image: NDArray[np.float32], reference: Reference, theirs: Prediction, b: int,
-    thresholds: Sequence[float],
+    thresholds: Sequence[float | None],
 ) -> ComparedImage:  # fmt: skip
-    """`theirs` holds the image as row `b`."""
+    """`theirs` holds the image as row `b`; a threshold of None: the highest scores stay, as many
+    as the candidate keeps.
+    """
     ours = reference(image[None])
     if ours.logits.shape[1:] != theirs.logits.shape[1:]:
         raise UserError(
@@ -59,7 +61,7 @@ def compare_image(
         cuts, known = _counted(ours, theirs, b, thresholds)
     else:
         kept = [stage[b] for stage in theirs.kept]
-        known = _possible(kept, len(ours.scores[0][0]) if ours.scores else 0)
+        known = _possible(kept, [len(stage[0]) for stage in ours.scores or []])
         if known:
             assert not thresholds or ours.kept is not None
             replayed = any(not np.array_equal(k, o[0]) for k, o in zip(kept, ours.kept or []))
@@ -72,26 +74,36 @@ def compare_image(
                  path.logits[0] if known else None, theirs.logits[b], replayed)  # fmt: skip
 
 
-def _possible(kept: Sequence[NDArray[np.int64]], tokens: int) -> bool:
-    """Whether each stage keeps something, of what the one before left."""
-    before: NDArray[np.int64] = np.arange(tokens)
-    for now in kept:
+def _possible(kept: Sequence[NDArray[np.int64]], widths: Sequence[int]) -> bool:
+    """Whether each stage keeps something, of what the one before left or added.
+
+    Args:
+        widths: tokens that there can be at each stage: those of the input, and added ones.
+    """
+    before: NDArray[np.int64] = np.arange(widths[0] if widths else 0)
+    for stage, now in enumerate(kept):
         if not len(now) or not np.isin(now, before).all():
             return False
-        before = now
+        added = np.arange(*widths[stage : stage + 2]) if stage + 1 < len(widths) else now[:0]
+        before = np.append(now, added)
     return True
 
 
 def _cuts(
     path: Prediction, kept: Sequence[NDArray[np.int64]], theirs: Prediction, b: int,
-    thresholds: Sequence[float],
+    thresholds: Sequence[float | None],
 ) -> list[ComparedCut]:  # fmt: skip
     cuts: list[ComparedCut] = []
     for stage, threshold in enumerate(thresholds):
         assert path.scores is not None
         scores = path.scores[stage][0]
-        alive = kept[stage - 1] if stage else np.arange(len(scores))
-        decided = alive[keep_mask(scores[None, alive], threshold)[0]]
+        alive = np.flatnonzero(~np.isnan(scores)) if threshold is None else (
+            kept[stage - 1] if stage else np.arange(len(scores))
+        )  # fmt: skip
+        if threshold is None:
+            decided, threshold = _highest(scores, alive, len(kept[stage]))
+        else:
+            decided = alive[keep_mask(scores[None, alive], threshold)[0]]
         flipped = np.setxor1d(decided, kept[stage])
         noise = None
         if theirs.scores is not None:
@@ -101,8 +113,25 @@ def _cuts(
     return cuts
 
 
+def _highest(
+    scores: NDArray[np.float32], alive: NDArray[np.int64], count: int
+) -> tuple[NDArray[np.int64], float]:
+    """The tokens of the highest scores, and the middle between the last of them and the next."""
+    order = alive[np.argsort(-scores[alive], kind="stable")]
+    edge = scores[order[max(count - 1, 0) : count + 1]].astype(np.float64)
+    finite = edge[np.isfinite(edge)]
+    return np.sort(order[:count]), float(finite.mean()) if len(finite) else 0.0
+
+
 def _noise(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
-    """Median error of the scores relative to themselves; what is equal, infinite or not, is 0."""
+    """Median error of the scores relative to themselves; what is equal, infinite or not, is 0.
+
+    Rows that may not leave score +inf and say nothing of rounding.
+    """
+    told = ~(np.isposinf(ours) & np.isposinf(theirs))
+    if not told.any():
+        return 0.0
+    ours, theirs = ours[told], theirs[told]
     same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.abs(ours.astype(np.float64) - theirs) / np.abs(ours)
@@ -120,7 +149,7 @@ def _flip(
 
 
 def _counted(
-    ours: Prediction, theirs: Prediction, b: int, thresholds: Sequence[float]
+    ours: Prediction, theirs: Prediction, b: int, thresholds: Sequence[float | None]
 ) -> tuple[list[ComparedCut], bool]:
     """For a backend that says how many tokens stay and not which: judged up to the first stage
     where that differs, by the flips that there must at least have been.
@@ -132,6 +161,10 @@ def _counted(
     for stage, threshold in enumerate(thresholds):
         assert ours.scores is not None
         assert ours.kept is not None
+        if threshold is None:  # fixed, so that equal counts say nothing of the tokens
+            if ours.lengths[stage][0] != theirs.lengths[stage][b]:
+                return [*cuts, ComparedCut(1, None, [(-1, np.nan, np.inf, 0.0)])], False
+            continue
         scores, kept = ours.scores[stage][0], ours.kept[stage][0]
         alive = scores[np.isfinite(scores)]
         flipped = _likeliest_flips(scores, kept, int(theirs.lengths[stage][b]) - 1)

@@ -87,58 +87,73 @@ class RunnerBase:
 
 
 def decode(
-    logits: NDArray, lengths: Stages, index: Stages, scores: Stages, padded: bool = False
-) -> Prediction:
+    logits: NDArray, lengths: Stages, index: Stages, scores: Stages, padded: bool = False,
+    prefix: int = 1, appended: int = 0,
+) -> Prediction:  # fmt: skip
     """Follow the stages' row numbers back to the input's tokens.
 
     Args:
         logits: [B, C].
         lengths: per stage int [B].
         index: per stage int64 [B, rows], the op's `index`.
-        scores: per stage float32 [B, rows before the stage - 1]; those of stage 0 cover the input.
+        scores: per stage float32 [B, rows before the stage - P]; those of stage 0 cover the input.
         padded: nothing was removed: `index` is int64 [B, M] with -1 where the token is gone, and
             every stage's scores cover the input.
+        prefix: P.
+        appended: rows that each stage adds behind those that stay. They are tokens too, numbered
+            from N on in the order in which they come.
     """
     batch = logits.shape[0]
     lengths = [np.asarray(length, np.int64) for length in lengths]
     if padded:
-        return _decode_padded(logits, lengths, index, scores)
+        return _decode_padded(logits, lengths, index, scores, prefix)
     kept: list[list[NDArray[np.int64]]] = []
     by_token: list[list[NDArray[np.float32]]] = []
     tokens = scores[0].shape[1] if scores else 0
     before = [np.arange(tokens) for _ in range(batch)]
     for s, rows in enumerate(index):
-        spread = np.full((batch, tokens), np.nan, np.float32)
+        spread = np.full((batch, tokens + s * appended), np.nan, np.float32)
         for b, alive in enumerate(before):
             spread[b, alive] = scores[s][b, : len(alive)]
         by_token.append(list(spread))
-        before = [before[b][rows[b, 1 : lengths[s][b]] - 1] for b in range(batch)]
-        kept.append(before)
+        ends = lengths[s] - appended
+        now = [before[b][rows[b, prefix : ends[b]] - prefix] for b in range(batch)]
+        kept.append(now)
+        before = [np.append(one, added_at(s, tokens, appended)) for one in now]
     return Prediction(np.asarray(logits, np.float32), lengths, kept, by_token)
 
 
-def rows_of(kept: Sequence[NDArray[np.int64]], tokens: int) -> list[NDArray[np.int64]]:
+def added_at(stage: int, tokens: int, appended: int) -> NDArray[np.int64]:
+    """The numbers of the rows that a stage adds: N on, in the order in which they come."""
+    return tokens + stage * appended + np.arange(appended)
+
+
+def rows_of(
+    kept: Sequence[NDArray[np.int64]], tokens: int, prefix: int = 1, appended: int = 0
+) -> list[NDArray[np.int64]]:
     """The opposite of `decode` for one image: kept tokens as rows of each stage's input.
 
     Args:
         kept: per stage the image tokens that stay, ascending, each among those of the stage before.
         tokens: N of the input.
+        prefix, appended: as `decode`.
 
     Returns:
-        per stage int64 [K], the class token's row 0 first.
+        per stage int64 [P+K], the prefix first.
     """
-    before, rows = np.arange(tokens), []
-    for now in kept:
-        rows.append(np.concatenate([[0], 1 + np.searchsorted(before, now)]).astype(np.int64))
-        before = now
+    before, rows, first = np.arange(tokens), [], np.arange(prefix)
+    for stage, now in enumerate(kept):
+        places = prefix + np.searchsorted(before, now)
+        rows.append(np.concatenate([first, places]).astype(np.int64))
+        before = np.append(now, added_at(stage, tokens, appended))
     return rows
 
 
 def _decode_padded(
-    logits: NDArray, lengths: list[NDArray[np.int64]], index: Stages, scores: Stages
+    logits: NDArray, lengths: list[NDArray[np.int64]], index: Stages, scores: Stages, prefix: int
 ) -> Prediction:
-    kept = [[row[row > 0] - 1 for row in rows] for rows in index]
-    before = [np.ones_like(scores[0], bool), *(rows[:, 1:] >= 0 for rows in index)]
+    kept = [[row[row >= prefix] - prefix for row in rows] for rows in index]
+    before = [np.ones_like(scores[0], bool), *(rows[:, prefix:] >= 0 for rows in index)]
     by_token = [list(np.where(alive, s, np.nan)) for alive, s in zip(before, scores)]
     return Prediction(np.asarray(logits, np.float32), lengths, kept, by_token)
 

@@ -117,6 +117,16 @@ def op_of(model: onnx.ModelProto, library: Path | None) -> str:
     return "standard" if count_stages(model) else "none"
 
 
+def rows_in(model: onnx.ModelProto) -> tuple[int, int]:
+    """P of a model of ours, and the rows that each stage adds, as its metadata say."""
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    numbers = []
+    for key, usual in (("asvit_prefix", 1), ("asvit_appended", 0)):
+        value = entries.get(key, "")
+        numbers.append(int(value) if value.isdecimal() and len(value) < 5 else usual)
+    return numbers[0], numbers[1]
+
+
 def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
     """A copy that also puts out `length_s`, `index_s` int64 and `scores_s` float32 of every stage.
 
@@ -194,6 +204,7 @@ class OrtRunner(RunnerBase):
         self.stages = count_stages(model) if stages is None else stages
         self.padded = is_padded(model)
         self.precision, self.op = precision_of(model), op_of(model, library)
+        self._rows = rows_in(model)
         shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         self.batch = shape[0] or None
         self.image_size = shape[2]
@@ -273,7 +284,7 @@ class OrtRunner(RunnerBase):
         logits, *rest = outputs
         lengths, index, scores = (rest[i * self.stages : (i + 1) * self.stages] for i in range(3))
         if scores:
-            return decode(logits, lengths, index, scores, self.padded)
+            return decode(logits, lengths, index, scores, self.padded, *self._rows)
         return Prediction(np.asarray(logits, np.float32), lengths)
 
     def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:

@@ -14,13 +14,14 @@ from asvit_deploy.models.vit import AdaptiveViT, BatchRule, Trace
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, rows_of
 
 
-def _decoded(logits: Tensor, trace: Trace) -> Prediction:
+def _decoded(logits: Tensor, trace: Trace, prefix: int, appended: int) -> Prediction:
     def arrays(tensors: list[Tensor]) -> list[NDArray]:
         return [tensor.cpu().numpy() for tensor in tensors]
 
     return decode(
-        logits.cpu().numpy(), arrays(trace.length), arrays(trace.index), arrays(trace.scores)
-    )
+        logits.cpu().numpy(), arrays(trace.length), arrays(trace.index), arrays(trace.scores),
+        prefix=prefix, appended=appended,
+    )  # fmt: skip
 
 
 class TorchRunner(RunnerBase):
@@ -38,14 +39,22 @@ class TorchRunner(RunnerBase):
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
         """images float32 [B, 3, H, W] -> everything, scores included."""
-        return _decoded(*self.infer(images))
+        logits, trace = self.infer(images)
+        return _decoded(logits, trace, *self._rows)
+
+    @property
+    def _rows(self) -> tuple[int, int]:
+        """P, and the rows that each stage adds."""
+        reduction = self.model.reduction
+        return self.model.config.prefix, 0 if reduction is None else reduction.appends
 
     @torch.inference_mode()
     def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:
         """As `Reference.replay`."""
         device, tokens = self.model.pos_embed.device, self.model.config.image_tokens
-        rows = [torch.from_numpy(stage).to(device) for stage in rows_of(kept, tokens)]
-        return _decoded(*self.model(torch.from_numpy(images).to(device), decisions=rows))
+        rows = [torch.from_numpy(stage).to(device) for stage in rows_of(kept, tokens, *self._rows)]
+        logits, trace = self.model(torch.from_numpy(images).to(device), decisions=rows)
+        return _decoded(logits, trace, *self._rows)
 
     def describe(self) -> dict[str, str]:
         parameter = self.model.pos_embed
