@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ def describe_model(
     """The sidecar fields that say what a model is and how its input is made."""
     config = model.config
     classes = checkpoint.metadata.get("classes")
-    budget = checkpoint.metadata.get("budget")
     return {
         "kind": "onnx",
         "arch": config.name,
@@ -60,15 +60,23 @@ def describe_model(
         "classes_from": checkpoint.metadata.get("classes_from", OWN) if classes else None,
         **fields_of(config),
         **checkpoint.told.fields(),
-        "stages": list(config.stages) if model.adaptive else [],
-        "thresholds": model.threshold_values(),
-        "budget": float(budget) if budget and model.adaptive else None,
+        **method_fields(model, checkpoint.metadata),
         "precision": FLOAT32.name,
         "mode": "dynamic" if model.adaptive else "dense",
         "batch": batch,
         "opset": opset_of(proto),
         "ir_version": proto.ir_version,
         "ops": ops if model.adaptive else "standard",
+    }
+
+
+def method_fields(model: AdaptiveViT, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a sidecar says of how a model's tokens leave: the one place here that knows a method."""
+    budget = metadata.get("budget")
+    return {
+        "stages": list(model.config.stages) if model.adaptive else [],
+        "thresholds": model.threshold_values(),
+        "budget": float(budget) if budget and model.adaptive else None,
     }
 
 
