@@ -19,7 +19,7 @@ from asvit_deploy.artefacts import sidecar as artifact
 from asvit_deploy.artefacts.engine_file import EngineSession
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.evaluation.bench import judged, ratio_of_medians
-from asvit_deploy.precision import FLOAT32, Precision
+from asvit_deploy.precision import of_option
 
 if TYPE_CHECKING:
     from asvit_deploy.engine.build import Options
@@ -103,7 +103,7 @@ def dense_peer(session: EngineSession, pictures: ImageSet, folder: Path) -> Path
     checkpoint = reference_checkpoint(session.onnx, fields)
     onnx = folder / "dense.onnx"
     export(checkpoint, onnx, pictures[:2], session.fields["batch"], dense=True)
-    return _build(session, onnx, session.precision)
+    return _build(session, onnx, session.parity)
 
 
 def topk_peer(session: EngineSession, kept: Sequence[int], folder: Path) -> Path:
@@ -118,10 +118,10 @@ def topk_peer(session: EngineSession, kept: Sequence[int], folder: Path) -> Path
     onnx = folder / "top_k.onnx"
     proto = to_static_topk(graph, kept, str(source.path))
     artifact.write(onnx, proto.SerializeToString(), {**fields, "adaptive": False})
-    return _build(session, onnx, FLOAT32)  # the graph holds the precision already
+    return _build(session, onnx, "float32")  # the graph holds the precision already
 
 
-def _build(session: EngineSession, onnx: Path, precision: Precision) -> Path:
+def _build(session: EngineSession, onnx: Path, precision: str) -> Path:
     from asvit_deploy.engine.build import build_engine
     from asvit_deploy.engine.source import open_source
     from asvit_deploy.runners.trt_flavour import FLAVOURS
@@ -132,13 +132,13 @@ def _build(session: EngineSession, onnx: Path, precision: Precision) -> Path:
     return output
 
 
-def peer_options(fields: dict[str, Any], precision: Precision) -> Options:
+def peer_options(fields: dict[str, Any], precision: str) -> Options:
     """What an engine was built with, as its sidecar says, less what belongs to its own mode."""
     from asvit_deploy.engine.build import Options
 
     profile = (fields.get("profile") or {}).get("images")
     return Options(
-        precision.rewritten,
+        of_option(precision).rewritten,
         batch=tuple(shape[0] for shape in profile) if profile else None,  # type: ignore[arg-type]
         target_sms=tuple(fields["target_sms"]),
         workspace=fields.get("workspace"),
