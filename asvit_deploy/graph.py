@@ -207,8 +207,18 @@ def with_function(model: onnx.ModelProto) -> onnx.ModelProto:
     if model.functions or not onnx_op.nodes_of(model.graph):
         return model
     result = closed(opened(model))
-    result.functions.append(onnx_op.function_body(batch_of(model) != 1, opset_of(model)))
+    body = onnx_op.function_body(batch_of(model) != 1, opset_of(model), _stored_prefix(model))
+    result.functions.append(body)
     return result
+
+
+def _stored_prefix(model: onnx.ModelProto) -> int:
+    """As `prefix_of`, from the shapes that the file keeps; 1 where it keeps none."""
+    rows = {}
+    for info in model.graph.value_info:
+        if info.name in ("tokens_0", "scores_0"):
+            rows[info.name] = info.type.tensor_type.shape.dim[1].dim_value
+    return rows["tokens_0"] - rows["scores_0"] if len(rows) == 2 and all(rows.values()) else 1
 
 
 def without_function(model: onnx.ModelProto) -> onnx.ModelProto:

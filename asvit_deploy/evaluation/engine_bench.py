@@ -30,7 +30,7 @@ from asvit_deploy.evaluation.timing import (
     macs_summary,
     ratio_of_medians,
 )
-from asvit_deploy.precision import FLOAT32, Precision
+from asvit_deploy.precision import of_option
 from asvit_deploy.runners.pytorch import TorchRunner
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def dense_peer(artefact: EngineArtefact, pictures: ImageSet, folder: Path) -> Pa
     checkpoint = reference_checkpoint(artefact.onnx, artefact.checkpoint_fields)
     onnx = folder / "dense.onnx"
     export(checkpoint, onnx, pictures[:2], artefact.fields["batch"], dense=True)
-    return _build(artefact, onnx, artefact.precision)
+    return _build(artefact, onnx, artefact.parity)
 
 
 def topk_peer(artefact: EngineArtefact, kept: Sequence[int], folder: Path) -> Path:
@@ -203,10 +203,10 @@ def topk_peer(artefact: EngineArtefact, kept: Sequence[int], folder: Path) -> Pa
     onnx = folder / "top_k.onnx"
     proto = to_static_topk(graph, kept, str(source.path))
     sidecar.write(onnx, proto.SerializeToString(), {**fields, "adaptive": False})
-    return _build(artefact, onnx, FLOAT32)  # the graph holds the precision already
+    return _build(artefact, onnx, "float32")  # the graph holds the precision already
 
 
-def _build(artefact: EngineArtefact, onnx: Path, precision: Precision) -> Path:
+def _build(artefact: EngineArtefact, onnx: Path, precision: str) -> Path:
     from asvit_deploy.engine.build import build_engine
     from asvit_deploy.engine.source import open_source
     from asvit_deploy.runners.trt_flavour import FLAVOURS
@@ -217,13 +217,13 @@ def _build(artefact: EngineArtefact, onnx: Path, precision: Precision) -> Path:
     return output
 
 
-def peer_options(fields: dict[str, Any], precision: Precision) -> Options:
+def peer_options(fields: dict[str, Any], precision: str) -> Options:
     """What an engine was built with, as its sidecar says, less what belongs to its own mode."""
     from asvit_deploy.engine.build import Options
 
     profile = (fields.get("profile") or {}).get("images")
     return Options(
-        precision.rewritten,
+        of_option(precision).rewritten,
         batch=tuple(shape[0] for shape in profile) if profile else None,  # type: ignore[arg-type]
         target_sms=tuple(fields["target_sms"]),
         workspace=fields.get("workspace"),

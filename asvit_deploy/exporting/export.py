@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,6 @@ def describe_model(
     """The sidecar fields that say what a model is and how its input is made."""
     config = model.config
     classes = checkpoint.metadata.get("classes")
-    budget = checkpoint.metadata.get("budget")
     return {
         "kind": "onnx",
         "arch": config.name,
@@ -60,10 +60,7 @@ def describe_model(
         "classes_from": checkpoint.metadata.get("classes_from", OWN) if classes else None,
         **fields_of(config),
         **checkpoint.origins.fields(),
-        "stages": list(config.stages) if model.thresholds else [],
-        "thresholds": model.threshold_values(),
-        **_method_fields(model),
-        "budget": float(budget) if budget and model.adaptive else None,
+        **method_fields(model, checkpoint.metadata),
         "precision": FLOAT32.name,
         "mode": _mode(model),
         "batch": batch,
@@ -79,9 +76,16 @@ def _mode(model: AdaptiveViT) -> str:
     return "dynamic" if model.thresholds else "static"
 
 
-def _method_fields(model: AdaptiveViT) -> dict[str, Any]:
-    """Of another method than thresholds, what restores it and the rows that each cut adds."""
-    fields: dict[str, Any] = {"prefix": model.config.prefix} if model.config.prefix > 1 else {}
+def method_fields(model: AdaptiveViT, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a sidecar says of how a model's tokens leave: the one place here that knows a method."""
+    budget = metadata.get("budget")
+    fields: dict[str, Any] = {
+        "stages": list(model.config.stages) if model.thresholds else [],
+        "thresholds": model.threshold_values(),
+        "budget": float(budget) if budget and model.adaptive else None,
+    }
+    if model.config.prefix > 1:
+        fields["prefix"] = model.config.prefix
     if model.reduction is not None and not model.thresholds:
         fields |= {"reduction": model.reduction.fields(), "appended": model.reduction.appends}
     return fields
