@@ -10,7 +10,7 @@ from torch import Tensor
 
 from asvit_deploy.ops.torch_op import falling_order, keep_mask, threshold_compact
 from asvit_deploy.reduction.base import Decision, Reduction
-from asvit_deploy.reduction.rows import Rows
+from asvit_deploy.reduction.rows import Rows, filled
 
 
 def remove(
@@ -37,7 +37,9 @@ def remove(
     else:
         return _by_op(reduction, stage, rows, decision, padded, keep)
     if reduction.combines:
-        stay = torch.zeros_like(rows.sizes).scatter(1, index, 1.0)
+        images, kept = index.shape
+        nothing = filled(0.0, images, before, index.device)
+        stay = nothing.scatter(1, index, filled(1.0, images, kept, index.device))
         rows = reduction.combine(stage, rows, stay, decision)
     return _gathered(rows, index, before)
 

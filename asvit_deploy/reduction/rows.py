@@ -34,7 +34,8 @@ class Rows:
         """float32 [B, M]."""
         if self.size is not None:
             return self.size
-        return torch.ones(self.batched.shape[:2], device=self.tokens.device)
+        images, rows = self.batched.shape[:2]
+        return filled(1.0, images, rows, self.tokens.device)
 
     def bias(self) -> Tensor | None:
         """log(size) float32 [B, 1, 1, M], which attention adds to its logits."""
@@ -47,8 +48,14 @@ class Rows:
         if self.alive is not None:
             return self.alive[:, prefix:]
         rows = self.batched
-        return torch.ones(rows.shape[0], rows.shape[1] - prefix, dtype=torch.bool,
-                          device=rows.device)  # fmt: skip
+        return filled(True, rows.shape[0], rows.shape[1] - prefix, rows.device)
+
+
+def filled(value: float | bool, images: int, rows: int, device: torch.device) -> Tensor:
+    """[B, M] of one number, float32 or bool. Expanded, since in a graph nothing else makes a shape
+    up, see `runners.onnx_bounds`.
+    """
+    return torch.tensor(value, device=device).expand(images, rows)
 
 
 def moved(size: Tensor, into: Tensor, leaving: Tensor) -> Tensor:
@@ -58,7 +65,10 @@ def moved(size: Tensor, into: Tensor, leaving: Tensor) -> Tensor:
         into: int64 [B, M].
         leaving: float32 [B, M], 1 where a row leaves.
     """
-    return size.scatter_add(1, into, size * leaving)
+    places = torch.arange(size.shape[1], device=size.device)
+    # A product with ones and zeros: TensorRT adds nothing up in a scatter. Sizes stay exact.
+    taken = (size * leaving).unsqueeze(1) @ (into.unsqueeze(2) == places).to(size.dtype)
+    return size + taken.squeeze(1)
 
 
 def with_row(rows: Rows, token: Tensor, size: Tensor | None = None) -> Rows:
@@ -71,7 +81,7 @@ def with_row(rows: Rows, token: Tensor, size: Tensor | None = None) -> Rows:
     def longer(values: Tensor | None, fill: float | bool) -> Tensor | None:
         if values is None:
             return None
-        return torch.cat([values, values.new_full((values.shape[0], 1), fill)], 1)
+        return torch.cat([values, filled(fill, values.shape[0], 1, values.device)], 1)
 
     sizes = longer(rows.size, 1.0) if size is None else torch.cat([rows.sizes, size[:, None]], 1)
     tokens = torch.cat([rows.batched, token[:, None]], 1)

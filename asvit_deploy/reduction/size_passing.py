@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asvit_deploy.reduction.base import Decision, Place, Seen
 from asvit_deploy.reduction.fixed import FixedCounts
-from asvit_deploy.reduction.rows import Rows, moved
+from asvit_deploy.reduction.rows import Rows, filled, moved
 from asvit_deploy.reduction.scoring import token_scores
 
 _LEAST = 1e-4  # of 1 - cosine: equal tokens still differ by their score
@@ -68,5 +68,7 @@ class SizePassing(FixedCounts):
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
         assert decision.into is not None
         first = rows.living(self.prefix)
-        leaving = F.pad((1 - stay[:, self.prefix :]) * first, (self.prefix, 0))
-        return replace(rows, size=moved(rows.sizes, decision.into, leaving))
+        leaving = (1 - stay[:, self.prefix :]) * first
+        stays = filled(0.0, leaving.shape[0], self.prefix, leaving.device)
+        size = moved(rows.sizes, decision.into, torch.cat([stays, leaving], 1))
+        return replace(rows, size=size)

@@ -29,12 +29,12 @@ _FOR = onnx.AttributeProto
 # What `export` writes, in its graphs and in the op's function; `tests/runners/test_onnx_bounds.py`
 # compares. No loop among them, and nothing that makes a shape up.
 VOCABULARY = frozenset((
-    "Add", "And", "ArgMax", "Cast", "CastLike", "Concat", "Constant", "Conv", "Div", "Equal", "Erf",
-    "Expand", "Gather", "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity",
-    "IsNaN", "LayerNormalization", "MatMul", "Mul", "NonZero", "Not", "Or", "Pow", "Range",
-    "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "ScatterElements", "Shape",
-    "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose",
-    "Unsqueeze", "Where",
+    "Add", "And", "ArgMax", "Cast", "CastLike", "Clip", "Concat", "Constant", "Conv", "Div",
+    "Equal", "Erf", "Expand", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "Greater",
+    "GreaterOrEqual", "Identity", "IsNaN", "LayerNormalization", "Log", "MatMul", "Mul", "NonZero",
+    "Not", "Or", "Pow", "Range", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape",
+    "ScatterElements", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub",
+    "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 ))  # fmt: skip
 
 
