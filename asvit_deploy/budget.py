@@ -18,7 +18,7 @@ from asvit_deploy.models.macs import (
     teacher_macs,
     unavoidable_macs,
 )
-from asvit_deploy.models.vit import AdaptiveViT, Trace
+from asvit_deploy.models.vit import Trace, ViT
 from asvit_deploy.reduction.fixed import FixedCounts
 
 _BATCH = 64
@@ -79,9 +79,7 @@ def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
 
 
 @torch.inference_mode()
-def _run(
-    model: AdaptiveViT, images: Sequence[Tensor], progress: Progress
-) -> tuple[float, list[Trace]]:
+def _run(model: ViT, images: Sequence[Tensor], progress: Progress) -> tuple[float, list[Trace]]:
     device, traces = model.pos_embed.device, []
     for batch in images:
         traces.append(model(batch.to(device))[1])
@@ -101,7 +99,7 @@ def _neighbours(traces: Sequence[Trace], stage: int, threshold: float) -> tuple[
 
 
 def fit_thresholds(
-    model: AdaptiveViT, images: Tensor, budget: float, progress: Progress = lambda passed: None
+    model: ViT, images: Tensor, budget: float, progress: Progress = lambda passed: None
 ) -> Fit:
     """Scale all thresholds by one factor, so that the mean MACs of these images meet the budget.
 

@@ -31,7 +31,7 @@ from asvit_deploy.models.macs import (
     stem_macs,
     teacher_macs,
 )
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.ops.torch_op import keep_mask
 from asvit_deploy.reduction.removal import compact_masked
 from asvit_deploy.reduction.rows import Rows
@@ -78,7 +78,7 @@ class Candidate:
 
 
 def calibrate(
-    model: AdaptiveViT,
+    model: ViT,
     images: Sequence[np.ndarray],
     budget: float,
     seed: int = 0,
@@ -136,7 +136,7 @@ def calibrate(
     return CalibrationResult(best.thresholds, report)
 
 
-def with_thresholds(checkpoint: Checkpoint, thresholds: Sequence[float]) -> AdaptiveViT:
+def with_thresholds(checkpoint: Checkpoint, thresholds: Sequence[float]) -> ViT:
     """The network of a checkpoint, adaptive or dense, with these thresholds."""
     own = {f"thresholds.{i}": torch.tensor(value) for i, value in enumerate(thresholds)}
     state = {k: v for k, v in checkpoint.state.items() if not k.startswith("thresholds.")}
@@ -202,7 +202,7 @@ def planned_lengths(
 class _Work:
     """Passes of images through parts of one network, counted for the progress bar."""
 
-    def __init__(self, model: AdaptiveViT, progress: Progress) -> None:
+    def __init__(self, model: ViT, progress: Progress) -> None:
         config = model.config
         self.model = model.with_reduction(Threshold(config.stages, config.prefix))
         self.config, self.progress = config, progress

@@ -23,7 +23,7 @@ from asvit_deploy.data.images import ImageSet, open_images
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def _deterministic() -> None:
 
 
 def sharpened(config: ArchConfig, images: ImageSet, keep: tuple[float, ...] = (0.7, 0.7, 0.7),
-              seed: int = 0) -> AdaptiveViT:  # fmt: skip
+              seed: int = 0) -> ViT:  # fmt: skip
     """Random weights with peaked attention; thresholds sit mid-gap at quantiles of real scores."""
     torch.manual_seed(seed)
     model = build(config).eval()
@@ -52,7 +52,7 @@ def sharpened(config: ArchConfig, images: ImageSet, keep: tuple[float, ...] = (0
     return model
 
 
-def released_format(model: AdaptiveViT) -> dict:
+def released_format(model: ViT) -> dict:
     """A checkpoint as the AS-ViT release writes it."""
     state = {}
     for key, value in model.state_dict().items():
@@ -75,13 +75,13 @@ def photos(mini_config: ArchConfig) -> ImageSet:
 
 
 @pytest.fixture(scope="session")
-def mini(mini_config: ArchConfig, photos: ImageSet) -> AdaptiveViT:
+def mini(mini_config: ArchConfig, photos: ImageSet) -> ViT:
     """The small architecture, random but adaptive weights."""
     return sharpened(mini_config, photos)
 
 
 @pytest.fixture(scope="session")
-def mini_checkpoint(mini: AdaptiveViT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mini_checkpoint(mini: ViT, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in the released format."""
     path = tmp_path_factory.mktemp("checkpoint") / "as_mini.pt"
     torch.save(released_format(mini), path)

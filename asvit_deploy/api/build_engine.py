@@ -151,7 +151,7 @@ def _build(
         if layers is not None:
             claims.enter_context(claimed(layers, force, lambda: check_writable(layers, force)))
         source = open_source(path)
-        if source.session is None:
+        if source.artefact is None:
             say(f"{path} is not an artefact of ours: built as it is, compared with nothing")
         if source.adaptive and wanted.mode == "dynamic":
             wanted = _with_plugin(wanted, flavour, say)

@@ -209,12 +209,12 @@ def _open(
     from asvit_deploy.classes.network import of_checkpoint, of_fields
 
     if path.suffix == ".onnx":
-        from asvit_deploy.artefacts.onnx_file import Session, find_op_library
+        from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
 
         if batch_rule != "exact" or dense:
             raise UserError(f"{path} is an ONNX file, which runs as it is; for --batch-rule mean-k "
                             "or --dense name its checkpoint")  # fmt: skip
-        session = Session(path, find_op_library(library))
+        session = OnnxArtefact(path, find_op_library(library))
         found = of_fields(path, session.fields, classes, say)
         return session.runner(session.library), session.config, found, session.cuts
     from asvit_deploy.checkpoints.load import build_model, load_checkpoint

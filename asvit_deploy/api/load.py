@@ -15,7 +15,7 @@ from asvit_deploy.api.inputs import (
 from asvit_deploy.status import Say, silent
 
 if TYPE_CHECKING:
-    from asvit_deploy.models.vit import AdaptiveViT
+    from asvit_deploy.models.vit import ViT
 
 
 def load(
@@ -31,7 +31,7 @@ def load(
     interpolation: str | None = None,
     heads: int | None = None,
     say: Say = silent,
-) -> AdaptiveViT:
+) -> ViT:
     """A checkpoint's network: a torch module in eval mode, float32, on the CPU.
 
     It takes normalised pictures, float32 [B, 3, H, W], and returns their logits [B, C] and a trace

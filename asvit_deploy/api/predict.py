@@ -84,20 +84,20 @@ def predict(
     if not several:
         raise UserError("no picture is named; name one or more")
     paths = [path_of(picture) for picture in several]
-    from asvit_deploy.artefacts.onnx_file import Session, find_op_library
+    from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
     from asvit_deploy.classes.network import of_fields
 
-    session = Session(model, find_op_library(optional_path(library)))
-    found = of_fields(model, session.fields, named, say)
+    artefact = OnnxArtefact(model, find_op_library(optional_path(library)))
+    found = of_fields(model, artefact.fields, named, say)
     if found is None or found.firm:  # of others it has said so already
-        say(f"labels: {_origin(model, found, named, session.config.num_classes)}")
-    runner = session.runner(list(session.libraries().values())[-1])
-    labels, tokens = found.names if found else None, session.fields["image_tokens"]
+        say(f"labels: {_origin(model, found, named, artefact.config.num_classes)}")
+    runner = artefact.runner(list(artefact.libraries().values())[-1])
+    labels, tokens = found.names if found else None, artefact.fields["image_tokens"]
     return [
         Prediction(str(path), tokens, skipped=image)
         if isinstance(image, str)
         else _predicted(runner, str(path), tokens, image, labels)
-        for path, image in _loaded(paths, session.config, skip_limit, say)
+        for path, image in _loaded(paths, artefact.config, skip_limit, say)
     ]
 
 

@@ -15,7 +15,7 @@ from asvit_deploy.artefacts.reference import (
     reference_model,
 )
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.runners.base import Reference, Runner
 
 Opener = Callable[[], Runner]
@@ -100,7 +100,7 @@ class Artefact(ABC):
         return self.fields
 
     @cached_property
-    def reference(self) -> AdaptiveViT:
+    def reference(self) -> ViT:
         """The PyTorch model at the start of the chain.
 
         Raises:
@@ -109,7 +109,7 @@ class Artefact(ABC):
         return reference_model(self.path, self.checkpoint_fields, dense=not self.adaptive)
 
     @cached_property
-    def dense_reference(self) -> AdaptiveViT:
+    def dense_reference(self) -> ViT:
         """The same checkpoint without its stages.
 
         Raises:

@@ -173,10 +173,6 @@ class OnnxArtefact(Artefact):
         return Ways(openers, runtimes)
 
 
-# Of earlier imports; goes once nothing names it.
-Session = OnnxArtefact
-
-
 @dataclass(frozen=True)
 class Runtime:
     """What runs ONNX models.

@@ -15,7 +15,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.models.archs import ARCHS, arch
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.methods import restored
 
 _KINDS: dict[str, type] = {
@@ -70,14 +70,14 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
 
 
 def boundaries_of(fields: dict[str, Any]) -> list[float | None]:
-    """As `AdaptiveViT.boundaries`, from a sidecar; empty when dense."""
+    """As `ViT.boundaries`, from a sidecar; empty when dense."""
     if "reduction" in fields and fields["adaptive"]:
         return [None] * len(fields["reduction"]["blocks"])
     return list(fields["thresholds"])
 
 
 def cuts_of(fields: dict[str, Any]) -> tuple[int, ...] | None:
-    """As `AdaptiveViT.cuts`, from a sidecar; None: before the blocks of the stages."""
+    """As `ViT.cuts`, from a sidecar; None: before the blocks of the stages."""
     if "reduction" not in fields:
         return None
     return restored(fields["reduction"], fields.get("prefix", 1)).cuts
@@ -150,7 +150,7 @@ def _of_size(folder: Path, size: Any) -> Iterator[Path]:
                     yield Path(entry.path)
 
 
-def reference_model(artefact: Path, fields: dict[str, Any], dense: bool = False) -> AdaptiveViT:
+def reference_model(artefact: Path, fields: dict[str, Any], dense: bool = False) -> ViT:
     """The PyTorch model that an artefact must agree with; `dense` gives its dense twin.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from asvit_deploy import sidecar as artifact
+from asvit_deploy import sidecar
 from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.checkpoints.fact_source import FactSource
 from asvit_deploy.checkpoints.names import timm_name
@@ -75,7 +75,7 @@ def _other_checkpoints(path: Path) -> list[str]:
         return []
     for name in names:
         file = path.with_name(name)
-        ours = artifact.sidecar_path(file).name in names
+        ours = sidecar.sidecar_path(file).name in names
         if name == path.name or ours or not name.endswith(ENDINGS) or not file.is_file():
             continue
         if not name.startswith(_NO_CHECKPOINTS):

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from asvit_deploy import sidecar as artifact
+from asvit_deploy import sidecar
 from asvit_deploy.checkpoints import facts, relatives, unwrapping
 from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Origins
@@ -46,7 +46,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import ARCHS
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.methods import restored
 from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.sidecar import provenance
@@ -167,9 +167,9 @@ def _own_metadata(
     path: Path, content: Any, metadata: dict[str, str]
 ) -> tuple[dict[str, str], bool]:
     """What the file says of itself, once it and its sidecar are whole, and whether it is ours."""
-    ours, sidecar = metadata.get("format") == FORMAT, artifact.sidecar_path(path).is_file()
-    if sidecar and (ours or artifact.describes(path, "checkpoint")):
-        artifact.read(path)  # refuses a sidecar that does not belong to it
+    ours, beside = metadata.get("format") == FORMAT, sidecar.sidecar_path(path).is_file()
+    if beside and (ours or sidecar.describes(path, "checkpoint")):
+        sidecar.read(path)  # refuses a sidecar that does not belong to it
     if ours:
         check_schema(metadata)
     check_sealed(content, metadata)
@@ -214,7 +214,7 @@ def with_head(checkpoint: Checkpoint, num_classes: int, seed: int) -> Checkpoint
     return replace(checkpoint, config=config, state=state, headless=False)
 
 
-def build_model(checkpoint: Checkpoint, dense: bool = False) -> AdaptiveViT:
+def build_model(checkpoint: Checkpoint, dense: bool = False) -> ViT:
     """The network of a checkpoint in eval mode, float32, on the CPU; `dense` drops thresholds."""
     adaptive = checkpoint.adaptive and not dense
     with torch.device("meta"):  # no time spent on an initialisation that is replaced at once
@@ -227,7 +227,7 @@ def build_model(checkpoint: Checkpoint, dense: bool = False) -> AdaptiveViT:
     return model.eval()
 
 
-def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) -> None:
+def save_checkpoint(path: Path, model: ViT, metadata: dict[str, str]) -> None:
     """Write a model as `.safetensors` and its sidecar, whole or not at all.
 
     Args:
@@ -267,4 +267,4 @@ def save_checkpoint(path: Path, model: AdaptiveViT, metadata: dict[str, str]) ->
     fields = {"kind": "checkpoint", **provenance(["torch", "safetensors"])}
     fields |= {key: parsed(value) for key, value in entries.items() if key != "schema"}
     fields["thresholds"] = model.threshold_values()
-    artifact.write(path, safetensors.torch.save(tensors, sealed(tensors, entries)), fields)
+    sidecar.write(path, safetensors.torch.save(tensors, sealed(tensors, entries)), fields)

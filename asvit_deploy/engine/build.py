@@ -12,8 +12,7 @@ from typing import Any
 
 import onnx
 
-from asvit_deploy import files, trusted
-from asvit_deploy import sidecar as artifact
+from asvit_deploy import files, sidecar, trusted
 from asvit_deploy.engine import process
 from asvit_deploy.engine.comparison import Comparison, compare_graph
 from asvit_deploy.engine.graphs import make_graph
@@ -200,7 +199,7 @@ def build_engine(
         **describe(source, flavour, options, outcome, checked, seconds), "profile": profile,
         "plugin": _plugin_fields(options) if outcome.plugin_layers else None,
     }  # fmt: skip
-    artifact.write(output, plan, fields)
+    sidecar.write(output, plan, fields)
     if layers is not None and options.layers is not None:
         files.write_bytes(options.layers, layers)
     return Built(checked, unexpected(outcome.warnings), fields, seconds)
@@ -276,7 +275,7 @@ def describe(
         "flavour": flavour.name,
         "flavour_version": outcome.version,
         # A foreign file's is not known.
-        "precision": of_option(options.precision).name if source.session else None,
+        "precision": of_option(options.precision).name if source.artefact else None,
         "mode": _mode(source, options),
         "ops": source.fields.get("ops") if options.mode == "dynamic" else "standard",
         "target_sms": list(options.target_sms),
@@ -288,13 +287,13 @@ def describe(
         "plugin_layers": outcome.plugin_layers,
         "build_seconds": round(seconds, 2),
         "checked": checked and checked.fields(),
-        "source": artifact.source_of(source.path, checkpoint=source.fields.get("source")),
+        "source": sidecar.source_of(source.path, checkpoint=source.fields.get("source")),
     }  # fmt: skip
-    return {**model, **own, **artifact.provenance(("onnx", "onnxruntime", "polygraphy", "torch"))}
+    return {**model, **own, **sidecar.provenance(("onnx", "onnxruntime", "polygraphy", "torch"))}
 
 
 def _mode(source: Source, options: Options) -> str:
-    if source.session is None:
+    if source.artefact is None:
         return "foreign"
     if not source.adaptive:
         return "dense"

@@ -68,10 +68,10 @@ def require_end(source: Source) -> None:
 
 def _reference(source: Source) -> tuple[Reference, str]:
     """What the graphs of an artefact are compared with, and how messages call it."""
-    assert source.session is not None
+    assert source.artefact is not None
     if source.reference is None:
         try:
-            source.reference = Remembered(TorchRunner(source.session.reference)), "PyTorch"
+            source.reference = Remembered(TorchRunner(source.artefact.reference)), "PyTorch"
         except UserError:
             runner = Remembered(OrtRunner(with_function(source.model)))
             source.reference = (
@@ -103,9 +103,9 @@ def compare_graph(
     Raises:
         CheckFailed: the graph is not within the limits of `parity`.
     """
-    assert source.session is not None
+    assert source.artefact is not None
     require_end(source)
-    pictures = open_images(images, source.session.config, limit, skip_limit, say)
+    pictures = open_images(images, source.artefact.config, limit, skip_limit, say)
     loaded, names = pictures.loaded()
     reference, with_what = _reference(source)
     if candidate is None and precision:
@@ -113,7 +113,7 @@ def compare_graph(
     elif candidate is None:
         candidate = OrtRunner(with_function(graph))
     limits = precisions.of_option(precision).option
-    boundaries = source.session.boundaries
+    boundaries = source.artefact.boundaries
     parity = compare(reference, candidate, loaded, names, boundaries, limits)
     if not parity.passed:
         raise CheckFailed(

@@ -19,7 +19,7 @@ def make_graph(source: Source, mode: str, precision: Half | None) -> onnx.ModelP
         UserError: the file is foreign, or has not what the mode needs.
     """
     model, name = source.model, str(source.path)
-    if source.session is None and (mode != "dynamic" or precision):
+    if source.artefact is None and (mode != "dynamic" or precision):
         raise UserError(
             f"{name} has no sidecar, so it is built as it is: leave --mode {mode}, --fp16 and "
             "--bf16 out, or name a file that `asvit-deploy export` made"

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 
-from asvit_deploy import sidecar as artifact
-from asvit_deploy.artefacts.onnx_file import Session
+from asvit_deploy import sidecar
+from asvit_deploy.artefacts.onnx_file import OnnxArtefact
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners.base import Reference
@@ -26,25 +26,25 @@ class Source:
     Attributes:
         path: the file.
         model: its contents.
-        session: the artefact it is, or None for a foreign file.
+        artefact: the artefact it is, or None for a foreign file.
         reference: what its graphs were compared with (`engine.comparison`), kept for the next one.
         tried: whether it was run in a child first (`engine.comparison`).
     """
 
     path: Path
     model: onnx.ModelProto
-    session: Session | None
+    artefact: OnnxArtefact | None
     reference: tuple[Reference, str] | None = None
     tried: bool = False
 
     @property
     def adaptive(self) -> bool:
-        return self.session is not None and self.session.adaptive
+        return self.artefact is not None and self.artefact.adaptive
 
     @property
     def fields(self) -> dict[str, Any]:
         """The sidecar's fields; empty for a foreign file."""
-        return self.session.fields if self.session else {}
+        return self.artefact.fields if self.artefact else {}
 
 
 def open_source(path: Path) -> Source:
@@ -54,15 +54,15 @@ def open_source(path: Path) -> Source:
         UserError: it is no ONNX file, a sidecar or an op node of it was tampered with, or it is
             foreign and holds ops that no plugin of ours provides.
     """
-    if artifact.sidecar_path(path).is_file():
-        session = Session(path)
-        _check_nodes(path, session.model, len(session.fields["thresholds"]))
-        _check_thresholds(path, session.model, session.fields["thresholds"])
-        return Source(path, session.model, session)
+    if sidecar.sidecar_path(path).is_file():
+        artefact = OnnxArtefact(path)
+        _check_nodes(path, artefact.model, len(artefact.fields["thresholds"]))
+        _check_thresholds(path, artefact.model, artefact.fields["thresholds"])
+        return Source(path, artefact.model, artefact)
     model = load_model(path)
     foreign = sorted({node.domain for node in model.graph.node} - {"", "ai.onnx"})
     if _claims_to_be_ours(model) or foreign == [onnx_op.DOMAIN]:
-        artifact.read(path)  # raises: it is ours, and its sidecar is missing
+        sidecar.read(path)  # raises: it is ours, and its sidecar is missing
     if foreign:
         raise UserError(
             f"{path} holds ops of {', '.join(foreign)}, for which there is no plugin here; "

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from asvit_deploy import sidecar as artifact
+from asvit_deploy import sidecar
 from asvit_deploy.checkpoints.facts import fields_of
 from asvit_deploy.checkpoints.load import Checkpoint, build_model
 from asvit_deploy.checkpoints.reading import stem_of
@@ -18,7 +18,7 @@ from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.exporting.to_onnx import OPSET, to_onnx
 from asvit_deploy.graph import opset_of, with_function
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.parity import Parity, compare
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.runners.onnx_runtime import OrtRunner
@@ -44,7 +44,7 @@ def require_adaptive(checkpoint: Checkpoint) -> None:
 
 
 def describe_model(
-    model: AdaptiveViT, checkpoint: Checkpoint, proto: onnx.ModelProto, batch: str, ops: str
+    model: ViT, checkpoint: Checkpoint, proto: onnx.ModelProto, batch: str, ops: str
 ) -> dict[str, Any]:
     """The sidecar fields that say what a model is and how its input is made."""
     config = model.config
@@ -70,13 +70,13 @@ def describe_model(
     }
 
 
-def _mode(model: AdaptiveViT) -> str:
+def _mode(model: ViT) -> str:
     if model.reduction is None:
         return "dense"
     return "dynamic" if model.thresholds else "static"
 
 
-def method_fields(model: AdaptiveViT, metadata: Mapping[str, str]) -> dict[str, Any]:
+def method_fields(model: ViT, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a sidecar says of how a model's tokens leave: the one place here that knows a method."""
     budget = metadata.get("budget")
     fields: dict[str, Any] = {
@@ -97,9 +97,7 @@ def embed_metadata(proto: onnx.ModelProto, fields: dict[str, Any]) -> None:
     onnx.helper.set_model_props(proto, {f"asvit_{k}": json.dumps(v) for k, v in values.items()})
 
 
-def verify(
-    proto: onnx.ModelProto, model: AdaptiveViT, images: ImageSet, batch: str
-) -> dict[str, Parity]:
+def verify(proto: onnx.ModelProto, model: ViT, images: ImageSet, batch: str) -> dict[str, Parity]:
     """Compare a float32 model with PyTorch, one image at a time and, if it can, in batches."""
     runner, reference = OrtRunner(with_function(proto)), TorchRunner(model)
     thresholds = model.boundaries()
@@ -143,8 +141,8 @@ def export(
     proto = to_onnx(model, batch, ops, opset, stage_outputs)
     fields = {
         **describe_model(model, checkpoint, proto, batch, ops),
-        "source": artifact.source_of(checkpoint.path, format=checkpoint.format, ema=ema),
-        **artifact.provenance(),
+        "source": sidecar.source_of(checkpoint.path, format=checkpoint.format, ema=ema),
+        **sidecar.provenance(),
     }
     embed_metadata(proto, fields)
     parity = verify(proto, model, images, batch)
@@ -155,5 +153,5 @@ def export(
                 f"({'; '.join(result.failures)}); {output} was not written"
             )
     fields["compared"] = {"pictures": images.source, **images.account}
-    artifact.write(output, proto.SerializeToString(), fields)
+    sidecar.write(output, proto.SerializeToString(), fields)
     return parity

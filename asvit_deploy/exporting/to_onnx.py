@@ -19,7 +19,7 @@ from asvit_deploy import graph
 from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.naming import name_traced
 from asvit_deploy.exporting.translations import translations
-from asvit_deploy.models.vit import AdaptiveViT, Trace
+from asvit_deploy.models.vit import Trace, ViT
 
 OPSET = 20
 # The op's body needs 18; PyTorch writes up to 25.
@@ -29,7 +29,7 @@ OPSETS = range(18, 26)
 class _Traced(nn.Module):
     """What is traced: images -> logits, and what is to have a name in the graph, by that name."""
 
-    def __init__(self, model: AdaptiveViT, dynamic: bool) -> None:
+    def __init__(self, model: ViT, dynamic: bool) -> None:
         super().__init__()
         self.model, self.dynamic = model, dynamic
 
@@ -83,7 +83,7 @@ def check_opset(opset: int) -> None:
 
 
 def to_onnx(
-    model: AdaptiveViT,
+    model: ViT,
     batch: str = "1",
     ops: str = "auto",
     opset: int = OPSET,
@@ -122,7 +122,7 @@ def to_onnx(
     return _with_index(proto) if stage_outputs else proto
 
 
-def _traced(model: AdaptiveViT, dynamic: bool, opset: int) -> ir.Model:
+def _traced(model: ViT, dynamic: bool, opset: int) -> ir.Model:
     """The graph of a model, its stages' values named."""
     size = model.config.image_size
     # A batch of one would be baked into the graph, so a dynamic one is traced with two.

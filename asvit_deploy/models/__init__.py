@@ -6,22 +6,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from asvit_deploy.models.config import ArchConfig
-    from asvit_deploy.models.vit import AdaptiveViT
+    from asvit_deploy.models.vit import ViT
     from asvit_deploy.reduction.base import Reduction
 
 
-def build(
-    config: ArchConfig, adaptive: bool = True, reduction: Reduction | None = None
-) -> AdaptiveViT:
+def build(config: ArchConfig, adaptive: bool = True, reduction: Reduction | None = None) -> ViT:
     """A freshly initialised model of that architecture.
 
     Args:
         adaptive: False: dense, without a reduction.
         reduction: the method; by default learned thresholds at the architecture's stages.
     """
-    from asvit_deploy.models.vit import AdaptiveViT
+    from asvit_deploy.models.vit import ViT
     from asvit_deploy.reduction.threshold import Threshold
 
     if adaptive and reduction is None:
         reduction = Threshold(config.stages, config.prefix)
-    return AdaptiveViT(config, reduction if adaptive else None)
+    return ViT(config, reduction if adaptive else None)

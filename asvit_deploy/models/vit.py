@@ -48,7 +48,7 @@ class Trace:
     length: list[Tensor] = field(default_factory=list)
 
 
-class AdaptiveViT(Backbone):
+class ViT(Backbone):
     """A ViT whose image tokens leave at the cuts of its reduction; dense without one."""
 
     thresholds: Any  # the reduction where it is `Threshold`, else empty
@@ -64,7 +64,7 @@ class AdaptiveViT(Backbone):
         if not isinstance(reduction, Threshold):
             self.thresholds = ()
 
-    def with_reduction(self, reduction: Reduction | None) -> AdaptiveViT:
+    def with_reduction(self, reduction: Reduction | None) -> ViT:
         """The same weights, shared and not copied, with another method or none."""
         twin = copy.copy(self)
         twin._modules = {name: part for name, part in self._modules.items() if name != self._slot}

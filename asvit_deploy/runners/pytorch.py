@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asvit_deploy.models.stem import exact_convolutions
-from asvit_deploy.models.vit import AdaptiveViT, BatchRule, Trace
+from asvit_deploy.models.vit import BatchRule, Trace, ViT
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, rows_of
 
 
@@ -25,9 +25,9 @@ def _decoded(logits: Tensor, trace: Trace, prefix: int, appended: int) -> Predic
 
 
 class TorchRunner(RunnerBase):
-    """An `AdaptiveViT` in eval mode, in true float32; tokens are really removed."""
+    """An `ViT` in eval mode, in true float32; tokens are really removed."""
 
-    def __init__(self, model: AdaptiveViT, batch_rule: BatchRule = "exact") -> None:
+    def __init__(self, model: ViT, batch_rule: BatchRule = "exact") -> None:
         exact_convolutions()
         self.model = model.eval()
         self.batch_rule = batch_rule

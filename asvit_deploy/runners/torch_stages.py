@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.ops.kernel import Counted, Kernel, build_kernel
 from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.runners.bucketed import Kept, smallest
@@ -214,7 +214,7 @@ class TorchStages(DeviceStages):
     """
 
     def __init__(
-        self, model: AdaptiveViT, buckets: Sequence[int], batch: int = 1,
+        self, model: ViT, buckets: Sequence[int], batch: int = 1,
         dtype: torch.dtype = torch.float32, device: str | Place = "cpu",
     ) -> None:  # fmt: skip
         config = model.config
@@ -249,7 +249,7 @@ class StaticModel:
     """
 
     def __init__(
-        self, model: AdaptiveViT, lengths: Sequence[int] | None, batch: int = 1,
+        self, model: ViT, lengths: Sequence[int] | None, batch: int = 1,
         dtype: torch.dtype = torch.float32, device: str | Place = "cpu",
     ) -> None:  # fmt: skip
         self.place = device if isinstance(device, Place) else Place(device)

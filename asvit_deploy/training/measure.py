@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from asvit_deploy.budget import trace_macs
 from asvit_deploy.data.batches import normalise
 from asvit_deploy.data.digits import ClutteredDigits
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.training.selection import forward_selected, random_k
 
 _BATCH = 50
@@ -39,9 +39,9 @@ class Record:
 
 @torch.inference_mode()
 def record(
-    model: AdaptiveViT,
-    twin: AdaptiveViT,
-    dense: AdaptiveViT | None,
+    model: ViT,
+    twin: ViT,
+    dense: ViT | None,
     count: int,
     seed: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,

@@ -25,7 +25,7 @@ from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.sources import Source
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT, Selector
+from asvit_deploy.models.vit import Selector, ViT
 from asvit_deploy.sidecar import provenance
 from asvit_deploy.training.feed import Skipped, batches, share
 from asvit_deploy.training.lifecycle import (
@@ -229,7 +229,7 @@ class _Loop:
 def _start(
     config: ArchConfig, pretrained: Checkpoint | None, teacher: Checkpoint | None, recipe: Recipe,
     accelerator: Accelerator,
-) -> tuple[AdaptiveViT, AdaptiveViT | None]:  # fmt: skip
+) -> tuple[ViT, ViT | None]:  # fmt: skip
     """The network to train and its teacher, once it is sure that the run can be made."""
     if pretrained is not None and pretrained.headless:
         pretrained = with_head(pretrained, config.num_classes, recipe.seed)
@@ -320,7 +320,7 @@ class _End:
     facts: dict[str, str]
     fit: bool
 
-    def finished(self, path: Path, network: AdaptiveViT, of: str) -> Trained:
+    def finished(self, path: Path, network: ViT, of: str) -> Trained:
         """Thresholds onto the budget, held-out figures, and the file."""
         trainer, running, fit = self.trainer, self.running, None
         if self.fit:
@@ -336,7 +336,7 @@ class _End:
             self._save(network, trained)
         return trained
 
-    def _save(self, network: AdaptiveViT, trained: Trained) -> None:
+    def _save(self, network: ViT, trained: Trained) -> None:
         """Write the network and its sidecar."""
         recipe, source = self.trainer.recipe, self.source
         made = provenance(("torch", "accelerate", "kornia", "mlxtend"))

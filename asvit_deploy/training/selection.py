@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import model_macs, teacher_macs
-from asvit_deploy.models.vit import AdaptiveViT, Rule, Selector
+from asvit_deploy.models.vit import Rule, Selector, ViT
 from asvit_deploy.reduction.fixed import highest
 
 _SLACK = 2
@@ -41,7 +41,7 @@ def random_k(counts: Sequence[Tensor], generator: torch.Generator) -> Rule:
 
 
 @torch.inference_mode()
-def forward_selected(model: AdaptiveViT, images: Tensor, rule: Rule) -> Tensor:
+def forward_selected(model: ViT, images: Tensor, rule: Rule) -> Tensor:
     """Inference form of an adaptive network with another rule; logits [B, C].
 
     Args:

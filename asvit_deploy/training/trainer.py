@@ -15,7 +15,7 @@ from asvit_deploy.data.batches import Batch
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT, Selector
+from asvit_deploy.models.vit import Selector, ViT
 from asvit_deploy.training.losses import Outputs, Weights, flops_weight, relative_macs, total_loss
 from asvit_deploy.training.processes import accelerator_for
 from asvit_deploy.training.recipe import Amp, Recipe, rate
@@ -33,7 +33,7 @@ _LEAST_SCALE = 1.0
 _AMP_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def dense_start(config: ArchConfig, pretrained: Checkpoint | None, seed: int) -> AdaptiveViT:
+def dense_start(config: ArchConfig, pretrained: Checkpoint | None, seed: int) -> ViT:
     """A dense network to train: random, or given weights (with a new head for other classes)."""
     torch.manual_seed(seed)
     model = build(config, adaptive=False)
@@ -45,7 +45,7 @@ def dense_start(config: ArchConfig, pretrained: Checkpoint | None, seed: int) ->
     return model
 
 
-def load_teacher(config: ArchConfig, given: Checkpoint) -> AdaptiveViT:
+def load_teacher(config: ArchConfig, given: Checkpoint) -> ViT:
     """The frozen dense network whose answers the student learns.
 
     Raises:
@@ -67,7 +67,7 @@ def load_teacher(config: ArchConfig, given: Checkpoint) -> AdaptiveViT:
 
 def adaptive_start(
     config: ArchConfig, pretrained: Checkpoint, thresholds: tuple[float, ...] | None = None
-) -> tuple[AdaptiveViT, AdaptiveViT]:
+) -> tuple[ViT, ViT]:
     """Student and frozen teacher, both with the weights of a dense (or adaptive) checkpoint.
 
     Args:
@@ -98,9 +98,7 @@ def adaptive_start(
     return student, teacher
 
 
-def _optimizer(
-    model: AdaptiveViT, logarithms: list[nn.Parameter], recipe: Recipe
-) -> torch.optim.Optimizer:
+def _optimizer(model: ViT, logarithms: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW; matrices are decayed, everything else is not, thresholds have a pace of their own."""
     weights = dict(model.named_parameters())
     weights = {k: v for k, v in weights.items() if not k.startswith("thresholds.")}
@@ -117,11 +115,9 @@ def _optimizer(
 
 
 class TrainingForm(nn.Module):
-    """`AdaptiveViT.forward_masked` with its options as a module, for whoever wraps modules."""
+    """`ViT.forward_masked` with its options as a module, for whoever wraps modules."""
 
-    def __init__(
-        self, model: AdaptiveViT, recipe: Recipe, selector: Selector | None = None
-    ) -> None:
+    def __init__(self, model: ViT, recipe: Recipe, selector: Selector | None = None) -> None:
         super().__init__()
         self.model, self._amp = model, recipe.amp
         self._options = recipe.temperature, selector, recipe.masking
@@ -152,8 +148,8 @@ class Trainer:
 
     def __init__(
         self,
-        model: AdaptiveViT,
-        teacher: AdaptiveViT | None,
+        model: ViT,
+        teacher: ViT | None,
         recipe: Recipe,
         from_scratch: bool = False,
         accelerator: Accelerator | None = None,
@@ -263,14 +259,14 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
 
-    def averaged(self) -> AdaptiveViT | None:
+    def averaged(self) -> ViT | None:
         """The moving average of the weights with the thresholds as they are now, if one is kept.
 
         At a decay of 0.99996 averaged thresholds lag behind by a third of the paper's steps.
         """
         if self.average is None:
             return None
-        network: AdaptiveViT = self.average.module  # type: ignore[assignment]
+        network: ViT = self.average.module  # type: ignore[assignment]
         for mean, live in zip(network.thresholds, self.model.thresholds):
             mean.data.copy_(live.data)
         return network

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from asvit_deploy.budget import MOST_PASSES, Fit, fit_thresholds, trace_macs
 from asvit_deploy.data.sources import Source
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.training.feed import Skipped
 from asvit_deploy.training.log import Log
 from asvit_deploy.training.recipe import Running, picture_bytes
@@ -36,7 +36,7 @@ def _bar(what: str, accelerator: Accelerator | None, shown: bool, total: int | N
 
 @torch.inference_mode()
 def validate(
-    model: AdaptiveViT,
+    model: ViT,
     source: Source,
     limit: int | None = None,
     accelerator: Accelerator | None = None,
@@ -81,7 +81,7 @@ def validate(
 
 
 def land_on_budget(
-    model: AdaptiveViT, trainer: Trainer, source: Source, log: Log, what: str, skipped: Skipped,
+    model: ViT, trainer: Trainer, source: Source, log: Log, what: str, skipped: Skipped,
     step: int, running: Running,
 ) -> Fit | None:  # fmt: skip
     """Thresholds onto the budget, over the training pictures that come after that step.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.scoring import token_scores
 from gpu_parts import networks
 from gpu_parts.kit import FailPart, Kit, Report, torch_for
@@ -75,7 +75,7 @@ class CutModel:
         passing: size-passing in place of the highest scores.
     """
 
-    model: AdaptiveViT
+    model: ViT
     rows: Sequence[int] | None
     bias: bool
     passing: bool

@@ -19,7 +19,7 @@ from torch import Tensor
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.rows import Rows
 from gpu_parts.kit import Kit
 
@@ -37,7 +37,7 @@ class Network:
     """
 
     name: str
-    model: AdaptiveViT
+    model: ViT
     pictures: NDArray[np.float32]
     kept: NDArray[np.int64]
 
@@ -86,7 +86,7 @@ def normalised(pixels: NDArray[np.uint8], config: ArchConfig) -> NDArray[np.floa
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
 
 
-def model_of(weights: Path, name: str, pixels: int, classes: int) -> AdaptiveViT:
+def model_of(weights: Path, name: str, pixels: int, classes: int) -> ViT:
     """The model with the weights of a file that `packed_weights` gave; thresholds as they come."""
     model = build(arch(name).at(pixels, classes)).eval()
     with np.load(weights, allow_pickle=False) as file:
@@ -115,7 +115,7 @@ def packed_weights(state: dict[str, Tensor], pixels: int) -> dict[str, NDArray[A
 
 
 def run_stage(
-    model: AdaptiveViT, stage: int, x: Tensor, mask: Tensor | None
+    model: ViT, stage: int, x: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Blocks of stage `stage` (0-based) on tokens T [B, M, D]: tokens, and scores but for the last.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asvit_deploy.models.blocks import Block
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.rows import Rows
 from gpu_parts import networks
 from gpu_parts.kit import FailPart, Kit, Report, SkipPart, target, torch_for
@@ -71,7 +71,7 @@ class PackedModel:
         index: per stage and picture, the rows of that stage's input that stay (int64).
     """
 
-    def __init__(self, model: AdaptiveViT, index: list[list[np.ndarray]], attend: Any) -> None:
+    def __init__(self, model: ViT, index: list[list[np.ndarray]], attend: Any) -> None:
         self.model, self.attend = model, attend
         device = model.pos_embed.device
         before = [model.config.image_tokens + 1] * len(index[0])
@@ -105,7 +105,7 @@ class PackedModel:
 class PaddedModel:
     """The same, padded to the longest picture of the batch and masked."""
 
-    def __init__(self, model: AdaptiveViT, index: list[list[np.ndarray]]) -> None:
+    def __init__(self, model: ViT, index: list[list[np.ndarray]]) -> None:
         self.model = model
         device = model.pos_embed.device
         self.steps: list[tuple[Tensor, Tensor]] = []  # rows of the stage's input, which are real

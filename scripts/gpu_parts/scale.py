@@ -19,7 +19,7 @@ from torch import Tensor
 from asvit_deploy.models import build
 from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.scoring import class_attention_row, token_scores
 from gpu_parts.cut_cost import SHARE, plan
 from gpu_parts.kit import Kit, Report, torch_for
@@ -70,7 +70,7 @@ class Reduced:
         score: what chooses them; None keeps the first rows.
     """
 
-    model: AdaptiveViT
+    model: ViT
     rows: list[int] | None
     score: Score | None = None
 
@@ -98,7 +98,7 @@ class Reduced:
         return x + block.mlp(block.norm2(x)), scores
 
 
-def _model(kit: Kit, config: ArchConfig) -> AdaptiveViT:
+def _model(kit: Kit, config: ArchConfig) -> ViT:
     torch.manual_seed(0)
     with torch.device(kit.device):
         model = build(config)
@@ -126,7 +126,7 @@ def scale(kit: Kit) -> Report:
 
 
 @torch.no_grad()
-def _measure(kit: Kit, model: AdaptiveViT, batch: int) -> Report:
+def _measure(kit: Kit, model: ViT, batch: int) -> Report:
     from asvit_deploy.runners.torch_stages import Captured
 
     config, rows = model.config, rows_of(model.config)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.models import build
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.ops.torch_op import threshold_compact
 from gpu_parts.networks import run_stage
 
@@ -16,7 +16,7 @@ SHARP = 4  # what queries and keys are multiplied with: random attention is all 
 KEEP = 0.7  # of the image tokens at every stage
 
 
-def sharpened(config: ArchConfig, seed: int = 0) -> AdaptiveViT:
+def sharpened(config: ArchConfig, seed: int = 0) -> ViT:
     """Random weights with peaked attention; thresholds are still those of a fresh model."""
     torch.manual_seed(seed)
     model = build(config).eval()
@@ -28,7 +28,7 @@ def sharpened(config: ArchConfig, seed: int = 0) -> AdaptiveViT:
 
 @torch.no_grad()
 def set_thresholds(
-    model: AdaptiveViT, pictures: NDArray[np.float32], keep: float = KEEP
+    model: ViT, pictures: NDArray[np.float32], keep: float = KEEP
 ) -> list[list[int]]:
     """Set each threshold mid-gap so that a share of these pictures' tokens passes.
 

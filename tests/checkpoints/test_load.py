@@ -383,7 +383,7 @@ def test_plain_pickles_are_not_run(tmp_path, file):
 
 def test_whole_models_and_numpy_numbers_are_code_too(file):
     torch.save(network(DEIT), file)
-    assert "AdaptiveViT), which was not run; save only the model's state_dict()" in refusal(file)
+    assert "ViT), which was not run; save only the model's state_dict()" in refusal(file)
     torch.save({"model": dense_state(DEIT), "best": np.float64(1)}, file)
     assert "numpy" in refusal(file)
 

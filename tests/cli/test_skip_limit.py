@@ -21,7 +21,7 @@ from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
 from asvit_deploy.data.images import open_images
 from asvit_deploy.models.archs import arch
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.runners.trt_flavour import RTX
 
 READERS = ("bench", "build-engine", "calibrate", "check", "evaluate", "export", "finetune",
@@ -145,7 +145,7 @@ def labelled(tmp_path) -> tuple[Path, Path]:
     config = arch("as_deit_mini").at(num_classes=3)
     checkpoint = tmp_path / "three.safetensors"
     metadata = {"classes": json.dumps(["cat", "dog", "eel"])}
-    save_checkpoint(checkpoint, AdaptiveViT(config, adaptive=False), metadata)
+    save_checkpoint(checkpoint, ViT(config, adaptive=False), metadata)
     data = picture_folder(tmp_path / "data", ("cat", "dog", "eel"), count=3)
     for path in (data / "eel").iterdir():
         path.write_bytes(b"")

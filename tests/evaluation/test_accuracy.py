@@ -8,7 +8,7 @@ import pytest
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.accuracy import joined, score, summarise, wilson
 from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.runners.base import Prediction
 from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -63,7 +63,7 @@ def test_mean_k_gives_a_batch_one_count(mini, photos, guesses):
 
 
 def test_a_dense_model_has_no_stages(mini, photos, guesses):
-    dense = AdaptiveViT(mini.config, adaptive=False)
+    dense = ViT(mini.config, adaptive=False)
     report = summarise(score(TorchRunner(dense), labelled(photos, guesses, 4), mini.config),
                        mini.config)  # fmt: skip
     assert report["gmacs"] * 1e9 == dense_macs(mini.config)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import ARCHS, arch
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 
 # dim, depth, heads, MLP width, blocks whose input is compacted (0-based), stem
 TABLE = {
@@ -113,7 +113,7 @@ def batch_norm(state: dict[str, Tensor], x: Tensor, name: str) -> Tensor:
     return (x - mean) / (var + 1e-5).sqrt() * part["weight"] + part["bias"]
 
 
-def randomised(name: str) -> AdaptiveViT:
+def randomised(name: str) -> ViT:
     """A short dense network in which no parameter or running statistic has its initial value."""
     config = replace(arch(name), depth=DEPTH, stages=(1,), num_classes=20)
     model = build(config.at(NETWORKS[name].size), adaptive=False).eval()

@@ -14,8 +14,8 @@ from asvit_deploy.exporting.padded import to_padded
 from asvit_deploy.runners.onnx_bounds import VOCABULARY
 
 OPEN = (
-    "from asvit_deploy.artefacts.onnx_file import Session; import numpy as np\n"
-    "    session = Session(path); s = session.config.image_size\n"
+    "from asvit_deploy.artefacts.onnx_file import OnnxArtefact; import numpy as np\n"
+    "    session = OnnxArtefact(path); s = session.config.image_size\n"
     "    session.runner(None)(np.zeros((1, 3, s, s), np.float32))"
 )
 FOREIGN = "from asvit_deploy.engine.source import open_source; open_source(path)"

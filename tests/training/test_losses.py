@@ -13,7 +13,7 @@ from torch import Tensor
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.macs import model_macs, teacher_macs
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.masking import masked_softmax
 from asvit_deploy.training.losses import (
     Outputs,
@@ -106,7 +106,7 @@ def test_label_smoothing_mixes_in_the_uniform_distribution():
 # --- gradients through the masks ----------------------------------------------------------------
 
 
-def small_model(family: str = "deit") -> AdaptiveViT:
+def small_model(family: str = "deit") -> ViT:
     """Three-stage network of 25 tokens whose attention differs between tokens."""
     torch.manual_seed(0)
     name = "as_lvvit_s" if family == "lvvit" else "as_deit_mini"
@@ -118,7 +118,7 @@ def small_model(family: str = "deit") -> AdaptiveViT:
     return model
 
 
-def with_thresholds(model: AdaptiveViT, *values: float) -> AdaptiveViT:
+def with_thresholds(model: ViT, *values: float) -> ViT:
     for threshold, value in zip(model.thresholds, values):
         threshold.data.fill_(value)
     return model

@@ -21,7 +21,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.vit import AdaptiveViT
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.sidecar import read
 from asvit_deploy.training.lifecycle import average_path
 from asvit_deploy.training.log import log_path
@@ -39,7 +39,7 @@ needs_digits = pytest.mark.skipif(
 )
 
 
-def networks(config: ArchConfig | None = None) -> tuple[AdaptiveViT, AdaptiveViT]:
+def networks(config: ArchConfig | None = None) -> tuple[ViT, ViT]:
     torch.manual_seed(0)
     config = config or replace(MINI, dim=32, heads=2, depth=5, stages=(1, 2, 3), image_size=20)
     teacher = build(config, False).requires_grad_(False).eval()
