@@ -37,7 +37,7 @@ def require_folder(folder: Path, variable: str = _CACHE, sticky: bool = False) -
         sticky: the folder itself may be a sticky one.
 
     Raises:
-        UserError: it names the first such place and the mend.
+        UserError: it names the first such place and the remedy.
     """
     if not hasattr(os, "geteuid"):  # Windows: a profile's folders have lists of their own
         return
@@ -51,7 +51,7 @@ def require_tree(folder: Path) -> None:
     """As `require_folder`, and the same of all that it holds: folders and plain files, no links.
 
     Raises:
-        UserError: it names the first place that is not ours alone, and the mend.
+        UserError: it names the first place that is not ours alone, and the remedy.
     """
     require_folder(folder)
     for parent, folders, names in os.walk(folder, onerror=_unreadable):
@@ -70,7 +70,7 @@ def require_temporary() -> None:
     Compilers and engine builders put files there that become code.
 
     Raises:
-        UserError: it names the place and the mend.
+        UserError: it names the place and the remedy.
     """
     import tempfile
 
@@ -99,7 +99,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         if error.errno in (errno.EISDIR, errno.ENXIO):  # a folder; a socket
             raise _no_plain_file(path) from None
         raise UserError(
-            f"{path} may not be read ({error.strerror}); remove it or mend its permissions"
+            f"{path} may not be read ({error.strerror}); remove it or correct its permissions"
         ) from None
     with file:
         _require_file(path, os.fstat(file.fileno()))

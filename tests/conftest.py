@@ -26,6 +26,14 @@ from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
 
 
+def cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    import resource
+
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)

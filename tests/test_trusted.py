@@ -1,4 +1,4 @@
-"""What another user may have written, or can exchange, is refused in one line with its mend."""
+"""What another user may have written, or can exchange, is refused in one line with its remedy."""
 
 from __future__ import annotations
 

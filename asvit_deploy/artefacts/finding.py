@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from asvit_deploy.artefacts.opening import artefacts_here
 from asvit_deploy.errors import UserError
 
 
@@ -17,6 +16,8 @@ def artefacts(named: Sequence[Path], *kinds: str, several: bool = False) -> list
     """
     if named:
         return list(named)
+    from asvit_deploy.artefacts.opening import artefacts_here
+
     found = artefacts_here(*kinds)
     if len(found) > 1 and not several:
         raise UserError(f"several artefacts here, name one: {', '.join(map(str, found))}")

@@ -146,23 +146,23 @@ def _turned(path: Path, key: str, found: Any) -> Any:
     if not isinstance(found, dict):
         return found
     if len({str(i) for i in found.values()}) < len(found):
-        raise UserError(f"{path}: {key} gives one number to several names; mend it")
+        raise UserError(f"{path}: {key} gives one number to several names; correct it")
     return _Pairs([(str(i), name) for name, i in found.items()])
 
 
 def _by_id(path: Path, key: str, found: Any) -> list[Any]:
     """The values of an object whose keys are 0, 1, …, in that order."""
     if not isinstance(found, dict):
-        raise UserError(f"{path}: {key} is no list, nor an object from number to name; mend it")
+        raise UserError(f"{path}: {key} is no list, nor an object from number to name; correct it")
     if (twice := getattr(found, "twice", None)) is not None:
-        raise UserError(f"{path}: {key} names number {twice} twice; mend it")
+        raise UserError(f"{path}: {key} names number {twice} twice; correct it")
     numbers = {}
     for text, name in found.items():
         number = number_of(text)
         if number is None:
-            raise UserError(f"{path}: {key} has {_short(text)} where a number is due; mend it")
+            raise UserError(f"{path}: {key} has {_short(text)} where a number is due; correct it")
         if number in numbers:
-            raise UserError(f"{path}: {key} names number {number} twice; mend it")
+            raise UserError(f"{path}: {key} names number {number} twice; correct it")
         numbers[number] = name
     for i in range(len(numbers)):
         if str(i) not in numbers:
@@ -179,7 +179,7 @@ def _checked(path: Path, names: Sequence[Any]) -> list[str]:
         raise Unusable(f"{path} holds no class name; write them into it")
     for i, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise Unusable(f"{path}: the name of class {i} is {_short(name)}, no text; mend it")
+            raise Unusable(f"{path}: the name of class {i} is {_short(name)}, no text; correct it")
         if len(name) > MAX_NAME:
             raise Unusable(
                 f"{path}: the name of class {i} has {len(name):,} characters; name a file of class "
@@ -187,7 +187,7 @@ def _checked(path: Path, names: Sequence[Any]) -> list[str]:
             )
         if any(unicodedata.category(c) in _NO_TEXT for c in name.strip()):
             raise Unusable(
-                f"{path}: the name of class {i}, {_short(name)}, is no plain text; mend it"
+                f"{path}: the name of class {i}, {_short(name)}, is no plain text; correct it"
             )
     unique = imagenet.told_apart([name.strip() for name in names])
     seen: dict[str, int] = {}

@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
     else:
         _print(findings)
     if fatal := [finding for finding in findings if finding.fatal]:
-        raise CheckFailed("; ".join(f"{f.name}: {f.detail} -> {f.mend}" for f in fatal))
+        raise CheckFailed("; ".join(f"{f.name}: {f.detail} -> {f.remedy}" for f in fatal))
 
 
 def _print(findings: list[Finding]) -> None:
@@ -41,5 +41,5 @@ def _print(findings: list[Finding]) -> None:
     for finding in findings:
         status = click.style(f"{finding.status:<7}", fg=_COLOURS[finding.status])
         click.echo(f"{finding.name:<{width}}  {status}  {finding.detail}")
-        if finding.mend:
-            click.echo(f"{'':<{width}}  {'':<7}  -> {finding.mend}")
+        if finding.remedy:
+            click.echo(f"{'':<{width}}  {'':<7}  -> {finding.remedy}")

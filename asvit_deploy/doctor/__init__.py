@@ -35,9 +35,12 @@ def _careful(check: Check, installation: Installation) -> list[Finding]:
     try:
         return check(installation)
     except UserError as error:
-        detail, _, mend = str(error).partition("; ")
+        detail, _, remedy = str(error).partition("; ")
     except Exception as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        detail, mend = f"could not be looked at ({said})", "report this as a fault of asvit-deploy"
+        detail, remedy = (
+            f"could not be looked at ({said})",
+            "report this as a fault of asvit-deploy",
+        )
     name = check.__name__.replace("_", " ")
-    return [Finding(name, "broken", detail, mend, check in packages.CORE)]
+    return [Finding(name, "broken", detail, remedy, check in packages.CORE)]

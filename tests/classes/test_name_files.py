@@ -131,9 +131,9 @@ def test_what_is_no_file_of_names_is_not_opened(tmp_path):
 def test_many_names_take_no_quadratic_time(tmp_path):
     many = [f"class {i}" for i in range(300_000)]
     path = written(tmp_path, ("\n".join([*many, many[-1]])).encode())
-    start = time.perf_counter()
+    start = time.process_time()
     raises_one_line(lambda: read_names(path), "twice, as number 299999 and 300000")
-    assert time.perf_counter() - start < 20, "comparing each with each takes hours"
+    assert time.process_time() - start < 20, "comparing each with each takes hours"
 
 
 def test_a_config_that_names_nothing(tmp_path):

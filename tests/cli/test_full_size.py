@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -48,12 +47,10 @@ def measured(command, folder):
 
 @pytest.mark.slow
 def test_deit_s_exports_within_its_means_and_agrees(cli, checkpoint, op_library, capsys):
-    start = time.perf_counter()
     command = [sys.executable, "-m", "asvit_deploy", "export", "--ckpt", checkpoint.name]
     code, output, seconds, memory = measured(command, checkpoint.parent)
-    wall = time.perf_counter() - start
     with capsys.disabled():
-        print(f"\nexport of AS-DeiT-S: {seconds:.1f} s CPU, {wall:.1f} s wall, {memory:.2f} GiB")
+        print(f"\nexport of AS-DeiT-S: {seconds:.1f} s CPU, {memory:.2f} GiB")
     assert code == 0, output
     assert seconds <= 60, "30 s are the aim on a quiet machine; twice that on a shared, slow one"
     assert memory <= 3, "GiB: the weights are 0.08, so more is a copy per layer or a traced batch"

@@ -143,7 +143,7 @@ def test_a_planted_library_runs_nowhere(
     assert len(json.loads(result.out)) == 1
     (line,) = [line for line in result.err.splitlines() if line.startswith("no library, ")]
     assert str(shared.folder) in line
-    assert any(mend in line for mend in ("chmod go-w", "rm ", "XDG_CACHE_HOME"))
+    assert any(remedy in line for remedy in ("chmod go-w", "rm ", "XDG_CACHE_HOME"))
     register(library)
     assert mark.left(), "it would have been seen"
 
@@ -209,13 +209,13 @@ def test_doctor_says_what_is_not_trusted(shared, planted, mark, name, monkeypatc
         assert row["status"] == "broken"
         assert f"belongs to user {OTHER}" in row["detail"]
         assert str(trt) in row["detail"]
-        assert "rm " in row["mend"]
+        assert "rm " in row["remedy"]
     trt.chmod(0o777)
     rows = {row["name"]: row for row in json.loads(cli("doctor", "--json").out)}
     for row in (rows["op library"], rows["TensorRT plugin"]):
         assert row["status"] == "broken"
         assert f"others may write in {trt}" in row["detail"]
-        assert "chmod go-w" in row["mend"]
+        assert "chmod go-w" in row["remedy"]
     assert not mark.left()
 
 

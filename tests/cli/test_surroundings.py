@@ -120,7 +120,7 @@ def test_every_command_goes_on_without_a_home(run, places):
             assert result.code == 0, (name, result.err)
     rows = {row["name"]: row for row in json.loads(results["doctor"].out)}
     assert rows["op library"]["detail"] == "there is no home folder"
-    assert "XDG_CACHE_HOME" in rows["op library"]["mend"]
+    assert "XDG_CACHE_HOME" in rows["op library"]["remedy"]
     assert rows["TensorRT plugin"]["status"] == "missing"
     assert not [row for row in rows.values() if "could not be looked at" in row["detail"]]
 
