@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +22,7 @@ from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.reduction.base import Decision, Reduction, Seen
 from asvit_deploy.reduction.removal import mean_k_keep_mask, remove
-from asvit_deploy.reduction.rows import Rows
+from asvit_deploy.reduction.rows import Rows, Trace
 from asvit_deploy.reduction.threshold import TEMPERATURE, Threshold
 
 BatchRule = Literal["exact", "mean-k"]  # how the images of a batch go together
@@ -32,20 +32,6 @@ Masking = Literal["attention", "activation"]
 Selector = Callable[[int, Tensor, Tensor], Tensor]
 # (stage, scores float32 [B, N], alive bool [B, N]) -> bool [B, N]; inference form
 Rule = Callable[[int, Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Trace:
-    """What happened at each cut, in order.
-
-    `index` follows the op's contract (rows of that cut's input, prefix included), `length` counts
-    the rows behind it, appended ones too; `scores` are float32 [B, M-P], -inf where a row only pads
-    the batch.
-    """
-
-    scores: list[Tensor] = field(default_factory=list)
-    index: list[Tensor] = field(default_factory=list)
-    length: list[Tensor] = field(default_factory=list)
 
 
 class ViT(Backbone):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,20 @@ class Rows:
             return self.alive[:, prefix:]
         rows = self.batched
         return filled(True, rows.shape[0], rows.shape[1] - prefix, rows.device)
+
+
+@dataclass
+class Trace:
+    """What happened at each cut, in order.
+
+    `index` follows the op's contract (rows of that cut's input, prefix included), `length` counts
+    the rows behind it, appended ones too; `scores` are float32 [B, M-P], -inf where a row only pads
+    the batch.
+    """
+
+    scores: list[Tensor] = field(default_factory=list)
+    index: list[Tensor] = field(default_factory=list)
+    length: list[Tensor] = field(default_factory=list)
 
 
 def filled(value: float | bool, images: int, rows: int, device: torch.device) -> Tensor:
