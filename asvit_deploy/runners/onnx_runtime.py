@@ -12,10 +12,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from asvit_deploy import graph
 from asvit_deploy.errors import UserError
 from asvit_deploy.memory import memory
 from asvit_deploy.ops import onnx_op
@@ -132,6 +130,11 @@ def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
 
     What another tool took out of a file of ours is left out.
     """
+    # Here and not above: the GPU suite runs where torch, numpy and onnx are all there is.
+    import onnx_ir as ir
+
+    from asvit_deploy import graph
+
     copy = graph.opened(model)
     outputs, made = copy.graph.outputs, graph.values_of(copy.graph)
     for stage in range(stages):
@@ -150,6 +153,10 @@ def with_decisions(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
     Its further inputs `decision_s` float32 [1, N_s], 1 where a token of stage s's input stays and 0
     where it leaves, stand where its own scores and thresholds stood.
     """
+    import onnx_ir as ir
+
+    from asvit_deploy import graph
+
     copy = graph.opened(model)
     values = graph.values_of(copy.graph)
     half = ir.tensor(np.array(0.5, np.float32), name="decision_threshold")
