@@ -573,7 +573,7 @@ def rewrite(path, **metadata):
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"schema": "4"}, "has schema 4, this version reads up to 3; update the tool"),
+        ({"schema": "5"}, "has schema 5, this version reads up to 4; update the tool"),
         ({"schema": "one"}, "does not say its schema"),
         ({"schema": None}, "does not say its schema"),
         ({"arch": None}, "does not say its arch"),
