@@ -56,7 +56,7 @@ def load_teacher(config: ArchConfig, given: Checkpoint) -> ViT:
             f"{given.path} has {given.config.num_classes} classes and the data "
             f"{config.num_classes}; first fit a head with finetune --dense --pretrained"
         )
-    for name in ("traits", "image_size", "preprocessing"):
+    for name in ("head", "image_size", "preprocessing"):
         if getattr(given.config, name) != getattr(config, name):
             raise UserError(
                 f"{given.path} ({given.config.name}) cannot teach {config.name}: it has another "

@@ -145,7 +145,7 @@ def labelled(tmp_path) -> tuple[Path, Path]:
     config = arch("as_deit_mini").at(num_classes=3)
     checkpoint = tmp_path / "three.safetensors"
     metadata = {"classes": json.dumps(["cat", "dog", "eel"])}
-    save_checkpoint(checkpoint, ViT(config, adaptive=False), metadata)
+    save_checkpoint(checkpoint, ViT(config, None), metadata)
     data = picture_folder(tmp_path / "data", ("cat", "dog", "eel"), count=3)
     for path in (data / "eel").iterdir():
         path.write_bytes(b"")

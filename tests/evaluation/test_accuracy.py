@@ -63,7 +63,7 @@ def test_mean_k_gives_a_batch_one_count(mini, photos, guesses):
 
 
 def test_a_dense_model_has_no_stages(mini, photos, guesses):
-    dense = ViT(mini.config, adaptive=False)
+    dense = ViT(mini.config, None)
     report = summarise(score(TorchRunner(dense), labelled(photos, guesses, 4), mini.config),
                        mini.config)  # fmt: skip
     assert report["gmacs"] * 1e9 == dense_macs(mini.config)

@@ -183,7 +183,7 @@ def test_a_teacher_must_see_the_same_pictures_and_classes(tmp_path):
     with pytest.raises(UserError, match="another image size; name a teacher that sees the same"):
         load_teacher(MINI, tiny)
     # Without its token logits half of LV-ViT's loss would be missing.
-    with pytest.raises(UserError, match="cannot teach as_lvvit_s: it has another family"):
+    with pytest.raises(UserError, match="cannot teach as_lvvit_s: it has another head"):
         load_teacher(arch("as_lvvit_s").at(64, 10), tiny)
 
 
