@@ -100,11 +100,6 @@ class ArchConfig:
         return self.prefix + self.image_tokens
 
     @property
-    def traits(self) -> dict[str, Any]:
-        """What makes two networks of one shape compute differently."""
-        return {name: getattr(self, name) for name in TRAITS}
-
-    @property
     def hidden(self) -> int:
         """Width of the MLP's hidden layer."""
         return self.dim * self.mlp_ratio
