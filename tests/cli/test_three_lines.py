@@ -318,8 +318,10 @@ def _export_process(folder: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("after", [3.0, 6.0, "writing"])
+@pytest.mark.parametrize(
+    ("signum", "after"),
+    [(signal.SIGKILL, 3.0), (signal.SIGINT, 6.0), (signal.SIGKILL, "writing")],
+)
 def test_killed_export_loses_nothing(exported, signum, after):
     before = exported.read_bytes()
     process = _export_process(exported.parent)

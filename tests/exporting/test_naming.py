@@ -14,6 +14,8 @@ from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models import build
 from asvit_deploy.models.vit import Trace
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.reduction.rows import Rows
+from asvit_deploy.reduction.scoring import token_scores
 
 KEPT = (100, 40, 7)
 
@@ -34,10 +36,11 @@ class FixedRows(torch.nn.Module):
         self.inner, self.config, self.adaptive, self.thresholds = mini, mini.config, True, []
 
     def forward(self, images, padded=None):
-        x, trace, scores = self.inner.embed(images), Merging(), None
+        x, trace = self.inner.embed(images), Merging()
         for number, block in enumerate(self.inner.blocks):
-            out, scores = block.attn(block.norm1(x), None, number < len(KEPT))
-            x = x + out
+            rows, seen = block.attend(Rows(x))
+            x = rows.tokens
+            scores = token_scores(seen.class_row(), seen.context)
             if number < len(KEPT):  # a cut inside the block
                 best = scores.topk(KEPT[number]).indices.sort().values + 1
                 index = torch.nn.functional.pad(best, (1, 0))
@@ -47,7 +50,7 @@ class FixedRows(torch.nn.Module):
                 trace.length.append(torch.full_like(index[:, 0], index.shape[1]))
                 trace.size.append(torch.ones_like(index, dtype=torch.float32))
                 x = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
-            x = x + block.mlp(block.norm2(x))
+            x = block.feed(Rows(x)).tokens
         return self.inner.classify(x, None), trace
 
 
