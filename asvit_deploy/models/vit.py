@@ -94,9 +94,10 @@ class ViT(Backbone):
             block: Block = self.blocks[half // 2]  # type: ignore[assignment]
             if half % 2:
                 rows = block.feed(rows)
-            else:
-                rows, attended = block.attend(rows, masked)
-                seen = attended if part < len(self.cuts) else None
+            elif part < len(self.cuts) and half + 2 >= end:
+                rows, seen = block.attend(rows, masked)
+            else:  # what it saw is let go at once: the memory serves the next half
+                rows = block.attend(rows, masked)[0]
         return rows, seen
 
     def scored(self, stage: int, rows: Rows) -> tuple[Rows, Decision]:
