@@ -1,4 +1,8 @@
-"""Files that are whole or absent, their fingerprints, and reading that comes to an end."""
+"""Files that are whole or absent, their fingerprints, and reading that comes to an end.
+
+Somewhat over 400 lines: a write, its temporary and the sweeping of those that were left share how
+temporaries are named.
+"""
 
 from __future__ import annotations
 

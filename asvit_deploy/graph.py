@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import onnx
 import onnx.shape_inference
 import onnx_ir as ir
@@ -226,4 +227,44 @@ def without_function(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = opened(model)
     for key in [key for key in copy.functions if key[0] == onnx_op.DOMAIN]:
         del copy.functions[key]
+    return closed(copy)
+
+
+def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
+    """A copy that also puts out `length_s`, `index_s` int64 and `scores_s` float32 of every stage.
+
+    What another tool took out of a file of ours is left out.
+    """
+    copy = opened(model)
+    outputs, made = copy.graph.outputs, values_of(copy.graph)
+    for stage in range(stages):
+        for kind, rank in (("length", 1), ("index", 2), ("scores", 2)):
+            value = made.get(f"{kind}_{stage}")
+            if value is not None and value.producer() is not None and value not in outputs:
+                number = ir.DataType.FLOAT if kind == "scores" else ir.DataType.INT64
+                value.type, value.shape = ir.TensorType(number), ir.Shape([None] * rank)
+                outputs.append(value)
+    return closed(copy)
+
+
+def with_decisions(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
+    """A copy of a dynamic model of ours to which what stays is given.
+
+    Its further inputs `decision_s` float32 [1, N_s], 1 where a token of stage s's input stays and 0
+    where it leaves, stand where its own scores and thresholds stood.
+    """
+    copy = opened(model)
+    values = values_of(copy.graph)
+    half = ir.tensor(np.array(0.5, np.float32), name="decision_threshold")
+    half_way = constant(copy.graph, half)
+    for stage in range(stages):
+        given = ir.Value(
+            name=f"decision_{stage}",
+            type=ir.TensorType(ir.DataType.FLOAT),
+            shape=ir.Shape([1, None]),
+        )
+        copy.graph.inputs.append(given)
+        for name, new in (("scores", given), ("threshold", half_way)):
+            if (own := values.get(f"{name}_{stage}")) is not None:
+                redirect(own, new, outputs=False)
     return closed(copy)

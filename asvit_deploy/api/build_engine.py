@@ -102,10 +102,14 @@ def _check_ranges(
 
 
 def _model(onnx: PathLike | None) -> Path:
-    from asvit_deploy.artefacts.finding import artefacts
+    from asvit_deploy.artefacts.opening import artefacts_here
 
-    path = optional_path(onnx)
-    return artefacts((path,) if path else (), "onnx")[0]
+    if onnx is not None and (path := optional_path(onnx)):
+        return path
+    found = artefacts_here("onnx")
+    if len(found) > 1:
+        raise UserError(f"several artefacts here, name one: {', '.join(map(str, found))}")
+    return found[0]
 
 
 def _precision(fp16: bool, bf16: bool) -> Literal["fp16", "bf16"] | None:

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from asvit_deploy.artefacts.finding import artefacts as artefacts
 from asvit_deploy.models.config import Interpolation
-
-
-def within(context: AbstractContextManager[object]) -> None:
-    """Enter a context that lasts until the command ends."""
-    click.get_current_context().with_resource(context)
 
 
 class CheckpointPath(click.ParamType):

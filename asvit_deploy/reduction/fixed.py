@@ -33,7 +33,9 @@ class FixedCounts(Reduction):
 
     def mask(self, stage: int, decision: Decision, alive: Tensor, temperature: float) -> Tensor:
         living = alive > 0.5
-        count = living.sum(1).clamp(max=self.kept[stage])
+        # Every image has as many, so that the first one's number is all of theirs.
+        tokens = int(living[0].sum())
+        count = torch.full_like(living[:, 0], self.counts(stage, tokens), dtype=torch.long)
         return highest(decision.score.detach(), living, count).float()
 
     def fields(self) -> dict[str, Any]:

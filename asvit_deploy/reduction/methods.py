@@ -21,7 +21,9 @@ def restored(fields: dict[str, Any], prefix: int) -> Reduction:
         ValueError: there is no such method, or the fields are not its own.
     """
     try:
-        method = METHODS[fields["name"]]
+        method, blocks = METHODS[fields["name"]], fields["blocks"]
+        if type(blocks) is not list or not all(type(block) is int for block in blocks):
+            raise TypeError("blocks are a list of numbers")
         return method.restore(fields, prefix)
     except (KeyError, TypeError) as error:
         raise ValueError(f"no reduction is described by {fields!r} ({error})") from None

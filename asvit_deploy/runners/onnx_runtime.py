@@ -1,4 +1,8 @@
-"""ONNX Runtime, with or without the op's library."""
+"""ONNX Runtime, with or without the op's library.
+
+`asvit_deploy.graph` is imported where a graph is changed and not above: the GPU suite runs where
+torch, numpy and onnx are all there is.
+"""
 
 from __future__ import annotations
 
@@ -125,55 +129,6 @@ def rows_in(model: onnx.ModelProto) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
-def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
-    """A copy that also puts out `length_s`, `index_s` int64 and `scores_s` float32 of every stage.
-
-    What another tool took out of a file of ours is left out.
-    """
-    # Here and not above: the GPU suite runs where torch, numpy and onnx are all there is.
-    import onnx_ir as ir
-
-    from asvit_deploy import graph
-
-    copy = graph.opened(model)
-    outputs, made = copy.graph.outputs, graph.values_of(copy.graph)
-    for stage in range(stages):
-        for kind, rank in (("length", 1), ("index", 2), ("scores", 2)):
-            value = made.get(f"{kind}_{stage}")
-            if value is not None and value.producer() is not None and value not in outputs:
-                number = ir.DataType.FLOAT if kind == "scores" else ir.DataType.INT64
-                value.type, value.shape = ir.TensorType(number), ir.Shape([None] * rank)
-                outputs.append(value)
-    return graph.closed(copy)
-
-
-def with_decisions(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
-    """A copy of a dynamic model of ours to which what stays is given.
-
-    Its further inputs `decision_s` float32 [1, N_s], 1 where a token of stage s's input stays and 0
-    where it leaves, stand where its own scores and thresholds stood.
-    """
-    import onnx_ir as ir
-
-    from asvit_deploy import graph
-
-    copy = graph.opened(model)
-    values = graph.values_of(copy.graph)
-    half = ir.tensor(np.array(0.5, np.float32), name="decision_threshold")
-    half_way = graph.constant(copy.graph, half)
-    for stage in range(stages):
-        told = ir.Value(
-            name=f"decision_{stage}",
-            type=ir.TensorType(ir.DataType.FLOAT),
-            shape=ir.Shape([1, None]),
-        )
-        copy.graph.inputs.append(told)
-        for name, new in (("scores", told), ("threshold", half_way)):
-            if (own := values.get(f"{name}_{stage}")) is not None:
-                graph.redirect(own, new, outputs=False)
-    return graph.closed(copy)
-
-
 class OrtRunner(RunnerBase):
     """A session over a model of ours.
 
@@ -229,6 +184,8 @@ class OrtRunner(RunnerBase):
             if library is not None:
                 options.register_custom_ops_library(str(library))
             if record and self.stages:
+                from asvit_deploy.graph import with_stage_outputs
+
                 model = with_stage_outputs(model, self.stages)
             data = model.SerializeToString()
             chosen = (provider, PROVIDER_OPTIONS.get(provider, {}))
@@ -305,6 +262,8 @@ class OrtRunner(RunnerBase):
 
     @functools.cached_property
     def _replay(self) -> _Replay:
+        from asvit_deploy.graph import with_decisions, with_stage_outputs
+
         model, library, name = self._replayed
         options = session_options(1)
         if library is not None:

@@ -102,10 +102,13 @@ def test_at_least_every_second_token_stays():
     reduction = SizePassing(range(5), [1] * 5)
     assert fixed_lengths(config, reduction) == [25, 13, 7, 4, 2]
     model = build(config, reduction=reduction).eval()
+    images = torch.randn(2, 3, 112, 112)
     with torch.no_grad():
-        logits, trace = model(torch.randn(2, 3, 112, 112))
+        logits, trace = model(images)
+        masked = model.forward_masked(images)[0]
     assert logits.isfinite().all()
     assert [length[0].item() for length in trace.length] == [25, 13, 7, 4, 2]
+    torch.testing.assert_close(masked, logits, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
