@@ -239,7 +239,7 @@ def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | No
     if pretrained is None:
         return None, None
     load = partial(load_checkpoint, pretrained, inputs.image_size, inputs.arch,
-                   given=inputs.known, headless=True)  # fmt: skip
+                   given=inputs.known)  # fmt: skip
     start = load()
     teach = None
     if teacher is not None:
@@ -335,9 +335,9 @@ def _identity(inputs: _Inputs, config: ArchConfig) -> dict[str, Any]:
     earlier versions know of neither."""
     from asvit_deploy.checkpoints.facts import fields_of
     from asvit_deploy.files import sha256
-    from asvit_deploy.models.archs import arch
+    from asvit_deploy.models.archs import described, description
 
-    facts = fields_of(config)
+    facts, traits = fields_of(config), description(config)
     return {
         "arch": config.name,
         "image_size": config.image_size,
@@ -345,7 +345,8 @@ def _identity(inputs: _Inputs, config: ArchConfig) -> dict[str, Any]:
         "pretrained": sha256(inputs.pretrained) if inputs.pretrained else None,
         "teacher": sha256(inputs.teacher) if inputs.teacher else None,
         "averaged": True if inputs.averaged else None,
-        "facts": facts if facts != fields_of(arch(config.name)) else None,
+        "facts": facts if facts != fields_of(described(config.name, traits)) else None,
+        "architecture": traits,
     }
 
 

@@ -13,7 +13,7 @@ from asvit_deploy.checkpoints import default_checkpoint, facts
 from asvit_deploy.checkpoints.load import Checkpoint, build_model, load_checkpoint
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
-from asvit_deploy.models.archs import ARCHS, arch
+from asvit_deploy.models.archs import ARCHS, described
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.methods import restored
@@ -38,8 +38,10 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
     for name, kind in _KINDS.items():
         if type(fields.get(name)) is not kind:
             refuse(name)
-    if fields["arch"] not in ARCHS:
-        refuse("arch")
+    try:
+        config = described(fields["arch"], fields.get("architecture"))
+    except (ValueError, TypeError):
+        refuse("architecture" if "architecture" in fields else "arch")
     thresholds, classes, source = fields["thresholds"], fields.get("classes"), fields["source"]
     if len(thresholds) != len(fields["stages"]) or not all(type(t) is float for t in thresholds):
         refuse("thresholds")
@@ -53,7 +55,8 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
         refuse("classes_from")
     if not all(type(source.get(key)) is str for key in ("path", "sha256")):
         refuse("source")
-    config = arch(fields["arch"])
+    if fields.get("output", "logits") != config.output:
+        refuse("output")
     if fields.get("prefix", 1) != config.prefix:
         refuse("prefix")
     if "reduction" in fields:
@@ -85,7 +88,8 @@ def cuts_of(fields: dict[str, Any]) -> tuple[int, ...] | None:
 
 def config_of(fields: dict[str, Any]) -> ArchConfig:
     """The architecture that a sidecar describes, with its own preprocessing, heads and epsilon."""
-    config = arch(fields["arch"]).at(fields["image_size"], fields["num_classes"])
+    row = described(fields["arch"], fields.get("architecture"))
+    config = row.at(fields["image_size"], fields["num_classes"])
     config = config.with_stages(fields["stages"]) if fields.get("stages") else config
     return facts.recorded(config, fields)
 
@@ -167,7 +171,8 @@ def reference_checkpoint(artefact: Path, fields: dict[str, Any]) -> Checkpoint:
     """
     record = fields["source"]
     path = source_file(artefact, record, "checkpoint", "export")
+    arch = fields["arch"] if fields["arch"] in ARCHS else None
     return load_checkpoint(
-        path, fields["image_size"], fields["arch"], ema=record.get("ema", False),
+        path, fields["image_size"], arch, ema=record.get("ema", False),
         recorded=config_of(fields),
     )  # fmt: skip

@@ -131,12 +131,12 @@ def _timm(content: Mapping[str, Any], nested: Mapping[str, Any]) -> FactSource:
     classes = said("num_classes", args, content, nested)
     source.network("num_classes", classes or None, "num_classes")
     pooling = said("global_pool", args, content)
-    if pooling not in (None, "", "token"):
-        source.cannot["global_pool"] = f"global_pool {quoted(pooling)}, not the class token"
+    if pooling is not None:
+        source.pooling(pooling)
     if args.get("class_token") is False:
         source.cannot["class_token"] = "a network without a class token"
-    if args.get("reg_tokens"):
-        source.cannot["reg_tokens"] = f"{quoted(args['reg_tokens'])} register tokens"
+    source.network("registers", args.get("reg_tokens"), "reg_tokens")
+    source.say("positions_resize", "bicubic_antialias")
     norm = args.get("norm_layer")
     if isinstance(norm, str) and norm.rsplit(".", 1)[-1].lower() not in ("layernorm", "ln"):
         source.cannot["norm_layer"] = f"norm_layer {quoted(norm)}, not LayerNorm"

@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from asvit_deploy.checkpoints.reading import quoted
-from asvit_deploy.models.config import CropMode, Interpolation
+from asvit_deploy.models.config import Activation, CropMode, Interpolation, Resize
 
-# Activations that are GELU by the error function, which is what these networks compute.
-_EXACT_GELU = ("gelu", "gelu_python", "gelu_erf")
+# Activations by the names that timm and transformers give them.
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu", "gelu_python": "gelu", "gelu_erf": "gelu",
+    "gelu_tanh": "gelu_tanh", "gelutanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu", "quickgelu": "quick_gelu",
+}  # fmt: skip
 _ALLOWED = {
     "mean": "three numbers, for pixels from 0 to 1",
     "std": "three numbers above 0, for pixels from 0 to 1",
@@ -20,7 +25,15 @@ _ALLOWED = {
     "crop_mode": f"one of {', '.join(get_args(CropMode))}",
     "heads": "a whole number of at least 1",
     "eps": "a number above 0, up to 0.001",
+    "activation": f"one of {', '.join(get_args(Activation))}",
+    "pooling": "class or mean",
+    "positions_resize": f"one of {', '.join(get_args(Resize))}",
 }
+_WORDS: dict[str, tuple[str, ...]] = {
+    "interpolation": get_args(Interpolation), "crop_mode": get_args(CropMode),
+    "activation": get_args(Activation), "pooling": ("class", "mean"),
+    "positions_resize": get_args(Resize),
+}  # fmt: skip
 
 
 def _number(value: Any) -> float | None:
@@ -53,9 +66,8 @@ def checked(name: str, value: Any) -> Any:
         number = _number(value)
         low, high = (0.1, 1.0) if name == "crop_pct" else (math.ulp(0.0), 1e-3)
         return number if number is not None and low <= number <= high else None
-    known = get_args(Interpolation if name == "interpolation" else CropMode)
     text = value.lower() if isinstance(value, str) else None
-    return text if text in known else None
+    return text if text in _WORDS[name] else None
 
 
 def meant(name: str) -> str:
@@ -74,7 +86,8 @@ class FactSource:
 
     Attributes:
         name: what messages call it.
-        says: facts by name: mean, std, crop_pct, interpolation, crop_mode, heads, eps.
+        says: facts by name: mean, std, crop_pct, interpolation, crop_mode, heads, eps, activation,
+            pooling, positions_resize.
         stands_for: those that only the model's name implies; anything said outright is stronger.
         weights: what it says the weights have, each by name (width, depth, hidden, patch_size,
             image_size, num_classes), its own word for that, and value.
@@ -117,12 +130,23 @@ class FactSource:
         self.network("image_size", value, word)
 
     def activation(self, value: Any) -> None:
-        """Note the activation, which must be exact GELU."""
+        """Note the activation, by any of its names."""
         if value is None:
             return
-        name = value.rsplit(".", 1)[-1].lower() if isinstance(value, str) else quoted(value)
-        if name not in _EXACT_GELU:
-            self.cannot["activation"] = f"the activation {quoted(value)}, not exact GELU"
+        name = value.rsplit(".", 1)[-1].lower() if isinstance(value, str) else ""
+        if name in _ACTIVATIONS:
+            self.says["activation"] = _ACTIVATIONS[name]
+        else:
+            self.cannot["activation"] = f"the activation {quoted(value)}, which is not computed"
+
+    def pooling(self, value: Any) -> None:
+        """Note what the head reads: the class token, or the mean of the image tokens."""
+        if value in ("avg", "mean", True):
+            self.says["pooling"] = "mean"
+        elif value in ("token", "cls", "fast", False):
+            self.says["pooling"] = "class"
+        elif value != "":
+            self.cannot["global_pool"] = f"global_pool {quoted(value)}, which is not computed"
 
     def named(self, name: str, stands_for: Mapping[str, Any] | None, tag: Any = None) -> None:
         """Note what a model's name stands for; one that is no ViT at all is another network."""
@@ -137,7 +161,5 @@ class FactSource:
         for key, value in stands_for.items():
             if key in ("width", "patch_size"):
                 self.weights.append((key, f"{name}: {key}", value))
-            elif key == "activation":
-                self.activation(value)
             else:
                 self.stands_for[key] = value

@@ -24,7 +24,8 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig, Preprocessing
 
 _PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
-_FACTS = (*_PREPROCESSING, "heads", "eps")
+_OF_NETWORK = ("heads", "eps", "activation", "pooling", "positions_resize")
+_FACTS = (*_PREPROCESSING, *_OF_NETWORK)
 ASSUMED = "assumed"
 _OPTION = "option"
 _OURS = "its metadata"
@@ -43,6 +44,7 @@ class Given:
     crop_pct: float | None = None
     interpolation: str | None = None
     heads: int | None = None
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.settled().items():
@@ -78,7 +80,8 @@ class Origins:
         """As sidecars and metadata keep it."""
         of = {name: origin for name, origin in self.by_fact.items() if name in _PREPROCESSING}
         return {"preprocessing_from": of, "heads_from": self.by_fact.get("heads", ASSUMED),
-                "eps_from": self.by_fact.get("eps", ASSUMED)}  # fmt: skip
+                "eps_from": self.by_fact.get("eps", ASSUMED),
+                "activation_from": self.by_fact.get("activation", ASSUMED)}  # fmt: skip
 
     def metadata(self) -> dict[str, str]:
         """The same for `save_checkpoint`; nothing where there was no load."""
@@ -149,8 +152,8 @@ def _of_options(place: str, values: Mapping[str, Any]) -> FactSource:
             source.size(key, values[key])
             break
     pooling = values.get("gp", values.get("global_pool"))
-    if pooling not in (None, False, "", "token", "fast"):
-        source.cannot["global_pool"] = f"global_pool {quoted(pooling)}, not the class token"
+    if pooling is not None:
+        source.pooling(pooling)
     return source
 
 
@@ -167,13 +170,15 @@ def own_source(
     stored = {k: parse_json(metadata[k]) for k in _FIELDS if k in metadata}
     known = recorded(config, stored)
     source = FactSource(_OURS)
-    source.says = {**vars(known.preprocessing), "heads": known.heads, "eps": known.eps}
+    source.says = {**vars(known.preprocessing), "heads": known.heads, "eps": known.eps,
+                   "activation": known.activation,
+                   "positions_resize": known.positions_resize}  # fmt: skip
     origins = stored.get("preprocessing_from", {}) if "preprocessing" in stored else {}
     if not isinstance(origins, dict) or not all(isinstance(o, str) for o in origins.values()):
         raise ValueError("preprocessing_from")
     of = dict.fromkeys(_FACTS, f"its arch {config.name}")
     of |= {name: origin for name, origin in origins.items() if name in _PREPROCESSING}
-    for name in ("heads", "eps"):
+    for name in ("heads", "eps", "activation"):
         origin = stored.get(f"{name}_from", of[name])
         if not isinstance(origin, str):
             raise ValueError(f"{name}_from")
@@ -181,7 +186,8 @@ def own_source(
     return source, of
 
 
-_FIELDS = ("preprocessing", "heads", "eps", "preprocessing_from", "heads_from", "eps_from")
+_FIELDS = ("preprocessing", "heads", "eps", "preprocessing_from", "heads_from", "eps_from",
+           "activation_from")  # fmt: skip
 
 
 def fields_of(config: ArchConfig) -> dict[str, Any]:
@@ -223,15 +229,13 @@ class Loaded:
     """What is known of a file before its facts are settled.
 
     Attributes:
-        config: the row that its shapes fit, at the file's own size.
-        headless: it has no classes of its own.
+        config: what its names and shapes say it is, at the file's own size.
         sized: the user asked for an image size, so that what is said of it does not matter.
         named: the user said which architecture it is, so that no name matters.
     """
 
     path: Path
     config: ArchConfig
-    headless: bool
     sized: bool
     named: bool
 
@@ -277,12 +281,10 @@ def settle(
         else:
             origins[name] = ASSUMED
     rules = {name: chosen[name] for name in _PREPROCESSING if name in chosen}
-    config = replace(
-        config,
-        preprocessing=replace(config.preprocessing, **rules),
-        heads=chosen.get("heads", config.heads),
-        eps=chosen.get("eps", config.eps),
-    )
+    named = {name: chosen[name] for name in _OF_NETWORK if name in chosen and name != "pooling"}
+    if chosen.get("pooling") == "mean" and config.head == "class":
+        named["head"] = "mean"
+    config = replace(config, preprocessing=replace(config.preprocessing, **rules), **named)
     if config.preprocessing.crop_mode == "center":  # which goes without saying
         del origins["crop_mode"]
     ours = own is not None
@@ -295,12 +297,12 @@ def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]
         option = {"crop_mode": "crop_pct"}.get(name, name)
         if option not in options:
             known = f"; pass --{option.replace('_', '-')}" if option in vars(NOTHING_GIVEN) else ""
-            advice = known or "; this version computes exact GELU networks with a class token alone"
+            advice = known or "; this version does not compute such a network"
             raise Refused(f"cannot be loaded: {source.name} says {what}{advice}")
     config, settled = loaded.config, set()
     if loaded.sized:
         settled.add("image_size")
-    if loaded.headless:
+    if config.output == "embedding":
         settled.add("num_classes")
     for name, word, value in source.weights:
         attribute = {"width": "dim"}.get(name, name)
@@ -354,6 +356,12 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _told(config: ArchConfig) -> bool:
+    """Whether the activation needs a word: GELU goes without saying but in CLIPs, which have
+    either."""
+    return config.activation != "gelu" or config.norm_pre
+
+
 def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours: bool) -> str:
     """All facts by where they came from, in one line."""
     rules, groups = config.preprocessing, dict[str, list[str]]()
@@ -363,6 +371,8 @@ def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours:
         "crop_mode": {"squash": "squashed"}.get(rules.crop_mode, ""),
         "heads": f"{config.heads} heads",
         "eps": f"eps {config.eps:g}" if config.eps != row.eps else "",
+        "activation": config.activation if _told(config) else "",
+        "pooling": "mean of the tokens" if config.head == "mean" else "",
     }  # fmt: skip
     for name, word in words.items():
         if word and name in origins:

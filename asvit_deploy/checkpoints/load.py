@@ -8,43 +8,40 @@ files are read, unwrapped and asked for facts stands in `asvit_deploy.checkpoint
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from asvit_deploy import sidecar
-from asvit_deploy.checkpoints import facts, relatives, unwrapping
+from asvit_deploy.checkpoints import facts, formats, relatives, unwrapping
 from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Origins
-from asvit_deploy.checkpoints.network import (
-    HEAD,
-    THRESHOLD,
-    at_size,
-    checked_state,
-    infer_config,
-    renamed,
-)
+from asvit_deploy.checkpoints.formats.base import Translated
+from asvit_deploy.checkpoints.network import THRESHOLD, at_size, checked_state, infer_config
 from asvit_deploy.checkpoints.ours import (
     FACTS,
     FORMAT,
     METHOD,
+    TRAITS,
     check_schema,
     check_sealed,
     check_told,
     method_of,
     parsed,
     staged,
+    stated_config,
 )
 from asvit_deploy.checkpoints.reading import listed, quoted, read
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
-from asvit_deploy.models.archs import ARCHS
+from asvit_deploy.models.archs import ARCHS, described, description
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.methods import restored
@@ -57,13 +54,13 @@ class Checkpoint:
     """What a file held, under our names.
 
     `state` is complete and finite; its thresholds are float32 scalars `thresholds.0` … in stage
-    order, present exactly when `adaptive`. `format` is one of "asvit-deploy", "as-vit", "deit" and
-    "lv-vit"; `metadata` is what an asvit-deploy file says of itself, empty for the others. `config`
-    carries the preprocessing, heads and epsilon that were found; `origins` says where each came
-    from, `notes` what was decided or left out besides, a line each. Where `headless`, `state` lacks
-    the head, and the number of classes means nothing. `has_average` says that the file has averaged
-    weights too, whether they were taken or not. `reduction` are the fields of another method than
-    thresholds (`Reduction.fields`); then it is `adaptive` without any.
+    order, present exactly when `adaptive`. `format` is one of "asvit-deploy", "as-vit", "deit",
+    "lv-vit" and the names of `formats.FORMATS`; `metadata` is what an asvit-deploy file says of
+    itself, empty for the others. `config` carries the preprocessing, heads and epsilon that were
+    found; `origins` says where each came from, `notes` what was decided or left out besides, a line
+    each. `has_average` says that the file has averaged weights too, whether they were taken or not.
+    `reduction` are the fields of another method than thresholds (`Reduction.fields`); then it is
+    `adaptive` without any.
     """
 
     config: ArchConfig
@@ -74,9 +71,13 @@ class Checkpoint:
     metadata: dict[str, str]
     origins: Origins = field(default_factory=Origins)
     notes: tuple[str, ...] = ()
-    headless: bool = False
     has_average: bool = False
     reduction: dict[str, Any] | None = None
+
+    @property
+    def headless(self) -> bool:
+        """Whether it tells no classes apart: its output is an embedding."""
+        return self.config.output == "embedding"
 
     @property
     def lines(self) -> list[str]:
@@ -91,18 +92,16 @@ def load_checkpoint(
     ema: bool = False,
     given: Given = NOTHING_GIVEN,
     recorded: ArchConfig | None = None,
-    headless: bool = False,
 ) -> Checkpoint:
     """Read a checkpoint of any known format; nothing that it holds is ever executed.
 
     Args:
-        path: AS-ViT, DeiT, timm or LV-ViT file of torch.save, or `.safetensors`.
+        path: file of torch.save, or `.safetensors`, of any format in `checkpoints.formats`.
         image_size: pixels; the position embeddings are resized to it. By default, the file's own.
         arch: settles which architecture it is where the shapes fit several.
         ema: take the moving average of the weights where the file has one beside them.
         given: facts that the user gives; they stand above all that is found.
         recorded: facts of an earlier load, from a sidecar; nothing else is then asked.
-        headless: take weights without a head, too.
 
     Raises:
         UserError: the file cannot be read, is damaged where it carries checksums, does not hold
@@ -112,14 +111,14 @@ def load_checkpoint(
     """
     path = Path(path)
     try:
-        return _loaded(path, image_size, arch, ema, given, recorded, headless)
+        return _loaded(path, image_size, arch, ema, given, recorded)
     except Refused as refused:
         raise UserError(f"{path} {refused}") from refused
 
 
 def _loaded(
     path: Path, image_size: int | None, arch: str | None, ema: bool, given: Given,
-    recorded: ArchConfig | None, headless: bool,
+    recorded: ArchConfig | None,
 ) -> Checkpoint:  # fmt: skip
     content, metadata, notes = read(path)
     metadata, ours = _own_metadata(path, content, metadata)
@@ -128,24 +127,26 @@ def _loaded(
     relatives.refuse_options(options, names.values())
     found = unwrapping.select(content, ema)
     relatives.refuse_keys(found.state)
-    state = renamed(found.state)
-    bare = not any(map(HEAD.match, state))
-    config = infer_config(state, metadata.get("arch") if ours else None, arch, bare)
-    if bare and not headless:
-        _refuse_headless(found.beside)
+    if ours:
+        stated, form = stated_config(metadata), None
+        translated = Translated(dict(found.state), {"head": stated.head})
+    else:
+        stated = None
+        translated, form = formats.translate(found.state)
+    config, state = infer_config(translated, stated, arch)
     if ours:
         check_told(metadata, config)
         config = staged(metadata, config)
     method = method_of(metadata, config) if ours else None
     adaptive = method is not None or any(map(THRESHOLD.match, state))
-    state = checked_state(state, config, adaptive, bare, method)
+    state = checked_state(state, config, adaptive, method)
     if recorded is not None:
         config = facts.recorded(config, facts.fields_of(recorded))
         origins, lines = Origins(), list[str]()
     else:
         own = _own_facts(metadata, config) if ours else None
         within = facts.sources_within(content, options)
-        loaded = facts.Loaded(path, config, bare, image_size is not None, arch is not None)
+        loaded = facts.Loaded(path, config, image_size is not None, arch is not None)
         config, origins, lines = facts.settle(loaded, given, own, within)
     config = at_size(state, config, image_size)
     return Checkpoint(
@@ -153,11 +154,10 @@ def _loaded(
         state=state,
         adaptive=adaptive,
         path=path,
-        format=FORMAT if ours else _format_of(config, adaptive),
+        format=FORMAT if form is None else _format_of(form.name, config, adaptive),
         metadata=metadata if ours else {},
         origins=origins,
-        notes=(*notes, *found.notes, *lines),
-        headless=bare,
+        notes=(*notes, *found.notes, *_notes(translated, config, found.beside), *lines),
         has_average=found.average,
         reduction=method,
     )
@@ -176,18 +176,23 @@ def _own_metadata(
     return unsealed(metadata), ours
 
 
-def _format_of(config: ArchConfig, adaptive: bool) -> str:
+def _format_of(form: str, config: ArchConfig, adaptive: bool) -> str:
     if adaptive:
         return "as-vit"
-    return "deit" if config.head == "class" else "lv-vit"
+    if config.name not in ARCHS or form != "timm":
+        return form
+    return "lv-vit" if config.stem == "conv" else "deit"
 
 
-def _refuse_headless(beside: tuple[str, ...]) -> NoReturn:
-    heads = f"; beside it lie {listed(beside)}" if beside else ""
-    raise Refused(
-        f"has no head (head.weight, head.bias), so it tells no classes apart{heads}; give it one "
-        "with `asvit-deploy finetune --dense --pretrained` first"
-    )
+def _notes(found: Translated, config: ArchConfig, beside: tuple[str, ...]) -> list[str]:
+    """What of the network itself was left out, and what its output is where that is no classes."""
+    notes = []
+    if found.left_out:
+        notes.append(f"left out, not needed for its output: {listed(found.left_out)}")
+    if config.head == "none":
+        heads = f" (beside it lie {listed(beside)})" if beside else ""
+        notes.append(f"has no head{heads}: its output is the class token, {config.dim} numbers")
+    return notes
 
 
 def _own_facts(metadata: Mapping[str, str], config: ArchConfig) -> Any:
@@ -202,16 +207,20 @@ def _own_facts(metadata: Mapping[str, str], config: ArchConfig) -> Any:
 
 
 def with_head(checkpoint: Checkpoint, num_classes: int, seed: int) -> Checkpoint:
-    """Headless weights with a fresh head of so many classes."""
-    config = checkpoint.config.at(num_classes=num_classes)
+    """Weights that give embeddings, with a fresh head of so many classes in place of theirs."""
+    row = ARCHS.get(checkpoint.config.name)
+    config = replace(checkpoint.config, head=row.head if row else "class", num_classes=num_classes)
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in build(config, False).state_dict().items()}
     generator, state = torch.Generator().manual_seed(seed), dict(checkpoint.state)
-    for key in filter(HEAD.match, shapes):
+    for key in filter(_HEAD.match, shapes):
         state[key] = torch.zeros(shapes[key])
         if key.endswith("weight"):
             nn.init.trunc_normal_(state[key], std=0.02, generator=generator)
-    return replace(checkpoint, config=config, state=state, headless=False)
+    return replace(checkpoint, config=config, state=state)
+
+
+_HEAD = re.compile(r"(?:aux_)?head\.(?:weight|bias)$")
 
 
 def build_model(checkpoint: Checkpoint, dense: bool = False) -> ViT:
@@ -249,13 +258,16 @@ def save_checkpoint(path: Path, model: ViT, metadata: dict[str, str]) -> None:
         "image_size": str(config.image_size),
         "num_classes": str(config.num_classes),
     }
-    row, known = ARCHS[config.name], facts.fields_of(config)
+    own_traits = description(config)
+    row, known = described(config.name, own_traits), facts.fields_of(config)
     if config.stages != row.stages:
         own |= {"schema": "2", "stages": json.dumps(config.stages)}
     if known != facts.fields_of(row):
         own["schema"] = str(FACTS)
     if model.reduction is not None and not isinstance(model.reduction, Threshold):
         own |= {"schema": str(METHOD), "reduction": json.dumps(model.reduction.fields())}
+    if own_traits is not None:
+        own |= {"schema": str(TRAITS), "architecture": json.dumps(own_traits)}
     own |= {name: json.dumps(value) for name, value in known.items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if odd := [key for key, value in tensors.items() if not value.isfinite().all()]:

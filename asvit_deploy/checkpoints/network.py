@@ -5,114 +5,178 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asvit_deploy.checkpoints.formats.base import Translated
 from asvit_deploy.checkpoints.reading import listed
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
-from asvit_deploy.models.archs import ARCHS
-from asvit_deploy.models.archs import arch as arch_by_name
-from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.archs import ARCHS, DESCRIBED, arch, described
+from asvit_deploy.models.config import MAX_IMAGE_SIZE, ArchConfig
 from asvit_deploy.reduction.methods import restored
 
-_FOREIGN_THRESHOLD = re.compile(r"^score_predictor\.(\d+)\.keep_threshold$")
 THRESHOLD = re.compile(r"^thresholds\.(\d+)$")
-HEAD = re.compile(r"^(?:aux_)?head\.(?:weight|bias)$")
-
-
-def renamed(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The release's name of a threshold becomes ours."""
-    state: dict[str, Tensor] = {}
-    for key, value in raw.items():
-        ours = _FOREIGN_THRESHOLD.sub(r"thresholds.\1", key)
-        if ours != key and ours in raw:
-            raise Refused(
-                f"has both {key} and {ours}, two thresholds of one stage; leave one of them"
-            )
-        state[ours] = value
-    return state
+# Each is needed by every network; what else there is, shapes and traits tell.
+_NEEDED = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4,
+           "blocks.0.norm1.weight": 1, "blocks.0.mlp.fc1.weight": 2}  # fmt: skip
+_SIZES = {(192, 12): "tiny", (384, 12): "small", (768, 12): "base", (1024, 24): "large",
+          (1280, 32): "huge", (1536, 40): "giant"}  # fmt: skip
 
 
 # --- state dict -> architecture -----------------------------------------------------------------
 
 
 def infer_config(
-    state: Mapping[str, Tensor], stated: str | None, wanted: str | None, bare: bool
-) -> ArchConfig:
-    """Find the row of the table that the shapes fit.
+    found: Translated, stated: ArchConfig | None, wanted: str | None
+) -> tuple[ArchConfig, dict[str, Tensor]]:
+    """The architecture that a state dict is of, and the state as that architecture has it.
 
     Args:
-        stated: arch name in the file's own metadata.
+        stated: what the file's own metadata says, where it is ours.
         wanted: arch name the user gave.
-        bare: there is no head.
     """
-    fits = fitting_archs(state, bare)
-    if wanted is not None and arch_by_name(wanted).name not in fits:
-        raise Refused(f"holds {' or '.join(fits)}, not {wanted}; drop --arch or name another file")
-    if stated is not None and stated not in fits:
-        raise Refused(
-            f"says it is {stated[:40]} but holds {' or '.join(fits)}; write it again with this tool"
-        )
-    name = wanted or stated or fits[0]
-    if wanted is None and stated is None and len(fits) > 1:
-        raise Refused(f"fits several architectures; pass --arch {' or --arch '.join(fits)}")
-    row = ARCHS[name]
-    tokens = state["pos_embed"].shape[1] - 1
-    grid = round(max(tokens, 0) ** 0.5)
-    if math.isqrt(tokens + 1) ** 2 == tokens + 1 and tokens > 0:
-        raise Refused(
-            "has no position for its class token (no_embed_class); pass a plain DeiT or ViT"
-        )
+    _check_needed(found.state)
+    shaped = {**_traits(found.state), **found.traits}
+    state, tokens = _placed(dict(found.state), shaped)
+    grid = math.isqrt(max(tokens, 0))
     if grid == 0 or grid * grid != tokens:
         raise Refused(
             f"has position embeddings for {tokens} image tokens; only square grids are read"
         )
-    return row.at(grid * row.patch_size, None if bare else state["head.weight"].shape[0])
+    row = _row(shaped, stated, wanted)
+    size = grid * row.patch_size
+    if size > MAX_IMAGE_SIZE:
+        raise Refused(f"has {tokens:,} position embeddings, more than can be used; pass another")
+    return replace(row, image_size=size, num_classes=_outputs(state, row)), state
 
 
-def fitting_archs(state: Mapping[str, Tensor], bare: bool) -> list[str]:
-    """Names of the rows with the state's stem, width, depth, hidden width and patch."""
-    needed = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}
-    needed |= {"blocks.0.mlp.fc1.weight": 2, **({} if bare else {"head.weight": 2})}
-    missing = [key for key in needed if key not in state]
-    if len(missing) == len(needed):
-        raise Refused(
-            f"is no DeiT or LV-ViT checkpoint (keys such as {listed(state)}); name one that is"
-        )
-    if missing:
-        raise Refused(f"lacks {listed(missing)}; pass a complete DeiT, LV-ViT or AS-ViT checkpoint")
-    for key, dims in needed.items():
-        if state[key].ndim != dims or 0 in state[key].shape:
-            raise Refused(
-                f"has {key} of shape {list(state[key].shape)}; pass an unmodified checkpoint"
-            )
+def _check_needed(state: Mapping[str, Tensor]) -> None:
+    if missing := [key for key in _NEEDED if key not in state]:
+        raise Refused(f"lacks {listed(missing)}; pass a complete checkpoint")
+    known = {key: value for key, value in state.items() if key in (*_NEEDED, "reg_token")}
+    for key, value in known.items():
+        if value.ndim != _NEEDED.get(key, 3) or 0 in value.shape:
+            raise Refused(f"has {key} of shape {list(value.shape)}; pass an unmodified checkpoint")
+
+
+def _traits(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the names and shapes of a state dict say of its architecture."""
     stem = "conv" if "patch_embed.conv1.weight" in state else "patch"
-    patch = state["patch_embed.proj.weight"].shape[3] * (2 if stem == "conv" else 1)
     dim = state["cls_token"].shape[2]
     hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
     blocks = (re.match(r"blocks\.(\d+)\.", key) for key in state)
-    depth = len({match[1] for match in blocks if match})
-    found = (stem, dim, depth, hidden, patch)
-    rows = ARCHS.values()
-    fits = [r.name for r in rows if (r.stem, r.dim, r.depth, r.hidden, r.patch_size) == found]
-    if not fits:
+    return {
+        "dim": dim,
+        "depth": len({match[1] for match in blocks if match}),
+        "mlp_ratio": hidden // dim if hidden % dim == 0 else hidden / dim,
+        "patch_size": state["patch_embed.proj.weight"].shape[3] * (2 if stem == "conv" else 1),
+        "stem": stem,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "patch_bias": "patch_embed.proj.bias" in state,
+        "layer_scale": "blocks.0.ls1.gamma" in state,
+        "norm_pre": "norm_pre.weight" in state,
+        "prefix": 1 + (state["reg_token"].shape[1] if "reg_token" in state else 0),
+    }
+
+
+def _placed(state: dict[str, Tensor], shaped: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """The state with positions for all rows or for the image tokens alone, and how many tokens
+    there are; `shaped` learns which.
+
+    Where the class token has a position and registers have none, its position joins the token.
+    """
+    count, prefix = state["pos_embed"].shape[1], shaped["prefix"]
+    for placed in sorted({prefix, 1, 0}, reverse=True):
+        if math.isqrt(max(count - placed, 0)) ** 2 == count - placed > 0:
+            break
+    else:
+        placed = prefix
+    if placed == 1 < prefix:
+        if state["cls_token"].shape[2] != state["pos_embed"].shape[2]:
+            raise Refused("has a class token and positions of other widths; pass an unmodified one")
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    shaped["positions"] = "all" if placed == prefix else "image"
+    return state, count - placed
+
+
+def _row(shaped: dict[str, Any], stated: ArchConfig | None, wanted: str | None) -> ArchConfig:
+    """The architecture with these traits: a row of the table, what our own file says, or a
+    description of its own."""
+    alike = {name: shaped[name] for name in shaped if name in DESCRIBED and name != "head"}
+    rows = [stated] if stated else list(ARCHS.values())
+    fits = [row for row in rows if all(getattr(row, name) == v for name, v in alike.items())]
+    if wanted is not None and arch(wanted).name not in [row.name for row in fits]:
+        has = " or ".join(row.name for row in fits) or _name(shaped)
+        raise Refused(f"holds {has}, not {wanted}; drop --arch or name another file")
+    if wanted is not None:
+        fits = [row for row in fits if row.name == wanted]
+    if len(fits) > 1:
+        names = " or --arch ".join(row.name for row in fits)
+        raise Refused(f"fits several architectures; pass --arch {names}")
+    if stated is not None and not fits:
         raise Refused(
-            f"has width {dim}, depth {depth}, hidden width {hidden}, {patch}-pixel patches and a "
-            f"{stem} stem, which fits no known architecture; known: {', '.join(ARCHS)}"
+            f"says it is {stated.name[:40]} but holds {_name(shaped)}; write it again with this "
+            "tool"
         )
-    return fits
+    if fits:
+        return replace(
+            fits[0], **{name: v for name, v in shaped.items() if name in ("head", "eps")}
+        )
+    return _new_row(shaped)
+
+
+def _new_row(shaped: dict[str, Any]) -> ArchConfig:
+    if shaped["stem"] == "conv":
+        raise Refused(
+            f"has a convolutional stem with width {shaped['dim']} and depth {shaped['depth']}, "
+            f"which fits no known architecture; known: {', '.join(ARCHS)}"
+        )
+    try:
+        row = described(
+            _name(shaped), {**_PLAIN, **{k: v for k, v in shaped.items() if k != "eps"}}
+        )
+    except ValueError as error:
+        raise Refused(f"holds no network that can be built ({error}); pass another") from None
+    return replace(row, eps=shaped.get("eps", row.eps))
+
+
+def _name(shaped: dict[str, Any]) -> str:
+    """As timm would call it, such as `vit_small_patch14_reg4`."""
+    dim, depth = shaped["dim"], shaped["depth"]
+    name = f"vit_{_SIZES.get((dim, depth), f'{dim}x{depth}')}_patch{shaped['patch_size']}"
+    name += "_clip" if shaped["norm_pre"] else ""
+    if shaped.get("head") == "two_classes":
+        return f"{name}_distilled"
+    return name + (f"_reg{shaped['prefix'] - 1}" if shaped["prefix"] > 1 else "")
+
+
+_PLAIN = {name: getattr(ARCHS["as_deit_small"], name) for name in DESCRIBED}
+
+
+def _outputs(state: Mapping[str, Tensor], row: ArchConfig) -> int:
+    """How wide its output is."""
+    if row.head == "none":
+        return row.dim
+    if "head.weight" not in state:
+        raise Refused("lacks head.weight; pass a complete checkpoint")
+    if state["head.weight"].ndim != 2 or 0 in state["head.weight"].shape:
+        shape = list(state["head.weight"].shape)
+        raise Refused(f"has head.weight of shape {shape}; pass an unmodified checkpoint")
+    return state["head.weight"].shape[0]
 
 
 # --- the state itself ---------------------------------------------------------------------------
 
 
 def checked_state(
-    state: Mapping[str, Tensor], config: ArchConfig, adaptive: bool, bare: bool,
+    state: Mapping[str, Tensor], config: ArchConfig, adaptive: bool,
     method: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The state in float32, once its keys, shapes, types and values are right.
@@ -130,8 +194,6 @@ def checked_state(
     with torch.device("meta"):
         reduction = None if method is None else restored(method, config.prefix)
         expected = build(config, adaptive, reduction).state_dict()
-    if bare:
-        expected = {key: like for key, like in expected.items() if not HEAD.match(key)}
     if extra := [key for key in state if key not in expected]:
         raise Refused(
             f"has keys that {config.name} does not know: {listed(extra)}; pass a plain checkpoint"
@@ -180,13 +242,17 @@ def at_size(state: dict[str, Tensor], config: ArchConfig, image_size: int | None
         target = config.at(image_size)
     except UserError as error:
         raise Refused(f"cannot be loaded at another size: {error}") from error
-    state["pos_embed"] = _resize(state["pos_embed"], config.grid, target.grid)
+    placed = config.prefix if config.positions == "all" else 0
+    antialias = config.positions_resize == "bicubic_antialias"
+    state["pos_embed"] = _resize(state["pos_embed"], placed, config.grid, target.grid, antialias)
     return target
 
 
-def _resize(pos_embed: Tensor, grid: int, target: int) -> Tensor:
-    """float32 [1, 1+grid^2, D] -> [1, 1+target^2, D], bicubic; the class token's row is kept."""
-    cls_row, rows = pos_embed[:, :1], pos_embed[:, 1:]
+def _resize(pos_embed: Tensor, placed: int, grid: int, target: int, antialias: bool) -> Tensor:
+    """float32 [1, placed+grid^2, D] -> [1, placed+target^2, D], bicubic; the first rows stay."""
+    first, rows = pos_embed[:, :placed], pos_embed[:, placed:]
     plane = rows.transpose(1, 2).unflatten(2, (grid, grid))  # (1, D, grid, grid)
-    plane = F.interpolate(plane, size=(target, target), mode="bicubic", align_corners=False)
-    return torch.cat([cls_row, plane.flatten(2).transpose(1, 2)], 1)
+    plane = F.interpolate(
+        plane, size=(target, target), mode="bicubic", align_corners=False, antialias=antialias
+    )
+    return torch.cat([first, plane.flatten(2).transpose(1, 2)], 1)

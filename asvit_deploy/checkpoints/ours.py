@@ -12,14 +12,15 @@ from asvit_deploy.checkpoints.damage import check_seal, is_sealed
 from asvit_deploy.checkpoints.reading import quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
+from asvit_deploy.models.archs import described
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.reduction.methods import restored
 
 FORMAT = "asvit-deploy"
-# 2 has stages of its own, 3 other facts than the arch's, 4 another method than thresholds; what
-# came before would ignore them.
-SCHEMA = 4
-FACTS, METHOD = 3, 4
+# 2 has stages of its own, 3 other facts than the arch's, 4 another method than thresholds, 5 an
+# architecture that is no row of the table; what came before would ignore them.
+SCHEMA = 5
+FACTS, METHOD, TRAITS = 3, 4, 5
 
 
 def parsed(value: str) -> Any:
@@ -41,6 +42,21 @@ def check_schema(metadata: Mapping[str, str]) -> None:
         raise Refused(
             "does not say its arch, image_size and num_classes; write it again with this tool"
         )
+
+
+def stated_config(metadata: Mapping[str, str]) -> ArchConfig:
+    """The architecture that a file of ours says it is: a row of the table, or one of its own."""
+    traits = parsed(metadata["architecture"]) if "architecture" in metadata else None
+    name = metadata["arch"]
+    try:
+        if traits is not None and not isinstance(traits, dict):
+            raise ValueError("architecture")
+        return described(name, traits)
+    except ValueError as error:
+        raise Refused(
+            f"says it is {quoted(name)}, which no network here is ({error}); write it again with "
+            "this tool"
+        ) from error
 
 
 def check_sealed(content: Any, metadata: Mapping[str, str]) -> None:

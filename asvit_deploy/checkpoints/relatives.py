@@ -58,7 +58,6 @@ _MODELS: tuple[tuple[str, str], ...] = (
     (r".*(?:^|_)ats(?:_|$)", "ATS"),
 )
 
-_NO_DISTILLED = "pass the DeiT of the same size without distillation"
 _LATER = "this version does not load it; pass a DeiT, a plain ViT, LV-ViT or AS-ViT"
 _HF = "has transformers' names"
 # (a key of the state dict, what that means, what to do); the first that fits is named.
@@ -68,32 +67,21 @@ _KEYS: tuple[tuple[str, str, str], ...] = (
         "holds DynamicViT predictors (in_conv); AS-ViT needs keep_threshold",
         "pass an AS-ViT file, or dense weights to `calibrate` or `finetune`",
     ),
-    (
-        r"dist_token$|head_dist\.",
-        "is a distilled DeiT (dist_token, head_dist), which has a second class token that AS-ViT "
-        "does not",
-        _NO_DISTILLED,
-    ),
     (r"blocks\.\d+\.(?:merge|prune)_masker\.", "is an LTMP network ({key})", _LATER),
     (r"blocks\.\d+\.(?:merge|prune)_ddp\.", "is a DiffRate network ({key})", _LATER),
     (r"decoder_(?:blocks\.|embed\.|pos_embed)", "is an MAE with its decoder ({key})",
      "pass the encoder alone to `finetune`"),
     (r"(?:.*\.)?dinov2\w*\.|.*\.layer_scale[12]\.lambda1$",
      f"is a DINOv2 and {_HF} ({{key}})", _LATER),
-    (r"(?:.*\.)?(?:vit|deit)\.(?:embeddings|encoder)\.", f"is a ViT that {_HF} ({{key}})", _LATER),
     (r"(?:.*\.)?vision_model\.", f"is a CLIP or SigLIP and {_HF} ({{key}})", _LATER),
-    (r"(?:.*\.)?encoder\.layers?\.\d+\.(?:attention\.|self_attn\.)",
-     f"{_HF} ({{key}})", _LATER),
     (r"(?:.*\.)?encoder\.layers\.encoder_layer_\d+\.", "is a torchvision ViT ({key})", _LATER),
-    (r"(?:.*\.)?visual\.transformer\.resblocks\.|(?:.*\.)?norm_pre\.", "is a CLIP ({key})", _LATER),
-    (r"reg_token$|register_tokens$", "has register tokens ({key})", _LATER),
-    (r"fc_norm\.", "averages its tokens instead of reading the class token ({key})", _LATER),
+    (r"(?:.*\.)?visual\.transformer\.resblocks\.", "is a CLIP ({key})", _LATER),
+    (r"blocks_token_only\.", "is a CaiT ({key})", _LATER),
     (r"attn_pool\.", "pools its tokens by attention, as SigLIP does ({key})", _LATER),
     (r"(?:.*\.)?relative_position_bias|.*\.attn\.q_bias$", "is a BEiT or EVA ({key})", _LATER),
     (r"blocks\.\d+\.attn\.[qk]_norm\.", "normalises queries and keys ({key})", _LATER),
     (r"blocks\.\d+\.mlp\.(?:w12|w1|fc1_g)\.", "has a gated MLP ({key})", _LATER),
 )  # fmt: skip
-_LAYER_SCALE = re.compile(r"blocks\.\d+\.(?:gamma_[12]|ls[12]\.gamma)$")
 
 
 def refuse_options(sources: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
@@ -130,16 +118,3 @@ def refuse_keys(state: Mapping[str, Any]) -> None:
     for pattern, what, advice in _KEYS:
         if key := next((key for key in state if re.match(pattern, key)), None):
             raise Refused(f"{what.format(key=quoted(key)[1:-1])}; {advice}")
-    if key := next(filter(_LAYER_SCALE.match, state), None):
-        raise Refused(f"{_layer_scaled(state)} (LayerScale: {key}); {_LATER}")
-
-
-def _layer_scaled(state: Mapping[str, Any]) -> str:
-    """Which family it is that scales its branches: DeiT-III has no position for the class token."""
-    shapes = {key: list(getattr(value, "shape", [])) for key, value in state.items()}
-    positions, stem = shapes.get("pos_embed", []), shapes.get("patch_embed.proj.weight", [])
-    if "mask_token" in state or stem[3:] == [14]:
-        return "is a DINOv2"
-    if len(positions) == 3 and round(positions[1] ** 0.5) ** 2 == positions[1]:
-        return "is a DeiT-III"
-    return "is a DeiT-III, CaiT or DINOv2"

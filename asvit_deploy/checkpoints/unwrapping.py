@@ -10,6 +10,7 @@ that differ, none is taken.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,15 +20,11 @@ import torch
 from torch import Tensor
 
 from asvit_deploy.checkpoints.bounds import LONGEST_NAME, MOST_NAMES, MOST_NETWORKS
+from asvit_deploy.checkpoints.formats import FORMATS
+from asvit_deploy.checkpoints.formats.base import Format
 from asvit_deploy.checkpoints.reading import listed, quoted
 from asvit_deploy.checkpoints.refused import Refused
 
-# What every network of these families has, directly under its prefix.
-_ANCHOR = re.compile(
-    r"((?:.*\.)?)(?:blocks\.\d+\.(?:norm1|norm2|attn|mlp)\..+|patch_embed\.proj\.weight"
-    r"|cls_token|pos_embed)",
-    re.S,
-)
 # Under these names lies a moving average of the weights; that of another network follows it.
 _AVERAGES = frozenset((
     "model_ema", "ema_model", "ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict",
@@ -168,12 +165,21 @@ def _flattened(content: dict) -> _Flat:
 
 def _roots(flat: _Flat) -> list[str]:
     """Prefixes under which a network lies: blocks, and something before them."""
-    found: dict[str, set[bool]] = {}
-    for key in flat.tensors:
-        if match := _ANCHOR.fullmatch(key):
-            in_block = ".blocks." in f".{key[len(match[1]) :]}"
-            found.setdefault(match[1], set()).add(in_block)
-    return [root for root, kinds in found.items() if kinds == {True, False}]
+    found: dict[str, None] = {}
+    for form in FORMATS:
+        blocks, others = ({m[1]: None for key in flat.tensors if (m := pattern.fullmatch(key))}
+                          for pattern in _anchors(form))  # fmt: skip
+        found.update({root: None for root in blocks if root in others})
+    return list(found)
+
+
+@functools.cache
+def _anchors(form: type[Format]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Names in the blocks and before them, the shortest prefix apart."""
+    blocks, others = (
+        re.compile(rf"((?:.*?\.)??)(?:{own})", re.S) for own in (form.blocks, form.others)
+    )
+    return blocks, others
 
 
 def _without_network(content: dict) -> dict[str, Tensor]:

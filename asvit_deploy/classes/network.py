@@ -143,7 +143,8 @@ def _assumed(path: Path, arch: str, count: int, say: Say) -> ClassNames | None:
     from asvit_deploy.models.archs import ARCHS
 
     # An architecture whose own head has other classes was never one of ImageNet's.
-    if count != imagenet.CLASSES or ARCHS[arch].num_classes != imagenet.CLASSES:
+    row = ARCHS.get(arch)
+    if count != imagenet.CLASSES or (row and row.num_classes != imagenet.CLASSES):
         return None
     say(f"{path} has {count} outputs and no class names: {ASSUMED}; --classes FILE gives others")
     return ClassNames(imagenet.names(), ASSUMED)

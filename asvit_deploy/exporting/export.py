@@ -18,6 +18,8 @@ from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.exporting.to_onnx import OPSET, to_onnx
 from asvit_deploy.graph import opset_of, with_function
+from asvit_deploy.models.archs import description
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.parity import Parity, compare
 from asvit_deploy.precision import FLOAT32
@@ -52,6 +54,7 @@ def describe_model(
     return {
         "kind": "onnx",
         "arch": config.name,
+        **architecture_fields(config),
         "adaptive": model.adaptive,
         "image_size": config.image_size,
         "image_tokens": config.image_tokens,
@@ -68,6 +71,17 @@ def describe_model(
         "ir_version": proto.ir_version,
         "ops": ops if model.thresholds else "standard",
     }
+
+
+def architecture_fields(config: ArchConfig) -> dict[str, Any]:
+    """What a sidecar says of a network that is no row of the table, and of one that gives
+    embeddings."""
+    traits, fields = description(config), dict[str, Any]()
+    if traits is not None:
+        fields["architecture"] = traits
+    if config.output != "logits":
+        fields["output"] = config.output
+    return fields
 
 
 def _mode(model: ViT) -> str:

@@ -33,7 +33,8 @@ class Backbone(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.eps)
         heads = HEADS[config.head].layers(config)
         if "head" in heads:
-            self.head = nn.Linear(heads.pop("head"), config.num_classes)
+            bias = config.head != "projection"
+            self.head = nn.Linear(heads.pop("head"), config.num_classes, bias=bias)
         self._initialise()
         # Behind the others, so that the random numbers of a seed stay theirs.
         for name, width in heads.items():
@@ -63,8 +64,12 @@ class Backbone(nn.Module):
         return self.norm_pre(tokens) if self.config.norm_pre else tokens
 
     def classify(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """tokens [B, M, D] -> logits [B, C]; `valid` bool [B, M] names the rows in use."""
-        return HEADS[self.config.head].read(self, self.norm(tokens), valid, self.config.prefix)
+        """tokens [B, M, D] -> logits or an embedding [B, C].
+
+        `valid` bool [B, M] names the rows in use.
+        """
+        x = tokens if self.config.head == "mean_norm" else self.norm(tokens)
+        return HEADS[self.config.head].read(self, x, valid, self.config.prefix)
 
 
 def _initialise_linear(layer: nn.Linear) -> None:

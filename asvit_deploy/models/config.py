@@ -16,7 +16,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-HeadName = Literal["class", "class_and_tokens", "class_and_mean", "two_classes", "none"]
+HeadName = Literal[
+    "class", "projection", "class_and_tokens", "class_and_mean", "two_classes", "mean", "mean_norm",
+    "none",
+]  # fmt: skip
+Output = Literal["logits", "embedding"]
+Resize = Literal["bicubic", "bicubic_antialias"]
 Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
 CropMode = Literal["center", "squash"]
 
@@ -48,6 +53,7 @@ class ArchConfig:
     """One architecture, as traits.
 
     Attributes:
+        mlp_ratio: hidden width of the MLP over `dim`.
         stages: 0-based blocks at which tokens leave.
         eps: of every LayerNorm.
         residual: factor of both branches of a block.
@@ -56,6 +62,7 @@ class ArchConfig:
         prefix: P, rows before the image tokens that never leave: the class token, then others
             (registers, a distillation token).
         positions: which rows have a position of their own: all, or the image tokens alone.
+        positions_resize: how the family resizes its position embeddings to another grid.
         head: what becomes of the last tokens, see `models.heads`.
         counts_elementwise: whether MACs hold norms, activations and softmax too, as the LV-ViT half
             of the AS-ViT release counts.
@@ -65,7 +72,7 @@ class ArchConfig:
     dim: int
     heads: int
     depth: int
-    mlp_ratio: int
+    mlp_ratio: float
     stages: tuple[int, ...]
     image_size: int = 224
     patch_size: int = 16
@@ -81,6 +88,7 @@ class ArchConfig:
     activation: Activation = "gelu"
     prefix: int = 1
     positions: Literal["all", "image"] = "all"
+    positions_resize: Resize = "bicubic"
     head: HeadName = "class"
     counts_elementwise: bool = False
 
@@ -95,6 +103,11 @@ class ArchConfig:
         return self.grid**2
 
     @property
+    def registers(self) -> int:
+        """Prefix rows beside the class token."""
+        return self.prefix - 1
+
+    @property
     def rows(self) -> int:
         """M: prefix and image tokens."""
         return self.prefix + self.image_tokens
@@ -102,7 +115,17 @@ class ArchConfig:
     @property
     def hidden(self) -> int:
         """Width of the MLP's hidden layer."""
-        return self.dim * self.mlp_ratio
+        return round(self.dim * self.mlp_ratio)
+
+    @property
+    def output(self) -> Output:
+        """What the network returns, `num_classes` wide."""
+        return "embedding" if self.head in ("none", "projection") else "logits"
+
+    @property
+    def averages(self) -> bool:
+        """Whether the head takes the mean of the image tokens."""
+        return self.head in ("class_and_mean", "mean", "mean_norm")
 
     def at(self, image_size: int | None = None, num_classes: int | None = None) -> ArchConfig:
         """The same architecture for another image size or head.
@@ -145,4 +168,4 @@ class ArchConfig:
 
 
 TRAITS = ("stem", "qkv_bias", "patch_bias", "residual", "layer_scale", "norm_pre", "activation",
-          "prefix", "positions", "head")  # fmt: skip
+          "prefix", "positions", "positions_resize", "head")  # fmt: skip

@@ -14,7 +14,7 @@ from asvit_deploy.models.config import ArchConfig
 
 
 class Head(Protocol):
-    """Classes or an embedding from the normalised tokens."""
+    """Classes or an embedding from the last tokens, which the network's last norm has met."""
 
     @staticmethod
     def layers(config: ArchConfig) -> dict[str, int]:
@@ -45,6 +45,10 @@ class ClassHead:
         return network.head(x[:, 0])  # type: ignore[operator]
 
 
+class Projection(ClassHead):
+    """CLIP: the class token through one layer without a bias, an embedding."""
+
+
 class ClassAndTokens:
     """LV-ViT: head(class token) + 0.5 max over the kept tokens of aux_head(token)."""
 
@@ -69,13 +73,33 @@ class ClassAndMean:
 
     @staticmethod
     def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-        tokens = x[:, prefix:]
-        if valid is None:
-            mean = tokens.mean(1)
-        else:
-            used = valid[:, prefix:, None].to(x.dtype)
-            mean = (tokens * used).sum(1) / used.sum(1)
+        mean = _mean(x, valid, prefix)
         return network.head(torch.cat([x[:, 0], mean], 1))  # type: ignore[operator]
+
+
+class Mean(ClassHead):
+    """The mean of the image tokens through one layer."""
+
+    @staticmethod
+    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
+        return network.head(_mean(x, valid, prefix))  # type: ignore[operator]
+
+
+class MeanNorm(ClassHead):
+    """As `Mean`, where the last norm comes behind the mean: timm's `fc_norm`, MAE's fine-tuning."""
+
+    @staticmethod
+    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
+        return network.head(network.norm(_mean(x, valid, prefix)))  # type: ignore[operator]
+
+
+def _mean(x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
+    """[B, D], over the image tokens in use."""
+    tokens = x[:, prefix:]
+    if valid is None:
+        return tokens.mean(1)
+    used = valid[:, prefix:, None].to(x.dtype)
+    return (tokens * used).sum(1) / used.sum(1)
 
 
 class TwoClasses:
@@ -103,6 +127,7 @@ class NoHead:
 
 
 HEADS: dict[str, type[Head]] = {
-    "class": ClassHead, "class_and_tokens": ClassAndTokens, "class_and_mean": ClassAndMean,
-    "two_classes": TwoClasses, "none": NoHead,
+    "class": ClassHead, "projection": Projection, "class_and_tokens": ClassAndTokens,
+    "class_and_mean": ClassAndMean, "two_classes": TwoClasses, "mean": Mean, "mean_norm": MeanNorm,
+    "none": NoHead,
 }  # fmt: skip

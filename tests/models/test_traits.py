@@ -31,12 +31,16 @@ ALONE = {
     "tokens vote": {"head": "class_and_tokens"},
     "mean of the tokens": {"head": "class_and_mean"},
     "distilled": {"head": "two_classes", "prefix": 2},
+    "antialiased": {"positions_resize": "bicubic_antialias"},
+    "projection": {"head": "projection"},
+    "mean": {"head": "mean"},
+    "mean, then norm": {"head": "mean_norm"},
     "embedding": {"head": "none"},
 }  # fmt: skip
 TOGETHER = {"DINOv2 with registers": {"layer_scale": True, "prefix": 5, "positions": "image",
                                       "head": "class_and_mean"},
             "CLIP": {"norm_pre": True, "activation": "quick_gelu", "patch_bias": False,
-                     "head": "none", "eps": 1e-5}}  # fmt: skip
+                     "head": "projection", "eps": 1e-5}}  # fmt: skip
 
 
 def norm(x, state, name, eps):
@@ -80,8 +84,13 @@ def written_out(state, config, image):
         )
         y = linear(y, state, f"{b}.mlp.fc2")
         x = x + y * state.get(f"{b}.ls2.gamma", 1) * c.residual
+    if c.head == "mean_norm":
+        mean = x[c.prefix :].mean(0, keepdim=True)
+        return linear(norm(mean, state, "norm", c.eps)[0], state, "head")
     x = norm(x, state, "norm", c.eps)
     tokens = x[c.prefix :]
+    if c.head == "mean":
+        return linear(tokens.mean(0), state, "head")
     if c.head == "class_and_tokens":
         return linear(x[0], state, "head") + linear(tokens, state, "aux_head").amax(0) / 2
     if c.head == "class_and_mean":

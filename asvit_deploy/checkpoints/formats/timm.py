@@ -1,0 +1,53 @@
+"""timm's names, which are DeiT's, DINOv2's, augreg's, MAE's and ours.
+
+In the releases of AS-ViT, LV-ViT, DeiT-III and DINOv2 a few names differ; these are here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from asvit_deploy.checkpoints.formats.base import State, Translated, rename, without
+from asvit_deploy.checkpoints.refused import Refused
+
+_NAMES = (
+    (r"score_predictor\.(\d+)\.keep_threshold", r"thresholds.\1"),  # AS-ViT's release
+    (r"(blocks\.\d+)\.gamma_([12])", r"\1.ls\2.gamma"),  # DeiT-III's release
+    (r"register_tokens", "reg_token"),  # DINOv2's release
+    (r"dist_token", "reg_token"),  # a distillation token is a second prefix row
+    (r"fc_norm\.(weight|bias)", r"norm.\1"),
+)
+
+
+class Timm:
+    """timm and the releases that share its names."""
+
+    name: ClassVar[str] = "timm"
+    blocks: ClassVar[str] = r"blocks\.\d+\.(?:norm1|norm2|attn|mlp)\..+"
+    others: ClassVar[str] = r"(?:patch_embed\.proj\.weight|cls_token|pos_embed)"
+    model_types: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def recognises(state: State) -> bool:
+        return any(key.startswith("blocks.") for key in state)
+
+    @staticmethod
+    def translate(state: State) -> Translated:
+        if "dist_token" in state and ("reg_token" in state or "register_tokens" in state):
+            raise Refused("has a distillation token and registers; pass a network with one of them")
+        whole, left_out = without(rename(state, _NAMES), r"mask_token")
+        traits: dict[str, Any] = {"head": _head(state, whole)}
+        return Translated(whole, traits, left_out)
+
+
+def _head(state: State, whole: State) -> str:
+    """What reads the last tokens, by which layers there are."""
+    if "head.weight" not in state:
+        return "none"
+    if "fc_norm.weight" in state:
+        return "mean_norm"
+    if "aux_head.weight" in state:
+        return "class_and_tokens"
+    if "head_dist.weight" in state:
+        return "two_classes"
+    return "class"
