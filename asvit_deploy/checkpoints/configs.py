@@ -29,9 +29,9 @@ _NO_CHECKPOINTS = ("training_args", "optimizer", "scheduler", "rng_state", "scal
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # Processors whose `size`, where it is one number, is that of the shorter side.
 _SHORTER = ("clip", "bit", "convnext", "levit", "poolformer", "efficientformer", "mobilenet")
-_PLAIN_TYPES = ("vit", "deit")
+_PLAIN_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "clip")
 _VISION_TYPES = (
-    "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "clip_vision_model", "siglip",
+    "dinov3_vit", "siglip",
     "siglip_vision_model", "siglip2", "beit", "data2vec-vision", "vit_mae", "vit_msn", "ijepa",
     "vit_hybrid", "yolos", "swin", "swinv2", "pvt", "convnext", "convnextv2", "resnet", "levit",
     "mobilevit", "cvt", "segformer", "videomae", "eva",
@@ -147,6 +147,8 @@ def _timm(content: Mapping[str, Any], nested: Mapping[str, Any]) -> FactSource:
 
 
 def _transformers(content: Mapping[str, Any], kind: Any) -> FactSource:
+    nested = content.get("vision_config")
+    content = nested if isinstance(nested, Mapping) else content
     source = FactSource(CONFIG)
     if kind is not None and kind not in _PLAIN_TYPES:
         source.cannot["model_type"] = f"model_type {quoted(kind)}, no plain ViT"

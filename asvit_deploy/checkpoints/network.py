@@ -98,7 +98,7 @@ def _placed(state: dict[str, Tensor], shaped: dict[str, Any]) -> tuple[dict[str,
     else:
         placed = prefix
     if placed == 1 < prefix:
-        if state["cls_token"].shape[2] != state["pos_embed"].shape[2]:
+        if state["cls_token"].shape[1:] != state["pos_embed"][:, :1].shape[1:]:
             raise Refused("has a class token and positions of other widths; pass an unmodified one")
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
@@ -109,7 +109,7 @@ def _placed(state: dict[str, Tensor], shaped: dict[str, Any]) -> tuple[dict[str,
 def _row(shaped: dict[str, Any], stated: ArchConfig | None, wanted: str | None) -> ArchConfig:
     """The architecture with these traits: a row of the table, what our own file says, or a
     description of its own."""
-    alike = {name: shaped[name] for name in shaped if name in DESCRIBED and name != "head"}
+    alike = {name: shaped[name] for name in shaped if name in DESCRIBED and name not in _FREE}
     rows = [stated] if stated else list(ARCHS.values())
     fits = [row for row in rows if all(getattr(row, name) == v for name, v in alike.items())]
     if wanted is not None and arch(wanted).name not in [row.name for row in fits]:
@@ -144,7 +144,8 @@ def _new_row(shaped: dict[str, Any]) -> ArchConfig:
         )
     except ValueError as error:
         raise Refused(f"holds no network that can be built ({error}); pass another") from None
-    return replace(row, eps=shaped.get("eps", row.eps))
+    facts = {name: shaped[name] for name in ("eps", "preprocessing") if name in shaped}
+    return replace(row, **facts)
 
 
 def _name(shaped: dict[str, Any]) -> str:
@@ -157,6 +158,8 @@ def _name(shaped: dict[str, Any]) -> str:
     return name + (f"_reg{shaped['prefix'] - 1}" if shaped["prefix"] > 1 else "")
 
 
+# A format may settle these without that it is another row; facts may, too.
+_FREE = ("head", "eps", "activation", "positions_resize", "preprocessing")
 _PLAIN = {name: getattr(ARCHS["as_deit_small"], name) for name in DESCRIBED}
 
 
