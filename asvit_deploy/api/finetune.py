@@ -274,18 +274,21 @@ def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
     alone, weight = not inputs.dense and inputs.teacher is None, inputs.given["distill_weight"]
     if alone and weight:
         raise UserError(
-            f"{start.path} has no head, so it teaches nothing and --distill-weight {weight:g} "
-            "needs another teacher; pass --teacher, or drop it"
+            f"{start.path} tells no classes apart, so it teaches nothing and --distill-weight "
+            f"{weight:g} needs another teacher; pass --teacher, or drop it"
         )
     nothing = ", and without a --teacher nothing is distilled" if alone else ""
-    say(f"{start.path}: has no head; a fresh one is trained{nothing}")
+    has = "has no head" if start.config.head == "none" else "gives embeddings, no classes"
+    say(f"{start.path}: {has}; a fresh head is trained{nothing}")
     return replace(inputs, given={**inputs.given, "distill_weight": 0.0}) if alone else inputs
 
 
 def _config(inputs: _Inputs, start: Checkpoint | None) -> ArchConfig:
+    from asvit_deploy.checkpoints.load import telling_classes
     from asvit_deploy.models.archs import arch
 
-    config = start.config if start else arch(inputs.arch or "").at(inputs.image_size)
+    config = arch(inputs.arch or "").at(inputs.image_size) if start is None else start.config
+    config = telling_classes(config)
     return config.with_stages(inputs.stages) if inputs.stages else config
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from asvit_deploy.models.config import IMAGENET_MEAN, IMAGENET_STD
+from asvit_deploy.models.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+# How every CLIP of OpenAI's and most others see a picture.
+CLIP_RULES = Preprocessing(crop_pct=1.0, mean=CLIP_MEAN, std=CLIP_STD)
 
 _NAME = re.compile(
     r"(?P<family>vit|deit)_(?P<size>tiny|small|base|large|huge)(?:_distilled)?"

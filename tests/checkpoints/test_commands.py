@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +253,7 @@ def test_headless_weights_start_a_dense_run(cli, tmp_path, data):
     torch.save({"model": headless(torch.load(path)["model"])}, path)
     result = run(cli, data, "--pretrained", path, "--dense")
     assert result.code == 0, result.err
-    assert f"{path}: has no head; a fresh one is trained" in result.err
+    assert f"{path}: has no head; a fresh head is trained" in result.err
     assert load_checkpoint(Path("out.safetensors")).config.num_classes == 2
     first = Path("out.safetensors").read_bytes()
     run(cli, data, "--pretrained", path, "--dense")
@@ -274,7 +275,7 @@ def test_headless_weights_start_an_adaptive_run(cli, tmp_path, data):
     torch.save(headless(torch.load(path)["model"]), path)
     result = run(cli, data, "--pretrained", path, "--budget", 0.8)
     assert result.code == 0, result.err
-    assert "has no head; a fresh one is trained, and without a --teacher nothing is" in result.err
+    assert "has no head; a fresh head is trained, and without a --teacher nothing is" in result.err
     assert load_checkpoint(Path("out.safetensors")).adaptive
     recipe = artifact.read(Path("out.safetensors"))["provenance"]["recipe"]
     assert recipe["distill_weight"] == 0
@@ -285,11 +286,25 @@ def test_headless_weights_start_an_adaptive_run(cli, tmp_path, data):
     assert "nothing is distilled" not in taught.err
 
 
-@pytest.mark.parametrize("command", ["export", "calibrate"])
-def test_headless_weights_elsewhere(cli, tmp_path, command):
+def test_the_projection_of_a_clip_gives_way_to_a_fresh_head(cli, tmp_path, data):
+    config = replace(arch("as_deit_mini").at(SIZE, 5), stem="patch", depth=3, norm_pre=True)
+    state = build(config, adaptive=False).state_dict()
+    torch.save({**state, "head.bias": torch.zeros(5)}, tmp_path / "clip.pt")
+    result = run(cli, data, "--pretrained", "clip.pt", "--dense")
+    assert result.code == 0, result.err
+    assert "clip.pt: gives embeddings, no classes; a fresh head is trained" in result.err
+    trained = load_checkpoint(Path("out.safetensors"))
+    assert (trained.config.head, trained.config.num_classes) == ("class", 2)
+    close = trained.state["blocks.1.mlp.fc1.weight"]
+    torch.testing.assert_close(close, state["blocks.1.mlp.fc1.weight"], atol=1e-3, rtol=0)
+
+
+def test_headless_weights_export_dense(cli, tmp_path):
     torch.save(headless(dense_state()), tmp_path / "bare.pt")
-    refused(cli(command, "--ckpt", "bare.pt"), "bare.pt has no head", "finetune")
-    refused(cli("evaluate", "bare.pt", "--data", "digits"), "bare.pt has no head")
+    refused(cli("export", "--ckpt", "bare.pt"), "bare.pt is a dense", "--dense")
+    result = cli("export", "--ckpt", "bare.pt", "--dense", "-o", "bare.onnx")
+    assert result.code == 0, result.err
+    assert "has no head: its output is the class token, 384 numbers" in result.err
 
 
 def test_bare_ema_takes_averaged_weights(cli, tmp_path, data):
@@ -346,8 +361,6 @@ def test_a_run_is_not_resumed_with_other_eyes(cli, tmp_path, data, monkeypatch):
 
 
 def test_save_checkpoint_keeps_what_is_not_the_arch_s_own(tmp_path, mini_config):
-    from dataclasses import replace
-
     config = replace(mini_config, heads=4)
     path = tmp_path / "four.safetensors"
     save_checkpoint(path, build(config), {})
