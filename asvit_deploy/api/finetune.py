@@ -54,7 +54,8 @@ def finetune(
     validation_limit: int | None = None, workers: int = 0, skip_limit: int = 0,
     classes: PathLike | None = None, tensorboard: PathLike | None = None,
     mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
-    interpolation: str | None = None, heads: int | None = None, resume: bool = False,
+    interpolation: str | None = None, heads: int | None = None,
+    activation: str | None = None, resume: bool = False,
     force: bool = False, say: Say = silent,
 ) -> Trained:  # fmt: skip
     """Train to a MACs budget (Eq. 10-13 of AS-ViT), or train a dense network.
@@ -83,7 +84,7 @@ def finetune(
     require_at_least(0, warmup=warmup, seed=seed)
     require_numbers({k: v for k, v in given.items() if k not in ("thresholds", "masking", "amp")})
     require_whole(image_size=image_size)
-    known = given_facts(mean, std, crop_pct, interpolation, heads)
+    known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     inputs = _Inputs(
         os.fspath(data), arch, _checkpoint(pretrained), _checkpoint(teacher), dense,
         optional_path(output), image_size, _stages(stages),

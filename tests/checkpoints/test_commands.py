@@ -99,6 +99,19 @@ def test_heads_of_an_option_reach_the_check(cli, tmp_path):
     refused(cli("check", "b.onnx", "--reference", "a.onnx"), "heads is 12 there, 6 here")
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
+def test_an_activation_of_an_option_reaches_the_check(cli, tmp_path, activation):
+    path = hub_folder(tmp_path / "vit")
+    result = cli("export", "--ckpt", path, "--dense", "-o", "a.onnx", "--activation", activation)
+    assert result.code == 0, result.err
+    assert f"{activation} by --activation" in result.err
+    assert artifact.read(Path("a.onnx"))["activation_from"] == "option --activation"
+    assert cli("check", "a.onnx", "--limit", "2").code == 0
+    assert cli("export", "--ckpt", path, "--dense", "-o", "b.onnx").code == 0
+    # Another network: so the first check could have failed.
+    assert cli("check", "b.onnx", "--reference", "a.onnx").code == 1
+
+
 def test_options_of_export(cli, tmp_path):
     path = hub_folder(tmp_path / "vit", config=TIMM)
     options = ["--mean", "0.1,0.2,0.3", "--std", "0.4", "--crop-pct", "1", "--interpolation",
@@ -122,6 +135,7 @@ def test_options_of_export(cli, tmp_path):
         ("--interpolation", "magic", "--interpolation"),
         ("--heads", "0", "--heads"),
         ("--heads", "-3", "--heads"),
+        ("--activation", "relu", "--activation"),
         ("--heads", "7", "--heads 7 does not divide the width 384"),
     ],
 )
@@ -189,7 +203,7 @@ def test_evaluate_tells_and_takes_options_for_a_checkpoint_alone(cli, tmp_path, 
     assert "mean 0.3 by --mean" in result.err
     assert "the moving average is taken (model_ema)" in result.err
     assert cli("export", "--ckpt", path, "--dense", "-o", "m.onnx").code == 0
-    for option in (["--ema"], ["--mean", "0.5"], ["--heads", "2"]):
+    for option in (["--ema"], ["--mean", "0.5"], ["--heads", "2"], ["--activation", "gelu"]):
         result = cli("evaluate", "m.onnx", "--data", data, *option)
         refused(result, "m.onnx is an ONNX file", option[0])
 
@@ -231,7 +245,15 @@ def test_finetune_carries_the_facts(cli, tmp_path, data):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("option", [["--mean", "0.5"], ["--heads", "2"], ["--ema"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--mean", "0.5"],
+        ["--heads", "2"],
+        ["--activation", "gelu_tanh"],
+        ["--ema"],
+    ],
+)
 def test_options_for_pretrained_need_it(cli, data, option):
     result = run(cli, data, "--arch", "as_deit_mini", "--dense", *option)
     refused(result, f"{option[0]} say something of --pretrained's weights")
@@ -358,6 +380,8 @@ def test_a_run_is_not_resumed_with_other_eyes(cli, tmp_path, data, monkeypatch):
     again = ["--pretrained", path, "--dense", "--resume"]
     refused(run(cli, data, *again), f"{state} belongs to a run with facts")
     refused(run(cli, data, *again, "--mean", "0.3"), "belongs to a run with facts")
+    same_eyes = [*again, "--mean", "0.4", "--activation", "quick_gelu"]
+    refused(run(cli, data, *same_eyes), "belongs to a run with")
 
 
 def test_save_checkpoint_keeps_what_is_not_the_arch_s_own(tmp_path, mini_config):

@@ -417,6 +417,8 @@ def test_an_option_settles_what_a_config_says_badly(tmp_path):
         ({"crop_pct": 1.5}, "--crop-pct 1.5 cannot be used; pass a number from 0.1 to 1"),
         ({"interpolation": "magic"}, "--interpolation"),
         ({"heads": 0}, "--heads 0"),
+        ({"activation": "relu"}, "--activation 'relu' cannot be used; pass one of gelu, gelu_tanh"),
+        ({"activation": 7}, "--activation 7"),
     ],
 )
 def test_options_that_cannot_be(given, words):
