@@ -125,7 +125,7 @@ def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> li
             implied = timm_name(name)
             cropped = place == "arch" or "crop_pct" in options.get(place.split(".")[0], {})
             if implied and not cropped:  # DeiT's own scripts crop otherwise than timm's
-                del implied["crop_pct"]
+                implied.pop("crop_pct", None)
         if implied:
             source.named(name, implied)
             sources.append(source)
@@ -335,7 +335,9 @@ def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]
     if config.output == "embedding":
         settled.add("num_classes")
     for name, word, value in source.weights:
-        attribute = {"width": "dim"}.get(name, name)
+        if name == "projection" and config.head != "projection":
+            continue
+        attribute = {"width": "dim", "projection": "num_classes"}.get(name, name)
         holds = getattr(config, attribute)
         by_name = loaded.named and word.endswith(f": {name}")
         if name in settled or by_name or (type(value) is int and value == holds):

@@ -154,6 +154,7 @@ def _loaded(
         within = facts.sources_within(content, options)
         loaded = facts.Loaded(path, config, image_size is not None, arch is not None)
         config, origins, lines = facts.settle(loaded, given, own, within)
+        lines += [note for source in within for note in source.notes]
     own_size, config = config, at_size(state, config, image_size)
     lines += resized_line(own_size, config)
     return Checkpoint(

@@ -33,8 +33,10 @@ def folded(model: ViT) -> ViT:
 def _folded_block(block: Block) -> Block:
     twin = _shallow(block)
     twin.attn, twin.mlp = _shallow(block.attn), _shallow(block.mlp)
-    twin.attn.proj, twin.ls1 = _folded_layer(block.attn.proj, block.ls1)
-    twin.mlp.fc2, twin.ls2 = _folded_layer(block.mlp.fc2, block.ls2)
+    for owner, layer, scale in ((twin.attn, "proj", "ls1"), (twin.mlp, "fc2", "ls2")):
+        one, rest = _folded_layer(getattr(owner, layer), getattr(block, scale))
+        setattr(owner, layer, one)
+        setattr(twin, scale, rest)
     return twin
 
 

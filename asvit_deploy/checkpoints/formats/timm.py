@@ -5,6 +5,7 @@ In the releases of AS-ViT, LV-ViT, DeiT-III and DINOv2 a few names differ; these
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class Timm:
         if "dist_token" in state and ("reg_token" in state or "register_tokens" in state):
             raise Refused("has a distillation token and registers; pass a network with one of them")
         whole, left_out = without(rename(state, _NAMES), r"mask_token")
+        _refuse_others(state, whole)
         traits: dict[str, Any] = {"head": _head(state)}
         notes: tuple[str, ...] = ()
         if "norm_pre.weight" in whole:  # a CLIP
@@ -54,6 +56,27 @@ class Timm:
         elif "mask_token" in state and "blocks.0.ls1.gamma" in whole:
             traits["positions_resize"] = "bicubic_offset"
         return Translated(whole, traits, left_out, notes)
+
+
+def _refuse_others(state: State, whole: State) -> None:
+    """Refuse what has these names and lacks what every network here has."""
+    if "cls_token" not in whole:
+        raise Refused(
+            "lacks cls_token: networks without a class token, which average their tokens or pool "
+            "them by attention, are not computed here; pass a ViT, DeiT, DINOv2 or CLIP with one"
+        )
+    if "pos_embed" not in whole:
+        raise Refused(
+            "lacks pos_embed: networks with rotary or relative positions, such as DINOv3, are not "
+            "computed here; pass a ViT, DeiT, DINOv2 or CLIP with position embeddings"
+        )
+    grid = math.isqrt(max(whole["pos_embed"].numel() // max(whole["cls_token"].numel(), 1) - 1, 0))
+    placed = whole["pos_embed"].numel() == (grid**2 + 1) * whole["cls_token"].numel()
+    if "blocks.0.gamma_1" in state and placed:
+        raise Refused(
+            "has gamma_1 beside a position for its class token, as no DeiT-III has and ViTs with "
+            "rotary positions do; pass a ViT, DeiT, DINOv2 or CLIP without these"
+        )
 
 
 def _head(state: State) -> str:
