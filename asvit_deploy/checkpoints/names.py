@@ -59,8 +59,8 @@ def timm_name(name: str) -> dict[str, Any] | None:
         width, heads = _DINOV2_GIANT
     says: dict[str, Any] = {"heads": heads, "width": width, "patch_size": int(match["patch"])}
     registers = re.search(r"_reg(\d+)", rest)
-    if "_distilled" not in name:
-        says["registers"] = int(registers[1]) if registers else 0
+    if registers:
+        says["registers"] = int(registers[1])
     if "clip" in rest:
         return says | _clip(match["size"], rest)
     return says | _prepared(match["family"], rest)
