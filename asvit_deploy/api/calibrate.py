@@ -53,6 +53,7 @@ def calibrate(
     output: PathLike | None = None, image_size: int | None = None, arch: str | None = None,
     ema: bool = False, mean: Channels | None = None, std: Channels | None = None,
     crop_pct: float | None = None, interpolation: str | None = None, heads: int | None = None,
+    activation: str | None = None,
     limit: int | None = None, seed: int = 0, skip_limit: int = 0, force: bool = False,
     say: Say = silent,
 ) -> Calibrated:  # fmt: skip
@@ -74,7 +75,7 @@ def calibrate(
     require_at_least(0, skip_limit=skip_limit, seed=seed)
     if seed > LARGEST_SEED:
         raise UserError(f"seed={seed} cannot be used; pass a number up to {LARGEST_SEED}")
-    known = given_facts(mean, std, crop_pct, interpolation, heads)
+    known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     ckpt, folder, target = checkpoint_path(ckpt), optional_path(images), optional_path(output)
     from asvit_deploy.checkpoints.load import load_checkpoint
     from asvit_deploy.checkpoints.reading import stem_of

@@ -72,7 +72,8 @@ def evaluate(
     model: PathLike, *, data: PathLike, batch_size: int | Sequence[int] = (1,),
     batch_rule: Literal["exact", "mean-k"] = "exact", dense: bool = False, ema: bool = False,
     mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
-    interpolation: str | None = None, heads: int | None = None, classes: PathLike | None = None,
+    interpolation: str | None = None, heads: int | None = None,
+    activation: str | None = None, classes: PathLike | None = None,
     limit: int | None = None, skip_limit: int = 0, library: PathLike | None = None,
     output: PathLike | None = None, force: bool = False, say: Say = silent,
 ) -> Evaluation:  # fmt: skip
@@ -100,7 +101,7 @@ def evaluate(
         require_at_least(1, batch_size=size)
     require_at_least(1, limit=limit)
     require_at_least(0, skip_limit=skip_limit)
-    known = given_facts(mean, std, crop_pct, interpolation, heads)
+    known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     path, names = checkpoint_path(model), optional_path(classes)
     if path.suffix == ".onnx" and (asked := known.options() + ["--ema"] * ema):
         raise UserError(

@@ -46,7 +46,7 @@ def export(
     ops: Literal["auto", "custom", "standard"] = "auto", opset: int | None = None,
     stage_outputs: bool = False, dense: bool = False, ema: bool = False,
     mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
-    interpolation: str | None = None, heads: int | None = None,
+    interpolation: str | None = None, heads: int | None = None, activation: str | None = None,
     images: PathLike | None = None, skip_limit: int = 0, classes: PathLike | None = None,
     force: bool = False, say: Say = silent,
 ) -> Exported:  # fmt: skip
@@ -66,7 +66,7 @@ def export(
     require_one_of("ops", ops, ("auto", "custom", "standard"))
     require_at_least(0, skip_limit=skip_limit)
     require_whole(image_size=image_size, opset=opset)
-    known = given_facts(mean, std, crop_pct, interpolation, heads)
+    known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     ckpt, names, target = checkpoint_path(ckpt), optional_path(classes), optional_path(output)
     from asvit_deploy import sidecar
     from asvit_deploy.checkpoints.load import load_checkpoint

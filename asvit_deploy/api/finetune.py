@@ -54,7 +54,8 @@ def finetune(
     validation_limit: int | None = None, workers: int = 0, skip_limit: int = 0,
     classes: PathLike | None = None, tensorboard: PathLike | None = None,
     mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
-    interpolation: str | None = None, heads: int | None = None, resume: bool = False,
+    interpolation: str | None = None, heads: int | None = None,
+    activation: str | None = None, resume: bool = False,
     force: bool = False, say: Say = silent,
 ) -> Trained:  # fmt: skip
     """Train to a MACs budget (Eq. 10-13 of AS-ViT), or train a dense network.
@@ -83,7 +84,7 @@ def finetune(
     require_at_least(0, warmup=warmup, seed=seed)
     require_numbers({k: v for k, v in given.items() if k not in ("thresholds", "masking", "amp")})
     require_whole(image_size=image_size)
-    known = given_facts(mean, std, crop_pct, interpolation, heads)
+    known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     inputs = _Inputs(
         os.fspath(data), arch, _checkpoint(pretrained), _checkpoint(teacher), dense,
         optional_path(output), image_size, _stages(stages),
@@ -274,18 +275,21 @@ def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
     alone, weight = not inputs.dense and inputs.teacher is None, inputs.given["distill_weight"]
     if alone and weight:
         raise UserError(
-            f"{start.path} has no head, so it teaches nothing and --distill-weight {weight:g} "
-            "needs another teacher; pass --teacher, or drop it"
+            f"{start.path} tells no classes apart, so it teaches nothing and --distill-weight "
+            f"{weight:g} needs another teacher; pass --teacher, or drop it"
         )
     nothing = ", and without a --teacher nothing is distilled" if alone else ""
-    say(f"{start.path}: has no head; a fresh one is trained{nothing}")
+    has = "has no head" if start.config.head == "none" else "gives embeddings, no classes"
+    say(f"{start.path}: {has}; a fresh head is trained{nothing}")
     return replace(inputs, given={**inputs.given, "distill_weight": 0.0}) if alone else inputs
 
 
 def _config(inputs: _Inputs, start: Checkpoint | None) -> ArchConfig:
+    from asvit_deploy.checkpoints.load import telling_classes
     from asvit_deploy.models.archs import arch
 
-    config = start.config if start else arch(inputs.arch or "").at(inputs.image_size)
+    config = arch(inputs.arch or "").at(inputs.image_size) if start is None else start.config
+    config = telling_classes(config)
     return config.with_stages(inputs.stages) if inputs.stages else config
 
 

@@ -80,7 +80,7 @@ def require_numbers(values: Mapping[str, Any]) -> None:
 
 def given_facts(
     mean: Channels | None, std: Channels | None, crop_pct: float | None,
-    interpolation: str | None, heads: int | None,
+    interpolation: str | None, heads: int | None, activation: str | None,
 ) -> Given:  # fmt: skip
     """What the weights cannot tell and the caller does.
 
@@ -89,7 +89,7 @@ def given_facts(
     """
     from asvit_deploy.checkpoints.facts import Given
 
-    return Given(_three(mean), _three(std), crop_pct, interpolation, heads)
+    return Given(_three(mean), _three(std), crop_pct, interpolation, heads, activation)
 
 
 def _three(value: Channels | None) -> Any:

@@ -30,6 +30,7 @@ def load(
     crop_pct: float | None = None,
     interpolation: str | None = None,
     heads: int | None = None,
+    activation: str | None = None,
     say: Say = silent,
 ) -> ViT:
     """A checkpoint's network: a torch module in eval mode, float32, on the CPU.
@@ -44,15 +45,15 @@ def load(
         image_size: another size in pixels; the position embeddings are resized.
         arch: settles the architecture where the checkpoint fits several.
         ema: take the averaged weights of a training checkpoint.
-        mean, std, crop_pct, interpolation, heads: facts that weights cannot tell; by default they
-            come from what lies beside or in the file, else from its architecture.
+        mean, std, crop_pct, interpolation, heads, activation: facts that weights cannot tell; by
+            default they come from what lies beside or in the file, else from its architecture.
         say: gets a line on each such fact, and on what was left out.
 
     Raises:
         UserError: the file is missing, damaged, or holds no network that is known.
     """
     require_whole(image_size=image_size)
-    known = given_facts(mean, std, crop_pct, interpolation, heads)
+    known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     from asvit_deploy.checkpoints.load import build_model, load_checkpoint
 
     checkpoint = load_checkpoint(checkpoint_path(ckpt), image_size, arch, ema, known)

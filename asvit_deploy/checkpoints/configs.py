@@ -14,6 +14,11 @@ from asvit_deploy import sidecar
 from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.checkpoints.fact_source import FactSource
 from asvit_deploy.checkpoints.names import timm_name
+from asvit_deploy.checkpoints.openclip_config import (
+    OPENCLIP_CONFIG,
+    OPENCLIP_WEIGHTS,
+    openclip_source,
+)
 from asvit_deploy.checkpoints.reading import ENDINGS, quoted
 from asvit_deploy.errors import UserError
 
@@ -21,6 +26,7 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # What hubs call the one checkpoint of a folder, which these files are about.
 _HUB_NAMES = frozenset((
     "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "pytorch_model.safetensors",
+    *OPENCLIP_WEIGHTS,
 ))  # fmt: skip
 # What trainers leave beside it.
 _NO_CHECKPOINTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
@@ -44,7 +50,7 @@ def sources_beside(path: Path) -> tuple[list[FactSource], list[str]]:
     Raises:
         UserError: one is unreadable, cut, no JSON or no object.
     """
-    there = [path.with_name(name) for name in (CONFIG, PREPROCESSOR)]
+    there = [path.with_name(name) for name in _configs_of(path)]
     there = [file for file in there if file.is_file() or file.is_symlink()]
     if not there:
         return sources_beside(path.resolve()) if path.is_symlink() else ([], [])
@@ -54,16 +60,27 @@ def sources_beside(path: Path) -> tuple[list[FactSource], list[str]]:
             f"{names} beside it not taken: {others[0]} lies there too, and nothing says whose it "
             "is; give what it says by --mean, --std, --crop-pct, --interpolation and --heads"
         ]
-    sources, lines = [], []
+    sources, lines = list[FactSource](), list[str]()
     for file in there:
         content = _read(file, path)
-        make = _preprocessor if file.name == PREPROCESSOR else _config
+        make = _MAKE.get(file.name, _config)
         source = make(content)
         if source is None:
             lines.append(f"{file.name} beside it describes no vision model; it is not taken")
         else:
             sources.append(source)
+            lines += source.notes
     return sources, lines
+
+
+def _configs_of(path: Path) -> tuple[str, ...]:
+    """Names of the config files that can be about a checkpoint: folders of OpenCLIP hold its
+    weights under transformers' names, too, and both configs."""
+    if path.name in OPENCLIP_WEIGHTS:
+        return (OPENCLIP_CONFIG,)
+    if path.name in _HUB_NAMES:
+        return (CONFIG, PREPROCESSOR)
+    return (CONFIG, PREPROCESSOR, OPENCLIP_CONFIG)
 
 
 def _other_checkpoints(path: Path) -> list[str]:
@@ -269,3 +286,6 @@ def _share(window: int, edge: int) -> float:
     while int(window / share) < edge:
         share = math.nextafter(share, 0)
     return share
+
+
+_MAKE = {CONFIG: _config, PREPROCESSOR: _preprocessor, OPENCLIP_CONFIG: openclip_source}

@@ -93,6 +93,7 @@ class FactSource:
             image_size, num_classes), its own word for that, and value.
         cannot: by fact, or by the source's own word, what this tool cannot do or read; one of a
             fact is of no account where an option settles the fact.
+        notes: what else a user should be told, a line each.
     """
 
     name: str
@@ -100,6 +101,7 @@ class FactSource:
     stands_for: dict[str, Any] = field(default_factory=dict)
     weights: list[tuple[str, str, Any]] = field(default_factory=list)
     cannot: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def say(self, name: str, value: Any, word: str | None = None) -> None:
         """Note a fact; None and the empty text say nothing."""
@@ -150,16 +152,27 @@ class FactSource:
 
     def named(self, name: str, stands_for: Mapping[str, Any] | None, tag: Any = None) -> None:
         """Note what a model's name stands for; one that is no ViT at all is another network."""
-        if isinstance(tag, str) and "." not in name:
-            from asvit_deploy.checkpoints.names import timm_name
+        from asvit_deploy.checkpoints.names import (
+            other_network,
+            timm_name,
+            trained_with_quick_gelu,
+        )
 
-            stands_for = timm_name(f"{name}.{tag}")
+        name, _, own_tag = name.partition(".")
+        if isinstance(tag, str) and not own_tag:
+            stands_for, own_tag = timm_name(f"{name}.{tag}"), tag
         if stands_for is None:
-            if not name.startswith(("vit_", "deit_", "as_", "lvvit", "flexivit")):
+            known = name.startswith(("vit_", "deit_", "as_", "lvvit", "flexivit"))
+            if not known or other_network(name):
                 self.cannot["architecture"] = f"the architecture {quoted(name)}, no ViT or DeiT"
             return
+        if trained_with_quick_gelu(name, own_tag):
+            self.notes.append(
+                f"{self.name} says {name}, which timm computes with GELU; its weights ({own_tag}) were "
+                "trained with QuickGELU, which --activation quick_gelu computes"
+            )
         for key, value in stands_for.items():
-            if key in ("width", "patch_size"):
+            if key in ("width", "patch_size", "registers"):
                 self.weights.append((key, f"{name}: {key}", value))
             else:
                 self.stands_for[key] = value

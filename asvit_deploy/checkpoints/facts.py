@@ -21,7 +21,7 @@ from asvit_deploy.checkpoints.names import moco_name, timm_name
 from asvit_deploy.checkpoints.reading import quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.config import ArchConfig, Preprocessing
+from asvit_deploy.models.config import ArchConfig, HeadName, Preprocessing
 
 _PREPROCESSING = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
 _OF_NETWORK = ("heads", "eps", "activation", "pooling", "positions_resize")
@@ -79,9 +79,8 @@ class Origins:
     def fields(self) -> dict[str, Any]:
         """As sidecars and metadata keep it."""
         of = {name: origin for name, origin in self.by_fact.items() if name in _PREPROCESSING}
-        return {"preprocessing_from": of, "heads_from": self.by_fact.get("heads", ASSUMED),
-                "eps_from": self.by_fact.get("eps", ASSUMED),
-                "activation_from": self.by_fact.get("activation", ASSUMED)}  # fmt: skip
+        network = {f"{name}_from": self.by_fact.get(name, ASSUMED) for name in _OF_NETWORK}
+        return {"preprocessing_from": of, **network}
 
     def metadata(self) -> dict[str, str]:
         """The same for `save_checkpoint`; nothing where there was no load."""
@@ -126,7 +125,7 @@ def sources_within(content: Any, options: Mapping[str, Mapping[str, Any]]) -> li
             implied = timm_name(name)
             cropped = place == "arch" or "crop_pct" in options.get(place.split(".")[0], {})
             if implied and not cropped:  # DeiT's own scripts crop otherwise than timm's
-                del implied["crop_pct"]
+                implied.pop("crop_pct", None)
         if implied:
             source.named(name, implied)
             sources.append(source)
@@ -170,15 +169,15 @@ def own_source(
     stored = {k: parse_json(metadata[k]) for k in _FIELDS if k in metadata}
     known = recorded(config, stored)
     source = FactSource(_OURS)
-    source.says = {**vars(known.preprocessing), "heads": known.heads, "eps": known.eps,
-                   "activation": known.activation,
-                   "positions_resize": known.positions_resize}  # fmt: skip
+    source.says = {**vars(known.preprocessing), "pooling": "mean" if known.averages else "class",
+                   **{name: getattr(known, name) for name in _OF_NETWORK if name != "pooling"}
+                   }  # fmt: skip
     origins = stored.get("preprocessing_from", {}) if "preprocessing" in stored else {}
     if not isinstance(origins, dict) or not all(isinstance(o, str) for o in origins.values()):
         raise ValueError("preprocessing_from")
     of = dict.fromkeys(_FACTS, f"its arch {config.name}")
     of |= {name: origin for name, origin in origins.items() if name in _PREPROCESSING}
-    for name in ("heads", "eps", "activation"):
+    for name in _OF_NETWORK:
         origin = stored.get(f"{name}_from", of[name])
         if not isinstance(origin, str):
             raise ValueError(f"{name}_from")
@@ -186,8 +185,8 @@ def own_source(
     return source, of
 
 
-_FIELDS = ("preprocessing", "heads", "eps", "preprocessing_from", "heads_from", "eps_from",
-           "activation_from")  # fmt: skip
+_FIELDS = ("preprocessing", "heads", "eps", "preprocessing_from",
+           *(f"{name}_from" for name in _OF_NETWORK))  # fmt: skip
 
 
 def fields_of(config: ArchConfig) -> dict[str, Any]:
@@ -219,6 +218,20 @@ def recorded(config: ArchConfig, fields: Mapping[str, Any]) -> ArchConfig:
     if checked("eps", eps) is None:
         raise ValueError("eps")
     return replace(config, preprocessing=rules, heads=heads, eps=float(eps))
+
+
+def as_recorded(config: ArchConfig, like: ArchConfig) -> ArchConfig:
+    """The architecture with all the facts of an earlier load of the same weights."""
+    config = recorded(config, fields_of(like))
+    head = like.head if like.head in _POOLINGS.get(config.head, ()) else config.head
+    how = like.positions_resize
+    return replace(config, activation=like.activation, positions_resize=how, head=head)
+
+
+# What a head becomes by what is said of the pooling: there are no other layers for it.
+_POOLINGS: dict[str, tuple[HeadName, ...]] = {
+    "class": ("class", "mean"), "mean_norm": ("mean_norm", "class"),
+}  # fmt: skip
 
 
 # --- who wins -----------------------------------------------------------------------------------
@@ -282,13 +295,30 @@ def settle(
             origins[name] = ASSUMED
     rules = {name: chosen[name] for name in _PREPROCESSING if name in chosen}
     named = {name: chosen[name] for name in _OF_NETWORK if name in chosen and name != "pooling"}
-    if chosen.get("pooling") == "mean" and config.head == "class":
-        named["head"] = "mean"
+    if "pooling" in chosen and own is None:
+        named["head"] = _pooled(config, chosen["pooling"], origins["pooling"])
     config = replace(config, preprocessing=replace(config.preprocessing, **rules), **named)
     if config.preprocessing.crop_mode == "center":  # which goes without saying
         del origins["crop_mode"]
     ours = own is not None
     return config, Origins(origins, _line(config, origins, loaded.config, ours)), lines
+
+
+def _pooled(config: ArchConfig, pooling: str, origin: str) -> HeadName:
+    """The head, once what it reads is settled.
+
+    Raises:
+        Refused: it cannot read that.
+    """
+    if pooling == "mean" and not (config.averages or config.head == "class"):
+        raise Refused(
+            f"averages its tokens, as {origin} says, and has no head for that average; this "
+            "version computes such networks with a head of classes alone: pass one of these"
+        )
+    if pooling == "mean":
+        return "mean" if config.head == "class" else config.head
+    # A norm of each token, which is as well behind the choice of one.
+    return "class" if config.head == "mean_norm" else config.head
 
 
 def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]) -> None:
@@ -305,7 +335,9 @@ def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]
     if config.output == "embedding":
         settled.add("num_classes")
     for name, word, value in source.weights:
-        attribute = {"width": "dim"}.get(name, name)
+        if name == "projection" and config.head != "projection":
+            continue
+        attribute = {"width": "dim", "projection": "num_classes"}.get(name, name)
         holds = getattr(config, attribute)
         by_name = loaded.named and word.endswith(f": {name}")
         if name in settled or by_name or (type(value) is int and value == holds):
@@ -372,7 +404,7 @@ def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours:
         "heads": f"{config.heads} heads",
         "eps": f"eps {config.eps:g}" if config.eps != row.eps else "",
         "activation": config.activation if _told(config) else "",
-        "pooling": "mean of the tokens" if config.head == "mean" else "",
+        "pooling": "mean of the tokens" if config.head in ("mean", "mean_norm") else "",
     }  # fmt: skip
     for name, word in words.items():
         if word and name in origins:

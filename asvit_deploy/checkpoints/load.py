@@ -23,7 +23,13 @@ from asvit_deploy.checkpoints import facts, formats, relatives, unwrapping
 from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Origins
 from asvit_deploy.checkpoints.formats.base import Translated
-from asvit_deploy.checkpoints.network import THRESHOLD, at_size, checked_state, infer_config
+from asvit_deploy.checkpoints.network import (
+    THRESHOLD,
+    at_size,
+    checked_state,
+    infer_config,
+    resized_line,
+)
 from asvit_deploy.checkpoints.ours import (
     FACTS,
     FORMAT,
@@ -42,7 +48,7 @@ from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import ARCHS, described, description
-from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.config import ArchConfig, HeadName
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.methods import restored
 from asvit_deploy.reduction.threshold import Threshold
@@ -141,14 +147,16 @@ def _loaded(
     adaptive = method is not None or any(map(THRESHOLD.match, state))
     state = checked_state(state, config, adaptive, method)
     if recorded is not None:
-        config = facts.recorded(config, facts.fields_of(recorded))
+        config = facts.as_recorded(config, recorded)
         origins, lines = Origins(), list[str]()
     else:
         own = _own_facts(metadata, config) if ours else None
         within = facts.sources_within(content, options)
         loaded = facts.Loaded(path, config, image_size is not None, arch is not None)
         config, origins, lines = facts.settle(loaded, given, own, within)
-    config = at_size(state, config, image_size)
+        lines += [note for source in within for note in source.notes]
+    own_size, config = config, at_size(state, config, image_size)
+    lines += resized_line(own_size, config)
     return Checkpoint(
         config=config,
         state=state,
@@ -186,7 +194,7 @@ def _format_of(form: str, config: ArchConfig, adaptive: bool) -> str:
 
 def _notes(found: Translated, config: ArchConfig, beside: tuple[str, ...]) -> list[str]:
     """What of the network itself was left out, and what its output is where that is no classes."""
-    notes = []
+    notes = [*found.notes]
     if found.left_out:
         notes.append(f"left out, not needed for its output: {listed(found.left_out)}")
     if config.head == "none":
@@ -206,10 +214,16 @@ def _own_facts(metadata: Mapping[str, str], config: ArchConfig) -> Any:
         ) from error
 
 
+def telling_classes(config: ArchConfig) -> ArchConfig:
+    """The architecture with its usual head, where it gave embeddings."""
+    row = ARCHS.get(config.name)
+    head: HeadName = row.head if row else "class"
+    return replace(config, head=head) if config.output == "embedding" else config
+
+
 def with_head(checkpoint: Checkpoint, num_classes: int, seed: int) -> Checkpoint:
     """Weights that give embeddings, with a fresh head of so many classes in place of theirs."""
-    row = ARCHS.get(checkpoint.config.name)
-    config = replace(checkpoint.config, head=row.head if row else "class", num_classes=num_classes)
+    config = replace(telling_classes(checkpoint.config), num_classes=num_classes)
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in build(config, False).state_dict().items()}
     generator, state = torch.Generator().manual_seed(seed), dict(checkpoint.state)

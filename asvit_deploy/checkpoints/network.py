@@ -122,13 +122,11 @@ def _row(shaped: dict[str, Any], stated: ArchConfig | None, wanted: str | None) 
         raise Refused(f"fits several architectures; pass --arch {names}")
     if stated is not None and not fits:
         raise Refused(
-            f"says it is {stated.name[:40]} but holds {_name(shaped)}; write it again with this "
-            "tool"
+            f"says it is {stated.name[:40]} but holds {_row(shaped, None, None).name}; write it "
+            "again with this tool"
         )
     if fits:
-        return replace(
-            fits[0], **{name: v for name, v in shaped.items() if name in ("head", "eps")}
-        )
+        return replace(fits[0], **{name: shaped[name] for name in _FREE if name in shaped})
     return _new_row(shaped)
 
 
@@ -139,9 +137,8 @@ def _new_row(shaped: dict[str, Any]) -> ArchConfig:
             f"which fits no known architecture; known: {', '.join(ARCHS)}"
         )
     try:
-        row = described(
-            _name(shaped), {**_PLAIN, **{k: v for k, v in shaped.items() if k != "eps"}}
-        )
+        traits = {name: value for name, value in shaped.items() if name in DESCRIBED}
+        row = described(_name(shaped), {**_PLAIN, **traits})
     except ValueError as error:
         raise Refused(f"holds no network that can be built ({error}); pass another") from None
     facts = {name: shaped[name] for name in ("eps", "preprocessing") if name in shaped}
@@ -245,17 +242,36 @@ def at_size(state: dict[str, Tensor], config: ArchConfig, image_size: int | None
         target = config.at(image_size)
     except UserError as error:
         raise Refused(f"cannot be loaded at another size: {error}") from error
-    placed = config.prefix if config.positions == "all" else 0
-    antialias = config.positions_resize == "bicubic_antialias"
-    state["pos_embed"] = _resize(state["pos_embed"], placed, config.grid, target.grid, antialias)
+    state["pos_embed"] = _resize(state["pos_embed"], config, target.grid)
     return target
 
 
-def _resize(pos_embed: Tensor, placed: int, grid: int, target: int, antialias: bool) -> Tensor:
+def _resize(pos_embed: Tensor, config: ArchConfig, target: int) -> Tensor:
     """float32 [1, placed+grid^2, D] -> [1, placed+target^2, D], bicubic; the first rows stay."""
+    grid, how = config.grid, config.positions_resize
+    placed = config.prefix if config.positions == "all" else 0
     first, rows = pos_embed[:, :placed], pos_embed[:, placed:]
     plane = rows.transpose(1, 2).unflatten(2, (grid, grid))  # (1, D, grid, grid)
-    plane = F.interpolate(
-        plane, size=(target, target), mode="bicubic", align_corners=False, antialias=antialias
-    )
+    if how == "bicubic_offset":  # which shifts the new places by as little
+        plane = F.interpolate(plane, scale_factor=(target + 0.1) / grid, mode="bicubic")
+    else:
+        plane = F.interpolate(
+            plane, size=(target, target), mode="bicubic", antialias=how == "bicubic_antialias"
+        )
     return torch.cat([first, plane.flatten(2).transpose(1, 2)], 1)
+
+
+def resized_line(before: ArchConfig, after: ArchConfig) -> list[str]:
+    """A line on how the position embeddings were resized, where they were."""
+    if before.grid == after.grid:
+        return []
+    how = _RESIZED[before.positions_resize]
+    grids = f"{before.grid}x{before.grid} to {after.grid}x{after.grid}"
+    return [f"position embeddings resized from {grids} patches, {how}"]
+
+
+_RESIZED = {
+    "bicubic": "bicubic without antialias",
+    "bicubic_antialias": "bicubic with antialias",
+    "bicubic_offset": "bicubic with an offset of 0.1, as DINOv2's release does",
+}

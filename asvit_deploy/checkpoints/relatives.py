@@ -58,7 +58,7 @@ _MODELS: tuple[tuple[str, str], ...] = (
     (r".*(?:^|_)ats(?:_|$)", "ATS"),
 )
 
-_LATER = "this version does not load it; pass a DeiT, a plain ViT, LV-ViT or AS-ViT"
+_LATER = "this version does not load it; pass a ViT, DeiT, DINOv2, CLIP, LV-ViT or AS-ViT"
 _HF = "has transformers' names"
 # (a key of the state dict, what that means, what to do); the first that fits is named.
 _KEYS: tuple[tuple[str, str, str], ...] = (
@@ -74,8 +74,13 @@ _KEYS: tuple[tuple[str, str, str], ...] = (
     (r"(?:.*\.)?vision_model\.head\.", f"is a SigLIP and {_HF} ({{key}})", _LATER),
     (r"(?:.*\.)?encoder\.layers\.encoder_layer_\d+\.", "is a torchvision ViT ({key})", _LATER),
     (r"blocks_token_only\.", "is a CaiT ({key})", _LATER),
-    (r"attn_pool\.", "pools its tokens by attention, as SigLIP does ({key})", _LATER),
-    (r"(?:.*\.)?relative_position_bias|.*\.attn\.q_bias$", "is a BEiT or EVA ({key})", _LATER),
+    (r"(?:.*\.)?attn_pool\.", "pools its tokens by attention, as SigLIP does ({key})", _LATER),
+    (r"blocks\.\d+\.attn\.[qkv]_proj\.", "is an EVA-02 ({key})", _LATER),
+    (r"blocks\.\d+\.attn\.(?:relative_position_bias|[qv]_bias$)|rel_pos_bias\.",
+     "is a BEiT, EVA or DINOv3 ({key})", _LATER),
+    (r"(?:.*\.)?(?:rope|rope_embed|pos_embed_rope)\.", "has rotary positions ({key})", _LATER),
+    (r"patch_embed\.backbone\.", "has a convolutional network before its blocks ({key})", _LATER),
+    (r"blocks\.\d+\.(?:attns|ffns)\.\d+\.", "has parallel branches in its blocks ({key})", _LATER),
     (r"blocks\.\d+\.attn\.[qk]_norm\.", "normalises queries and keys ({key})", _LATER),
     (r"blocks\.\d+\.mlp\.(?:w12|w1|fc1_g)\.", "has a gated MLP ({key})", _LATER),
 )  # fmt: skip

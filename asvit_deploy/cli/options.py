@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import click
 
-from asvit_deploy.models.config import Interpolation
+from asvit_deploy.models.config import Activation, Interpolation
 
 
 class CheckpointPath(click.ParamType):
@@ -136,6 +136,9 @@ _FACTS = (
         "--interpolation", type=click.Choice(get_args(Interpolation)), help="Of the resizing."
     ),
     click.option("--heads", type=click.IntRange(1), help="Attention heads."),
+    click.option(
+        "--activation", type=click.Choice(get_args(Activation)), help="Between the MLPs' layers."
+    ),
 )
 
 

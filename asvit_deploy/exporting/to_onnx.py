@@ -19,6 +19,7 @@ from asvit_deploy import graph
 from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.naming import name_traced
 from asvit_deploy.exporting.translations import translations
+from asvit_deploy.models.folding import folded
 from asvit_deploy.models.vit import Trace, ViT
 
 OPSET = 20
@@ -123,13 +124,13 @@ def to_onnx(
 
 
 def _traced(model: ViT, dynamic: bool, opset: int) -> ir.Model:
-    """The graph of a model, its stages' values named."""
+    """The graph of a model, its stages' values named and its LayerScale folded."""
     size = model.config.image_size
     # A batch of one would be baked into the graph, so a dynamic one is traced with two.
     example = torch.zeros(2 if dynamic else 1, 3, size, size)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Traced(model, dynamic).eval(),
+            _Traced(folded(model), dynamic).eval(),
             (example,),
             dynamo=True,
             verbose=False,

@@ -88,8 +88,13 @@ def described(name: str, traits: Mapping[str, Any] | None) -> ArchConfig:
 
 
 def usual_heads(dim: int) -> int:
-    """One head for 64 channels, as nearly all have them."""
+    """One head for 64 channels, as nearly all have them, or 16 of the wide ones."""
+    if dim in _SIXTEEN:
+        return 16
     return dim // 64 if dim % 64 == 0 else 1
+
+
+_SIXTEEN = (1152, 1280, 1408, 1664)  # ViT-So400m, -H, -g and -G
 
 
 def _fits(trait: str, value: Any, hint: Any) -> bool:

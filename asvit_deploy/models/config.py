@@ -21,7 +21,7 @@ HeadName = Literal[
     "none",
 ]  # fmt: skip
 Output = Literal["logits", "embedding"]
-Resize = Literal["bicubic", "bicubic_antialias"]
+Resize = Literal["bicubic", "bicubic_antialias", "bicubic_offset"]
 Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
 CropMode = Literal["center", "squash"]
 
@@ -62,7 +62,8 @@ class ArchConfig:
         prefix: P, rows before the image tokens that never leave: the class token, then others
             (registers, a distillation token).
         positions: which rows have a position of their own: all, or the image tokens alone.
-        positions_resize: how the family resizes its position embeddings to another grid.
+        positions_resize: how the family resizes its position embeddings to another grid; with an
+            offset as DINOv2's release does, by the quotient of a grid that is a tenth larger.
         head: what becomes of the last tokens, see `models.heads`.
         counts_elementwise: whether MACs hold norms, activations and softmax too, as the LV-ViT half
             of the AS-ViT release counts.

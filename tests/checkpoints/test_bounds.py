@@ -96,7 +96,7 @@ def test_a_pickle_of_the_old_format_is_weighed_too(ends, tmp_path):
     path.write_bytes(whole[:at] + b"}" + TUPLES + b"K\x01s0" + whole[at:])
     assert LARGE in ends(LOAD, path)
     path.write_bytes(whole)
-    assert "is no DeiT" in ends(LOAD, path)
+    assert "is no ViT" in ends(LOAD, path)
 
 
 def test_names_without_end_and_too_many_networks(ends, tmp_path):
@@ -133,7 +133,7 @@ def test_a_safetensors_file_of_names_alone(ends, tmp_path, names):
     header = json.dumps({f"k{i}": entry for i in range(names)}).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
-    assert (LARGE if names > 100_000 else "is no DeiT") in ends(LOAD, path)
+    assert (LARGE if names > 100_000 else "is no ViT") in ends(LOAD, path)
 
 
 def test_a_state_is_weighed_as_a_checkpoint_is(ends, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,19 @@ def test_heads_of_an_option_reach_the_check(cli, tmp_path):
     refused(cli("check", "b.onnx", "--reference", "a.onnx"), "heads is 12 there, 6 here")
 
 
+@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
+def test_an_activation_of_an_option_reaches_the_check(cli, tmp_path, activation):
+    path = hub_folder(tmp_path / "vit")
+    result = cli("export", "--ckpt", path, "--dense", "-o", "a.onnx", "--activation", activation)
+    assert result.code == 0, result.err
+    assert f"{activation} by --activation" in result.err
+    assert artifact.read(Path("a.onnx"))["activation_from"] == "option --activation"
+    assert cli("check", "a.onnx", "--limit", "2").code == 0
+    assert cli("export", "--ckpt", path, "--dense", "-o", "b.onnx").code == 0
+    # Another network: so the first check could have failed.
+    assert cli("check", "b.onnx", "--reference", "a.onnx").code == 1
+
+
 def test_options_of_export(cli, tmp_path):
     path = hub_folder(tmp_path / "vit", config=TIMM)
     options = ["--mean", "0.1,0.2,0.3", "--std", "0.4", "--crop-pct", "1", "--interpolation",
@@ -121,6 +135,7 @@ def test_options_of_export(cli, tmp_path):
         ("--interpolation", "magic", "--interpolation"),
         ("--heads", "0", "--heads"),
         ("--heads", "-3", "--heads"),
+        ("--activation", "relu", "--activation"),
         ("--heads", "7", "--heads 7 does not divide the width 384"),
     ],
 )
@@ -188,7 +203,7 @@ def test_evaluate_tells_and_takes_options_for_a_checkpoint_alone(cli, tmp_path, 
     assert "mean 0.3 by --mean" in result.err
     assert "the moving average is taken (model_ema)" in result.err
     assert cli("export", "--ckpt", path, "--dense", "-o", "m.onnx").code == 0
-    for option in (["--ema"], ["--mean", "0.5"], ["--heads", "2"]):
+    for option in (["--ema"], ["--mean", "0.5"], ["--heads", "2"], ["--activation", "gelu"]):
         result = cli("evaluate", "m.onnx", "--data", data, *option)
         refused(result, "m.onnx is an ONNX file", option[0])
 
@@ -230,7 +245,15 @@ def test_finetune_carries_the_facts(cli, tmp_path, data):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("option", [["--mean", "0.5"], ["--heads", "2"], ["--ema"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--mean", "0.5"],
+        ["--heads", "2"],
+        ["--activation", "gelu_tanh"],
+        ["--ema"],
+    ],
+)
 def test_options_for_pretrained_need_it(cli, data, option):
     result = run(cli, data, "--arch", "as_deit_mini", "--dense", *option)
     refused(result, f"{option[0]} say something of --pretrained's weights")
@@ -252,7 +275,7 @@ def test_headless_weights_start_a_dense_run(cli, tmp_path, data):
     torch.save({"model": headless(torch.load(path)["model"])}, path)
     result = run(cli, data, "--pretrained", path, "--dense")
     assert result.code == 0, result.err
-    assert f"{path}: has no head; a fresh one is trained" in result.err
+    assert f"{path}: has no head; a fresh head is trained" in result.err
     assert load_checkpoint(Path("out.safetensors")).config.num_classes == 2
     first = Path("out.safetensors").read_bytes()
     run(cli, data, "--pretrained", path, "--dense")
@@ -274,7 +297,7 @@ def test_headless_weights_start_an_adaptive_run(cli, tmp_path, data):
     torch.save(headless(torch.load(path)["model"]), path)
     result = run(cli, data, "--pretrained", path, "--budget", 0.8)
     assert result.code == 0, result.err
-    assert "has no head; a fresh one is trained, and without a --teacher nothing is" in result.err
+    assert "has no head; a fresh head is trained, and without a --teacher nothing is" in result.err
     assert load_checkpoint(Path("out.safetensors")).adaptive
     recipe = artifact.read(Path("out.safetensors"))["provenance"]["recipe"]
     assert recipe["distill_weight"] == 0
@@ -285,11 +308,25 @@ def test_headless_weights_start_an_adaptive_run(cli, tmp_path, data):
     assert "nothing is distilled" not in taught.err
 
 
-@pytest.mark.parametrize("command", ["export", "calibrate"])
-def test_headless_weights_elsewhere(cli, tmp_path, command):
+def test_the_projection_of_a_clip_gives_way_to_a_fresh_head(cli, tmp_path, data):
+    config = replace(arch("as_deit_mini").at(SIZE, 5), stem="patch", depth=3, norm_pre=True)
+    state = build(config, adaptive=False).state_dict()
+    torch.save({**state, "head.bias": torch.zeros(5)}, tmp_path / "clip.pt")
+    result = run(cli, data, "--pretrained", "clip.pt", "--dense")
+    assert result.code == 0, result.err
+    assert "clip.pt: gives embeddings, no classes; a fresh head is trained" in result.err
+    trained = load_checkpoint(Path("out.safetensors"))
+    assert (trained.config.head, trained.config.num_classes) == ("class", 2)
+    close = trained.state["blocks.1.mlp.fc1.weight"]
+    torch.testing.assert_close(close, state["blocks.1.mlp.fc1.weight"], atol=1e-3, rtol=0)
+
+
+def test_headless_weights_export_dense(cli, tmp_path):
     torch.save(headless(dense_state()), tmp_path / "bare.pt")
-    refused(cli(command, "--ckpt", "bare.pt"), "bare.pt has no head", "finetune")
-    refused(cli("evaluate", "bare.pt", "--data", "digits"), "bare.pt has no head")
+    refused(cli("export", "--ckpt", "bare.pt"), "bare.pt is a dense", "--dense")
+    result = cli("export", "--ckpt", "bare.pt", "--dense", "-o", "bare.onnx")
+    assert result.code == 0, result.err
+    assert "has no head: its output is the class token, 384 numbers" in result.err
 
 
 def test_bare_ema_takes_averaged_weights(cli, tmp_path, data):
@@ -343,11 +380,11 @@ def test_a_run_is_not_resumed_with_other_eyes(cli, tmp_path, data, monkeypatch):
     again = ["--pretrained", path, "--dense", "--resume"]
     refused(run(cli, data, *again), f"{state} belongs to a run with facts")
     refused(run(cli, data, *again, "--mean", "0.3"), "belongs to a run with facts")
+    same_eyes = [*again, "--mean", "0.4", "--activation", "quick_gelu"]
+    refused(run(cli, data, *same_eyes), "belongs to a run with")
 
 
 def test_save_checkpoint_keeps_what_is_not_the_arch_s_own(tmp_path, mini_config):
-    from dataclasses import replace
-
     config = replace(mini_config, heads=4)
     path = tmp_path / "four.safetensors"
     save_checkpoint(path, build(config), {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from checkpoint_files import (
     hub_folder,
 )  # fmt: skip
 from conftest import raises_one_line
+from written_out import written_out
 
 from asvit_deploy.checkpoints.facts import Given
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
@@ -119,8 +121,6 @@ def test_normalisation_in_pixels_from_0_to_1(told, mean, std, tmp_path):
 
 
 def test_squashed_pictures_keep_no_proportions():
-    from dataclasses import replace
-
     import numpy as np
     from PIL import Image
 
@@ -221,7 +221,8 @@ def test_our_own_file_keeps_them_and_asks_nobody_else(tmp_path):
     assert second.origins.by_fact == first.origins.by_fact
     assert "from config.json" in second.origins.line
     assert second.origins.line.endswith("as its metadata says")
-    assert second.metadata["schema"] == "3"  # what knows of no heads must not read it
+    # What knows of no heads must not read it, nor what would resize positions in another way.
+    assert second.metadata["schema"] == "5"
     sidecar = json.loads((tmp_path / "own.safetensors.json").read_text())
     assert sidecar["preprocessing"]["mean"] == [0.5] * 3
     assert (sidecar["heads"], sidecar["heads_from"]) == (12, "option --heads")
@@ -314,15 +315,14 @@ BAD = [
     ({"config": {**TIMM, "architecture": "vit_base_patch16_224"}}, "vit_base_patch16_224: width"),
     ({"config": {**TIMM, "architecture": "vit_small_patch32_224"}}, "patch_size 32"),
     ({"config": {**TIMM, "architecture": "resnet50"}}, "the architecture 'resnet50'"),
-    ({"config": {**TIMM, "global_pool": "avg"}}, "global_pool 'avg', not the class token"),
-    (timm_args(act_layer="quick_gelu"), "the activation 'quick_gelu', not exact GELU"),
-    (timm_args(act_layer="gelu_tanh"), "the activation 'gelu_tanh'"),
+    ({"config": {**TIMM, "global_pool": "map"}}, "global_pool 'map', which is not computed"),
+    (timm_args(act_layer="relu"), "the activation 'relu', which is not computed; pass --activ"),
     (timm_args(class_token=False), "a network without a class token"),
-    (timm_args(reg_tokens=4), "4 register tokens"),
+    (timm_args(reg_tokens=4), "holds registers 0 where config.json says reg_tokens 4"),
     (timm_args(num_heads=5), "which the 5 heads of config.json do not divide; pass --heads"),
     (timm_args(num_heads=0), "num_heads 0, which is not a whole number of at least 1"),
     (timm_args(norm_layer="rmsnorm"), "norm_layer 'rmsnorm'"),
-    ({"config": {**HF, "hidden_act": "gelu_new"}}, "the activation 'gelu_new'"),
+    ({"config": {**HF, "hidden_act": "silu"}}, "the activation 'silu'"),
     ({"config": {**HF, "hidden_size": 768}}, "holds width 384 where config.json says hidden_size"),
     ({"config": {**HF, "num_hidden_layers": 12}}, "holds depth 3"),
     ({"config": {**HF, "intermediate_size": 1536}}, "holds hidden 384"),
@@ -330,7 +330,7 @@ BAD = [
     ({"config": {**HF, "id2label": {"0": "a"}}}, "says id2label 1"),
     ({"config": {**HF, "layer_norm_eps": 1}}, "layer_norm_eps 1, which is not a number above 0"),
     ({"config": {**HF, "num_channels": 1}}, "1 channels"),
-    ({"config": {**HF, "model_type": "dinov2"}}, "model_type 'dinov2', no plain ViT"),
+    ({"config": {**HF, "model_type": "beit"}}, "model_type 'beit', no plain ViT"),
     ({"preprocessor_config": {**PREPROCESSOR, "resample": 9}}, "resample 9"),
     ({"preprocessor_config": {**PREPROCESSOR, "do_resize": False}}, "do_resize false"),
     ({"preprocessor_config": {**PREPROCESSOR, "do_rescale": False}}, "do_rescale False"),
@@ -358,16 +358,37 @@ def test_configs_that_lie_are_cut_or_cannot_be_obeyed(files, words, tmp_path):
         ({"eval_crop_ratio": 1.5}, "args says eval_crop_ratio 1.5"),
         ({"num_heads": 7}, "the 7 heads of args"),
         ({"input_size": 224}, "args says input_size 224"),
-        ({"gp": "avg"}, "global_pool 'avg'"),
-        ({"global_pool": True}, "global_pool True"),
+        ({"gp": "max"}, "global_pool 'max'"),
         ({"act_layer": "torch.nn.SiLU"}, "the activation 'torch.nn.SiLU'"),
         ({"model": "vit_base_patch16_224"}, "vit_base_patch16_224: width 768"),
-        ({"model": "vit_small_patch16_clip_quickgelu_224"}, "quick_gelu"),
     ],
 )
 def test_args_that_cannot_be_obeyed(args, words, tmp_path):
     path = saved(tmp_path, args=argparse.Namespace(**args))
     raises_one_line(lambda: load_checkpoint(path), str(path), words)
+
+
+@pytest.mark.parametrize(
+    ("args", "traits", "words"),
+    [
+        ({"gp": "avg"}, {"head": "mean"}, "mean of the tokens from args"),
+        ({"global_pool": True}, {"head": "mean"}, "mean of the tokens from args"),
+        ({"global_pool": "token"}, {}, "6 heads assumed"),
+        ({"act_layer": "torch.nn.GELU"}, {}, "6 heads assumed"),
+        ({"act_layer": "quick_gelu"}, {"activation": "quick_gelu"}, "quick_gelu from args"),
+        ({"act_layer": "gelu_tanh"}, {"activation": "gelu_tanh"}, "gelu_tanh from args"),
+        ({"model": "vit_small_patch16_clip_quickgelu_224"}, {"activation": "quick_gelu"},
+         "quick_gelu from args.model vit_small_patch16_clip_quickgelu_224"),
+    ],
+)  # fmt: skip
+def test_what_changes_the_computation_is_obeyed_and_said(args, traits, words, tmp_path):
+    checkpoint = load_checkpoint(saved(tmp_path, args=argparse.Namespace(**args)))
+    assert words in checkpoint.origins.line
+    config, image = replace(THIN, **traits), torch.randn(3, 32, 32)
+    state = {key: value.double() for key, value in dense_state().items()}
+    with torch.inference_mode():
+        logits = build_model(checkpoint)(image[None])[0][0].double()
+    torch.testing.assert_close(logits, written_out(state, config, image), rtol=1e-4, atol=1e-5)
 
 
 def test_two_accounts_of_one_fact_and_the_option_that_settles_it(tmp_path):
@@ -396,6 +417,8 @@ def test_an_option_settles_what_a_config_says_badly(tmp_path):
         ({"crop_pct": 1.5}, "--crop-pct 1.5 cannot be used; pass a number from 0.1 to 1"),
         ({"interpolation": "magic"}, "--interpolation"),
         ({"heads": 0}, "--heads 0"),
+        ({"activation": "relu"}, "--activation 'relu' cannot be used; pass one of gelu, gelu_tanh"),
+        ({"activation": 7}, "--activation 7"),
     ],
 )
 def test_options_that_cannot_be(given, words):

@@ -211,12 +211,13 @@ def test_half_precision_becomes_float32_and_thresholds_stay_as_they_were(file):
 
 def test_the_real_sizes_are_told_apart():
     """Shapes alone name the architecture, for every row of the table."""
-    from asvit_deploy.checkpoints.network import fitting_archs
+    from asvit_deploy.checkpoints.formats import translate
+    from asvit_deploy.checkpoints.network import infer_config
 
-    for name, row in ARCHS.items():
+    for row in ARCHS.values():
         with torch.device("meta"):
             state = build(row).state_dict()
-        assert fitting_archs(state, False) == [name]
+        assert infer_config(translate(state)[0], None, None)[0] == row
 
 
 # --- another image size -------------------------------------------------------------------------
@@ -281,13 +282,29 @@ def test_arch_only_settles_ambiguity(file, monkeypatch):
         load_checkpoint(file, arch="resnet")
 
 
-def test_unknown_size_is_refused_with_its_measures(file):
-    torch.save(dense_state(replace(DEIT, depth=5)), file)
+@pytest.mark.parametrize(
+    ("traits", "name"),
+    [
+        ({"depth": 5}, "vit_128x5_patch16"),
+        ({"patch_size": 32}, "vit_128x4_patch32"),
+        ({"mlp_ratio": 2.5}, "vit_128x4_patch16"),
+        ({"dim": 192, "heads": 3, "depth": 12, "patch_size": 8}, "vit_tiny_patch8"),
+    ],
+)
+def test_sizes_that_are_no_row_of_the_table(traits, name, file):
+    config = replace(DEIT, **traits)
+    torch.save(dense_state(config), file)
+    found = load_checkpoint(file)
+    assert found.config == replace(config, name=name, stages=found.config.stages)
+    assert found.format == "timm"
+    assert logits(build_model(found)).equal(logits(network(config, adaptive=False)))
+
+
+def test_an_unknown_size_with_a_convolutional_stem(file):
+    torch.save(dense_state(replace(LVVIT, depth=5)), file)
     line = refusal(file)
-    assert "width 128, depth 5, hidden width 512, 16-pixel patches and a patch stem" in line
+    assert "a convolutional stem with width 128 and depth 5, which fits no known" in line
     assert "known: as_deit_tiny" in line
-    torch.save(dense_state(replace(DEIT, patch_size=32)), file)
-    assert "32-pixel patches" in refusal(file)
 
 
 def test_position_embeddings_must_be_square(file):
@@ -395,7 +412,7 @@ def test_whole_models_and_numpy_numbers_are_code_too(file):
         (torch.zeros(2), "holds a Tensor"),
         ({}, "no weights in it"),
         ({"epoch": 3, "best": 1.0}, "epoch, best are no weights"),
-        ({"model": {"conv1.weight": torch.zeros(4)}}, "is no DeiT or LV-ViT checkpoint"),
+        ({"model": {"conv1.weight": torch.zeros(4)}}, "is no ViT that is known here"),
     ],
 )
 def test_contents_that_are_no_state_dict(content, words, file):
@@ -415,10 +432,14 @@ def changed(config, **extra):
     [
         ({"score_predictor.0.in_conv.0.weight": torch.zeros(4)}, "DynamicViT predictors (in_conv)"),
         ({"score_predictor.2.out_conv.4.bias": torch.zeros(2)}, "DynamicViT"),
-        ({"dist_token": torch.zeros(1, 1, 128)}, "distilled DeiT"),
-        ({"head_dist.weight": torch.zeros(7, 128)}, "distilled DeiT"),
-        ({"norm_pre.weight": torch.zeros(128)}, "is a CLIP (norm_pre.weight)"),
-        ({"blocks.0.ls1.gamma": torch.zeros(128)}, "DINOv2 (LayerScale: blocks.0.ls1.gamma)"),
+        ({"head_dist.weight": torch.zeros(7, 128)}, "lacks head_dist.bias"),
+        ({"norm_pre.weight": torch.zeros(128)}, "lacks norm_pre.bias"),
+        ({"blocks.0.ls1.gamma": torch.zeros(128)}, "lacks blocks.0.ls2.gamma, blocks.1.ls1.gamma"),
+        ({"blocks.3.ls1.gamma": torch.zeros(128)}, "does not know: blocks.3.ls1.gamma"),
+        (
+            {"dist_token": torch.zeros(1, 1, 128), "reg_token": torch.zeros(1, 4, 128)},
+            "has a distillation token and registers",
+        ),
         ({f"extra.{i}": torch.zeros(1) for i in range(9)}, "extra.0, extra.1, extra.2 and 6 more"),
     ],
 )
@@ -545,7 +566,8 @@ def test_wrong_number_of_thresholds(drop, add, found, file):
 
 def test_a_threshold_under_both_names(file):
     torch.save({**released_state(DEIT), "thresholds.0": torch.tensor(0.1)}, file)
-    assert "has both score_predictor.0.keep_threshold and thresholds.0" in refusal(file)
+    words = "has both thresholds.0 and score_predictor.0.keep_threshold, which are one; leave one"
+    assert words in refusal(file)
 
 
 def test_thresholds_of_one_element_are_scalars_and_longer_ones_refused(file):
@@ -573,7 +595,7 @@ def rewrite(path, **metadata):
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"schema": "5"}, "has schema 5, this version reads up to 4; update the tool"),
+        ({"schema": "6"}, "has schema 6, this version reads up to 5; update the tool"),
         ({"schema": "one"}, "does not say its schema"),
         ({"schema": None}, "does not say its schema"),
         ({"arch": None}, "does not say its arch"),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from checkpoint_files import THIN, dense_state, headless, prefixed
 from conftest import raises_one_line
+from written_out import written_out
 
-from asvit_deploy.checkpoints.load import load_checkpoint
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint
 from asvit_deploy.models.archs import ARCHS
 
 
@@ -177,22 +178,33 @@ def test_a_key_inside_the_networks_own_prefix_is_refused(load):
     raises_one_line(lambda: load(content), "keys that as_deit_thin does not know: extra.weight")
 
 
-def test_headless_weights_are_refused_by_name_unless_asked_for(load):
+def test_headless_weights_are_embeddings_and_say_what_lies_beside(load):
     content = {"state_dict": {**prefixed("backbone.", headless(dense_state(3))),
                               "classifier.weight": torch.zeros(7, 384)}}  # fmt: skip
-    raises_one_line(lambda: load(content), "has no head (head.weight, head.bias)", "classifier.*",
-                    "finetune")  # fmt: skip
-    assert load(content, headless=True).headless
-    partial = dense_state(3)
-    del partial["head.bias"]
-    raises_one_line(lambda: load(partial, headless=True), "lacks head.bias")
+    found = load(content)
+    assert found.headless
+    assert found.config.output == "embedding"
+    assert found.notes[-1] == (
+        "has no head (beside it lie classifier.*): its output is the class token, 384 numbers"
+    )
+    image, state = torch.randn(3, 32, 32), dense_state(3)
+    wanted = written_out({k: v.double() for k, v in state.items()}, found.config, image)
+    with torch.inference_mode():
+        embedding = build_model(found)(image[None])[0][0].double()
+    torch.testing.assert_close(embedding, wanted, rtol=1e-4, atol=1e-5)
+    for name in ("head.bias", "head.weight"):
+        raises_one_line(
+            lambda left=name: load({k: v for k, v in dense_state(3).items() if k != left}),
+            f"lacks {name}",
+        )
 
 
 def test_a_projector_in_the_head_s_place_is_no_head(load):
     state = headless(dense_state(3)) | {f"head.{i}.weight": torch.zeros(2, 2) for i in (0, 3)}
-    checkpoint = load(prefixed("module.base_encoder.", state), headless=True)
+    checkpoint = load(prefixed("module.base_encoder.", state))
     assert checkpoint.headless
     assert "head.* (a projector)" in checkpoint.notes[-1]
+    assert any("left out, no part of the network: head.*" in note for note in checkpoint.notes)
 
 
 def test_a_loop_of_dictionaries_ends(load):

@@ -24,11 +24,13 @@ class Translated:
         traits: those of `models.config.ArchConfig` that the format settles and shapes do not tell,
             such as `head`.
         left_out: names in the file that its output does not need.
+        notes: what the format decided and a load must say, a line each.
     """
 
     state: dict[str, Tensor]
     traits: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Format(Protocol):
@@ -69,12 +71,13 @@ def rename(state: State, table: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
     """
     rules = [(re.compile(pattern), ours) for pattern, ours in table]
     made: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
     for key, value in state.items():
         match = next(((m, ours) for rule, ours in rules if (m := rule.fullmatch(key))), None)
         name = key if match is None else match[0].expand(match[1])
         if name in made:
-            raise Refused(f"has two values for {name} ({key}); leave one of them")
-        made[name] = value
+            raise Refused(f"has both {key} and {origin[name]}, which are one; leave one of them")
+        made[name], origin[name] = value, key
     return made
 
 

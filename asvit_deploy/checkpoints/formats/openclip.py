@@ -6,6 +6,7 @@ import re
 from typing import ClassVar
 
 from asvit_deploy.checkpoints.formats.base import State, Translated, rename, without
+from asvit_deploy.checkpoints.names import CLIP_RULES
 
 _ROOT = r"(?:visual\.)?"
 _BLOCK = _ROOT + r"transformer\.resblocks\.(\d+)\."
@@ -53,7 +54,8 @@ class OpenClip:
         for key in ("cls_token", "pos_embed"):
             if key in whole:
                 whole[key] = whole[key].reshape(1, -1, whole[key].shape[-1])
-        traits = {"head": "none", "eps": 1e-5}
+        traits = {"head": "none", "eps": 1e-5, "preprocessing": CLIP_RULES,
+                  "positions_resize": "bicubic_antialias"}  # fmt: skip
         if "head.weight" in whole:  # tokens @ proj there
             whole["head.weight"] = whole["head.weight"].mT
             traits["head"] = "projection"

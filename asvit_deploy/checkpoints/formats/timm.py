@@ -5,15 +5,20 @@ In the releases of AS-ViT, LV-ViT, DeiT-III and DINOv2 a few names differ; these
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from asvit_deploy.checkpoints.formats.base import State, Translated, rename, without
+from asvit_deploy.checkpoints.names import CLIP_RULES
 from asvit_deploy.checkpoints.refused import Refused
 
 _NAMES = (
     (r"score_predictor\.(\d+)\.keep_threshold", r"thresholds.\1"),  # AS-ViT's release
     (r"(blocks\.\d+)\.gamma_([12])", r"\1.ls\2.gamma"),  # DeiT-III's release
     (r"register_tokens", "reg_token"),  # DINOv2's release
+    (r"blocks\.\d+\.(\d+\..+)", r"blocks.\1"),  # the same, its blocks in chunks
     (r"dist_token", "reg_token"),  # a distillation token is a second prefix row
     (r"fc_norm\.(weight|bias)", r"norm.\1"),
 )
@@ -23,7 +28,7 @@ class Timm:
     """timm and the releases that share its names."""
 
     name: ClassVar[str] = "timm"
-    blocks: ClassVar[str] = r"blocks\.\d+\.(?:norm1|norm2|attn|mlp)\..+"
+    blocks: ClassVar[str] = r"blocks\.(?:\d+\.)?\d+\.(?:norm1|norm2|attn|mlp)\..+"
     others: ClassVar[str] = r"(?:patch_embed\.proj\.weight|cls_token|pos_embed)"
     model_types: ClassVar[tuple[str, ...]] = ()
 
@@ -36,13 +41,47 @@ class Timm:
         if "dist_token" in state and ("reg_token" in state or "register_tokens" in state):
             raise Refused("has a distillation token and registers; pass a network with one of them")
         whole, left_out = without(rename(state, _NAMES), r"mask_token")
-        traits: dict[str, Any] = {"head": _head(state, whole)}
-        return Translated(whole, traits, left_out)
+        _refuse_others(state, whole)
+        traits: dict[str, Any] = {"head": _head(state)}
+        notes: tuple[str, ...] = ()
+        if "norm_pre.weight" in whole:  # a CLIP
+            traits |= {"eps": 1e-5, "preprocessing": CLIP_RULES}
+            if traits["head"] == "class" and _all_zero(whole.get("head.bias")):
+                del whole["head.bias"]
+                traits["head"] = "projection"
+                notes = ("its head's bias is zero throughout, as timm fills it in for the "
+                         "projection of a CLIP: its output is an embedding",)  # fmt: skip
+        if "register_tokens" in state:
+            traits["positions_resize"] = "bicubic_antialias"
+        elif "mask_token" in state and "blocks.0.ls1.gamma" in whole:
+            traits["positions_resize"] = "bicubic_offset"
+        return Translated(whole, traits, left_out, notes)
 
 
-def _head(state: State, whole: State) -> str:
+def _refuse_others(state: State, whole: State) -> None:
+    """Refuse what has these names and lacks what every network here has."""
+    if "cls_token" not in whole:
+        raise Refused(
+            "lacks cls_token: networks without a class token, which average their tokens or pool "
+            "them by attention, are not computed here; pass a ViT, DeiT, DINOv2 or CLIP with one"
+        )
+    if "pos_embed" not in whole:
+        raise Refused(
+            "lacks pos_embed: networks with rotary or relative positions, such as DINOv3, are not "
+            "computed here; pass a ViT, DeiT, DINOv2 or CLIP with position embeddings"
+        )
+    grid = math.isqrt(max(whole["pos_embed"].numel() // max(whole["cls_token"].numel(), 1) - 1, 0))
+    placed = whole["pos_embed"].numel() == (grid**2 + 1) * whole["cls_token"].numel()
+    if "blocks.0.gamma_1" in state and placed:
+        raise Refused(
+            "has gamma_1 beside a position for its class token, as no DeiT-III has and ViTs with "
+            "rotary positions do; pass a ViT, DeiT, DINOv2 or CLIP without these"
+        )
+
+
+def _head(state: State) -> str:
     """What reads the last tokens, by which layers there are."""
-    if "head.weight" not in state:
+    if not any(key in state for key in ("head.weight", "head.bias")):
         return "none"
     if "fc_norm.weight" in state:
         return "mean_norm"
@@ -51,3 +90,7 @@ def _head(state: State, whole: State) -> str:
     if "head_dist.weight" in state:
         return "two_classes"
     return "class"
+
+
+def _all_zero(value: Tensor | None) -> bool:
+    return value is not None and value.is_floating_point() and not value.any()
