@@ -91,7 +91,7 @@ def calibrate(
         images: float32 [3, H, W] each, normalised; at least `MIN_IMAGES`.
         budget: f, a fraction of the dense MACs as the release counts them.
         seed: of the random selection that the report compares with.
-        progress: told how many passes of an image are done, of how many.
+        progress: called with how many passes of an image are done, of how many.
 
     Returns:
         Each threshold lies between two neighbouring scores that occurred, in their middle.
@@ -299,8 +299,8 @@ class _StageCost:
 
     def __call__(self, theta: float) -> float:
         kept = [len(s) - np.searchsorted(s, np.float32(theta), "right") for s in self.ordered]
-        kept = np.maximum(np.array(kept, np.float64), 1)  # the best token always stays
-        lengths = self.config.prefix + kept
+        tokens = np.maximum(np.array(kept, np.float64), 1)  # the best always stays
+        lengths = self.config.prefix + tokens
         return self.blocks * float(block_macs(self.config, lengths).mean())
 
 

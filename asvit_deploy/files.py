@@ -112,7 +112,7 @@ def _changed_by_us(folder: Path) -> None:
 
 
 def _kernel() -> str:
-    """Four hex digits that tell this kernel, as it runs now, from others that share a volume."""
+    """Four hex digits that name this kernel, as it runs now, among others that share a volume."""
     try:
         name = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:

@@ -87,7 +87,7 @@ def inferred(model: onnx.ModelProto) -> dict[str, ir.Value]:
     forget_types(copy.graph)
     for name, weight in tuple(copy.graph.initializers.items()):
         tensor = weight.const_value
-        if tensor is not None and tensor.size > _LARGEST_SHAPE:  # its numbers tell of no shape
+        if tensor is not None and tensor.size > _LARGEST_SHAPE:  # its numbers are no shape
             del copy.graph.initializers[name]
             copy.graph.inputs.append(weight)
     whole = with_function(closed(copy))

@@ -143,11 +143,11 @@ def raises_one_line(call: Callable[[], object], *words: str) -> None:
     """The call raises UserError with one line that holds the words."""
     from asvit_deploy.errors import UserError
 
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         call()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     for word in words:
-        assert word in str(told.value)
+        assert word in str(caught.value)
 
 
 def refused(result: Result, *words: str) -> None:

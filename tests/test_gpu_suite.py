@@ -305,7 +305,7 @@ def test_folder_for_another_gpu_is_refused(folder, tmp_path):
 
 
 def test_gpu_that_does_nothing_leaves_a_reason_for_every_part(folder, tmp_path):
-    """The way of a real run: whatever fails is told, in its place, and costs no other part."""
+    """The way of a real run: whatever fails is reported, in its place, and costs no other part."""
     if find_nvcc() is None or has_gpu():
         pytest.skip("no device code was prepared, or there is a GPU")
     output = tmp_path / "out"

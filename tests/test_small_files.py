@@ -180,8 +180,8 @@ def test_a_file_of_a_terabyte_is_not_read(ends, tmp_path, name):
     if name.endswith("pt"):  # one that torch.save would write, all of it zeros
         _sparse_archive(path, 1 << 40)
     if name == "x.safetensors":
-        told = {"a": {"dtype": "U8", "shape": [1 << 40], "data_offsets": [0, 1 << 40]}}
-        header = json.dumps(told).encode()
+        entries = {"a": {"dtype": "U8", "shape": [1 << 40], "data_offsets": [0, 1 << 40]}}
+        header = json.dumps(entries).encode()
         with open(path, "r+b") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             file.truncate((1 << 40) + len(header) + 8)

@@ -33,9 +33,9 @@ from asvit_deploy.checkpoints.ours import (
     FACTS,
     FORMAT,
     METHOD,
+    check_metadata,
     check_schema,
     check_sealed,
-    check_told,
     method_of,
     parsed,
     staged,
@@ -134,7 +134,7 @@ def _loaded(
     if bare and not headless:
         _refuse_headless(found.beside)
     if ours:
-        check_told(metadata, config)
+        check_metadata(metadata, config)
         config = staged(metadata, config)
     method = method_of(metadata, config) if ours else None
     adaptive = method is not None or any(map(THRESHOLD.match, state))

@@ -236,12 +236,12 @@ class Trainer:
         # Apart from the weights: in their own unit, thresholds have gradients 1e4 times as large.
         norm = nn.utils.clip_grad_norm_(self._weights(), self.recipe.clip or math.inf)
         slopes = [t.grad.abs() for t in self._logarithms if t.grad is not None]
-        told = self.mean(loss.detach()).item()
+        shared = self.mean(loss.detach()).item()
         if not self.scaler.is_enabled():
-            told += 0 * (norm.item() + sum(slope.item() for slope in slopes))
+            shared += 0 * (norm.item() + sum(slope.item() for slope in slopes))
         elif self.scaler.get_scale() < _LEAST_SCALE:
-            told = math.nan
-        if not math.isfinite(told):
+            shared = math.nan
+        if not math.isfinite(shared):
             first = number * self.recipe.batch_size
             raise UserError(
                 f"training diverged at step {number}, on pictures {first} to "

@@ -21,7 +21,7 @@ from gpu_parts import prepared
 from gpu_parts.kit import MANIFEST, Report
 
 MAX_BYTES = 55 << 20
-# What of the checkout the parts need; the C++ sources tell the plugin's cache what it holds.
+# What of the checkout the parts need; by the C++ sources the plugin's cache knows what it holds.
 COPIED = ("asvit_deploy", "plugins", "trt_plugins")
 HERE = Path(__file__).resolve().parent
 

@@ -118,11 +118,11 @@ def test_what_is_no_picture_is_counted_by_ending(tmp_path):
 
 def test_a_hundred_endings_and_odd_ones_make_one_short_line(tmp_path):
     root = put(tmp_path, *(f"x.{i:03}" for i in range(100)), "y.a\nb", "z." + "q" * 200)
-    told = pictures_below(root).passed.summary()
-    assert told.startswith("102 files (no ending 2, .000 1")
-    assert "93 other endings 93" in told
-    assert len(told) < 200
-    assert "\n" not in told
+    summary = pictures_below(root).passed.summary()
+    assert summary.startswith("102 files (no ending 2, .000 1")
+    assert "93 other endings 93" in summary
+    assert len(summary) < 200
+    assert "\n" not in summary
 
 
 def test_the_set_says_what_was_seen_and_what_was_taken(tmp_path):

@@ -99,9 +99,9 @@ def test_parsing_is_given_up_when_its_time_is_over(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(data)
     for read in (lambda: load_picture(tmp_path / name),
                  lambda: decode_picture(io.BytesIO(data), name, Path(name).suffix)):  # fmt: skip
-        with pytest.raises(PictureError, match="s to read; save it again") as told:
+        with pytest.raises(PictureError, match="s to read; save it again") as caught:
             read()
-        assert told.value.reason == "too long"
+        assert caught.value.reason == "too long"
 
 
 def test_a_pipe_that_takes_a_pictures_place_is_not_waited_for(tmp_path):

@@ -214,7 +214,7 @@ def test_a_teacher_must_see_the_same_pictures_and_classes(tmp_path):
         load_teacher(arch("as_lvvit_s").at(64, 10), tiny)
 
 
-def test_thresholds_start_where_they_are_told(tmp_path):
+def test_thresholds_start_where_they_are_reported(tmp_path):
     dense = load_checkpoint(dense_file(tmp_path))
     student, _ = adaptive_start(MINI, dense, (1e-3, 5e-4, 0.1))
     assert student.threshold_values() == pytest.approx([1e-3, 5e-4, 0.1])
