@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx.shape_inference
 import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from asvit_deploy.ops import onnx_op
 
@@ -119,6 +120,25 @@ def forget_types(graph: ir.Graph) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.type = value.shape = None
+
+
+def forget_notes(model: ir.Model) -> None:
+    """Drop what an exporter noted at nodes, values and functions: where in whose files each was
+    traced. The model's own metadata stays."""
+    ClearMetadataAndDocStringPass()(model)
+    for body in (model.graph, *model.functions.values()):
+        for node in body.all_nodes():
+            for value in node.outputs:
+                _forget_note(value)
+        for value in body.inputs:
+            _forget_note(value)
+    for value in model.graph.initializers.values():
+        _forget_note(value)
+
+
+def _forget_note(value: ir.Value) -> None:
+    value.metadata_props.clear()
+    value.doc_string = None
 
 
 def constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

@@ -156,6 +156,7 @@ def test_companions_of_onnxruntime_do_not_clash(site: FakeSite) -> None:
         (packages.onnxscript, "onnxscript", "0.4.0", "onnxscript>="),
         (packages.onnx, "onnx", "1.16.2", "onnx>="),
         (packages.onnxruntime, "onnxruntime", "1.10.0", "onnxruntime>="),
+        (packages.others, "onnx-ir", "0.1.15", "onnx-ir>="),
         (packages.others, "pillow", "9.5", "pillow>="),
         (packages.others, "safetensors", "0.3.9", "safetensors>="),
         (packages.training, "accelerate", "1.0", "accelerate>="),
