@@ -126,7 +126,8 @@ def forget_notes(model: ir.Model) -> None:
     """Drop what an exporter noted at nodes, values and functions: where in whose files each was
     traced. The model's own metadata stays."""
     ClearMetadataAndDocStringPass()(model)
-    for body in (model.graph, *model.functions.values()):
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for body in bodies:
         for node in body.all_nodes():
             for value in node.outputs:
                 _forget_note(value)

@@ -196,9 +196,9 @@ LISTED = {
 
 
 @pytest.mark.parametrize("how", ["images", "classes", "data"])
-def test_ten_thousand_levels_are_one_short_line(ends, tmp_path, deep, how):
+def test_thousands_of_levels_are_one_short_line(ends, tmp_path, deep, how):
     for name in "ab":
-        deep(tmp_path / "set" / name, 10_000)
+        deep(tmp_path / "set" / name, 3_000)
         (tmp_path / "set" / name / "x.png").touch()
     said = ends(LISTED[how], tmp_path / "set", 64)
     assert "File name too long; move what is in it further up" in said
