@@ -40,8 +40,8 @@ def test_two_hundred_digits(cli, folder, exported, batch, way, request, monkeypa
         library = ["--library", request.getfixturevalue("op_library")]
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    result = cli("check", exported / f"{batch}.onnx", "--images", folder, "--limit", COUNT, "--json",
-                 *library)  # fmt: skip
+    model = exported / f"{batch}.onnx"
+    result = cli("check", model, "--images", folder, "--limit", COUNT, "--json", *library)
     assert result.code == 0, result.err
     reports = json.loads(result.out)
     # A dynamic batch also runs in batches of eight, each image against itself alone.
@@ -54,6 +54,7 @@ def test_two_hundred_digits(cli, folder, exported, batch, way, request, monkeypa
         assert report["parity"]["passed"], report["parity"]["failures"]
 
 
+@pytest.mark.slow
 def test_predicts_digits_it_never_saw(cli, folder, exported):
     assert default_checkpoint().stat().st_size <= 10 * 2**20
     pictures = sorted(folder.glob("*.png"))[:40]

@@ -135,6 +135,7 @@ def test_a_recipe_of_one_endless_key(ends, tmp_path):
         assert ends(code, path).startswith(str(path))
 
 
+@pytest.mark.slow
 def test_a_list_of_classes_with_a_name_twice_far_down(ends, tmp_path):
     code = "from asvit_deploy.classes.name_files import read_names; read_names(path)"
     path = tmp_path / "classes.txt"
@@ -213,6 +214,7 @@ def test_a_folder_of_stages_that_are_large_together_is_not_hashed(ends, tmp_path
     assert "have 5,368,709,120 bytes, more than" in ends(code, tmp_path, 64)
 
 
+@pytest.mark.slow
 def test_a_sources_size_does_not_have_a_folder_hashed(ends, tmp_path):
     for i in range(60):
         sized(tmp_path / f"{i}.bin", 1 << 30)
@@ -224,6 +226,7 @@ def test_a_sources_size_does_not_have_a_folder_hashed(ends, tmp_path):
     assert "is gone; put it back" in ends(code, tmp_path, 64)
 
 
+@pytest.mark.slow
 def test_the_largest_file_is_hashed_in_time(ends, tmp_path):
     from asvit_deploy.bounded import MOST_BYTES
 

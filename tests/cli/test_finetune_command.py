@@ -138,6 +138,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_that_runs_out_is_one_line_and_keeps_what_was_there(data, tmp_path):
     state, log = (tmp_path / place(OUTPUT) for place in (state_path, log_path))
@@ -247,6 +248,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(data, tmp_path, size, l
     assert files(tmp_path) == {"data", *([left.name] if left else [])}
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_tensorboard_is_one_line(data, tmp_path):
     """Its writer is a thread of its own, with a traceback of its own."""
     pytest.importorskip("tensorboard", reason="comes with [train]")

@@ -85,6 +85,7 @@ def test_bench_skips_and_counts(cli, model, pictures):
     assert (report["image_count"], report["skipped"]) == (11, 2)
 
 
+@pytest.mark.slow
 def test_export_skips_and_says_so(cli, mini_checkpoint, pictures):
     args = ("export", "--ckpt", mini_checkpoint, "--images", "pictures", "-o", "x.onnx")
     refused(cli(*args), "03x.png is empty")

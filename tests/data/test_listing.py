@@ -195,6 +195,7 @@ LISTED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["images", "classes", "data"])
 def test_thousands_of_levels_are_one_short_line(ends, tmp_path, deep, how):
     for name in "ab":
@@ -224,6 +225,7 @@ def test_a_link_to_itself_is_one_line(ends, tmp_path, how):
     )
 
 
+@pytest.mark.slow
 def test_a_wide_folder_takes_a_moment_for_each_entry(ends, tmp_path):
     """10^6 entries would take ten times what these take."""
     import time

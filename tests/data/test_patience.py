@@ -85,6 +85,7 @@ def test_no_picture_is_read_for_longer_than_its_decoding_takes():
     assert 2 < patience.SECONDS <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_picture_without_end_ends(ends, tmp_path, name):
     path = tmp_path / name

@@ -121,6 +121,7 @@ def test_two_processes_stop_together_and_know_their_run(dense, tmp_path):
     assert f"with steps 4000, not {state['step']}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 41], ids=["fewer pictures than processes", "odd shares"])
 def test_two_processes_evaluate_what_one_does(tmp_path, limit):
     line = ["-m", "asvit_deploy", "evaluate", "default", "--data", "digits", "--limit", str(limit),
@@ -154,6 +155,7 @@ def data(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_unreadable_pictures_of_all_processes_count(dense, data, tmp_path):
     """Each of the two meets one; together they are over the limit."""
     for label in ("a", "b"):
@@ -176,6 +178,7 @@ def program(folder: Path, change: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_picture_that_all_processes_pass_over_counts_once(dense, data, tmp_path):
     """And costs no state: those of the epochs' ends are all there are."""
     (data / "a" / "0.png").write_bytes(b"no picture")
@@ -194,6 +197,7 @@ module.save_state = save_state
     assert re.findall(r"saved (\d+)", said) == ["2", "4", "6", "8"], said
 
 
+@pytest.mark.slow
 def test_where_one_process_finds_no_batch_the_state_is_kept_and_all_end(dense, tmp_path):
     refusing = """
 from asvit_deploy.errors import UserError
@@ -252,6 +256,7 @@ def test_what_processes_cannot_do_together_is_reported():
         raise RuntimeError("shapes differ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 7])
 def test_a_picture_that_one_process_cannot_read_ends_evaluation(tmp_path, limit):
     for number in range(10):
@@ -267,6 +272,7 @@ def test_a_picture_that_one_process_cannot_read_ends_evaluation(tmp_path, limit)
     assert our_tracebacks(done.stderr) == [], done.stderr
 
 
+@pytest.mark.slow
 def test_all_processes_end_where_one_refuses(dense, tmp_path):
     output = tmp_path / "a.safetensors"
     log_path(output).write_text("another's")
@@ -280,6 +286,7 @@ def test_all_processes_end_where_one_refuses(dense, tmp_path):
     assert log_path(output).read_text() == "another's"
 
 
+@pytest.mark.slow
 def test_a_stem_with_statistics_is_not_trained_apart(tmp_path):
     said = run(2, "--data", "digits", "--batch-size", 8, "--steps", 1, "--arch", "as_deit_mini",
                "--dense", "-o", tmp_path / "a.safetensors")[1]  # fmt: skip
@@ -287,6 +294,7 @@ def test_a_stem_with_statistics_is_not_trained_apart(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(dense, tmp_path):
     said = run(2, "--data", "digits", "--batch-size", 7, "--steps", 1, "--pretrained", dense,
                "-o", tmp_path / "a.safetensors")[1]  # fmt: skip
