@@ -70,8 +70,8 @@ def read_bounded(path: Path, most: int, what: str) -> bytes:
     except PermissionError:
         raise UserError(f"{path} may not be read; check its permissions") from None
     except (OSError, ValueError) as error:
-        told = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path} cannot be read: {told}; name a {what}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be read: {reason}; name a {what}") from None
     if (size := max(size, len(data))) > most:
         raise UserError(
             f"{path} has {size:,} bytes, too many for a {what}, which has {most:,} at most; name "

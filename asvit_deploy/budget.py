@@ -109,7 +109,7 @@ def fit_thresholds(
 
     Args:
         images: float32 [P, 3, H, W], pictures of the training split.
-        progress: told how many more of them have passed, of at most `MOST_PASSES` times P.
+        progress: called with how many more of them have passed, of at most `MOST_PASSES` times P.
     """
     was_training = model.training
     model.eval()

@@ -61,8 +61,8 @@ class CalibrationResult:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One rule carried out: rows left per image and stage, int64 [P, stages], with the class token,
-    and logits float32 [P, C]."""
+    """One rule carried out on n images: rows left per image and stage, prefix included, int64
+    [n, stages], and logits float32 [n, C]."""
 
     lengths: NDArray[np.int64]
     logits: Tensor
@@ -91,7 +91,7 @@ def calibrate(
         images: float32 [3, H, W] each, normalised; at least `MIN_IMAGES`.
         budget: f, a fraction of the dense MACs as the release counts them.
         seed: of the random selection that the report compares with.
-        progress: told how many passes of an image are done, of how many.
+        progress: called with how many passes of an image are done, of how many.
 
     Returns:
         Each threshold lies between two neighbouring scores that occurred, in their middle.
@@ -185,11 +185,11 @@ def candidate_splits(stages: int) -> list[tuple[float, ...]]:
 def planned_lengths(
     config: ArchConfig, split: Sequence[float], budget: float
 ) -> NDArray[np.float64]:
-    """Rows after each stage, class token included, if all images were alike: float64 [stages]."""
+    """Rows after each stage, prefix included, if all images were alike: float64 [stages]."""
     share = np.cumsum(split)
 
     def lengths(c: float) -> NDArray[np.float64]:
-        return 1 + np.maximum(config.image_tokens * np.exp(-c * share), 1)
+        return config.prefix + np.maximum(config.image_tokens * np.exp(-c * share), 1)
 
     target, low, high = budget_macs(config, budget), 0.0, 1e3
     for _ in range(100):
@@ -235,7 +235,7 @@ class _Work:
         stages, lengths, logits = len(self.config.stages), [], []
         for stage in range(stages):
             keeps = rule(stage, scores)
-            lengths.append([1 + int(keep.sum()) for keep in keeps])
+            lengths.append([self.config.prefix + int(keep.sum()) for keep in keeps])
             scores = []
             for p, keep in enumerate(keeps):
                 compact, _, _ = compact_masked(tokens[p][None], keep)
@@ -282,7 +282,8 @@ class _Work:
             keeps = []
             for count, score in zip(like.lengths[:, stage], scores):
                 keep = torch.zeros_like(score, dtype=torch.bool)
-                keep[0, torch.randperm(score.shape[1], generator=generator)[: count - 1]] = True
+                order = torch.randperm(score.shape[1], generator=generator)
+                keep[0, order[: count - self.config.prefix]] = True
                 keeps.append(keep)
             return keeps
 
@@ -298,7 +299,8 @@ class _StageCost:
 
     def __call__(self, theta: float) -> float:
         kept = [len(s) - np.searchsorted(s, np.float32(theta), "right") for s in self.ordered]
-        lengths = 1 + np.maximum(np.array(kept, np.float64), 1)  # the best token always stays
+        tokens = np.maximum(np.array(kept, np.float64), 1)  # the best always stays
+        lengths = self.config.prefix + tokens
         return self.blocks * float(block_macs(self.config, lengths).mean())
 
 
@@ -351,7 +353,7 @@ def _macs_ratio(config: ArchConfig, lengths: NDArray) -> float:
 
 def _figures(config: ArchConfig, candidate: Candidate, dense: Tensor) -> dict[str, Any]:
     """What a candidate costs, keeps and gets right."""
-    kept = candidate.outcome.lengths - 1
+    kept = candidate.outcome.lengths - config.prefix
     ratio = _macs_ratio(config, candidate.outcome.lengths)
     return {
         "split": [round(part, 4) for part in candidate.split],

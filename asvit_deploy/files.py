@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -27,6 +28,7 @@ from asvit_deploy.errors import UserError
 
 # What the system says where a disk, a quota or a file-size limit is at its end.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 _ABANDONED = 3600  # seconds after which a temporary that nobody changed is nobody's
 
 
@@ -112,7 +114,7 @@ def _changed_by_us(folder: Path) -> None:
 
 
 def _kernel() -> str:
-    """Four hex digits that tell this kernel, as it runs now, from others that share a volume."""
+    """Four hex digits that name this kernel, as it runs now, among others that share a volume."""
     try:
         name = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
@@ -181,7 +183,10 @@ def _new_folder(path: Path) -> tuple[Path, int]:
             folder.mkdir(0o700)
         except FileExistsError:
             continue
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # another run's sweep took it for one that was left: it had no lock yet
         if try_lock(handle) and same(handle, folder):
             return folder, handle
         os.close(handle)  # a sweep found it before we had the lock
@@ -300,6 +305,25 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
         raise unwritten(current, error) from error
 
 
+def _place_folder(temporary: Path, path: Path, replace: bool) -> None:
+    """Give a folder its name; what another run puts there at that moment is replaced, or stays."""
+    for number in itertools.count():
+        old = temporary.with_name(f"{path.name}.old{number}")
+        try:
+            if replace and path.exists():
+                with contextlib.suppress(FileNotFoundError):  # another run has moved it away
+                    path.rename(old)
+            temporary.rename(path)
+            return
+        except BaseException as error:  # Ctrl-C too: what was there comes back
+            if old.exists() and not path.exists():
+                old.rename(path)
+            if not isinstance(error, OSError) or error.errno not in _OCCUPIED:
+                raise
+            if not replace:
+                raise _exists(path) from None
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes its place at `path` only if the block succeeds.
@@ -315,22 +339,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise _no_folder(path)
     try:
         with _workspace(path) as workspace:
-            temporary, old = workspace / path.name, workspace / f"{path.name}.old"
+            temporary = workspace / path.name
             temporary.mkdir()
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file() and not file.is_symlink():
                     _sync(file)
-            if not _asked_again([path]) and os.path.lexists(path):
+            if not (replace := _asked_again([path])) and os.path.lexists(path):
                 raise _exists(path)
-            try:
-                if path.exists():
-                    path.rename(old)
-                temporary.rename(path)
-            except BaseException:  # Ctrl-C too: what was there comes back
-                if old.exists() and not path.exists():
-                    old.rename(path)
-                raise
+            _place_folder(temporary, path, replace)
     except OSError as error:
         raise unwritten(path, error) from error
 

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx.shape_inference
 import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from asvit_deploy.ops import onnx_op
 
@@ -87,7 +88,7 @@ def inferred(model: onnx.ModelProto) -> dict[str, ir.Value]:
     forget_types(copy.graph)
     for name, weight in tuple(copy.graph.initializers.items()):
         tensor = weight.const_value
-        if tensor is not None and tensor.size > _LARGEST_SHAPE:  # its numbers tell of no shape
+        if tensor is not None and tensor.size > _LARGEST_SHAPE:  # its numbers are no shape
             del copy.graph.initializers[name]
             copy.graph.inputs.append(weight)
     whole = with_function(closed(copy))
@@ -119,6 +120,26 @@ def forget_types(graph: ir.Graph) -> None:
         for value in node.outputs:
             if not value.is_graph_output():
                 value.type = value.shape = None
+
+
+def forget_notes(model: ir.Model) -> None:
+    """Drop what an exporter noted at nodes, values and functions: where in whose files each was
+    traced. The model's own metadata stays."""
+    ClearMetadataAndDocStringPass()(model)
+    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for body in bodies:
+        for node in body.all_nodes():
+            for value in node.outputs:
+                _forget_note(value)
+        for value in body.inputs:
+            _forget_note(value)
+    for value in model.graph.initializers.values():
+        _forget_note(value)
+
+
+def _forget_note(value: ir.Value) -> None:
+    value.metadata_props.clear()
+    value.doc_string = None
 
 
 def constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

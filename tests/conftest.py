@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,11 +143,11 @@ def raises_one_line(call: Callable[[], object], *words: str) -> None:
     """The call raises UserError with one line that holds the words."""
     from asvit_deploy.errors import UserError
 
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         call()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     for word in words:
-        assert word in str(told.value)
+        assert word in str(caught.value)
 
 
 def refused(result: Result, *words: str) -> None:
@@ -298,46 +298,39 @@ def compiler() -> str:
 
 _SECONDS = 20  # of processor time; so long a wait is none, but on a machine that others use it may
 _WAIT = 120  # take this many seconds to come by
-_CHILD = """
-import resource, sys, time
-from asvit_deploy.errors import UserError
-from pathlib import Path
-import torch, onnx, onnxruntime
-def taken():
-    mine, theirs = (resource.getrusage(who) for who in (resource.RUSAGE_SELF,
-                                                        resource.RUSAGE_CHILDREN))
-    seconds = sum(r.ru_utime + r.ru_stime for r in (mine, theirs))
-    return max(mine.ru_maxrss, theirs.ru_maxrss) >> 10, seconds
-memory, seconds = taken()
-path = Path(sys.argv[1])
-try:
-    {code}
-    said = "fine"
-except UserError as error:
-    said = str(error)
-after = taken()
-print(after[0] - memory, after[1] - seconds, said)
-"""
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[subprocess.Popen[str]]:
+    """See `tests/warm.py`: libraries are imported once, and every child begins with them."""
+    program = Path(__file__).with_name("warm.py")
+    with subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as process:  # fmt: skip
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
 
 
 @pytest.fixture
-def ends() -> Callable[..., str]:
+def ends(warm: subprocess.Popen[str]) -> Callable[..., str]:
     """Read a file by a line of code in a child: what it said, or "fine".
 
-    More than `mebibytes` beside what the libraries take, or more than `_SECONDS` of processor time,
+    More than `mebibytes` beside what the libraries take, or more than `seconds` of processor time,
     its children's with it, fail the test.
     """
 
-    def run(code: str, path: Path, mebibytes: int = 512) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD.format(code=code), str(path)],
-            capture_output=True, text=True, timeout=_WAIT,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        used, seconds, said = done.stdout.rstrip("\n").split(" ", 2)
-        assert "\n" not in said
-        assert int(used) < mebibytes, (used, said)
-        assert float(seconds) < _SECONDS, (seconds, said)
-        return said
+    def run(code: str, path: Path, mebibytes: int = 512, seconds: float = _SECONDS) -> str:
+        job = {"code": code, "path": str(path), "folder": os.getcwd(), "seconds": _WAIT,
+               "environment": dict(os.environ)}  # fmt: skip
+        assert warm.stdin is not None
+        assert warm.stdout is not None
+        warm.stdin.write(json.dumps(job) + "\n")
+        warm.stdin.flush()
+        done = json.loads(warm.stdout.readline())
+        assert "failed" not in done, done["failed"]
+        assert "\n" not in done["said"]
+        assert done["used"] < mebibytes, done
+        assert done["seconds"] < seconds, done
+        return done["said"]
 
     return run

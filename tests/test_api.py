@@ -185,6 +185,7 @@ def test_load_takes_the_facts_that_are_given(mini_checkpoint: Path) -> None:
     assert network.config.preprocessing.std == (0.5, 0.25, 0.125)
 
 
+@pytest.mark.slow
 def test_export_writes_what_the_command_writes(
     cli, mini_checkpoint: Path, tmp_path: Path, capsys
 ) -> None:
@@ -306,6 +307,7 @@ def test_finetune_is_interrupted_and_goes_on(default_small: Path, tmp_path, monk
     assert all(resumed[key].equal(value) for key, value in whole.items())
 
 
+@pytest.mark.slow
 def test_a_file_is_replaced_only_with_force(mini_checkpoint: Path, tmp_path: Path) -> None:
     target = tmp_path / "x.onnx"
     target.write_text("mine")

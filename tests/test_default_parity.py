@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import asvit_deploy
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.data import digits
 
@@ -20,20 +21,27 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def exported(folder, tmp_path_factory):
+    """The checkpoint exported with a batch of one, and with a dynamic one."""
+    place = tmp_path_factory.mktemp("exported")
+    for batch in ("1", "dynamic"):
+        asvit_deploy.export("default", batch=batch, images=folder, output=place / f"{batch}.onnx")
+    return place
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["function", "library"])
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
-def test_two_hundred_digits(cli, folder, batch, way, request, monkeypatch, tmp_path):
+def test_two_hundred_digits(cli, folder, exported, batch, way, request, monkeypatch, tmp_path):
     """The library beside the function, and the function where nobody built a library."""
     library = []
     if way == "library":
         library = ["--library", request.getfixturevalue("op_library")]
     else:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = cli("export", "--ckpt", "default", "--batch", batch, "--images", folder, "-o", "m.onnx")
-    assert made.code == 0, made.err
-    result = cli("check", "m.onnx", "--images", folder, "--limit", COUNT, "--json",
-                 *library)  # fmt: skip
+    model = exported / f"{batch}.onnx"
+    result = cli("check", model, "--images", folder, "--limit", COUNT, "--json", *library)
     assert result.code == 0, result.err
     reports = json.loads(result.out)
     # A dynamic batch also runs in batches of eight, each image against itself alone.
@@ -46,10 +54,10 @@ def test_two_hundred_digits(cli, folder, batch, way, request, monkeypatch, tmp_p
         assert report["parity"]["passed"], report["parity"]["failures"]
 
 
-def test_predicts_digits_it_never_saw(cli, folder):
+@pytest.mark.slow
+def test_predicts_digits_it_never_saw(cli, folder, exported):
     assert default_checkpoint().stat().st_size <= 10 * 2**20
-    assert cli("export", "--ckpt", "default", "--images", folder, "-o", "m.onnx").code == 0
     pictures = sorted(folder.glob("*.png"))[:40]
-    guesses = json.loads(cli("predict", "m.onnx", *pictures, "--json").out)
+    guesses = json.loads(cli("predict", exported / "1.onnx", *pictures, "--json").out)
     right = [f"label{g['top'][0]['label']}" in g["image"] for g in guesses]
     assert sum(right) >= 34, "the same 40 pictures every time; 97 % are expected"

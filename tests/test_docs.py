@@ -101,6 +101,7 @@ def runner_of_help() -> str:
     return "\n".join(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if fenced(page, "python")],
                          ids=lambda p: p.name)  # fmt: skip
 def test_python_of_the_pages_runs(page, mini_checkpoint, tmp_path):

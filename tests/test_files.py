@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from asvit_deploy import files
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import (
     atomic,
+    atomic_folder,
     cache_dir,
     check_writable,
     make_cache_dir,
@@ -288,3 +290,72 @@ def test_check_writable_says_it_before_the_work(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words) as error:
             check_writable(target, force=False)
         assert str(target) in str(error.value)
+
+
+# --- two runs on one folder, in the order that hurts ---------------------------------------------
+
+
+def put(path: Path, word: str) -> None:
+    with atomic_folder(path) as temporary:
+        (temporary / "x").write_text(word)
+
+
+def test_a_sweep_between_a_temporary_and_its_lock_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run starts just when our temporary is made and not yet locked, and takes it away."""
+    mkdir, swept = Path.mkdir, list[str]()
+
+    def then_another_starts(folder: Path, *args: int) -> None:
+        mkdir(folder, *args)
+        if folder.name.endswith(".tmp") and not swept:
+            swept.append(folder.name)
+            files._sweep(tmp_path / "made")
+            assert not folder.exists()
+
+    monkeypatch.setattr(Path, "mkdir", then_another_starts)
+    put(tmp_path / "made", "mine")
+    assert len(swept) == 1
+    assert (tmp_path / "made" / "x").read_text() == "mine"
+    assert names(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("moment", ["before it is moved away", "before ours takes its place"])
+def test_a_folder_that_another_run_puts_there_meanwhile_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, moment: str
+) -> None:
+    path, rename, others = tmp_path / "made", Path.rename, list[int]()
+    if there:
+        put(path, "before")
+
+    def and_another_ends(source: Path, target: Path) -> Path:
+        if not others and (target == path) == (moment == "before ours takes its place"):
+            others.append(1)
+            put(path, "theirs")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", and_another_ends)
+    put(path, "mine")
+    assert len(others) == int(there or moment == "before ours takes its place")
+    assert (path / "x").read_text() == "mine"
+    assert names(tmp_path) == ["made"]
+
+
+def test_a_folder_that_is_moved_away_meanwhile_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename, others = tmp_path / "made", Path.rename, list[int]()
+    put(path, "before")
+
+    def and_another_takes_it(source: Path, target: Path) -> Path:
+        if source == path and not others:
+            others.append(1)
+            rename(path, tmp_path / "elsewhere")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", and_another_takes_it)
+    put(path, "mine")
+    assert others
+    assert (path / "x").read_text() == "mine"
+    assert (tmp_path / "elsewhere" / "x").read_text() == "before"

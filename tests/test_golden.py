@@ -104,6 +104,7 @@ def test_commands_take_them(before):
     assert {key: old[key] for key in kept} == {key: new[key] for key in kept}
 
 
+@pytest.mark.slow
 def test_engines_and_bundles(before):
     """Their sidecars hold; what is missing here is a GPU."""
     fields = sidecar.read(before / "before.engine")

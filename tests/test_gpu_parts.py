@@ -34,7 +34,7 @@ def prepared(compiler, trt_headers, tmp_path_factory) -> Path:
     shelf = preparing.Shelf(root)
     preparing._host_code(shelf, lambda _: None, ROOT)
     data.write_networks(root / "data", [data.REHEARSED])
-    data.write_cases(root / calls.CASES, ROOT)
+    data.write_cases(root / calls.CASES)
     manifest = {"host": shelf.host, "device": {}, "data": {}, "missing": {"device switch": "why"}}
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
@@ -70,7 +70,7 @@ def test_kept_rows_are_those_of_the_reference(mini):
 
 
 def test_cases_are_those_of_every_other_form(prepared):
-    from op_cases import CASES
+    from asvit_deploy.ops.cases import CASES
 
     stored = calls.stored_calls(prepared, 0)
     assert [call.name for call in stored] == [case.name for case in CASES]

@@ -104,6 +104,7 @@ def files_of(place: Path) -> dict[str, str]:
             for path in place.rglob("*") if path.is_file()}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_part_ends_by_itself_in_a_bare_environment(folder, bare_python, tmp_path):
     """No package of ours, no network, no home, no metadata; nothing is lost, nothing written."""
     before, output = files_of(folder), tmp_path / "out"
@@ -133,6 +134,7 @@ def test_every_part_ends_by_itself_in_a_bare_environment(folder, bare_python, tm
     assert {"torch", "numpy", "onnx", "python"} <= set(summary["versions"])
 
 
+@pytest.mark.slow
 def test_parts_with_other_runtimes_end_too(folder, tmp_path):
     """Where ONNX Runtime is: every case of the op, and the default model."""
     pytest.importorskip("onnxruntime")
@@ -304,8 +306,9 @@ def test_folder_for_another_gpu_is_refused(folder, tmp_path):
     refused(done, f"was prepared for {made}, and Drawn GPU is SM 89", "--sm 89")
 
 
+@pytest.mark.slow
 def test_gpu_that_does_nothing_leaves_a_reason_for_every_part(folder, tmp_path):
-    """The way of a real run: whatever fails is told, in its place, and costs no other part."""
+    """The way of a real run: whatever fails is reported, in its place, and costs no other part."""
     if find_nvcc() is None or has_gpu():
         pytest.skip("no device code was prepared, or there is a GPU")
     output = tmp_path / "out"

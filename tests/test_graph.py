@@ -24,6 +24,28 @@ def diamond():
     )
 
 
+def test_notes_of_an_exporter_go_and_the_models_own_stay():
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20, "own": 1]> '
+        "g (float[2] x) => (float[2] y) <float[2] w = {1, 2}, float[2] b> "
+        "{ b = Add (x, w) y = own.F (b) } "
+        '<domain: "own", opset_import: ["": 20]> F (a) => (c) { c = Neg (a) }'
+    )
+    function = model.functions[0]
+    model.metadata_props.add(key="note", value="/home/model")
+    for part in (model.graph, model.graph.node[0], model.graph.value_info[0], model.graph.input[0],
+                 model.graph.output[0], function, function.node[0]):  # fmt: skip
+        part.metadata_props.add(key="note", value="/home/part")
+        part.doc_string = "/home/doc"
+    opened = graph.opened(model)
+    graph.forget_notes(opened)
+    clean = graph.closed(opened)
+    assert [entry.value for entry in clean.metadata_props] == ["/home/model"]
+    assert clean.SerializeToString().count(b"/home/") == 1
+    clean.ClearField("metadata_props")
+    onnx.checker.check_model(clean, full_check=True)
+
+
 def named(nodes):
     return {node.op_type for node in nodes}
 

@@ -167,9 +167,9 @@ FAULTS = {
 @pytest.mark.parametrize("count", [1, 8, 12])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_half_precision_excuses_no_fault(mini, half, photos, precision, count, fault):
-    change, told = FAULTS[fault]
+    change, words = FAULTS[fault]
     result = judged(mini, half(precision, change), photos[:count], precision)
-    assert any(told in failure for failure in result.failures), result.failures
+    assert any(words in failure for failure in result.failures), result.failures
 
 
 class Strays(TorchRunner):
@@ -203,7 +203,7 @@ def test_one_image_may_have_a_flip_beyond_the_noise(mini, photos, strays, passes
 
 def test_no_image_may_have_one_far_beyond_it(mini, photos):
     result = judged(mini, Strays(mini, 1, 80), photos, "fp16")
-    assert any("1 tokens flipped beyond rounding on 1/12" in told for told in result.failures)
+    assert any("1 tokens flipped beyond rounding on 1/12" in line for line in result.failures)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

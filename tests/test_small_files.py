@@ -135,6 +135,7 @@ def test_a_recipe_of_one_endless_key(ends, tmp_path):
         assert ends(code, path).startswith(str(path))
 
 
+@pytest.mark.slow
 def test_a_list_of_classes_with_a_name_twice_far_down(ends, tmp_path):
     code = "from asvit_deploy.classes.name_files import read_names; read_names(path)"
     path = tmp_path / "classes.txt"
@@ -180,8 +181,8 @@ def test_a_file_of_a_terabyte_is_not_read(ends, tmp_path, name):
     if name.endswith("pt"):  # one that torch.save would write, all of it zeros
         _sparse_archive(path, 1 << 40)
     if name == "x.safetensors":
-        told = {"a": {"dtype": "U8", "shape": [1 << 40], "data_offsets": [0, 1 << 40]}}
-        header = json.dumps(told).encode()
+        entries = {"a": {"dtype": "U8", "shape": [1 << 40], "data_offsets": [0, 1 << 40]}}
+        header = json.dumps(entries).encode()
         with open(path, "r+b") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             file.truncate((1 << 40) + len(header) + 8)
@@ -213,6 +214,7 @@ def test_a_folder_of_stages_that_are_large_together_is_not_hashed(ends, tmp_path
     assert "have 5,368,709,120 bytes, more than" in ends(code, tmp_path, 64)
 
 
+@pytest.mark.slow
 def test_a_sources_size_does_not_have_a_folder_hashed(ends, tmp_path):
     for i in range(60):
         sized(tmp_path / f"{i}.bin", 1 << 30)
@@ -224,6 +226,7 @@ def test_a_sources_size_does_not_have_a_folder_hashed(ends, tmp_path):
     assert "is gone; put it back" in ends(code, tmp_path, 64)
 
 
+@pytest.mark.slow
 def test_the_largest_file_is_hashed_in_time(ends, tmp_path):
     from asvit_deploy.bounded import MOST_BYTES
 

@@ -91,21 +91,21 @@ def test_a_private_group_is_no_other(monkeypatch, tmp_path):
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: me)
     monkeypatch.setattr(pwd, "getpwall", lambda: [me, bob])
 
-    def told(name: str, members: list[str]) -> bool:
+    def open_to_others(name: str, members: list[str]) -> bool:
         monkeypatch.setattr(
             grp, "getgrgid", lambda gid: SimpleNamespace(gr_name=name, gr_mem=members)
         )
         return trusted._others_write(status)
 
-    assert not told("ada", [])
-    assert not told("ada", ["ada"])
-    assert told("ada", ["bob"]), "a member"
-    assert told("staff", []), "a group of another name"
+    assert not open_to_others("ada", [])
+    assert not open_to_others("ada", ["ada"])
+    assert open_to_others("ada", ["bob"]), "a member"
+    assert open_to_others("staff", []), "a group of another name"
     bob.pw_gid = group
-    assert told("ada", []), "another user's primary group"
+    assert open_to_others("ada", []), "another user's primary group"
     bob.pw_gid = group + 1
     status.st_mode = 0o40777
-    assert told("ada", []), "everybody may write"
+    assert open_to_others("ada", []), "everybody may write"
 
 
 def test_root_s_group_is_not_private():

@@ -101,7 +101,7 @@ def _check_zip(file: BinaryIO) -> None:
 
 
 def _directory_size(file: BinaryIO) -> int:
-    """Bytes of a zip file's directory as its end tells them: zipfile takes them all in at once."""
+    """Bytes of a zip file's directory as its end states them: zipfile takes them all in at once."""
     size = file.seek(0, 2)
     file.seek(max(0, size - (1 << 16) - 98))  # a comment, the end, and zip64's end and locator
     tail = file.read()

@@ -272,8 +272,8 @@ def _sizes(content: Mapping[str, Any], source: FactSource) -> None:
         edge, mode = _square(size), "squash"
     window = _square(crop) if cut else edge
     if edge is None or window is None or window > edge or (mode == "center" and not cut):
-        told_crop = f" and crop_size {quoted(crop)}" if cut else ""
-        source.cannot["crop_pct"] = f"size {quoted(size)}{told_crop}, which makes no square input"
+        cropped = f" and crop_size {quoted(crop)}" if cut else ""
+        source.cannot["crop_pct"] = f"size {quoted(size)}{cropped}, which makes no square input"
         return
     source.size("crop_size" if cut else "size", window)
     source.say("crop_mode", mode)

@@ -388,7 +388,7 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _told(config: ArchConfig) -> bool:
+def _ambiguous(config: ArchConfig) -> bool:
     """Whether the activation needs a word: GELU goes without saying but in CLIPs, which have
     either."""
     return config.activation != "gelu" or config.norm_pre
@@ -403,7 +403,7 @@ def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours:
         "crop_mode": {"squash": "squashed"}.get(rules.crop_mode, ""),
         "heads": f"{config.heads} heads",
         "eps": f"eps {config.eps:g}" if config.eps != row.eps else "",
-        "activation": config.activation if _told(config) else "",
+        "activation": config.activation if _ambiguous(config) else "",
         "pooling": "mean of the tokens" if config.head in ("mean", "mean_norm") else "",
     }  # fmt: skip
     for name, word in words.items():

@@ -35,9 +35,9 @@ from asvit_deploy.checkpoints.ours import (
     FORMAT,
     METHOD,
     TRAITS,
+    check_metadata,
     check_schema,
     check_sealed,
-    check_told,
     method_of,
     parsed,
     staged,
@@ -141,7 +141,7 @@ def _loaded(
         translated, form = formats.translate(found.state)
     config, state = infer_config(translated, stated, arch)
     if ours:
-        check_told(metadata, config)
+        check_metadata(metadata, config)
         config = staged(metadata, config)
     method = method_of(metadata, config) if ours else None
     adaptive = method is not None or any(map(THRESHOLD.match, state))

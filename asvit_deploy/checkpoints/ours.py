@@ -65,7 +65,7 @@ def check_sealed(content: Any, metadata: Mapping[str, str]) -> None:
         check_seal(content, metadata)
 
 
-def check_told(metadata: Mapping[str, str], config: ArchConfig) -> None:
+def check_metadata(metadata: Mapping[str, str], config: ArchConfig) -> None:
     """What our own file says of itself must fit its tensors: later steps take it from here."""
     for key, holds in (("image_size", config.image_size), ("num_classes", config.num_classes)):
         if metadata[key] != str(holds):
@@ -89,7 +89,7 @@ def check_told(metadata: Mapping[str, str], config: ArchConfig) -> None:
 
 
 def staged(metadata: Mapping[str, str], config: ArchConfig) -> ArchConfig:
-    """The architecture with the stages that the file tells, where they are not its usual ones."""
+    """The architecture with the stages that the file names, where they are not its usual ones."""
     if "stages" not in metadata:
         return config
     stages = parsed(metadata["stages"])

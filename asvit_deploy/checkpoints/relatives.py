@@ -32,8 +32,8 @@ def _number_below_one(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value < 1
 
 
-# (options of the training script, when they tell, whose they are). The release declares the first
-# two and never passes them on: a file with them set came from other code.
+# (options of the training script, which values show it, whose they are). The release declares the
+# first two and never passes them on: a file with them set came from other code.
 _OPTIONS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (("accu", "ema_accu"), _on, "accumulated scores"),
     (("gate_scale", "gate_center", "act_mode", "ponder_token_scale"), _said, "A-ViT"),
@@ -94,9 +94,9 @@ def refuse_options(sources: Mapping[str, Mapping[str, Any]], names: Iterable[str
         names: what the file calls its model.
     """
     for options in sources.values():
-        for flags, tells, method in _OPTIONS:
+        for flags, shows, method in _OPTIONS:
             for flag in flags:
-                if flag in options and tells(options[flag]):
+                if flag in options and shows(options[flag]):
                     _refuse_method(method, f"--{flag} {quoted(options[flag])}")
         if "base_keep_rate" not in options:
             for flag in _EVIT_TOO:

@@ -75,7 +75,7 @@ def are_these(listed: Sequence[str]) -> bool:
     return hits >= _ALIKE * CLASSES
 
 
-def told_apart(listed: Sequence[str]) -> list[str]:
+def distinct(listed: Sequence[str]) -> list[str]:
     """The names; of ImageNet-1k's, those that stand there twice with their WordNet ids."""
     counts = Counter(listed)
     if max(counts.values()) == 1 or not are_these(listed):

@@ -24,7 +24,7 @@ def label_map(
     """The model's class number for each class of the data.
 
     By name where the model knows its classes and has them all; ImageNet-1k's by WordNet id or any
-    of their names too. Else by number, where numbers are all that the data tells; else in order,
+    of their names too. Else by number, where numbers are all that the data has; else in order,
     as image folders are read everywhere.
 
     Args:
@@ -33,7 +33,7 @@ def label_map(
         count: how many classes the model has.
         firm: whether `ours` are known and not merely found or assumed. Data that has none of them
             is refused then, and otherwise taken in order.
-        say: is told, in one line, what was taken for what where it is no mere match of names.
+        say: called with a line on what was taken for what where it is no mere match of names.
 
     Raises:
         UserError: no way fits; a class of the data may mean several of the model's; two of them
@@ -93,9 +93,9 @@ def _single(
     taken: dict[int, str] = {}
     for name, hit in zip(theirs, hits):
         if len(hit) > 1:
-            told = " and ".join(f"{i} ({ours[i]})" for i in sorted(hit)[:2])
+            outputs = " and ".join(f"{i} ({ours[i]})" for i in sorted(hit)[:2])
             raise UserError(
-                f"the data's class {name!r} may mean the outputs {told}; name its folder as the "
+                f"the data's class {name!r} may mean the outputs {outputs}; name its folder as the "
                 "one that is meant"
             )
         (number,) = hit

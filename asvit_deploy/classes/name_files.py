@@ -55,7 +55,7 @@ def read_names(path: Path, least: int = 1) -> list[str]:
 
 
 def names_of_config(path: Path) -> list[str] | None:
-    """The names that a `config.json` tells, or None where it tells none.
+    """The names that a `config.json` gives, or None where it gives none.
 
     Raises:
         UserError: as `read_names`.
@@ -97,8 +97,8 @@ def _parsed(path: Path, text: str) -> Any:
     try:
         return parse_json(text, object_pairs_hook=_Pairs)
     except ValueError as error:
-        told = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{path} is no whole JSON file{told}; copy or write it again") from None
+        detail = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path} is no whole JSON file{detail}; copy or write it again") from None
 
 
 def _listed_json(path: Path, text: str) -> list[Any]:
@@ -189,7 +189,7 @@ def _checked(path: Path, names: Sequence[Any]) -> list[str]:
             raise Unusable(
                 f"{path}: the name of class {i}, {_short(name)}, is no plain text; correct it"
             )
-    unique = imagenet.told_apart([name.strip() for name in names])
+    unique = imagenet.distinct([name.strip() for name in names])
     seen: dict[str, int] = {}
     for i, name in enumerate(unique):
         if name in seen:

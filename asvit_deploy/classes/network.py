@@ -64,16 +64,17 @@ def of_checkpoint(
 
     Args:
         given: `--classes`.
-        say: is told, in one line, whatever was found, assumed or passed over.
+        say: called with a line on whatever was found, assumed or passed over.
         assume: take ImageNet-1k's where there are no others and the network is of its kind.
 
     Raises:
         UserError: see `given_names`; the `config.json` is cut or contradicts itself.
     """
-    path, config, told = checkpoint.path, checkpoint.config, checkpoint.metadata
+    path, config, metadata = checkpoint.path, checkpoint.config, checkpoint.metadata
     own = None
-    if "classes" in told:
-        own = ClassNames(tuple(json.loads(told["classes"])), told.get("classes_from", OWN))
+    if "classes" in metadata:
+        names = tuple(json.loads(metadata["classes"]))
+        own = ClassNames(names, metadata.get("classes_from", OWN))
     if given is not None:
         return _instead(given_names(given, config.num_classes, path), own, path, say)
     if own is not None:

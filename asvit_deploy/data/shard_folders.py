@@ -45,7 +45,7 @@ def split_of(name: str) -> str | None:
 
 
 def by_split(folder: Path) -> dict[str | None, list[Path]]:
-    """The shards of a folder itself by the split that their names tell; None where none does.
+    """The shards of a folder itself by the split that their names give; None where none does.
 
     Raises:
         UserError: some names say a split and others none; the folder may not be read.

@@ -106,7 +106,7 @@ def _build(
     """Plans by file name, and what the builders said together."""
     plans: dict[str, bytes] = {}
     total = process.Outcome()
-    trusted.require_temporary()  # the builder is told there what to load
+    trusted.require_temporary()  # the builder reads there what to load
     for number, segment in enumerate(segments):
         title = f"segment {number + 1} of {len(segments)}"
 

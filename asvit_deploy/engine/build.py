@@ -162,8 +162,8 @@ def build_engine(
 
     Args:
         output: the plan; a plain one that any loader of the same flavour and version takes.
-        progress: is told how far TensorRT is.
-        say: is told how the comparison went, before the build.
+        progress: called with how far TensorRT is.
+        say: called with a line on how the comparison went, before the build.
 
     Raises:
         UserError: an option, the graph or the plugin does not fit, or the builder gives up.
@@ -187,7 +187,7 @@ def build_engine(
             "build with --mode padded"
         )
     start = time.perf_counter()
-    trusted.require_temporary()  # the builder is told there what to load
+    trusted.require_temporary()  # the builder reads there what to load
     with tempfile.TemporaryDirectory(prefix="asvit-engine-") as name:
         folder = Path(name)
         job = make_job(folder, graph, flavour, options, profiles, stages)

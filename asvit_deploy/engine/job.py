@@ -1,4 +1,4 @@
-"""What a build is told: one JSON file, from the command's process to the builder's."""
+"""What a build needs to know: one JSON file, from the command's process to the builder's."""
 
 from __future__ import annotations
 

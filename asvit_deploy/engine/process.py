@@ -40,7 +40,7 @@ def run(job: Job, flavour: Flavour, folder: Path, name: str, progress: Progress)
     Args:
         folder: a private folder for the job's files.
         name: how messages call the graph.
-        progress: is told how far the build is.
+        progress: called with how far the build is.
 
     Raises:
         UserError: the builder refused the graph or an option, or its process ended.

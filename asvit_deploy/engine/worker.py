@@ -19,7 +19,7 @@ from typing import Any
 
 from asvit_deploy.engine.job import Job
 
-Tell = Callable[..., None]
+Send = Callable[..., None]  # a message: what it is about, and its fields
 _PR_SET_PDEATHSIG = 1
 
 
@@ -27,7 +27,7 @@ class Refused(Exception):
     """The build cannot go on, for a reason that needs no traceback."""
 
 
-def _open_channel() -> Tell:
+def _open_channel() -> Send:
     """Take stdout for messages and give everyone else stderr."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -48,21 +48,21 @@ def _import_binding(job: Job) -> Any:
     return trt
 
 
-def _logger(trt: Any, tell: Tell, errors: list[str]) -> Any:
+def _logger(trt: Any, send: Send, errors: list[str]) -> Any:
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
             if severity == trt.ILogger.Severity.WARNING:
-                tell("warning", message=message)
+                send("warning", message=message)
             elif severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 errors.append(message)
 
     return Logger()
 
 
-def _monitor(trt: Any, tell: Tell) -> Any:
+def _monitor(trt: Any, send: Send) -> Any:
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -71,16 +71,16 @@ def _monitor(trt: Any, tell: Tell) -> Any:
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
                 self.steps[phase] = steps
-                tell("progress", phase=phase, done=0, of=steps)
+                send("progress", phase=phase, done=0, of=steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
             if phase in self.steps:
-                tell("progress", phase=phase, done=step + 1, of=self.steps[phase])
+                send("progress", phase=phase, done=step + 1, of=self.steps[phase])
             return True
 
         def phase_finish(self, phase: str) -> None:
             if phase in self.steps:
-                tell("progress", phase=phase, done=self.steps[phase], of=self.steps[phase])
+                send("progress", phase=phase, done=self.steps[phase], of=self.steps[phase])
 
     return Monitor()
 
@@ -98,7 +98,7 @@ def _load_plugin(trt: Any, path: str, creator: tuple[str, str, str]) -> None:
         raise Refused(f"{path} holds no plugin {creator[0]} of version {creator[1]}")
 
 
-def _config(trt: Any, job: Job, tell: Tell) -> Callable[..., Any]:
+def _config(trt: Any, job: Job, send: Send) -> Callable[..., Any]:
     """The builder's configuration as a Polygraphy loader."""
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
 
@@ -107,7 +107,7 @@ def _config(trt: Any, job: Job, tell: Tell) -> Callable[..., Any]:
         profiles.append(Profile())
         for name, bounds in shapes.items():
             profiles[-1].add(name, *bounds)
-    common: dict[str, Any] = {"profiles": profiles, "progress_monitor": _monitor(trt, tell)}
+    common: dict[str, Any] = {"profiles": profiles, "progress_monitor": _monitor(trt, send)}
     if job.workspace is not None:
         common["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: job.workspace}
     if job.level is not None:
@@ -159,9 +159,9 @@ def _flags(trt: Any) -> list[Any]:
     return [known[n] for n in ("NATIVE_INSTANCENORM", "ENABLE_PLUGIN_OVERRIDE") if n in known]
 
 
-def build(job: Job, tell: Tell) -> None:
-    """Build the engine and tell about it; a fault that TensorRT reports is told as an error."""
-    tell("stage", name="starting")
+def build(job: Job, send: Send) -> None:
+    """Build the engine and send messages about it; a fault that TensorRT reports is one of them."""
+    send("stage", name="starting")
     trt = _import_binding(job)
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath, util
     from polygraphy.exception import PolygraphyException
@@ -169,29 +169,29 @@ def build(job: Job, tell: Tell) -> None:
 
     errors: list[str] = []
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    util.TRT_LOGGER = _logger(trt, tell, errors)  # Polygraphy has no other door for a logger
+    util.TRT_LOGGER = _logger(trt, send, errors)  # Polygraphy has no other door for a logger
     try:
         if job.plugin:
-            tell("stage", name="loading the plugin")
+            send("stage", name="loading the plugin")
             _load_plugin(trt, job.plugin, job.creator)
-        tell("stage", name="reading the graph")
+        send("stage", name="reading the graph")
         typed = "STRONGLY_TYPED" in trt.NetworkDefinitionCreationFlag.__members__
         parsed = NetworkFromOnnxPath(job.onnx, flags=_flags(trt), strongly_typed=typed)()
         kinds = [parsed[1].get_layer(i).type.name for i in range(parsed[1].num_layers)]
         if kinds.count("PLUGIN_V3") != job.stages:
             raise Refused(f"the network holds {kinds.count('PLUGIN_V3')} plugin layers of "
                           f"{job.stages}: the op was not taken from the plugin")  # fmt: skip
-        tell("stage", name="building")
-        config = _config(trt, job, tell)
+        send("stage", name="building")
+        config = _config(trt, job, send)
         cache = _timing_cache(trt, job)
         plan = bytes(EngineBytesFromNetwork(parsed, config=config, save_timing_cache=cache)())
         Path(job.plan).write_bytes(plan)
         if job.layers:
             _inspect(trt, plan, job)
-        tell("done", version=trt.__version__, layers=len(kinds),
+        send("done", version=trt.__version__, layers=len(kinds),
              plugin_layers=kinds.count("PLUGIN_V3"))  # fmt: skip
     except (Refused, PolygraphyException) as error:
-        tell("error", message=str(error), log=errors)
+        send("error", message=str(error), log=errors)
 
 
 def _inspect(trt: Any, plan: bytes, job: Job) -> None:
@@ -210,8 +210,8 @@ def _inspect(trt: Any, plan: bytes, job: Job) -> None:
 def main() -> None:
     """Run one job."""
     _die_with_parent()
-    tell = _open_channel()
-    build(Job.load(Path(sys.argv[1])), tell)
+    send = _open_channel()
+    build(Job.load(Path(sys.argv[1])), send)
     # Destructors of a half-built network may crash; everything is written by now.
     sys.stderr.flush()
     os._exit(0)

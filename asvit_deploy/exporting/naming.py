@@ -14,8 +14,6 @@ import onnx_ir as ir
 from asvit_deploy import graph
 from asvit_deploy.ops import onnx_op
 
-_AS_OUTPUT = "pkg.torch.export.graph_signature.OutputSpec.kind"  # the exporter's note on an output
-
 
 def name_traced(whole: ir.Graph, names: Sequence[str]) -> None:
     """Name the outputs of a traced graph, and keep as outputs only `logits` and `length_s`.
@@ -38,7 +36,6 @@ def name_traced(whole: ir.Graph, names: Sequence[str]) -> None:
         if name == "logits" or name.startswith("length_"):
             outputs.append(value)
             continue
-        output.metadata_props.pop(_AS_OUTPUT, None)
         if name.startswith("index_"):
             _name_cut(value.producer(), name.removeprefix("index_"))
     whole.outputs[:] = outputs

@@ -143,6 +143,7 @@ def _traced(model: ViT, dynamic: bool, opset: int) -> ir.Model:
     assert program.exported_program is not None
     whole, spec = program.model.graph, program.exported_program.call_spec.out_spec
     name_traced(whole, list(spec.unflatten(range(len(whole.outputs)))))
+    graph.forget_notes(program.model)
     return program.model
 
 

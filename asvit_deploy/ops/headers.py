@@ -95,7 +95,7 @@ def find_headers(given: Path | None = None, say: Say = silent) -> Headers:
 
     Args:
         given: a folder that must hold them.
-        say: is told about headers that are passed over.
+        say: called with a line on headers that are passed over.
 
     Raises:
         UserError: the given ones do not fit, or there are none and none can be obtained.

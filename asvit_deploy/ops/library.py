@@ -106,7 +106,7 @@ def find_library(cuda: bool | None = None, say: Say = complain) -> Path | None:
 
     Args:
         cuda: with CUDA kernels or without; by default one with them is preferred.
-        say: is told what was passed over, and why.
+        say: called with a line on what was passed over, and why.
 
     Raises:
         UserError: there is no cache, or others may write in it.
@@ -216,7 +216,7 @@ def build_ort(
     Args:
         headers: folder of ONNX Runtime's C++ headers; else `headers.find_headers` looks.
         force: compile also where the cache holds one.
-        say: is told what is used.
+        say: called with a line on what is used.
         cuda: with kernels for the CUDA provider, or without; by default with them where nvcc is
             and can compile them. The CPU's are always there.
         sms: compute capabilities such as "90" to compile for, as `nvcc.targets_of` takes them.

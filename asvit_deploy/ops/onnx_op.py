@@ -128,7 +128,7 @@ def function_body(batched: bool, opset: int, prefix: int = 1) -> onnx.FunctionPr
         f"{{{keep}{_BATCHED if batched else _SINGLE}}}"
     )
     for node in function.node:
-        node.name = f"{OP_TYPE}/{node.output[0]}"  # so that profilers can tell these nodes
+        node.name = f"{OP_TYPE}/{node.output[0]}"  # so that profilers can tell these nodes apart
     return function
 
 

@@ -38,7 +38,7 @@ def usable(library: Path, remedy: str, say: Callable[[str], None] = complain) ->
 
     Args:
         remedy: what to do about a damaged one.
-        say: is told in one line why one that is there is not usable.
+        say: called with a line on why one that is there is not usable.
     """
     if not os.path.lexists(library):
         return False
@@ -82,10 +82,10 @@ def building(library: Path) -> Iterator[Path]:
         temporary.chmod(mode & ~(stat.S_IWGRP | stat.S_IWOTH))
         with open(temporary, "rb") as built:
             os.fsync(built.fileno())  # here, so that the lock is held for a moment only
-        told = f"{files.sha256(temporary)}  {library.name}\n"
+        line = f"{files.sha256(temporary)}  {library.name}\n"
         lock.take(shared=False)
         with files.atomic(digest_path(library)) as digest:
-            digest.write_text(told)
+            digest.write_text(line)
             digest.chmod(0o644)
 
 

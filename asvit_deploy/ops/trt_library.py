@@ -185,7 +185,7 @@ def find_trt_plugin(say: Say = complain) -> Path | None:
     One that is damaged, or that another user could have written, is passed over.
 
     Args:
-        say: is told what was passed over, and why.
+        say: called with a line on what was passed over, and why.
 
     Raises:
         UserError: others may write in the cache.
@@ -249,7 +249,7 @@ def build_trt(
         sms: compute capabilities such as "86", or "all"; those of this machine's GPUs if empty, and
             portable intermediate code if there are none.
         force: compile also where the cache holds it.
-        say: is told what is used.
+        say: called with a line on what is used.
 
     Raises:
         UserError: no headers, no compiler, or compilation fails. The cache keeps what it had.

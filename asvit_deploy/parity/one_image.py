@@ -128,10 +128,10 @@ def _noise(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
 
     Rows that may not leave score +inf and say nothing of rounding.
     """
-    told = ~(np.isposinf(ours) & np.isposinf(theirs))
-    if not told.any():
+    compared = ~(np.isposinf(ours) & np.isposinf(theirs))
+    if not compared.any():
         return 0.0
-    ours, theirs = ours[told], theirs[told]
+    ours, theirs = ours[compared], theirs[compared]
     same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         error = np.abs(ours.astype(np.float64) - theirs) / np.abs(ours)

@@ -336,15 +336,17 @@ def require_end(data: bytes, name: str, library: Path | None = None) -> None:
     """
     most = _SPARE + 2 * len(data) + _PER_PICTURE
     if failed := onnx_trial.failure(data, library, most):
-        loaded, told = failed
-        raise _run_failure(name, told) if loaded else UserError(_load_failure(name, library, told))
+        loaded, error = failed
+        raise (
+            _run_failure(name, error) if loaded else UserError(_load_failure(name, library, error))
+        )
 
 
 def _run_failure(name: str, error: str) -> UserError:
-    told = " ".join(error.split())
+    line = " ".join(error.split())
     return UserError(
         f"{name} cannot be run by ONNX Runtime within {onnx_bounds.SECONDS} s a picture and the "
-        f"memory of its network ({told[:120]}); export it again"
+        f"memory of its network ({line[:120]}); export it again"
     )
 
 

@@ -28,7 +28,7 @@ def log_path(output: Path) -> Path:
 class Log:
     """JSON lines beside the output, one object each; a resumed run drops what it will repeat.
 
-    The file is touched only when there is something to write, and its first line tells the run.
+    The file is touched only when there is something to write, and its first line names the run.
 
     Args:
         known: what decides the run's result; a log of the same is this run's own.
@@ -108,12 +108,12 @@ def _board(folder: Path, step: int | None) -> Any:
 
 
 def _quiet_board(
-    tell: Callable[[threading.ExceptHookArgs], Any], failed: threading.ExceptHookArgs
+    report: Callable[[threading.ExceptHookArgs], Any], failed: threading.ExceptHookArgs
 ) -> None:
-    """TensorBoard writes in a thread, which keeps an OSError for our next call; that tells it."""
+    """TensorBoard writes in a thread and keeps an OSError for our next call, which reports it."""
     thread = type(failed.thread).__module__
     if not (isinstance(failed.exc_value, OSError) and thread.startswith("tensorboard.")):
-        tell(failed)
+        report(failed)
 
 
 def _numbers(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

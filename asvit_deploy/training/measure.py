@@ -60,11 +60,11 @@ def record(
         placed = stream.batch(np.arange(start, min(start + _BATCH, count)))
         images, labels = normalise(placed.images, rules), torch.from_numpy(placed.labels)
         logits, trace = model(images)
-        rule = random_k([length - 1 for length in trace.length], generator)
+        rule = random_k([length - model.config.prefix for length in trace.length], generator)
         all_logits = [logits, forward_selected(model, images, rule)]
         all_logits += [network(images)[0] for network in (twin, dense) if network is not None]
         hits = torch.stack([one.argmax(1) == labels for one in all_logits], 1)
-        kept = torch.stack(trace.length, 1) - 1
+        kept = torch.stack(trace.length, 1) - model.config.prefix
         macs = trace_macs(model.config, trace)
         rows.append((hits.numpy(), macs.numpy(), kept.numpy(), placed.scale, placed.clutter))
     right, *rest = (np.concatenate(column) for column in zip(*rows))

@@ -35,8 +35,8 @@ def accelerator_for(amp: str = "no") -> Accelerator:
             f"{here} processes on a machine with {torch.cuda.device_count()} GPUs; start one for "
             "each GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES="
         )
-    # The recipe sets the precision, which decides a result and belongs to a run's identity. Told
-    # nothing, accelerate makes processes without a GPU runs of their own.
+    # The recipe sets the precision, which decides a result and belongs to a run's identity. Without
+    # `cpu`, accelerate makes processes without a GPU runs of their own.
     accelerator = Accelerator(mixed_precision="no", cpu=on_cpu)
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):

@@ -58,7 +58,7 @@ def ratio_counts(config: ArchConfig, budget: float) -> list[int]:
     tokens, stages = config.image_tokens, range(1, len(config.stages) + 1)
 
     def miss(counts: Sequence[int]) -> float:
-        macs = model_macs(config, [1 + count for count in counts])
+        macs = model_macs(config, [config.prefix + count for count in counts])
         return abs(float(macs) / teacher_macs(config) - budget)
 
     shares = (i / 2000 for i in range(1, 2001))

@@ -16,6 +16,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import Selector, ViT
+from asvit_deploy.precision import of_option
 from asvit_deploy.training.losses import Outputs, Weights, flops_weight, relative_macs, total_loss
 from asvit_deploy.training.processes import accelerator_for
 from asvit_deploy.training.recipe import Amp, Recipe, rate
@@ -30,7 +31,6 @@ _INITIAL_TOKENS = 196  # at which the paper's initial thresholds are meant
 # Under fp16 an infinite gradient costs a step and halves the loss's scale, from 65536 on. Gradients
 # that are still infinite below this scale are not a matter of the scale.
 _LEAST_SCALE = 1.0
-_AMP_TYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def dense_start(config: ArchConfig, pretrained: Checkpoint | None, seed: int) -> ViT:
@@ -126,13 +126,14 @@ class TrainingForm(nn.Module):
         """Logits [B, C], LV-ViT's token logits [B, N, C], keep masks; products as `amp` says."""
         with autocast(images.device, self._amp):
             logits, tokens, masks = self.model.forward_masked(images, *self._options)
-            aux_head = getattr(self.model, "aux_head", None)
-            return logits, None if aux_head is None else aux_head(tokens[:, 1:]), masks
+            aux_head, prefix = getattr(self.model, "aux_head", None), self.model.config.prefix
+            return logits, None if aux_head is None else aux_head(tokens[:, prefix:]), masks
 
 
 def autocast(device: torch.device, amp: Amp) -> torch.autocast:
     """The context in which weights' products are computed as `amp` says."""
-    return torch.autocast(device.type, _AMP_TYPES[amp], enabled=amp != "no")
+    products = of_option(None if amp == "no" else amp)
+    return torch.autocast(device.type, products.torch_type, enabled=products.half)
 
 
 class Trainer:
@@ -235,12 +236,12 @@ class Trainer:
         # Apart from the weights: in their own unit, thresholds have gradients 1e4 times as large.
         norm = nn.utils.clip_grad_norm_(self._weights(), self.recipe.clip or math.inf)
         slopes = [t.grad.abs() for t in self._logarithms if t.grad is not None]
-        told = self.mean(loss.detach()).item()
+        shared = self.mean(loss.detach()).item()
         if not self.scaler.is_enabled():
-            told += 0 * (norm.item() + sum(slope.item() for slope in slopes))
+            shared += 0 * (norm.item() + sum(slope.item() for slope in slopes))
         elif self.scaler.get_scale() < _LEAST_SCALE:
-            told = math.nan
-        if not math.isfinite(told):
+            shared = math.nan
+        if not math.isfinite(shared):
             first = number * self.recipe.batch_size
             raise UserError(
                 f"training diverged at step {number}, on pictures {first} to "

@@ -21,7 +21,7 @@ from gpu_parts import prepared
 from gpu_parts.kit import MANIFEST, Report
 
 MAX_BYTES = 55 << 20
-# What of the checkout the parts need; the C++ sources tell the plugin's cache what it holds.
+# What of the checkout the parts need; by the C++ sources the plugin's cache knows what it holds.
 COPIED = ("asvit_deploy", "plugins", "trt_plugins")
 HERE = Path(__file__).resolve().parent
 
@@ -115,8 +115,9 @@ def _refuse(folder: Path, sms: Sequence[str], rehearse: bool, checkout: Path) ->
         raise UserError("for which GPU? name its compute capability, such as --sm 90")
     if sms and find_nvcc() is None:
         raise UserError("no nvcc: install the CUDA toolkit or set CUDA_HOME")
-    if not (checkout / "tests" / "ops" / "op_cases.py").is_file():
-        raise UserError(f"{checkout} is no checkout of this project: tests/ops is missing")
+    for name in COPIED:
+        if not (checkout / name).is_dir():
+            raise UserError(f"{checkout} is no checkout of this project: {name} is missing")
 
 
 def _copy_code(place: Path, checkout: Path) -> None:

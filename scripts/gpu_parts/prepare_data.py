@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 from asvit_deploy.data.images import open_images
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.ops import cases
 from gpu_parts import networks
 from gpu_parts.calls import CASES
 from gpu_parts.kit import Report
@@ -45,7 +45,7 @@ def write_all(
     """
     data = folder / "data"
     write_networks(data, [*NETWORKS, *([REHEARSED] if rehearse else [])])
-    write_cases(folder / CASES, checkout)
+    write_cases(folder / CASES)
     pixels = uint8_pictures(arch("as_deit_mini"), MODEL_PICTURES)
     np.save(data / "model_pictures.npy", pixels)
     shutil.copyfile(_checkpoint(checkout), folder / CHECKPOINT)
@@ -89,23 +89,15 @@ def write_networks(data: Path, wanted: Sequence[tuple[str, str, int, str, int]])
     (data / networks.NETWORKS).write_text(json.dumps(table, indent=1) + "\n")
 
 
-def write_cases(path: Path, checkout: Path) -> None:
+def write_cases(path: Path) -> None:
     """The cases that every form of the op is tested with, as arrays."""
-    source = checkout / "tests" / "ops" / "op_cases.py"
-    spec = importlib.util.spec_from_file_location("op_cases", source)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    cases = module.CASES
     np.savez_compressed(
         path,
-        names=np.array([case.name for case in cases]),
-        shapes=np.array([case.tokens.shape for case in cases], np.int64),
-        prefixes=np.array([case.prefix for case in cases], np.int64),
-        thresholds=np.array([case.threshold for case in cases], np.float64),
-        scores=np.concatenate([case.scores.ravel() for case in cases]).astype(np.float32),
+        names=np.array([case.name for case in cases.CASES]),
+        shapes=np.array([case.tokens.shape for case in cases.CASES], np.int64),
+        prefixes=np.array([case.prefix for case in cases.CASES], np.int64),
+        thresholds=np.array([case.threshold for case in cases.CASES], np.float64),
+        scores=np.concatenate([case.scores.ravel() for case in cases.CASES]).astype(np.float32),
     )
 
 

@@ -152,7 +152,7 @@ def test_ctrl_c_between_the_two_renames_leaves_the_old_folder(folder, monkeypatc
 
 @pytest.mark.parametrize("hours", [0, 2])
 def test_what_a_killed_run_of_an_earlier_version_left(folder, hours):
-    """It is named by process number and has no lock, so that only its age tells."""
+    """It is named by process number and has no lock, so that only its age shows it."""
     left = {f".m.bucketed.{os.getpid()}.{ending}" for ending in ("tmp", "old.tmp")}
     for name in left:
         old = folder.with_name(name)

@@ -1,4 +1,4 @@
-"""The facts on the command line: told on every load, kept by what is written, used downstream."""
+"""The facts on the command line: said on every load, kept by what is written, used downstream."""
 
 from __future__ import annotations
 
@@ -233,8 +233,8 @@ def run(cli, data, *options):
 
 
 def test_finetune_carries_the_facts(cli, tmp_path, data):
-    told = argparse.Namespace(mean=[0.3] * 3, std=[0.2] * 3)
-    path = mini(tmp_path, args=told)
+    args = argparse.Namespace(mean=[0.3] * 3, std=[0.2] * 3)
+    path = mini(tmp_path, args=args)
     result = run(cli, data, "--pretrained", path, "--dense", "--heads", 4)
     assert result.code == 0, result.err
     assert "mean 0.3, std 0.2 from args" in result.err

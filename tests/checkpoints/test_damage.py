@@ -53,7 +53,7 @@ def flips(path: Path, load: Callable[[Path], str], offsets: list[int]) -> Counte
     Args:
         load: makes one text of all that a load yields.
     """
-    before, told = load(path), Counter()
+    before, counts = load(path), Counter()
     masks = random.Random(0)
     for offset in offsets:
         mask = masks.choice(MASKS)
@@ -62,12 +62,12 @@ def flips(path: Path, load: Callable[[Path], str], offsets: list[int]) -> Counte
                 after = load(path)
             except UserError as error:
                 assert "\n" not in str(error)  # noqa: PT017
-                told["refused"] += 1
+                counts["refused"] += 1
                 continue
         assert after == before, f"byte {offset} ^ {mask:#x} changed what was loaded"
-        told["nothing"] += 1
+        counts["nothing"] += 1
     assert load(path) == before
-    return told
+    return counts
 
 
 def loaded(path: Path) -> str:
@@ -129,19 +129,19 @@ def own(mini, tmp_path: Path) -> Path:
 
 
 def test_payload_of_a_released_checkpoint(released):
-    told = flips(released, loaded, sample(list(range(released.stat().st_size)), 60))
-    assert told["refused"] > 50
+    counts = flips(released, loaded, sample(list(range(released.stat().st_size)), 60))
+    assert counts["refused"] > 50
 
 
 def test_structure_of_a_released_checkpoint(released):
     places = structure(released)
-    told = flips(released, loaded, [*sample(places, 60), *places[-60:]])
-    assert told["refused"] > 30
+    counts = flips(released, loaded, [*sample(places, 60), *places[-60:]])
+    assert counts["refused"] > 30
 
 
 def test_bytes_of_a_small_file(small):
-    told = flips(small, content_of, sample(list(range(small.stat().st_size)), 500))
-    assert told["refused"] > 200
+    counts = flips(small, content_of, sample(list(range(small.stat().st_size)), 500))
+    assert counts["refused"] > 200
 
 
 @pytest.mark.slow
@@ -236,8 +236,8 @@ def test_our_own_safetensors(own, sidecar):
     if not sidecar:
         artifact.sidecar_path(own).unlink()
     size, end = own.stat().st_size, header(own)
-    told = flips(own, loaded, [*sample(list(range(end)), 120), *sample([*range(end, size)], 40)])
-    assert told["refused"] > 155
+    counts = flips(own, loaded, [*sample(list(range(end)), 120), *sample([*range(end, size)], 40)])
+    assert counts["refused"] > 155
 
 
 @pytest.mark.slow
@@ -283,8 +283,8 @@ def test_the_packaged_checkpoint_has_its_sidecar(tmp_path):
     sidecar(path).write_bytes(sidecar(source).read_bytes())
     end = header(path)
     start = path.read_bytes().index(b'"format":"asvit-deploy"')
-    told = flips(path, loaded, [*sample(list(range(end)), 60), *range(start, start + 23)])
-    assert told["refused"] == 83
+    counts = flips(path, loaded, [*sample(list(range(end)), 60), *range(start, start + 23)])
+    assert counts["refused"] == 83
 
 
 # --- sidecars and manifests ---------------------------------------------------------------------

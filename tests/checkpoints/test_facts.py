@@ -74,7 +74,7 @@ def test_transformers_config_and_preprocessor(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "crop_pct", "mode"),
+    ("stated", "crop_pct", "mode"),
     [
         ({"size": 32}, 1.0, "squash"),
         ({"size": [32, 32]}, 1.0, "squash"),
@@ -88,12 +88,12 @@ def test_transformers_config_and_preprocessor(tmp_path):
           "feature_extractor_type": "CLIPFeatureExtractor"}, 32 / 36, "center"),
     ],
 )  # fmt: skip
-def test_every_form_of_size(told, crop_pct, mode, tmp_path):
-    told = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **told}
-    path = hub_folder(tmp_path, preprocessor_config=told)
+def test_every_form_of_size(stated, crop_pct, mode, tmp_path):
+    stated = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **stated}
+    path = hub_folder(tmp_path, preprocessor_config=stated)
     rules = load_checkpoint(path).config.preprocessing
     assert (rules.crop_pct, rules.crop_mode) == (pytest.approx(crop_pct), mode)
-    edge = told["size"]["shortest_edge"] if isinstance(told["size"], dict) else told["size"]
+    edge = stated["size"]["shortest_edge"] if isinstance(stated["size"], dict) else stated["size"]
     edge = edge[0] if isinstance(edge, list) else edge
     assert int(32 / rules.crop_pct) == edge  # to the pixel, whatever a division rounds to
 
@@ -107,15 +107,15 @@ def test_every_edge_is_met_to_the_pixel():
 
 
 @pytest.mark.parametrize(
-    ("told", "mean", "std"),
+    ("stated", "mean", "std"),
     [
         ({"do_normalize": False}, (0, 0, 0), (1, 1, 1)),
         ({"rescale_factor": 1 / 127.5}, (0.2, 0.2, 0.2), (0.15, 0.15, 0.15)),
         ({"rescale_factor": 0.00392156862745098}, (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)),
     ],
 )
-def test_normalisation_in_pixels_from_0_to_1(told, mean, std, tmp_path):
-    path = hub_folder(tmp_path, preprocessor_config={**PREPROCESSOR, **told})
+def test_normalisation_in_pixels_from_0_to_1(stated, mean, std, tmp_path):
+    path = hub_folder(tmp_path, preprocessor_config={**PREPROCESSOR, **stated})
     rules = load_checkpoint(path).config.preprocessing
     assert (rules.mean, rules.std) == (pytest.approx(mean), pytest.approx(std))
 
@@ -140,9 +140,9 @@ def test_squashed_pictures_keep_no_proportions():
 
 @pytest.mark.parametrize("wrap", [lambda d: argparse.Namespace(**d), dict])
 def test_args(wrap, tmp_path):
-    told = {"model": "vit_small_patch16_224", "mean": HALF, "std": [0.25], "crop_pct": None,
+    stated = {"model": "vit_small_patch16_224", "mean": HALF, "std": [0.25], "crop_pct": None,
             "interpolation": "", "input_size": 32, "num_heads": None}  # fmt: skip
-    path = saved(tmp_path, args=wrap(told))
+    path = saved(tmp_path, args=wrap(stated))
     checkpoint = load_checkpoint(path)
     assert checkpoint.config.preprocessing.std == (0.25, 0.25, 0.25)
     assert checkpoint.origins.line == (
@@ -173,9 +173,9 @@ def test_arch_is_obeyed(arch, mean, heads, tmp_path):
 
 
 def test_a_vit_small_of_dino_is_none_of_moco(tmp_path):
-    told = argparse.Namespace(arch="vit_small", momentum_teacher=0.996)
+    stated = argparse.Namespace(arch="vit_small", momentum_teacher=0.996)
     path = tmp_path / "dino.pth"
-    torch.save({"student": dense_state(), "args": told}, path)
+    torch.save({"student": dense_state(), "args": stated}, path)
     assert load_checkpoint(path).config.heads == 6
 
 

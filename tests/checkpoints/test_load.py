@@ -624,9 +624,9 @@ def test_metadata_that_does_not_fit(metadata, words, tmp_path):
 
 def test_metadata_that_fits_is_handed_on(tmp_path):
     path = tmp_path / "own.safetensors"
-    told = {"budget": "0.7", "classes": '["a", "b", "c", "d", "e", "f", "g"]'}
-    save_checkpoint(path, network(DEIT), told)
-    assert told.items() <= load_checkpoint(path, image_size=128).metadata.items()
+    metadata = {"budget": "0.7", "classes": '["a", "b", "c", "d", "e", "f", "g"]'}
+    save_checkpoint(path, network(DEIT), metadata)
+    assert metadata.items() <= load_checkpoint(path, image_size=128).metadata.items()
 
 
 def test_where_a_checkpoint_cannot_be_written(tmp_path):

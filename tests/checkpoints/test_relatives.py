@@ -1,4 +1,4 @@
-"""Networks with DeiT's names that are none, told by their options, names and keys."""
+"""Networks with DeiT's names that are none, known by their options, names and keys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _known(monkeypatch):
         ({"model": "mae_vit_base_patch16"}, "MAE"),
     ],
 )
-def test_methods_told_by_their_options(args, method, key, kind, tmp_path):
+def test_methods_known_by_their_options(args, method, key, kind, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"model": dense_state(), key: kind(args)}, path)
     raises_one_line(lambda: load_checkpoint(path), str(path), f"({method}", "another method")
@@ -70,7 +70,7 @@ def test_options_that_are_off_say_nothing(args, tmp_path):
     ],
 )
 @pytest.mark.parametrize("wrap", [dict, lambda s: {"model": s}])
-def test_families_told_by_their_keys(state, words, wrap, tmp_path):
+def test_families_known_by_their_keys(state, words, wrap, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(wrap(state), path)
     raises_one_line(lambda: load_checkpoint(path), str(path), words)

@@ -74,7 +74,7 @@ def test_a_checkpoint_of_lightning(load, monkeypatch):
     modules[names[2]].AttributeDict = AttributeDict
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    told = AttributeDict(mean=[0.5] * 3, std=[0.5] * 3, folder=Path("/data/pictures"))
+    hyper = AttributeDict(mean=[0.5] * 3, std=[0.5] * 3, folder=Path("/data/pictures"))
     ran.clear()
     content = {
         "epoch": 9, "global_step": 900, "pytorch-lightning_version": "2.5.0", "loops": {},
@@ -86,16 +86,16 @@ def test_a_checkpoint_of_lightning(load, monkeypatch):
             "val_acc.tp": torch.zeros(7),
             **prefixed("teacher.", dense_state(4)),
         },
-        "hparams_name": "kwargs", "hyper_parameters": told,
+        "hparams_name": "kwargs", "hyper_parameters": hyper,
     }  # fmt: skip
     checkpoint = load(content)
     assert holds(checkpoint, 3)
     assert ran == []  # the stand-in was made, not the class
     assert checkpoint.config.preprocessing.mean == (0.5, 0.5, 0.5)
     assert checkpoint.origins.by_fact["mean"] == "hyper_parameters"
-    told = "\n".join(checkpoint.notes)
-    assert "the network state_dict.model is taken, not state_dict.teacher" in told
-    assert "criterion.*, val_acc.*" in told
+    notes = "\n".join(checkpoint.notes)
+    assert "the network state_dict.model is taken, not state_dict.teacher" in notes
+    assert "criterion.*, val_acc.*" in notes
 
 
 def test_deepspeed(load):
@@ -122,7 +122,7 @@ def test_deepspeed(load):
         {"student": dense_state(3), "teacher": dense_state(4), "dino_loss": {}},
     ],
 )  # fmt: skip
-def test_a_moving_average_beside_the_weights_is_told_and_opt_in(content, load):
+def test_a_moving_average_beside_the_weights_is_reported_and_opt_in(content, load):
     plain, average = load(content), load(content, ema=True)
     assert holds(plain, 3)
     assert any("--ema takes it" in note for note in plain.notes)
@@ -132,7 +132,7 @@ def test_a_moving_average_beside_the_weights_is_told_and_opt_in(content, load):
     assert average.has_average
 
 
-def test_averaged_weights_alone_are_meant_and_told(load):
+def test_averaged_weights_alone_are_meant_and_reported(load):
     checkpoint = load({"n_averaged": torch.tensor(3), **prefixed("module.", dense_state(4))})
     assert holds(checkpoint, 4)
     assert "its only weights are a moving average (module)" in checkpoint.notes[0]
@@ -156,9 +156,9 @@ def test_student_before_teacher_and_base_before_momentum(load):
     checkpoint = load({"state_dict": moco, "arch": "vit_small"})
     assert holds(checkpoint, 3)
     assert checkpoint.config.heads == 12
-    told = "\n".join(checkpoint.notes)
-    assert "state_dict.module.base_encoder is taken" in told
-    assert "predictor.*" in told
+    notes = "\n".join(checkpoint.notes)
+    assert "state_dict.module.base_encoder is taken" in notes
+    assert "predictor.*" in notes
 
 
 def test_two_networks_that_nothing_tells_apart(load):

@@ -28,7 +28,7 @@ def test_by_name_or_by_order():
     raises_one_line(lambda: label_map(["a", "z"], None, 1000), "2 classes and the model 1000")
 
 
-def test_an_order_that_nothing_tells_is_told():
+def test_an_order_that_nothing_gives_is_reported():
     _, (line,) = mapped(["bird", "cat"], None, 2)
     assert "in order ('bird' = 0, 'cat' = 1); --classes FILE" in line
     numbers = in_order(map(str, range(12)), "data")  # type: ignore[arg-type]
@@ -57,7 +57,7 @@ def test_labels_in_an_order_of_their_own_keep_it():
     assert mapped(text, None, 12)[0] == list(range(12))
 
 
-def test_names_as_people_write_them_are_matched_and_told():
+def test_names_as_people_write_them_are_matched_and_reported():
     found, (line,) = mapped(["egyptian_cat", "Dog"], ["dog", "Egyptian cat"], 2)
     assert found == [1, 0]
     assert "'egyptian_cat' = 1 (Egyptian cat)" in line

@@ -104,7 +104,7 @@ def test_json_by_its_ending_or_its_look(tmp_path, content, name):
         ({"label2id": {"cat": 0, "dog": 1.5}}, "where a number is due"),
     ],
 )
-def test_bad_content_is_told_in_a_line(tmp_path, content, words):
+def test_bad_content_is_reported_in_a_line(tmp_path, content, words):
     path = written(tmp_path, content)
     raises_one_line(lambda: read_names(path), str(path), words)
 

@@ -17,10 +17,10 @@ from asvit_deploy.models.archs import arch
 THREE = ["cat", "dog", "cow"]
 
 
-def network(tmp_path: Path, count: int = 3, name: str = "as_deit_small", **told) -> Checkpoint:
+def network(tmp_path: Path, count: int = 3, name: str = "as_deit_small", **metadata) -> Checkpoint:
     config = arch(name).at(num_classes=count)
     state = {"head.weight": torch.zeros(count, 1)}
-    return Checkpoint(config, state, True, tmp_path / "x.pt", "as-vit", told)
+    return Checkpoint(config, state, True, tmp_path / "x.pt", "as-vit", metadata)
 
 
 def beside(tmp_path: Path, content: object) -> None:
@@ -92,7 +92,7 @@ def test_a_config_without_names_is_passed_over(tmp_path, content):
     assert found(network(tmp_path)) == (None, [])
 
 
-def test_names_of_no_use_beside_the_checkpoint_are_told(tmp_path):
+def test_names_of_no_use_beside_the_checkpoint_are_reported(tmp_path):
     beside(tmp_path, {"id2label": {0: "cat", 1: "dog", 2: "cat"}})
     names, (line,) = found(network(tmp_path))
     assert names is None

@@ -94,6 +94,7 @@ def test_half_names_and_forms(cli, model):
     assert result.out == "as_deit_s.fp16.padded.engine\n"
 
 
+@pytest.mark.slow
 @rtx
 def test_default_checkpoint_in_fp16(cli):
     from asvit_deploy.checkpoints import default_checkpoint

@@ -65,6 +65,7 @@ def predicted(cli, *args):
 # --- names into an artefact ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_imagenets_names_from_export_to_evaluate(cli, deit):
     made = ok(cli("export", "--ckpt", deit, "-o", "m.onnx"))
     assert "ImageNet-1k's names, assumed" in made.err
@@ -94,6 +95,7 @@ def test_imagenets_names_from_export_to_evaluate(cli, deit):
     assert report["rows"][0]["top1"]["value"] == 0.5
 
 
+@pytest.mark.slow
 def test_the_option_names_the_outputs(cli, released):
     names = names_file("cat", "dog", "cow")
     ok(cli("export", "--ckpt", released(3), "-o", "m.onnx", "--classes", names))
@@ -116,10 +118,11 @@ def test_the_option_names_the_outputs(cli, released):
     refused(cli("evaluate", released(3), "--data", "data"), "2 classes and the model 3")
 
 
+@pytest.mark.slow
 def test_config_json_beside_the_checkpoint_goes_along(cli, released):
     Path("m.pt").write_bytes(released(3).read_bytes())
-    told = {"model_type": "vit", "id2label": {0: "cat", 1: "dog", 2: "cow"}}
-    Path("config.json").write_text(json.dumps(told))
+    config = {"model_type": "vit", "id2label": {0: "cat", 1: "dog", 2: "cow"}}
+    Path("config.json").write_text(json.dumps(config))
     made = ok(cli("export", "--ckpt", "m.pt", "-o", "m.onnx"))
     assert "class names from config.json" in made.err
     assert read(Path("m.onnx"))["classes"] == ["cat", "dog", "cow"]
@@ -132,6 +135,7 @@ def test_config_json_beside_the_checkpoint_goes_along(cli, released):
     assert read(Path("c.onnx"))["classes_from"] == "config.json beside the checkpoint"
 
 
+@pytest.mark.slow
 def test_without_names_it_says_so(cli, released):
     made = ok(cli("export", "--ckpt", released(3), "-o", "m.onnx"))
     assert "names" not in made.err
@@ -152,6 +156,7 @@ def test_labels_of_shards_are_numbers_of_outputs(cli, released):
     assert "no classes.txt" in report.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -215,6 +220,7 @@ def test_one_output_is_a_score(cli, released):
         refused(cli("evaluate", model, "--data", "data"), "one output, a score and no class")
 
 
+@pytest.mark.slow
 def test_calibrate_compares_scores(cli, released):
     args = ("calibrate", "--ckpt", released(1), "-o", "c.safetensors", "--budget", "0.8")
     result = ok(cli(*args))
@@ -227,6 +233,7 @@ def test_calibrate_compares_scores(cli, released):
     assert len(set(errors)) > 1, "they differ, so the best is a choice"
 
 
+@pytest.mark.slow
 def test_two_outputs_are_two_classes(cli, released):
     ok(cli("export", "--ckpt", released(2), "-o", "m.onnx", "--classes", names_file("cat", "dog")))
     guess, _ = predicted(cli, "m.onnx", picture())

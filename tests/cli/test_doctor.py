@@ -156,6 +156,7 @@ def test_companions_of_onnxruntime_do_not_clash(site: FakeSite) -> None:
         (packages.onnxscript, "onnxscript", "0.4.0", "onnxscript>="),
         (packages.onnx, "onnx", "1.16.2", "onnx>="),
         (packages.onnxruntime, "onnxruntime", "1.10.0", "onnxruntime>="),
+        (packages.others, "onnx-ir", "0.1.15", "onnx-ir>="),
         (packages.others, "pillow", "9.5", "pillow>="),
         (packages.others, "safetensors", "0.3.9", "safetensors>="),
         (packages.training, "accelerate", "1.0", "accelerate>="),
@@ -201,8 +202,8 @@ def test_commands_name_packages_that_an_index_has() -> None:
     assert pip_install("no-dependency-of-ours") == "pip install no-dependency-of-ours"
     assert "tensorrt-rtx-cu13-bindings" in pip_install_extra("rtx")
     package = Path(packages.__file__).parent.parent
-    told = [path for path in package.rglob("*.py") if "asvit-deploy[" in path.read_text()]
-    assert [path.name for path in told] == ["requirements.py"]  # which says why not
+    naming = [path for path in package.rglob("*.py") if "asvit-deploy[" in path.read_text()]
+    assert [path.name for path in naming] == ["requirements.py"]  # which says why not
 
 
 def test_no_onnxruntime_is_fatal_and_names_both_ways(site: FakeSite) -> None:

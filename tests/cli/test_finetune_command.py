@@ -138,6 +138,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_that_runs_out_is_one_line_and_keeps_what_was_there(data, tmp_path):
     state, log = (tmp_path / place(OUTPUT) for place in (state_path, log_path))
@@ -198,10 +199,10 @@ def test_a_stop_for_the_whole_group_lets_worker_processes_end_in_peace(data, tmp
         assert run.poll() is None, run.stderr.read()  # type: ignore[union-attr]
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGTERM)  # as systemd stops a job
-    told = run.communicate(timeout=60)[1]
-    assert run.returncode == 130, told
-    assert "Traceback" not in told
-    assert "stopped after step" in told
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 130, said
+    assert "Traceback" not in said
+    assert "stopped after step" in said
     assert torch.load(tmp_path / state_path(OUTPUT), weights_only=True)["step"] >= 3
 
 
@@ -217,10 +218,10 @@ def test_a_worker_process_that_is_killed_costs_one_line(data, tmp_path):
         time.sleep(0.05)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)  # as a system short of memory does
-    told = run.communicate(timeout=60)[1]
-    assert run.returncode == 2, told
-    assert "Traceback" not in told
-    assert "Error: a process of --workers was killed" in told
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 2, said
+    assert "Traceback" not in said
+    assert "Error: a process of --workers was killed" in said
     assert torch.load(tmp_path / state_path(OUTPUT), weights_only=True)["step"] >= 3
 
 
@@ -247,6 +248,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(data, tmp_path, size, l
     assert files(tmp_path) == {"data", *([left.name] if left else [])}
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_tensorboard_is_one_line(data, tmp_path):
     """Its writer is a thread of its own, with a traceback of its own."""
     pytest.importorskip("tensorboard", reason="comes with [train]")
@@ -360,10 +362,10 @@ def test_a_start_on_the_budget_is_made_once(cli, fitted, monkeypatch, steps):
     assert result.code == 0, result.err
     resumed = load_checkpoint(OUTPUT).state
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
-    told = [[(event.get("event"), event.get("loss")) for event in map(json.loads, lines)]
+    said = [[(event.get("event"), event.get("loss")) for event in map(json.loads, lines)]
             for lines in (log.splitlines(), log_path(OUTPUT).read_text().splitlines())]  # fmt: skip
-    assert told[0] == told[1]
-    assert told[0][1] == ("starting thresholds scaled to the budget", None)
+    assert said[0] == said[1]
+    assert said[0][1] == ("starting thresholds scaled to the budget", None)
 
 
 def test_a_start_on_the_budget_that_meets_a_broken_picture_leaves_nothing(cli, data, fitted):
@@ -439,7 +441,7 @@ def test_the_input_is_never_the_output(cli, data, dense, name):
 # --- what it reports ----------------------------------------------------------------------------
 
 
-def test_the_budget_it_landed_on_is_told(cli, data, dense):
+def test_the_budget_it_landed_on_is_reported(cli, data, dense):
     result = cli(
         "finetune", "--data", data, "--pretrained", dense, *SHORT,
         "--flops-weight", 3, "--distill-weight", 0.25,
@@ -473,7 +475,7 @@ def test_thresholds_can_start_on_the_budget(cli, data, dense):
     refused(cli(*options, "--thresholds", "fitted", "--force"), "'fitted' is no list such as 1,2,3")
 
 
-def test_a_missed_budget_is_told(cli, data, dense):
+def test_a_missed_budget_is_reported(cli, data, dense):
     checkpoint = load_checkpoint(dense)
     model = build(checkpoint.config, adaptive=False)
     for block in model.blocks:  # nobody attends to anything: all tokens score alike
@@ -527,8 +529,8 @@ def test_weights_keep_the_order_of_their_outputs(cli, tmp_path):
         add_pictures(tmp_path / "data" / name, 1)
     torch.manual_seed(0)
     model = build(arch("as_deit_mini").at(SIZE, 11), adaptive=False)
-    told = {"classes": json.dumps(sorted(numbers))}
-    save_checkpoint(tmp_path / "text.safetensors", model, told)
+    said = {"classes": json.dumps(sorted(numbers))}
+    save_checkpoint(tmp_path / "text.safetensors", model, said)
     args = ["finetune", "--data", "data", "--dense", "--pretrained", "text.safetensors", *SHORT]
     result = cli(*args)
     assert result.code == 0, result.err

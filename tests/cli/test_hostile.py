@@ -158,6 +158,7 @@ def test_a_reader_that_has_seen_enough_is_no_failed_check():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_unreadable_cache_costs_the_library_and_no_more(
     powerless_cli, onnx, tmp_path, monkeypatch
 ):

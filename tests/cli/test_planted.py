@@ -192,6 +192,7 @@ def test_commands_that_build_refuse_such_a_cache(shared, monkeypatch, cli):
     assert list((other_s / "asvit-deploy").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_doctor_says_what_is_not_trusted(shared, planted, mark, name, monkeypatch, cli):
     variable, value = in_the_cache(shared, put_there(shared, planted, name))
     trt = shared.folder / "asvit-deploy"

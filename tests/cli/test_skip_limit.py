@@ -54,7 +54,7 @@ def model(tmp_path, mini_artifacts) -> Path:
     return conftest.signed_copy(mini_artifacts["1", "auto"], tmp_path / "m.onnx")
 
 
-def told(result, place: Path) -> None:
+def reported(result, place: Path) -> None:
     """Both are named, and so is what else lies there."""
     assert result.code == 0, result.err
     for name in ("03x.png is empty", "99.jpg is not a picture"):
@@ -67,7 +67,7 @@ def test_check_skips_and_counts(cli, model, pictures):
     refused(cli(*args), "03x.png is empty")
     refused(cli(*args, "--skip-limit", 1), "99.jpg", "makes 2 where --skip-limit allows 1")
     result = cli(*args, "--skip-limit", 2, "--json")
-    told(result, Path("pictures"))
+    reported(result, Path("pictures"))
     for row in json.loads(result.out):
         assert row["skipped"] == 2
         assert row["parity"]["images"] == 11
@@ -80,17 +80,18 @@ def test_bench_skips_and_counts(cli, model, pictures):
     args = ("bench", model, "--images", "pictures", "--runs", 10, "--warmup", 0, "--threads", "1")
     refused(cli(*args), "03x.png is empty")
     result = cli(*args, "--skip-limit", 2, "--json")
-    told(result, Path("pictures"))
+    reported(result, Path("pictures"))
     (report,) = json.loads(result.out)
     assert (report["image_count"], report["skipped"]) == (11, 2)
 
 
+@pytest.mark.slow
 def test_export_skips_and_says_so(cli, mini_checkpoint, pictures):
     args = ("export", "--ckpt", mini_checkpoint, "--images", "pictures", "-o", "x.onnx")
     refused(cli(*args), "03x.png is empty")
     assert not Path("x.onnx").exists()
     result = cli(*args, "--skip-limit", 2)
-    told(result, Path("pictures"))
+    reported(result, Path("pictures"))
     assert "on 11 images (13 pictures in pictures, 1 other entry passed over, 2 skip" in result.err
 
 
@@ -100,7 +101,7 @@ def test_calibrate_skips_and_keeps_it_in_the_file(cli, mini_checkpoint, pictures
     args = ("calibrate", "--ckpt", "deit.pth", "--images", "pictures", "--budget", "0.7")
     refused(cli(*args), "03x.png is empty")
     result = cli(*args, "--skip-limit", 5, "--json")
-    told(result, Path("pictures"))
+    reported(result, Path("pictures"))
     report = json.loads(result.out)
     assert (report["images"], report["skipped"]) == (11, 2)
     kept = load_checkpoint(Path("deit.calibrated.safetensors")).metadata["calibration"]
@@ -129,7 +130,7 @@ def test_build_engine_skips_and_the_sidecar_keeps_it(cli, model, pictures):
     refused(cli(*args), "03x.png is empty")
     assert not Path("m.engine").exists()
     result = cli(*args, "--skip-limit", 2)
-    told(result, Path("pictures"))
+    reported(result, Path("pictures"))
     checked = artifact.read(Path("m.engine"))["checked"]
     assert (checked["images"], checked["skipped"]) == (11, 2)
     assert "2 skipped" in checked["pictures"]

@@ -84,6 +84,7 @@ def picture(tmp_path: Path) -> Path:
 WAYS = ["no home", "absent", "read-only", "cache is a file", "cache is read-only"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_models_run_where_nothing_can_be_kept(run, places, way, picture, tmp_path, mini_artifacts):
     model = tmp_path / "model.onnx"
@@ -104,6 +105,7 @@ def test_models_run_where_nothing_can_be_kept(run, places, way, picture, tmp_pat
     assert "Traceback" not in build.err
 
 
+@pytest.mark.slow
 def test_every_command_goes_on_without_a_home(run, places):
     digits = ["--data", "digits", "--limit", "20"]
     commands: dict[str, list[object]] = {
@@ -161,6 +163,7 @@ def test_timings_of_a_build_are_optional(monkeypatch, tmp_path, capsys):
 # What we leave behind
 
 
+@pytest.mark.slow
 def test_a_look_at_a_picture_leaves_no_file_at_home(tmp_path, picture, mini_artifacts):
     home = tmp_path / "home"
     home.mkdir()

@@ -47,6 +47,7 @@ def no_library(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.mark.slow
 def test_the_three_lines(cli, folder):
     first = cli("export", "--ckpt", "as_deit_s.pt")
     assert first.code == 0, first.err
@@ -77,6 +78,7 @@ def test_the_three_lines(cli, folder):
     assert 0 < report["profile"][0]["both"] < 1
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table_and_a_verdict(cli, exported):
     result = cli("bench", "--runs", "10", "--warmup", "1", "--threads", "1", "--limit", "4",
                  "-o", "report.json")  # fmt: skip
@@ -86,6 +88,7 @@ def test_bench_prints_a_table_and_a_verdict(cli, exported):
     assert json.loads(Path("report.json").read_text())[0]["runs"] == 10
 
 
+@pytest.mark.slow
 def test_bench_goes_on_without_the_checkpoint(cli, exported):
     Path("as_deit_s.pt").unlink()
     result = cli("bench", "--runs", "10", "--warmup", "1", "--threads", "1", "--limit", "2")
@@ -121,6 +124,7 @@ def test_check_against_another_artefact(cli, exported, mini_artifacts):
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "word"), [(["--image-size", "64"], "image_size is 64"), (["--dense"], "stages")]
 )
@@ -179,6 +183,7 @@ def test_check_against_an_artefact_that_only_the_library_runs(cli, exported, min
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ops", "noted"), [("auto", True), ("standard", False)])
 def test_bench_names_the_library_only_where_it_helps(
     cli, folder, mini_artifacts, no_library, ops, noted
@@ -206,6 +211,7 @@ def test_export_keeps_an_existing_file(cli, exported):
     assert exported.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_export_refuses_a_dense_checkpoint(cli, folder, mini):
     dense = {k: v for k, v in mini.state_dict().items() if not k.startswith("thresholds")}
     torch.save({"model": dense}, "deit.pt")
@@ -223,6 +229,7 @@ def test_export_to_nowhere(cli, folder):
     refused(cli("export", "--ckpt", "as_deit_s.pt", "-o", "there"), "folder")
 
 
+@pytest.mark.slow
 def test_export_keeps_a_file_with_the_sidecars_name(cli, folder):
     mine = Path("as_deit_s.onnx.json")
     mine.write_text("my own notes")

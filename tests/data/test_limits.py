@@ -113,8 +113,8 @@ def test_a_photograph_with_a_thumbnail_is_no_progressive_one(tmp_path, kind):
     more = {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]} if kind == "MPO" else {}
     Image.new("RGB", (8000, 7000)).save(path, kind, **more)
     whole = path.read_bytes()
-    told = b"\xff\xe3" + struct.pack(">H", len(small.getvalue()) + 2) + small.getvalue()
-    path.write_bytes(whole[:2] + told + whole[2:])
+    thumbnail = b"\xff\xe3" + struct.pack(">H", len(small.getvalue()) + 2) + small.getvalue()
+    path.write_bytes(whole[:2] + thumbnail + whole[2:])
     assert load_picture(path).size == (8000, 7000)
 
 

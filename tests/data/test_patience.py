@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import struct
@@ -15,7 +16,10 @@ from PIL import Image
 from asvit_deploy.data import patience
 from asvit_deploy.data.decode import PictureError, decode_picture, load_picture
 
-READ = "from asvit_deploy.data.decode import load_picture; load_picture(path)"
+READ = (
+    "from asvit_deploy.data import decode, patience; patience.SECONDS = 2; "
+    "decode.load_picture(path)"
+)
 
 
 def saved(kind: str, size=(16, 16), mode: str = "RGB", **options) -> bytes:
@@ -33,11 +37,13 @@ def png(*more: bytes) -> bytes:
     return whole[:33] + b"".join(more) + whole[33:]
 
 
+@functools.cache
 def bomb(mebibytes: int = 1000) -> bytes:
     packer, block = zlib.compressobj(9), bytes(1 << 20)
     return b"".join(packer.compress(block) for _ in range(mebibytes)) + packer.flush()
 
 
+@functools.cache
 def scanned() -> bytes:
     whole = saved("JPEG", (7000, 7000), "L", progressive=True)
     last = whole[whole.rindex(b"\xff\xda") : -2][:40]
@@ -75,11 +81,16 @@ FILES = {
 }
 
 
+def test_no_picture_is_read_for_longer_than_its_decoding_takes():
+    assert 2 < patience.SECONDS <= 8
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_picture_without_end_ends(ends, tmp_path, name):
     path = tmp_path / name
     path.write_bytes(FILES[name]())
-    said = ends(READ, path, 600)
+    said = ends(READ, path, 600, seconds=9)  # two of patience, and what decoding takes
     assert said == "fine" or said.startswith(str(path))
 
 
@@ -99,9 +110,9 @@ def test_parsing_is_given_up_when_its_time_is_over(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(data)
     for read in (lambda: load_picture(tmp_path / name),
                  lambda: decode_picture(io.BytesIO(data), name, Path(name).suffix)):  # fmt: skip
-        with pytest.raises(PictureError, match="s to read; save it again") as told:
+        with pytest.raises(PictureError, match="s to read; save it again") as caught:
             read()
-        assert told.value.reason == "too long"
+        assert caught.value.reason == "too long"
 
 
 def test_a_pipe_that_takes_a_pictures_place_is_not_waited_for(tmp_path):

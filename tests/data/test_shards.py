@@ -70,9 +70,9 @@ def test_pictures_come_by_number_in_any_order(tmp_path, form):
     for i in (5, 0, 3, 4, 1, 2, 5):
         assert found.load(i).size == (40 + i, 30)
         assert found.label(i) == i % 2
-        told = found.name(i).removeprefix(f"{tmp_path / ('0.tar' if i < 4 else '1.tar')}:")
+        said = found.name(i).removeprefix(f"{tmp_path / ('0.tar' if i < 4 else '1.tar')}:")
         # Two formats keep so long a name apart from the header, where a part of it stands.
-        assert told == f"{keys[i]}.png" or (len(told) > 90 and keys[i].startswith(told))
+        assert said == f"{keys[i]}.png" or (len(said) > 90 and keys[i].startswith(said))
 
 
 def test_shards_of_a_folder_hold_its_pictures(tmp_path):
@@ -173,12 +173,12 @@ def test_what_lies_beside_shards_is_said(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "cat").mkdir()
     (tmp_path / "train").mkdir()
-    told = "\n".join(open_source(str(tmp_path), TWO, 0).notes)
-    assert "compressed shards" in told
-    assert "such as 1.tar.gz (2 in all)" in told
-    assert f"not read in {tmp_path}: cat" in told
-    assert f"not used: {tmp_path / 'train'}" in told
-    assert "no validation pictures" in told
+    said = "\n".join(open_source(str(tmp_path), TWO, 0).notes)
+    assert "compressed shards" in said
+    assert "such as 1.tar.gz (2 in all)" in said
+    assert f"not read in {tmp_path}: cat" in said
+    assert f"not used: {tmp_path / 'train'}" in said
+    assert "no validation pictures" in said
 
 
 def test_compressed_shards_alone_are_named(tmp_path):
@@ -490,9 +490,9 @@ def test_a_broken_picture_is_passed_over_in_training_and_its_validation(tmp_path
     (batch,) = source.validation(4)
     assert [name.rpartition(":")[2] for name in batch.skipped] == ["b.png", "c.png"]
     assert batch.labels.tolist() == [0, 1]
-    with pytest.raises(UserError, match=r"val/0\.tar:b\.png is broken") as told:
+    with pytest.raises(UserError, match=r"val/0\.tar:b\.png is broken") as said:
         list(open_labelled(str(tmp_path), TWO).validation(4))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(said.value)
 
 
 def test_shards_and_caches_without_permission(powerless_cli, tmp_path, monkeypatch):
@@ -512,9 +512,9 @@ def test_shards_and_caches_without_permission(powerless_cli, tmp_path, monkeypat
     words = ("cannot read folder/train", "cannot read the shard shard/train/0.tar",
              "classes/classes.txt may not be read")  # fmt: skip
     for result, word in zip(results, words, strict=True):
-        told = [line for line in result.err.splitlines() if line.startswith("Error:")]
-        assert (result.code, len(told)) == (2, 1), result
-        assert word in told[0]
+        said = [line for line in result.err.splitlines() if line.startswith("Error:")]
+        assert (result.code, len(said)) == (2, 1), result
+        assert word in said[0]
     (tmp_path / "closed").mkdir(mode=0o555)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "closed"))
     (result,) = powerless_cli(tmp_path, ["finetune", "--data", "cache", *tail])

@@ -292,9 +292,9 @@ def test_nothing_readable_far_and_wide_ends_in_one_line(tmp_path):
     data = picture_folder(tmp_path / "data", count=2)
     for path in data.glob("*/*.png"):
         path.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"\.png is not a picture that we know.*so are") as told:
+    with pytest.raises(UserError, match=r"\.png is not a picture that we know.*so are") as said:
         FolderSource(data, TWO, 0).train_batch(0, 2)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(said.value)
 
 
 def test_validation_passes_over_an_unreadable_picture_and_evaluation_refuses_it(tmp_path):
@@ -452,9 +452,9 @@ def test_linked_classes_and_pictures_are_followed(tmp_path):
     (data / "dog" / "kin").symlink_to("../cat")
     source = open_source(str(data), TWO, 0)
     assert source.epoch == 3 + 1 + 3
-    told = "\n".join(source.notes)
-    assert f"{data}/dog/up: a link that leads back to {data}" in told
-    assert f"{data}/dog/kin: the same folder as {data}/cat" in told
+    said = "\n".join(source.notes)
+    assert f"{data}/dog/up: a link that leads back to {data}" in said
+    assert f"{data}/dog/kin: the same folder as {data}/cat" in said
     (data / "eel").symlink_to("cat")
     refused(data, str(data / "eel"), "are the same folder")
 

@@ -108,7 +108,7 @@ def test_a_child_keeps_pythonpath_and_finds_the_package(tmp_path, monkeypatch):
     assert done.stdout.split() == ["mine", asvit_deploy.__file__, "a"], done.stderr
 
 
-def test_the_cause_of_a_parser_error_is_told(rtx, tmp_path):
+def test_the_cause_of_a_parser_error_is_reported(rtx, tmp_path):
     """TensorRT logs the place, the node and then the cause."""
     path = tmp_path / "det.onnx"
     onnx.save(onnx.parser.parse_model(

@@ -157,7 +157,7 @@ def test_the_host_twin_is_no_plugin_to_run_with(engine, tmp_path, monkeypatch):
 
 
 def test_the_plugin_is_the_one_named_else_the_cache_s(engine, tmp_path, monkeypatch, capsys):
-    """What the sidecar says of the one that it was built with is compared and told."""
+    """What the sidecar says of the one that it was built with is compared and reported."""
     ours, named = tmp_path / "libours.so", tmp_path / "libnamed.so"
     ours.write_bytes(b"ours")
     named.write_bytes(b"named")

@@ -14,7 +14,6 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnxruntime import InferenceSession as OrtSession
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-from op_cases import CASES, EDGES
 
 from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
@@ -23,6 +22,7 @@ from asvit_deploy.exporting.padded import to_padded
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
+from asvit_deploy.ops.cases import CASES, EDGES
 from asvit_deploy.ops.reference import keep_mask
 from asvit_deploy.parity import compare
 from asvit_deploy.runners.onnx_runtime import OrtRunner

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +16,8 @@ import torch
 from conftest import sharpened
 from onnx import numpy_helper
 
+import asvit_deploy
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint
 from asvit_deploy.data.images import open_images
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models import build
@@ -80,6 +87,39 @@ def test_form_of_the_file(mini_artifacts):
         assert attributes == {"plugin_version": b"1", "plugin_namespace": b""}
         assert list(node.input) == [f"{name}_{stage}" for name in onnx_op.INPUTS]
         assert list(node.output) == [f"{name}_{stage}" for name in onnx_op.OUTPUTS]
+
+
+def test_no_path_of_this_machine_is_in_a_file(mini_artifacts):
+    places = {Path(asvit_deploy.__file__).parents[1], Path(torch.__file__).parents[1], Path.home()}
+    for path in mini_artifacts.values():
+        data = path.read_bytes()
+        for trace in (*(str(place) for place in places), "site-packages", "stack_trace", ".py"):
+            assert trace.encode() not in data, f"{path.name} holds {trace}"
+
+
+_EXPORT = """
+import sys
+from pathlib import Path
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint
+from asvit_deploy.exporting.to_onnx import to_onnx
+model = build_model(load_checkpoint(sys.argv[1]))
+Path(sys.argv[2]).write_bytes(to_onnx(model, ops="standard").SerializeToString())
+"""
+
+
+@pytest.mark.slow
+def test_the_same_bytes_wherever_the_package_lies(mini_checkpoint, tmp_path):
+    package = Path(asvit_deploy.__file__).parent
+    shutil.copytree(package, tmp_path / "else where" / package.name,
+                    ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+    places = [str(tmp_path / "else where"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    other = tmp_path / "other.onnx"
+    done = subprocess.run([sys.executable, "-c", _EXPORT, mini_checkpoint, other],
+                          env=environment, cwd=tmp_path, capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    own = to_onnx(build_model(load_checkpoint(mini_checkpoint)), ops="standard")
+    assert other.read_bytes() == own.SerializeToString()
 
 
 @pytest.mark.parametrize("key", [("1", "auto"), ("dynamic", "auto"), ("1", "standard")])

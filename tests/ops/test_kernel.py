@@ -6,10 +6,10 @@ import subprocess
 
 import numpy as np
 import pytest
-from op_cases import CASES, Case
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import kernel as kernel_module
+from asvit_deploy.ops.cases import CASES, Case
 from asvit_deploy.ops.kernel import Counted, Kernel, build_kernel
 from asvit_deploy.ops.library import find_compiler
 from asvit_deploy.ops.reference import threshold_compact

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from op_cases import CASES
 from test_library import TYPES, one_node, run, session_of
 
 from asvit_deploy.cli.main import main
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import library as library_module
+from asvit_deploy.ops.cases import CASES
 from asvit_deploy.ops.headers import Headers
 from asvit_deploy.ops.library import (
     build_ort,

@@ -12,9 +12,9 @@ import onnx.inliner
 import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
-from op_cases import CASES
 
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.ops.cases import CASES
 from asvit_deploy.ops.reference import threshold_compact
 
 ort = pytest.importorskip("onnxruntime")

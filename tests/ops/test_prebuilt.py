@@ -78,6 +78,7 @@ def test_a_damaged_library_ends_a_process_that_loads_it(op_library, tmp_path):
     assert any(-done.returncode in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL) for done in ends)
 
 
+@pytest.mark.slow
 def test_every_damaged_library_costs_a_line_and_the_function_runs(
     ort_library, mini_artifacts, photos, tmp_path
 ):

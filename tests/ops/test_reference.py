@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from op_cases import CASES, Case
 
+from asvit_deploy.ops.cases import CASES, Case
 from asvit_deploy.ops.reference import keep_mask, threshold_compact
 
 NAN, INF = float("nan"), float("inf")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from op_cases import CASES, EDGES, Case
 from torch.export import Dim, export
 
 from asvit_deploy.ops import reference
+from asvit_deploy.ops.cases import CASES, EDGES, Case
 from asvit_deploy.ops.torch_op import keep_mask, threshold_compact
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

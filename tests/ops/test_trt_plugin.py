@@ -16,9 +16,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from op_cases import CASES, Case
 
 from asvit_deploy.ops import nvcc, trt_library
+from asvit_deploy.ops.cases import CASES, Case
 from asvit_deploy.ops.library import find_compiler
 from asvit_deploy.ops.reference import threshold_compact
 from asvit_deploy.ops.trt_library import TrtHeaders, build_trt, compile_command

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from op_cases import EDGES, SIZES
 
+from asvit_deploy.ops.cases import EDGES, SIZES
 from asvit_deploy.ops.reference import keep_mask
 from asvit_deploy.reduction.removal import compact_masked, mean_k_keep_mask
 from asvit_deploy.reduction.threshold import (

@@ -63,6 +63,7 @@ def test_same_as_dynamic_mode(mini, model, photos, buckets):
         assert len(runner.seen) >= 4, "pictures differ"
 
 
+@pytest.mark.slow
 def test_lvvit(photos):
     config = replace(arch("as_lvvit_s"), depth=5, stages=(2, 3, 4), num_classes=20).at(96)
     images = open_images(None, config, limit=8)

@@ -153,6 +153,7 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_file_signed_again_is_refused(ends, mini_artifacts, tmp_path, kind):
     change, words = CHANGES[kind]
@@ -209,6 +210,7 @@ def test_a_file_of_more_than_any_is_not_read(ends, tmp_path):
     assert "more than 2 GiB" in ends(FOREIGN, tmp_path / "x.onnx")
 
 
+@pytest.mark.slow
 def test_export_writes_no_op_outside_the_vocabulary(mini, mini_artifacts):
     from asvit_deploy.exporting.to_onnx import OPSETS, to_onnx
     from asvit_deploy.models import build

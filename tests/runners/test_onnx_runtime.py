@@ -67,9 +67,9 @@ def test_says_how_to_run_the_node_alone(mini_artifacts):
 
 @pytest.mark.parametrize("ops", ["auto", "standard"])
 def test_describes_what_runs(mini_artifacts, ops):
-    told = OrtRunner(mini_artifacts["1", ops], record=False).describe()
-    assert told["op"] == {"auto": "function", "standard": "standard"}[ops]
-    assert told["precision"] == "float32"
+    description = OrtRunner(mini_artifacts["1", ops], record=False).describe()
+    assert description["op"] == {"auto": "function", "standard": "standard"}[ops]
+    assert description["precision"] == "float32"
 
 
 def test_describes_the_library(mini_artifacts, op_library):

@@ -173,7 +173,7 @@ def test_no_context_is_one_line_with_what_tensorrt_logged(engine):
         "TensorRT-RTX cannot make an execution context for x.engine (Error Code 2: out of memory); "
         "free GPU memory, or build it again on this machine"
     )
-    assert engine.said() == "", "told once"
+    assert engine.said() == "", "said once"
 
 
 def test_contexts_of_one_engine_share_a_runtime_cache(engine):

@@ -52,7 +52,7 @@ def test_a_plugin_that_a_sidecar_names_is_not_loaded(
     shutil.copy(planted, tmp_path / "planted.so")
     (tmp_path / "deep").mkdir()
     with open("planted.so", "ab") as file:
-        file.write(b".nv_fatbin")  # what told a plugin for GPUs from a host twin
+        file.write(b".nv_fatbin")  # what distinguished a plugin for GPUs from a host twin
     named = str(tmp_path / "planted.so") if path == "absolute" else path
     record = {"path": named, "sha256": sha256(Path("planted.so")), "embedded": False}
     session = EngineArtefact(signed_engine(plugin=record))

@@ -69,17 +69,17 @@ def work(short, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_report_holds_what_was_measured(short, work):
-    told = short.summarise(work, "digits", [0])
-    rows = {name: dict(np.load(work / f"digits_{name}_0.npz")) for name in told["cells"]}
+    figures = short.summarise(work, "digits", [0])
+    rows = {name: dict(np.load(work / f"digits_{name}_0.npz")) for name in figures["cells"]}
     assert list(rows) == ["dense", "as-0.65", "top-k-0.65"]
     ours = rows["as-0.65"]
     assert all(len(values) == PLACEMENTS for values in ours.values())
     assert {"right", "random", "min-k", "macs", "mean-k-32", "mean-k-64", "mean-k-128"} < set(ours)
-    cell = told["cells"]["as-0.65"]
+    cell = figures["cells"]["as-0.65"]
     assert cell["top1"]["value"] == pytest.approx(ours["right"].mean(), abs=1e-5)
     assert cell["macs_over_teacher"]["value"] == pytest.approx(ours["macs"].mean(), abs=1e-5)
     assert cell["kept"]["mean"] == pytest.approx(ours["kept"].mean(0), abs=0.01)
-    difference = told["differences"]["as-0.65 minus min-k"]
+    difference = figures["differences"]["as-0.65 minus min-k"]
     expected = ours["right"].mean() - ours["min-k"].mean()
     assert difference["value"] == pytest.approx(expected, abs=1e-5)
     assert difference["interval"][0] <= difference["value"] <= difference["interval"][1]
@@ -106,15 +106,15 @@ def test_differences_are_paired_over_pictures_and_seeds(evidence):
     rng = np.random.default_rng(0)
     a = [rng.random(4000) < 0.9 for _ in range(3)]
     b = [values & (rng.random(4000) < 0.98) for values in a]  # wrong more often, on the same ones
-    told = evidence._paired(a, b)
-    assert told["value"] == pytest.approx(0.018, abs=0.003)
-    low, high = told["interval"]
+    figures = evidence._paired(a, b)
+    assert figures["value"] == pytest.approx(0.018, abs=0.003)
+    low, high = figures["interval"]
     # Unpaired, two such means differ by chance by 1.96 * sqrt(2 * 0.9 * 0.1 / 12000) either way.
     assert high - low < 2 * 1.96 * (2 * 0.9 * 0.1 / 12000) ** 0.5 / 2
-    assert told["seeds"] == [round(float((x.astype(float) - y).mean()), 5) for x, y in zip(a, b)]
+    assert figures["seeds"] == [round(float((x.astype(float) - y).mean()), 5) for x, y in zip(a, b)]
 
 
-def test_a_claim_that_fails_is_told(evidence):
+def test_a_claim_that_fails_is_reported(evidence):
     cells = {"as-0.5": {"macs_over_teacher": {"value": 0.506}}}
     differences = {
         "as-0.65 minus dense": {"value": -0.0051}, "as-0.5 minus random": {"value": 0.03},
@@ -133,5 +133,7 @@ def test_published_claims_follow_from_published_figures(evidence):
     assert all(report["claims"].values()), report["claims"]
     # Made by the recipes that the script holds.
     for name, cell in evidence.CELLS.items():
-        told = {key: report["recipes"][name][key] for key in ("steps", "lr", "budget", "masking")}
-        assert told == {key: getattr(cell.recipe, key) for key in told}, name
+        figures = {
+            key: report["recipes"][name][key] for key in ("steps", "lr", "budget", "masking")
+        }
+        assert figures == {key: getattr(cell.recipe, key) for key in figures}, name

@@ -44,6 +44,12 @@ def test_flops_loss_is_the_distance_of_the_mean_from_the_target():
     assert loss == pytest.approx(abs(sum(share) / 2 - 0.65), abs=1e-6)
 
 
+def test_rows_in_front_cost_too():
+    config = replace(MINI, prefix=5)
+    share = model_macs(config, [55, 45, 35]) / teacher_macs(config)
+    assert relative_macs(config, masks_of(50, 40, 30)).item() == pytest.approx(share, rel=1e-6)
+
+
 def test_flops_weight_is_two_per_gmac_from_deit_small_on():
     assert flops_weight(arch("as_deit_small")) == pytest.approx(2 * 4.5736, abs=1e-3)
     assert flops_weight(arch("as_deit_base")) == pytest.approx(2 * 17.471, abs=1e-2)

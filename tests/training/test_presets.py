@@ -34,15 +34,15 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_preset(tmp_pa
     file = tmp_path / "r.toml"
     file.write_text('mixup = 0\nflops-weight = 3\nlr = 1e-3\namp = "bf16"\nsteps = 7\n'
                     "thresholds = [1e-3, 2e-3, 3e-3]\n")  # fmt: skip
-    told = read_recipe(file)
-    recipe = recipe_for(SMALL, False, False, 100, {"lr": 5e-4, "erase": None}, told)
+    read = read_recipe(file)
+    recipe = recipe_for(SMALL, False, False, 100, {"lr": 5e-4, "erase": None}, read)
     assert (recipe.lr, recipe.min_lr) == pytest.approx((5e-4, 5e-5))
     assert (recipe.mixup, recipe.flops_weight, recipe.amp, recipe.steps) == (0, 3, "bf16", 7)
     assert (recipe.erase, recipe.cutmix) == (0.25, 1.0)
     assert recipe.thresholds == (1e-3, 2e-3, 3e-3)
     # Epochs on the command line stand above steps in the file.
     given = {"epochs": 2, "batch_size": 10}
-    assert recipe_for(SMALL, False, False, 100, given, told).steps == 20
+    assert recipe_for(SMALL, False, False, 100, given, read).steps == 20
 
 
 def test_a_dense_run_has_no_budget_and_no_average():

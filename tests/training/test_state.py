@@ -80,7 +80,7 @@ def test_flipped_bytes_in_a_state(tmp_path):
 
 
 def test_a_state_whose_content_was_changed(tmp_path):
-    """Its archive is whole then, and only the digest tells; states of before have none."""
+    """Its archive is whole then, and only the digest shows it; states of before have none."""
     trainer, path = small_trainer(Recipe(steps=10, budget=0.65)), tmp_path / "x.unfinished.pt"
     save_state(path, 7, trainer, {"seed": 1})
     content = torch.load(path, weights_only=True)

@@ -31,7 +31,13 @@ from asvit_deploy.training.recipe import Recipe, Running
 from asvit_deploy.training.run import finetune
 from asvit_deploy.training.selection import static_top_k
 from asvit_deploy.training.state import state_path
-from asvit_deploy.training.trainer import Trainer, adaptive_start, load_teacher
+from asvit_deploy.training.trainer import (
+    Trainer,
+    TrainingForm,
+    adaptive_start,
+    autocast,
+    load_teacher,
+)
 
 MINI = arch("as_deit_mini")
 needs_digits = pytest.mark.skipif(
@@ -64,6 +70,27 @@ def dense_file(folder: Path, config: ArchConfig = MINI, name: str = "dense.safet
         block.attn.qkv.weight.data.mul_(6)
     save_checkpoint(folder / name, model, {})
     return folder / name
+
+
+# --- the form that is trained ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("amp", "number"),
+    [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+)
+def test_products_are_computed_as_amp_says(amp, number):
+    a = torch.randn(4, 4)
+    with autocast(a.device, amp):
+        assert (a @ a).dtype == number
+
+
+def test_token_logits_are_of_image_tokens_alone():
+    config = replace(arch("as_lvvit_s"), dim=32, heads=2, depth=5, stages=(1, 2, 3),
+                     image_size=32, num_classes=3, prefix=5)  # fmt: skip
+    form = TrainingForm(build(config, False).eval(), Recipe(steps=1))
+    tokens = form(torch.randn(2, 3, 32, 32))[1]
+    assert tokens.shape == (2, config.image_tokens, 3)
 
 
 # --- one step -----------------------------------------------------------------------------------
@@ -187,7 +214,7 @@ def test_a_teacher_must_see_the_same_pictures_and_classes(tmp_path):
         load_teacher(arch("as_lvvit_s").at(64, 10), tiny)
 
 
-def test_thresholds_start_where_they_are_told(tmp_path):
+def test_thresholds_start_where_they_are_reported(tmp_path):
     dense = load_checkpoint(dense_file(tmp_path))
     student, _ = adaptive_start(MINI, dense, (1e-3, 5e-4, 0.1))
     assert student.threshold_values() == pytest.approx([1e-3, 5e-4, 0.1])

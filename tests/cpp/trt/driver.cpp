@@ -298,7 +298,7 @@ void checkBounds(IPluginV3OneBuild& build)
     checkPrefixes(build);
 }
 
-// What the runtime says when shapes change, which may be before a layer in front has told its own.
+// What the runtime says when shapes change, which may be before a layer in front has computed its own.
 void checkShapeChanges(IPluginV3OneRuntime& runtime, IPluginV3OneBuild& build)
 {
     auto const ask = [&](Dims const& tokens, Dims const& scores, int32_t inputs = kIN)

@@ -1,8 +1,15 @@
-"""One list of cases for every form of the op, so that all of them meet the same edges."""
+"""Cases that every implementation of the op must meet, in whatever language: one list of inputs.
+
+What comes out is `reference.threshold_compact`'s, bit for bit. `CASES` is all of them: `EDGES`
+(ties, NaN, infinities, one or all tokens kept), `SIZES`, and `PREFIXED`, both behind prefixes of
+several rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +17,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of the op; `tokens` float32, to be cast to the type under test."""
+    """Inputs of the op.
+
+    Attributes:
+        tokens: float32 [B, P+N, D], to be cast to the type under test.
+        scores: float32 [B, N].
+    """
 
     name: str
     tokens: NDArray[np.float32]
@@ -19,11 +31,17 @@ class Case:
 
     @property
     def prefix(self) -> int:
-        """P."""
+        """P, the rows in front that never leave."""
         return self.tokens.shape[1] - self.scores.shape[1]
 
 
-def _case(name, batch, rows, dim, threshold, change=None, seed=0, prefix=1) -> Case:
+_Change = Callable[[NDArray[np.float32]], None]
+
+
+def _case(
+    name: str, batch: int, rows: int, dim: int, threshold: float, change: _Change | None = None,
+    seed: int = 0, prefix: int = 1,
+) -> Case:  # fmt: skip
     rng = np.random.default_rng([seed, batch, rows, dim])
     tokens = rng.standard_normal((batch, rows, dim)).astype(np.float32)
     scores = rng.random((batch, rows - prefix)).astype(np.float32)
@@ -32,15 +50,15 @@ def _case(name, batch, rows, dim, threshold, change=None, seed=0, prefix=1) -> C
     return Case(name, tokens, scores, threshold)
 
 
-def _set(*places, value):
-    def change(scores):
+def _set(*places: Any, value: float) -> _Change:
+    def change(scores: NDArray[np.float32]) -> None:
         for place in places:
             scores[place] = value
 
     return change
 
 
-def _mixed(scores):
+def _mixed(scores: NDArray[np.float32]) -> None:
     """Every special value beside ordinary ones, other ones in each image."""
     special = np.array([np.nan, np.inf, -np.inf, 0.5, -0.0, 1e-40], np.float32)
     for b, row in enumerate(scores):
@@ -48,16 +66,16 @@ def _mixed(scores):
             row[(3 * i + b) % len(row)] = value
 
 
-def _quantised(scores):
+def _quantised(scores: NDArray[np.float32]) -> None:
     """Many equal scores, some of them equal to the threshold."""
     np.round(scores * 4, out=scores)
     scores /= 4
 
 
-def _rows(*rows):
+def _rows(*rows: Any) -> _Change:
     """These scores, row by row."""
 
-    def change(scores):
+    def change(scores: NDArray[np.float32]) -> None:
         scores[:] = rows
 
     return change
