@@ -126,9 +126,7 @@ def _row(shaped: dict[str, Any], stated: ArchConfig | None, wanted: str | None) 
             "tool"
         )
     if fits:
-        return replace(
-            fits[0], **{name: v for name, v in shaped.items() if name in ("head", "eps")}
-        )
+        return replace(fits[0], **{name: v for name, v in shaped.items() if name in _FREE})
     return _new_row(shaped)
 
 
@@ -140,7 +138,7 @@ def _new_row(shaped: dict[str, Any]) -> ArchConfig:
         )
     try:
         row = described(
-            _name(shaped), {**_PLAIN, **{k: v for k, v in shaped.items() if k != "eps"}}
+            _name(shaped), {**_PLAIN, **{k: v for k, v in shaped.items() if k in DESCRIBED}}
         )
     except ValueError as error:
         raise Refused(f"holds no network that can be built ({error}); pass another") from None

@@ -24,11 +24,14 @@ class Translated:
         traits: those of `models.config.ArchConfig` that the format settles and shapes do not tell,
             such as `head`.
         left_out: names in the file that its output does not need.
+        resizes: whether the family's own code takes pictures of any size, to which it resizes the
+            positions.
     """
 
     state: dict[str, Tensor]
     traits: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    resizes: bool = False
 
 
 class Format(Protocol):
