@@ -49,7 +49,7 @@ def folder_of(name: str, say: Say = silent) -> Path:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{name} needs huggingface_hub; {pip_install('huggingface_hub')}, or download the "
+            f"{name} needs huggingface_hub; {pip_install('huggingface-hub')}, or download the "
             "repository and name its folder"
         ) from error
     repo, revision = match["repo"], match["revision"] or "main"
@@ -82,16 +82,6 @@ def cached_file(repo: str, revision: str, file: str) -> Path | None:
         found = try_to_load_from_cache(repo, file, revision=revision)
         return Path(found) if isinstance(found, str) else None
     return None
-
-
-def record_of(path: Path) -> dict[str, str]:
-    """For a file in the hub's cache, the repository and the commit that it is of."""
-    parts = Path(path).absolute().parts
-    for i, part in enumerate(parts[:-2]):
-        if part.startswith("models--") and parts[i + 1] == "snapshots" and i + 3 == len(parts) - 1:
-            repo = part.removeprefix("models--").replace("--", "/")
-            return {"repository": repo, "revision": parts[i + 2]}
-    return {}
 
 
 def _cached(name: str, repo: str, revision: str, why: str, say: Say) -> Path:

@@ -293,6 +293,15 @@ def with_head(checkpoint: Checkpoint, num_classes: int, seed: int) -> Checkpoint
     return replace(checkpoint, config=config, state=state)
 
 
+def require_one_token(checkpoint: Checkpoint) -> None:
+    """Raise UserError for a network whose head averages tokens, where some are to leave."""
+    if checkpoint.config.averages:
+        raise UserError(
+            f"{checkpoint.path} averages its tokens ({checkpoint.config.head}): adaptive forms of "
+            "it come with methods that carry sizes; export or train it as it is with --dense"
+        )
+
+
 _HEAD = re.compile(r"(?:aux_)?head\.(?:weight|bias)$")
 
 
@@ -306,6 +315,7 @@ def build_model(checkpoint: Checkpoint, dense: bool = False) -> ViT:
     model.to_empty(device="cpu")
     wanted = {k: v for k, v in checkpoint.state.items() if adaptive or not THRESHOLD.match(k)}
     model.load_state_dict(wanted, strict=True)
+    model.metadata = {**checkpoint.metadata, **checkpoint.origins.metadata()}
     return model.eval()
 
 

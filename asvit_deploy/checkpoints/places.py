@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from asvit_deploy import sidecar
 from asvit_deploy.checkpoints import formats, unwrapping
 from asvit_deploy.checkpoints.reading import ENDINGS, listed, read
 from asvit_deploy.checkpoints.refused import Refused
-from asvit_deploy.checkpoints.shards import INDICES, index_of, is_index, read_shards, shards_of
+from asvit_deploy.checkpoints.shards import index_of, is_index, read_shards, shards_of
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 
@@ -85,11 +86,24 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def shard_records(path: Path) -> dict[str, dict[str, Any]]:
-    """By name, the size and sha256 of the shards of an index, as a sidecar's `source` has them;
-    nothing for another file."""
-    shards = files_of(path)[1:]
-    return {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in shards}
+def source_of(path: Path, **more: Any) -> dict[str, Any]:
+    """As `sidecar.source_of`, of a checkpoint's file: with the sha256 of each shard of an index, by
+    its name, and for what lies in the hub's cache with the repository and the commit."""
+    if shards := {file.name: sha256(file) for file in files_of(path)[1:]}:
+        more["shards"] = shards
+    if hub := repository_of(path):
+        more["hub"] = hub
+    return sidecar.source_of(path, **more)
+
+
+def repository_of(path: Path) -> dict[str, str]:
+    """For a file in the hub's cache, the repository and the commit that it is of."""
+    folder = Path(os.path.abspath(path)).parent
+    cached = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    if not cached.startswith("models--"):
+        return {}
+    repository = cached.removeprefix("models--").replace("--", "/")
+    return {"repository": repository, "revision": folder.name}
 
 
 def content_at(weights: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
