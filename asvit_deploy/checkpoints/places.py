@@ -46,7 +46,7 @@ def weights_at(path: Path) -> tuple[Path, tuple[str, ...]]:
         if index is not None:
             raise Refused(f"is one shard of several; name its folder, or the index {index.name}")
         return path, ()
-    found, taken = _known(path), ()
+    found, taken = _known(path), tuple[str, ...]()
     if not found:
         only = _only_other(path)
         return only, (f"the only checkpoint of the folder {path} is taken",)
@@ -64,10 +64,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
         UserError: as `weights_at`, but that several files are not compared.
     """
     try:
-        if not path.is_dir():
-            weights = path
-        else:
-            weights = (_known(path) or [_only_other(path)])[0]
+        weights = (_known(path) or [_only_other(path)])[0] if path.is_dir() else path
         return (weights, *(shards_of(weights) if is_index(weights) else ()))
     except Refused as refused:
         raise UserError(f"{path} {refused}") from refused
