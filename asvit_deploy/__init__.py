@@ -9,7 +9,8 @@ defaults:
     asvit_deploy.export("s.safetensors", output="s.onnx")
     asvit_deploy.predict("s.onnx", ["cat.jpg"])[0].top[0].label
 
-`load` gives a checkpoint's network as a torch module. The functions raise `UserError` for bad
+`load` gives a checkpoint's network, or that of a module of timm's or transformers', as a torch
+module, and `save` writes one as a checkpoint. The functions raise `UserError` for bad
 input, `CheckFailed` where a check does not pass, and `Interrupted` where training was stopped;
 they print nothing. What a command writes to stderr goes to their argument `say`.
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from asvit_deploy.api.finetune import finetune
     from asvit_deploy.api.load import load
     from asvit_deploy.api.predict import predict
+    from asvit_deploy.api.save import save
     from asvit_deploy.errors import CheckFailed, Interrupted, UserError
     from asvit_deploy.evaluation.bench import bench  # type: ignore[attr-defined]
     from asvit_deploy.evaluation.checking import check
@@ -49,6 +51,7 @@ __all__ = [
     "finetune",
     "load",
     "predict",
+    "save",
 ]
 
 # ONNX Runtime's telemetry keeps an identifier and a database in the home folder. It looks at this
@@ -68,6 +71,7 @@ _MODULES = {
     "finetune": "api.finetune",
     "load": "api.load",
     "predict": "api.predict",
+    "save": "api.save",
 }
 
 

@@ -25,9 +25,18 @@ from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.cli.main import COMMANDS
 
 FUNCTIONS = (
-    "bench", "build_engine", "calibrate", "check", "evaluate", "export", "finetune", "load",
+    "bench",
+    "build_engine",
+    "calibrate",
+    "check",
+    "evaluate",
+    "export",
+    "finetune",
+    "load",
     "predict",
-)  # fmt: skip
+    "save",
+)
+WITHOUT_COMMAND = ("load", "save")  # fmt: skip
 LATER = {"bench": "asvit_deploy.evaluation.bench", "check": "asvit_deploy.evaluation.checking"}
 ERRORS = ("CheckFailed", "Interrupted", "UserError")
 # Options of how a command prints, which a function has no use for.
@@ -65,7 +74,7 @@ def defaults_of(command: click.Command) -> dict[str, object]:
     return {option_name(p): context.params[p.name] for p in command.params if p.name}
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "load"])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in WITHOUT_COMMAND])
 def test_a_function_has_its_commands_options_and_defaults(name: str) -> None:
     command, signature = command_of(name), inspect.signature(function(name))
     parameters = {k: v for k, v in signature.parameters.items() if k != "say"}

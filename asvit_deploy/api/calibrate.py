@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from asvit_deploy.api.inputs import (
     Channels,
     PathLike,
+    checkpoint_files,
     checkpoint_path,
     given_facts,
     optional_path,
@@ -76,23 +77,25 @@ def calibrate(
     if seed > LARGEST_SEED:
         raise UserError(f"seed={seed} cannot be used; pass a number up to {LARGEST_SEED}")
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
-    ckpt, folder, target = checkpoint_path(ckpt), optional_path(images), optional_path(output)
-    from asvit_deploy.checkpoints.load import load_checkpoint
-    from asvit_deploy.checkpoints.reading import stem_of
+    folder, target = optional_path(images), optional_path(output)
+    from asvit_deploy.checkpoints.load import load_checkpoint, require_one_token
+    from asvit_deploy.checkpoints.places import name_of
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.data.images import open_images
     from asvit_deploy.sidecar import claimed
 
-    target = target or Path(f"{stem_of(ckpt)}.calibrated.safetensors")
-    with claimed(target, "checkpoint", force, ckpt):
-        checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
+    place = checkpoint_path(ckpt, say)
+    target = target or Path(f"{name_of(place)}.calibrated.safetensors")
+    with claimed(target, "checkpoint", force, *checkpoint_files(place)):
+        checkpoint = load_checkpoint(place, image_size, arch, ema, known)
+        require_one_token(checkpoint)
         say_load(checkpoint, say)
         # What lies beside the checkpoint may not lie beside the output.
         checkpoint = named(checkpoint, of_checkpoint(checkpoint, None, say, assume=False))
         config = checkpoint.config
         limit = limit or (256 if folder else 64)
         pictures = open_images(folder, config, limit, skip_limit, say).readable()
-        say(f"{ckpt}: {config.name}, {config.image_size} px; {pictures.source}")
+        say(f"{place}: {config.name}, {config.image_size} px; {pictures.source}")
         result = _calibrated(checkpoint, pictures, budget, seed, say)
         report = _save(target, checkpoint, pictures, budget, result)
     return Calibrated(target, config, result.thresholds, report)
@@ -123,13 +126,13 @@ def _save(
     """Write the checkpoint and return the report, which is kept in it too."""
     from asvit_deploy.calibration import with_thresholds
     from asvit_deploy.checkpoints.load import save_checkpoint
-    from asvit_deploy.files import sha256
+    from asvit_deploy.checkpoints.places import fingerprint
     from asvit_deploy.sidecar import provenance
 
     config = checkpoint.config
     report = {"arch": config.name, "image_size": config.image_size, **result.report}
     report |= {"pictures": pictures.source, **pictures.account}
-    report["source_sha256"] = sha256(checkpoint.path)
+    report["source_sha256"] = fingerprint(checkpoint.path)
     metadata = {
         **checkpoint.metadata,
         **checkpoint.origins.metadata(),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from asvit_deploy.api.inputs import (
     Channels,
     PathLike,
+    checkpoint_files,
     checkpoint_path,
     given_facts,
     optional_path,
@@ -22,7 +23,7 @@ from asvit_deploy.api.inputs import (
 )
 from asvit_deploy.errors import UserError
 from asvit_deploy.requirements import pip_install
-from asvit_deploy.status import Say, hide_bar, silent
+from asvit_deploy.status import Say, first_process, hide_bar, silent
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -102,14 +103,15 @@ def evaluate(
     require_at_least(1, limit=limit)
     require_at_least(0, skip_limit=skip_limit)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
-    path, names = checkpoint_path(model), optional_path(classes)
+    names = optional_path(classes)
+    path = checkpoint_path(model, say if first_process() else silent)
     if path.suffix == ".onnx" and (asked := known.options() + ["--ema"] * ema):
         raise UserError(
             f"{path} is an ONNX file, whose sidecar says what it was exported with; leave "
             f"{' and '.join(asked)} out, or export its checkpoint again with them"
         )
     written = optional_path(output)
-    with _claimed(written, force, path, names) as place, _one_thread():
+    with _claimed(written, force, checkpoint_files(path), names) as place, _one_thread():
         opened = _open(path, batch_rule, dense, ema, known, optional_path(library), place, names,
                        place.first(say))  # fmt: skip
         report = _evaluate(path, os.fspath(data), opened, batch_rule, sizes, limit, skip_limit,
@@ -123,7 +125,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def _claimed(
-    output: Path | None, force: bool, model: Path, classes: Path | None
+    output: Path | None, force: bool, model: tuple[Path, ...], classes: Path | None
 ) -> Iterator[_Place]:
     """This process's place among several, the first of which alone writes the report."""
     from asvit_deploy.claims import claimed
@@ -132,7 +134,7 @@ def _claimed(
 
     def check() -> None:
         if output is not None:
-            check_writable(output, force, model, sidecar_path(model), classes)
+            check_writable(output, force, *model, sidecar_path(model[0]), classes)
 
     check()
     place = _Place.here()

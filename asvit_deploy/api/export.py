@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from asvit_deploy.api.inputs import (
     Channels,
     PathLike,
+    checkpoint_files,
     checkpoint_path,
     given_facts,
     optional_path,
@@ -67,7 +68,7 @@ def export(
     require_at_least(0, skip_limit=skip_limit)
     require_whole(image_size=image_size, opset=opset)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
-    ckpt, names, target = checkpoint_path(ckpt), optional_path(classes), optional_path(output)
+    names, target = optional_path(classes), optional_path(output)
     from asvit_deploy import sidecar
     from asvit_deploy.checkpoints.load import load_checkpoint
     from asvit_deploy.classes.network import named, of_checkpoint
@@ -80,16 +81,17 @@ def export(
     import_onnxruntime()
     opset = OPSET if opset is None else opset
     check_opset(opset)
-    checkpoint = load_checkpoint(ckpt, image_size, arch, ema, known)
+    place = checkpoint_path(ckpt, say)
+    checkpoint = load_checkpoint(place, image_size, arch, ema, known)
     checkpoint = named(checkpoint, of_checkpoint(checkpoint, names, say))
     if not dense:
         require_adaptive(checkpoint)
-    target = target or default_output(ckpt, dense)
+    target = target or default_output(place, dense)
     config, kind = checkpoint.config, "dense" if dense else "adaptive"
-    with sidecar.claimed(target, "onnx", force, ckpt, names):
+    with sidecar.claimed(target, "onnx", force, *checkpoint_files(place), names):
         pictures = open_images(optional_path(images), config, _PICTURES, skip_limit, say)
         say_load(checkpoint, say)
-        say(f"{ckpt}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")
+        say(f"{place}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")
         parity = write_checked(
             checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema, opset
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from asvit_deploy.api.inputs import (
     Channels,
     PathLike,
+    checkpoint_files,
     checkpoint_path,
     given_facts,
     optional_path,
@@ -85,14 +86,15 @@ def finetune(
     require_numbers({k: v for k, v in given.items() if k not in ("thresholds", "masking", "amp")})
     require_whole(image_size=image_size)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
+    listening, say = say is not silent, say if first_process() else silent
     inputs = _Inputs(
-        os.fspath(data), arch, _checkpoint(pretrained), _checkpoint(teacher), dense,
+        os.fspath(data), arch, _checkpoint(pretrained, say), _checkpoint(teacher, say), dense,
         optional_path(output), image_size, _stages(stages),
         optional_path(recipe), optional_path(classes), ema, known, given, resume, force,
     )  # fmt: skip
     running = _running(save_every, log_every, validation_limit, workers, skip_limit,
-                       optional_path(tensorboard), say is not silent)  # fmt: skip
-    return _finetune(inputs, running, say if first_process() else silent)
+                       optional_path(tensorboard), listening)  # fmt: skip
+    return _finetune(inputs, running, say)
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,9 @@ class _Inputs:
 
     def files(self) -> list[Path]:
         """What the run reads and must not write."""
-        named = (self.pretrained, self.teacher, self.recipe, self.classes)
-        return [path for path in named if path]
+        networks = (self.pretrained, self.teacher)
+        weights = [file for path in networks if path for file in checkpoint_files(path)]
+        return weights + [path for path in (self.recipe, self.classes) if path]
 
 
 def _thresholds(value: Sequence[float] | Literal["fit"] | None) -> Any:
@@ -144,8 +147,8 @@ def _stages(value: Sequence[int] | None) -> tuple[int, ...] | None:
     return stages or None
 
 
-def _checkpoint(value: PathLike | None) -> Path | None:
-    return None if value is None else checkpoint_path(value)
+def _checkpoint(value: PathLike | None, say: Say) -> Path | None:
+    return None if value is None else checkpoint_path(value, say)
 
 
 def _running(
@@ -171,6 +174,7 @@ def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
         if error.name != "accelerate":
             raise
         raise UserError(f"finetune needs accelerate; {pip_install('accelerate')}") from error
+    from asvit_deploy.checkpoints.load import require_one_token
     from asvit_deploy.data.head_order import check_teacher
     from asvit_deploy.training.presets import check_options, read_recipe
 
@@ -178,6 +182,8 @@ def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
     _check_combination(inputs)
     in_file = read_recipe(inputs.recipe) if inputs.recipe else {}
     start, mentor = _load(inputs, say)
+    if start and not inputs.dense:
+        require_one_token(start)
     if start and start.headless:
         inputs = _with_fresh_head(inputs, start, say)
     config = _config(inputs, start)
@@ -338,7 +344,7 @@ def _identity(inputs: _Inputs, config: ArchConfig) -> dict[str, Any]:
     """What, beside data and recipe, decides the result; None where nothing was said: states of
     earlier versions know of neither."""
     from asvit_deploy.checkpoints.facts import fields_of
-    from asvit_deploy.files import sha256
+    from asvit_deploy.checkpoints.places import fingerprint
     from asvit_deploy.models.archs import described, description
 
     facts, traits = fields_of(config), description(config)
@@ -346,8 +352,8 @@ def _identity(inputs: _Inputs, config: ArchConfig) -> dict[str, Any]:
         "arch": config.name,
         "image_size": config.image_size,
         "stages": list(config.stages),
-        "pretrained": sha256(inputs.pretrained) if inputs.pretrained else None,
-        "teacher": sha256(inputs.teacher) if inputs.teacher else None,
+        "pretrained": fingerprint(inputs.pretrained) if inputs.pretrained else None,
+        "teacher": fingerprint(inputs.teacher) if inputs.teacher else None,
         "averaged": True if inputs.averaged else None,
         "facts": facts if facts != fields_of(described(config.name, traits)) else None,
         "architecture": traits,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.status import Say
+from asvit_deploy.status import Say, silent
 
 if TYPE_CHECKING:
     from asvit_deploy.checkpoints.facts import Given
@@ -31,17 +31,38 @@ def optional_path(value: PathLike | None) -> Path | None:
     return None if value is None else path_of(value)
 
 
-def checkpoint_path(value: PathLike) -> Path:
-    """A checkpoint file; the word `default` names the one that the package carries.
+def checkpoint_path(value: PathLike, say: Say = silent) -> Path:
+    """Where a checkpoint lies: a file or a folder; the word `default` names the one that the
+    package carries, and `hf-hub:NAME` a repository, which is downloaded where it must be.
+
+    Args:
+        say: gets a line on what of the hub was taken.
 
     Raises:
-        UserError: an empty text, or an installation without that checkpoint.
+        UserError: an empty text, an installation without that checkpoint, or as `hub.folder_of`.
     """
-    if os.fspath(value) == "default" and not Path(value).exists():
+    text = os.fspath(value)
+    if text == "default" and not Path(text).exists():
         from asvit_deploy.checkpoints import default_checkpoint
 
         return default_checkpoint()
-    return path_of(value)
+    if text.startswith("hf-hub:"):
+        from asvit_deploy.checkpoints import hub
+
+        if hub.is_name(text):
+            return hub.folder_of(text, say)
+    return path_of(text)
+
+
+def checkpoint_files(path: Path) -> tuple[Path, ...]:
+    """The files that a checkpoint is read from, which no output may replace.
+
+    Raises:
+        UserError: a folder without weights, or an index whose shards are missing.
+    """
+    from asvit_deploy.checkpoints.places import files_of
+
+    return files_of(path)
 
 
 def require_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

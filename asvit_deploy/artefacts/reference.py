@@ -111,7 +111,8 @@ def source_file(artefact: Path, record: dict[str, Any], noun: str, maker: str) -
     """
     recorded, given = Path(record["path"]), Path(str(record.get("given") or record["path"]))
     folder = artefact.absolute().parent
-    named = (given, recorded, folder / given.name, folder / recorded.name, _packaged(given.name))
+    named = (given, recorded, folder / given.name, folder / recorded.name, _packaged(given.name),
+             _in_hub(record.get("hub"), given.name))  # fmt: skip
     there = [path for path in dict.fromkeys(filter(None, named)) if _is_file(path)]
     left = MOST_BYTES  # of which so many are read, however many files have the size
     for path in (*there, *_of_size(folder, record.get("size"))):
@@ -120,7 +121,7 @@ def source_file(artefact: Path, record: dict[str, Any], noun: str, maker: str) -
             break
         with contextlib.suppress(PermissionError):
             if sha256(path) == record["sha256"]:
-                return path
+                return _with_shards(path, record.get("shards"), artefact, maker)
     again = f"run `asvit-deploy {maker}` again"
     if closed := [path for path in there if not os.access(path, os.R_OK)]:
         raise UserError(f"{closed[0]} may not be read; check its permissions, or {again}")
@@ -135,6 +136,31 @@ def _packaged(name: str) -> Path | None:
         if (packaged := default_checkpoint()).name == name:
             return packaged
     return None
+
+
+def _in_hub(record: Any, name: str) -> Path | None:
+    """A file of a repository in this machine's cache, which may be elsewhere than it was."""
+    if not isinstance(record, dict):
+        return None
+    repository, revision = record.get("repository"), record.get("revision")
+    if not isinstance(repository, str) or not isinstance(revision, str):
+        return None
+    from asvit_deploy.checkpoints.hub import cached_file
+
+    return cached_file(repository, revision, name)
+
+
+def _with_shards(index: Path, shards: Any, artefact: Path, maker: str) -> Path:
+    """The file, once the shards that it names, if any, are those that were read."""
+    again = f"run `asvit-deploy {maker}` again"
+    for name, digest in shards.items() if isinstance(shards, dict) else ():
+        shard = index.with_name(str(name))
+        if not _is_file(shard):
+            raise UserError(f"a shard of {artefact}'s checkpoint, {shard}, is gone; put it back, "
+                            f"or {again}")  # fmt: skip
+        if sha256(shard) != digest:
+            raise UserError(f"{shard} changed since {artefact} was made from it; {again}")
+    return index
 
 
 def _is_file(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint: `config.json` of timm or transformers, `preprocessor_config.json`.
+"""What lies beside a checkpoint: `config.json` of timm or transformers, and processors' files.
 
 Each becomes a `FactSource` in our own words. Nothing here decides which source wins; see `facts`.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from asvit_deploy import sidecar
 from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.checkpoints.fact_source import FactSource
+from asvit_deploy.checkpoints.hf_config import CONFIG, transformers_source
+from asvit_deploy.checkpoints.model_types import KNOWN
 from asvit_deploy.checkpoints.names import timm_name
 from asvit_deploy.checkpoints.openclip_config import (
     OPENCLIP_CONFIG,
@@ -20,13 +23,16 @@ from asvit_deploy.checkpoints.openclip_config import (
     openclip_source,
 )
 from asvit_deploy.checkpoints.reading import ENDINGS, quoted
+from asvit_deploy.checkpoints.shards import INDICES
 from asvit_deploy.errors import UserError
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+# Where transformers 5 puts the same, under "image_processor", beside a tokenizer's.
+PROCESSOR = "processor_config.json"
 # What hubs call the one checkpoint of a folder, which these files are about.
 _HUB_NAMES = frozenset((
     "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "pytorch_model.safetensors",
-    *OPENCLIP_WEIGHTS,
+    *OPENCLIP_WEIGHTS, *INDICES,
 ))  # fmt: skip
 # What trainers leave beside it.
 _NO_CHECKPOINTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
@@ -35,17 +41,31 @@ _NO_CHECKPOINTS = ("training_args", "optimizer", "scheduler", "rng_state", "scal
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 # Processors whose `size`, where it is one number, is that of the shorter side.
 _SHORTER = ("clip", "bit", "convnext", "levit", "poolformer", "efficientformer", "mobilenet")
-_PLAIN_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "clip")
-_VISION_TYPES = (
-    "dinov3_vit", "siglip",
-    "siglip_vision_model", "siglip2", "beit", "data2vec-vision", "vit_mae", "vit_msn", "ijepa",
-    "vit_hybrid", "yolos", "swin", "swinv2", "pvt", "convnext", "convnextv2", "resnet", "levit",
-    "mobilevit", "cvt", "segformer", "videomae", "eva",
-)  # fmt: skip
 
 
-def sources_beside(path: Path) -> tuple[list[FactSource], list[str]]:
-    """What the config files beside a checkpoint say, and lines on those that are passed over.
+@dataclass(frozen=True)
+class Beside:
+    """What the config files of a checkpoint say.
+
+    Attributes:
+        lines: on those that are passed over, and on what they say that is not obeyed.
+        model_type, architectures: as transformers' config has them.
+    """
+
+    sources: tuple[FactSource, ...] = ()
+    lines: tuple[str, ...] = ()
+    model_type: str | None = None
+    architectures: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[int, str] | None:
+        """The side of the pictures that a processor makes, in pixels, and what says it."""
+        said = [(s.pictures, s.name) for s in self.sources if s.pictures is not None]
+        return said[0] if said else None
+
+
+def sources_beside(path: Path) -> Beside:
+    """What the config files beside a checkpoint say.
 
     Raises:
         UserError: one is unreadable, cut, no JSON or no object.
@@ -53,24 +73,34 @@ def sources_beside(path: Path) -> tuple[list[FactSource], list[str]]:
     there = [path.with_name(name) for name in _configs_of(path)]
     there = [file for file in there if file.is_file() or file.is_symlink()]
     if not there:
-        return sources_beside(path.resolve()) if path.is_symlink() else ([], [])
+        return sources_beside(path.resolve()) if path.is_symlink() else Beside()
     if path.name not in _HUB_NAMES and (others := _other_checkpoints(path)):
         names = " and ".join(file.name for file in there)
-        return [], [
+        line = (
             f"{names} beside it not taken: {others[0]} lies there too, and nothing says whose it "
             "is; give what it says by --mean, --std, --crop-pct, --interpolation and --heads"
-        ]
+        )
+        return Beside(lines=(line,))
+    return sources_of({file.name: _read(file, path) for file in there}, " beside it")
+
+
+def sources_of(contents: Mapping[str, Mapping[str, Any]], where: str = "") -> Beside:
+    """What config files say, by their names, from their JSON."""
     sources, lines = list[FactSource](), list[str]()
-    for file in there:
-        content = _read(file, path)
-        make = _MAKE.get(file.name, _config)
-        source = make(content)
-        if source is None:
-            lines.append(f"{file.name} beside it describes no vision model; it is not taken")
-        else:
+    config = contents.get(CONFIG, {})
+    for name, content in contents.items():
+        source = _MAKE[name](content) if name in _MAKE else _processor(name, content)
+        if source is not None:
             sources.append(source)
             lines += source.notes
-    return sources, lines
+        elif name != PROCESSOR:  # which may be of texts alone
+            lines.append(f"{name}{where} describes no vision model; it is not taken")
+    kind, classes = config.get("model_type"), config.get("architectures")
+    classes = classes if isinstance(classes, (list, tuple)) else ()
+    return Beside(
+        tuple(sources), tuple(lines), kind if isinstance(kind, str) else None,
+        tuple(name for name in classes if isinstance(name, str)),
+    )  # fmt: skip
 
 
 def _configs_of(path: Path) -> tuple[str, ...]:
@@ -79,8 +109,8 @@ def _configs_of(path: Path) -> tuple[str, ...]:
     if path.name in OPENCLIP_WEIGHTS:
         return (OPENCLIP_CONFIG,)
     if path.name in _HUB_NAMES:
-        return (CONFIG, PREPROCESSOR)
-    return (CONFIG, PREPROCESSOR, OPENCLIP_CONFIG)
+        return (CONFIG, PREPROCESSOR, PROCESSOR)
+    return (CONFIG, PREPROCESSOR, PROCESSOR, OPENCLIP_CONFIG)
 
 
 def _other_checkpoints(path: Path) -> list[str]:
@@ -123,8 +153,8 @@ def _config(content: Mapping[str, Any]) -> FactSource | None:
         return _timm(content, nested if isinstance(nested, Mapping) else {})
     kind = content.get("model_type")
     shaped = "hidden_size" in content and ("patch_size" in content or "image_size" in content)
-    if kind in _PLAIN_TYPES + _VISION_TYPES or shaped or "vision_config" in content:
-        return _transformers(content, kind)
+    if kind in KNOWN or shaped or "vision_config" in content:
+        return transformers_source(content)
     return None
 
 
@@ -163,35 +193,17 @@ def _timm(content: Mapping[str, Any], nested: Mapping[str, Any]) -> FactSource:
     return source
 
 
-def _transformers(content: Mapping[str, Any], kind: Any) -> FactSource:
-    nested = content.get("vision_config")
-    content = nested if isinstance(nested, Mapping) else content
-    source = FactSource(CONFIG)
-    if kind is not None and kind not in _PLAIN_TYPES:
-        source.cannot["model_type"] = f"model_type {quoted(kind)}, no plain ViT"
-    source.say("heads", content.get("num_attention_heads"), "num_attention_heads")
-    source.say("eps", content.get("layer_norm_eps"), "layer_norm_eps")
-    source.activation(content.get("hidden_act"))
-    source.size("image_size", content.get("image_size"))
-    for field, key in (("width", "hidden_size"), ("depth", "num_hidden_layers"),
-                       ("hidden", "intermediate_size"), ("patch_size", "patch_size")):  # fmt: skip
-        source.network(field, content.get(key), key)
-    names = content.get("id2label")
-    count = len(names) if isinstance(names, Mapping) and names else content.get("num_labels")
-    source.network("num_classes", count, "id2label" if names else "num_labels")
-    if content.get("num_channels") not in (None, 3):
-        source.cannot["num_channels"] = f"{quoted(content['num_channels'])} channels, not 3"
-    return source
-
-
 # --- preprocessor_config.json -------------------------------------------------------------------
 
 
-def _preprocessor(content: Mapping[str, Any]) -> FactSource | None:
+def _processor(name: str, content: Mapping[str, Any]) -> FactSource | None:
+    if name == PROCESSOR:
+        nested = content.get("image_processor")
+        content = nested if isinstance(nested, Mapping) else {}
     known = ("image_mean", "image_std", "size", "crop_size", "resample", "do_resize")
     if not any(key in content for key in known):
         return None
-    source = FactSource(PREPROCESSOR)
+    source = FactSource(name)
     _normalisation(content, source)
     _resampling(content, source)
     _sizes(content, source)
@@ -276,6 +288,7 @@ def _sizes(content: Mapping[str, Any], source: FactSource) -> None:
         source.cannot["crop_pct"] = f"size {quoted(size)}{cropped}, which makes no square input"
         return
     source.size("crop_size" if cut else "size", window)
+    source.pictures = window
     source.say("crop_mode", mode)
     source.say("crop_pct", _share(window, edge))
 
@@ -288,4 +301,4 @@ def _share(window: int, edge: int) -> float:
     return share
 
 
-_MAKE = {CONFIG: _config, PREPROCESSOR: _preprocessor, OPENCLIP_CONFIG: openclip_source}
+_MAKE = {CONFIG: _config, OPENCLIP_CONFIG: openclip_source}

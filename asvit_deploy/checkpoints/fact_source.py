@@ -89,11 +89,14 @@ class FactSource:
         says: facts by name: mean, std, crop_pct, interpolation, crop_mode, heads, eps, activation,
             pooling, positions_resize.
         stands_for: those that only the model's name implies; anything said outright is stronger.
-        weights: what it says the weights have, each by name (width, depth, hidden, patch_size,
-            image_size, num_classes), its own word for that, and value.
-        cannot: by fact, or by the source's own word, what this tool cannot do or read; one of a
-            fact is of no account where an option settles the fact.
+        weights: what it says the weights have, each by name (width, depth, hidden, mlp_ratio,
+            patch_size, image_size, registers, num_classes, projection), its own word for that, and
+            value.
+        cannot: by fact, or by the source's own word, what this tool cannot do or read, perhaps
+            with what to do instead behind a semicolon; one of a fact is of no account where an
+            option settles the fact.
         notes: what else a user should be told, a line each.
+        pictures: the side in pixels that a processor brings pictures to.
     """
 
     name: str
@@ -102,6 +105,7 @@ class FactSource:
     weights: list[tuple[str, str, Any]] = field(default_factory=list)
     cannot: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    pictures: int | None = None
 
     def say(self, name: str, value: Any, word: str | None = None) -> None:
         """Note a fact; None and the empty text say nothing."""

@@ -11,11 +11,9 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from asvit_deploy.bounded import parse_json
-from asvit_deploy.checkpoints.configs import sources_beside
 from asvit_deploy.checkpoints.fact_source import FactSource, checked, meant
 from asvit_deploy.checkpoints.names import moco_name, timm_name
 from asvit_deploy.checkpoints.reading import quoted
@@ -243,22 +241,24 @@ class Loaded:
 
     Attributes:
         config: what its names and shapes say it is, at the file's own size.
-        sized: the user asked for an image size, so that what is said of it does not matter.
+        sized: another image size is settled, so that what is said of it does not matter.
         named: the user said which architecture it is, so that no name matters.
+        beside: what the config files of the checkpoint say.
+        family: whose ways are assumed where nothing else is known.
     """
 
-    path: Path
     config: ArchConfig
     sized: bool
     named: bool
+    beside: tuple[FactSource, ...]
+    family: str
 
 
 def settle(
     loaded: Loaded, given: Given, own: tuple[FactSource, dict[str, str]] | None,
     within: list[FactSource],
-) -> tuple[ArchConfig, Origins, list[str]]:  # fmt: skip
-    """The architecture with every fact settled, where each came from, and lines on what was not
-    taken.
+) -> tuple[ArchConfig, Origins]:  # fmt: skip
+    """The architecture with every fact settled, and where each came from.
 
     Raises:
         Refused: a source cannot be obeyed, disagrees with the weights or with another one, and no
@@ -274,8 +274,7 @@ def settle(
             f"--heads {heads} does not divide the width {config.dim} of {config.name}; pass a "
             f"divisor, such as {near}"
         )
-    beside, lines = ([], []) if own is not None else sources_beside(loaded.path)
-    sources = [*([own[0]] if own else []), *beside, *within]
+    sources = [*([own[0]] if own else []), *loaded.beside, *within]
     for source in sources:
         _check_source(source, loaded, options)
     chosen: dict[str, Any] = {}
@@ -301,7 +300,7 @@ def settle(
     if config.preprocessing.crop_mode == "center":  # which goes without saying
         del origins["crop_mode"]
     ours = own is not None
-    return config, Origins(origins, _line(config, origins, loaded.config, ours)), lines
+    return config, Origins(origins, _line(config, origins, loaded, ours))
 
 
 def _pooled(config: ArchConfig, pooling: str, origin: str) -> HeadName:
@@ -328,6 +327,7 @@ def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]
         if option not in options:
             known = f"; pass --{option.replace('_', '-')}" if option in vars(NOTHING_GIVEN) else ""
             advice = known or "; this version does not compute such a network"
+            advice = "" if "; " in what else advice
             raise Refused(f"cannot be loaded: {source.name} says {what}{advice}")
     config, settled = loaded.config, set()
     if loaded.sized:
@@ -394,7 +394,7 @@ def _ambiguous(config: ArchConfig) -> bool:
     return config.activation != "gelu" or config.norm_pre
 
 
-def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours: bool) -> str:
+def _line(config: ArchConfig, origins: Mapping[str, str], loaded: Loaded, ours: bool) -> str:
     """All facts by where they came from, in one line."""
     rules, groups = config.preprocessing, dict[str, list[str]]()
     words = {
@@ -402,7 +402,7 @@ def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours:
         "crop_pct": f"crop {rules.crop_pct:.4g}", "interpolation": rules.interpolation,
         "crop_mode": {"squash": "squashed"}.get(rules.crop_mode, ""),
         "heads": f"{config.heads} heads",
-        "eps": f"eps {config.eps:g}" if config.eps != row.eps else "",
+        "eps": f"eps {config.eps:g}" if config.eps != loaded.config.eps else "",
         "activation": config.activation if _ambiguous(config) else "",
         "pooling": "mean of the tokens" if config.head in ("mean", "mean_norm") else "",
     }  # fmt: skip
@@ -411,6 +411,6 @@ def _line(config: ArchConfig, origins: Mapping[str, str], row: ArchConfig, ours:
             groups.setdefault(origins[name], []).append(word)
     parts = []
     for origin, group in groups.items():
-        what = f"assumed ({config.name}'s)" if origin == ASSUMED else f"from {origin}"
+        what = f"assumed ({loaded.family}'s)" if origin == ASSUMED else f"from {origin}"
         parts.append(f"{', '.join(group)} {what.replace(f'from {_OPTION} ', 'by ')}")
     return "; ".join(parts) + (", as its metadata says" if ours else "")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from asvit_deploy import sidecar
-from asvit_deploy.checkpoints import facts, formats, relatives, unwrapping
+from asvit_deploy.checkpoints import facts, formats, model_types, relatives, unwrapping
+from asvit_deploy.checkpoints.configs import CONFIG, Beside, sources_beside
 from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Origins
 from asvit_deploy.checkpoints.formats.base import Translated
@@ -43,7 +44,8 @@ from asvit_deploy.checkpoints.ours import (
     staged,
     stated_config,
 )
-from asvit_deploy.checkpoints.reading import listed, quoted, read
+from asvit_deploy.checkpoints.places import content_at, weights_at
+from asvit_deploy.checkpoints.reading import listed, quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
@@ -102,7 +104,8 @@ def load_checkpoint(
     """Read a checkpoint of any known format; nothing that it holds is ever executed.
 
     Args:
-        path: file of torch.save, or `.safetensors`, of any format in `checkpoints.formats`.
+        path: file of torch.save, or `.safetensors`, of any format in `checkpoints.formats`; a
+            hub's or trainer's folder; or the index of several such files.
         image_size: pixels; the position embeddings are resized to it. By default, the file's own.
         arch: settles which architecture it is where the shapes fit several.
         ema: take the moving average of the weights where the file has one beside them.
@@ -116,22 +119,67 @@ def load_checkpoint(
             cannot be obeyed, or contradicts the weights or itself.
     """
     path = Path(path)
+    asked = _Asked(image_size, arch, ema, given, recorded)
     try:
-        return _loaded(path, image_size, arch, ema, given, recorded)
+        path, lines = weights_at(path)
+        content, metadata, notes = content_at(path)
+        metadata, ours = _own_metadata(path, content, metadata)
+        beside = Beside() if ours or recorded else sources_beside(path)
+        return _loaded(_Held(path, content, metadata, (*lines, *notes), ours, beside), asked)
     except Refused as refused:
         raise UserError(f"{path} {refused}") from refused
 
 
-def _loaded(
-    path: Path, image_size: int | None, arch: str | None, ema: bool, given: Given,
-    recorded: ArchConfig | None,
+def load_state(
+    state: Mapping[str, Tensor], name: str, beside: Beside, image_size: int | None = None,
+    arch: str | None = None, ema: bool = False, given: Given = NOTHING_GIVEN,
 ) -> Checkpoint:  # fmt: skip
-    content, metadata, notes = read(path)
-    metadata, ours = _own_metadata(path, content, metadata)
+    """As `load_checkpoint`, of a state dict in memory.
+
+    Args:
+        name: what messages call it; it becomes the checkpoint's `path`.
+        beside: what its configs say, as `configs.sources_of` makes it.
+
+    Raises:
+        UserError: as `load_checkpoint`.
+    """
+    held = _Held(Path(name), dict(state), {}, (), False, beside)
+    try:
+        return _loaded(held, _Asked(image_size, arch, ema, given, None))
+    except Refused as refused:
+        raise UserError(f"{name} {refused}") from refused
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What was read, before anything is known of it; `ours` says that this tool wrote it."""
+
+    path: Path
+    content: Any
+    metadata: dict[str, str]
+    notes: tuple[str, ...]
+    ours: bool
+    beside: Beside
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the caller asks for; see `load_checkpoint`."""
+
+    image_size: int | None
+    arch: str | None
+    ema: bool
+    given: Given
+    recorded: ArchConfig | None
+
+
+def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
+    content, metadata, ours = held.content, held.metadata, held.ours
+    model_types.refuse(held.beside.model_type, held.beside.architectures, CONFIG)
     options = unwrapping.options_in(content)
     names = facts.model_names(content, options)
     relatives.refuse_options(options, names.values())
-    found = unwrapping.select(content, ema)
+    found = unwrapping.select(content, asked.ema)
     relatives.refuse_keys(found.state)
     if ours:
         stated, form = stated_config(metadata), None
@@ -139,36 +187,60 @@ def _loaded(
     else:
         stated = None
         translated, form = formats.translate(found.state)
-    config, state = infer_config(translated, stated, arch)
+        model_types.refuse_unlike(held.beside.model_type, form.model_types, form.name, CONFIG)
+    config, state = infer_config(translated, stated, asked.arch)
     if ours:
         check_metadata(metadata, config)
         config = staged(metadata, config)
     method = method_of(metadata, config) if ours else None
     adaptive = method is not None or any(map(THRESHOLD.match, state))
     state = checked_state(state, config, adaptive, method)
-    if recorded is not None:
-        config = facts.as_recorded(config, recorded)
-        origins, lines = Origins(), list[str]()
+    image_size, origins, lines = asked.image_size, Origins(), list[str]()
+    if asked.recorded is not None:
+        config = facts.as_recorded(config, asked.recorded)
     else:
         own = _own_facts(metadata, config) if ours else None
         within = facts.sources_within(content, options)
-        loaded = facts.Loaded(path, config, image_size is not None, arch is not None)
-        config, origins, lines = facts.settle(loaded, given, own, within)
-        lines += [note for source in within for note in source.notes]
+        image_size, lines = _pictures(translated, config, held.beside, image_size)
+        loaded = facts.Loaded(
+            config, image_size is not None, asked.arch is not None, held.beside.sources,
+            form.name if form and form.model_types else config.name,
+        )  # fmt: skip
+        config, origins = facts.settle(loaded, asked.given, own, within)
+        lines += [*held.beside.lines, *(note for source in within for note in source.notes)]
     own_size, config = config, at_size(state, config, image_size)
     lines += resized_line(own_size, config)
     return Checkpoint(
         config=config,
         state=state,
         adaptive=adaptive,
-        path=path,
+        path=held.path,
         format=FORMAT if form is None else _format_of(form.name, config, adaptive),
         metadata=metadata if ours else {},
         origins=origins,
-        notes=(*notes, *found.notes, *_notes(translated, config, found.beside), *lines),
+        notes=(*held.notes, *found.notes, *_notes(translated, config, found.beside), *lines),
         has_average=found.average,
         reduction=method,
     )
+
+
+def _pictures(
+    found: Translated, config: ArchConfig, beside: Beside, image_size: int | None
+) -> tuple[int | None, list[str]]:
+    """The size to load at, and a line where a processor settles it.
+
+    A family whose own code takes pictures of any size keeps positions for other pictures than its
+    processor makes.
+    """
+    if image_size is not None or not found.resizes or beside.pictures is None:
+        return image_size, []
+    side, name = beside.pictures
+    if side == config.image_size:
+        return None, []
+    return side, [
+        f"takes {side} px, as {name} says, and its position embeddings of {config.image_size} px "
+        f"are resized; --image-size {config.image_size} leaves them as they are"
+    ]
 
 
 def _own_metadata(
@@ -234,6 +306,15 @@ def with_head(checkpoint: Checkpoint, num_classes: int, seed: int) -> Checkpoint
     return replace(checkpoint, config=config, state=state)
 
 
+def require_one_token(checkpoint: Checkpoint) -> None:
+    """Raise UserError for a network whose head averages tokens, where some are to leave."""
+    if checkpoint.config.averages:
+        raise UserError(
+            f"{checkpoint.path} averages its tokens ({checkpoint.config.head}): adaptive forms of "
+            "it come with methods that carry sizes; export or train it as it is with --dense"
+        )
+
+
 _HEAD = re.compile(r"(?:aux_)?head\.(?:weight|bias)$")
 
 
@@ -247,6 +328,7 @@ def build_model(checkpoint: Checkpoint, dense: bool = False) -> ViT:
     model.to_empty(device="cpu")
     wanted = {k: v for k, v in checkpoint.state.items() if adaptive or not THRESHOLD.match(k)}
     model.load_state_dict(wanted, strict=True)
+    model.metadata = {**checkpoint.metadata, **checkpoint.origins.metadata()}
     return model.eval()
 
 

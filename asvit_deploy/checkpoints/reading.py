@@ -77,14 +77,6 @@ _KNOWN: list[Any] = [
 ]
 
 
-def stem_of(checkpoint: Path) -> str:
-    """The file's name without what says that it is a checkpoint."""
-    for ending in ENDINGS:
-        if checkpoint.name.endswith(ending):
-            return checkpoint.name.removesuffix(ending)
-    return checkpoint.name
-
-
 _SHORT = _Short()
 
 

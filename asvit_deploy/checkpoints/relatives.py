@@ -62,6 +62,18 @@ _LATER = "this version does not load it; pass a ViT, DeiT, DINOv2, CLIP, LV-ViT 
 _HF = "has transformers' names"
 # (a key of the state dict, what that means, what to do); the first that fits is named.
 _KEYS: tuple[tuple[str, str, str], ...] = (
+    (r"(?:.*\.)?lora_(?:[AB]|embedding_[AB]|magnitude_vector)(?:\.|$)",
+     "is a PEFT adapter, or holds one ({key})",
+     "merge it first (model.merge_and_unload()) and save the result"),
+    (r"(?:.*\.)?layers\.\d+\.blocks\.\d+\.", "is a Swin ({key})",
+     "pass a ViT, DeiT or DINOv2"),
+    (r"(?:.*\.)?stages\.\d+\.(?:blocks|layers)\.\d+\.(?:conv_dw|dwconv)\.|.*\.dwconv\.",
+     "is a ConvNeXt ({key})", "pass a ViT, DeiT or DINOv2"),
+    (r"(?:.*\.)?layer[1-4]\.\d+\.conv1\.|(?:.*\.)?encoder\.stages\.\d+\.layers\.\d+\.layer\.",
+     "is a ResNet ({key})", "pass a ViT, DeiT or DINOv2"),
+    (r"(?:model\.)?layer\.\d+\.attention\.o_proj\.|(?:.*\.)?rope_embed(?:dings)?\.",
+     "has rotary position embeddings, as DINOv3 does ({key})", _LATER),
+    (r"(?:.*\.)?mlp\.weights_(?:in|out)\.", "has a gated MLP ({key})", _LATER),
     (
         r"score_predictor\.\d+\.(?:in_conv|out_conv)\.",
         "holds DynamicViT predictors (in_conv); AS-ViT needs keep_threshold",

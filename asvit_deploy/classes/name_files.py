@@ -65,6 +65,13 @@ def names_of_config(path: Path) -> list[str] | None:
     return None if found is None else _checked(path, found)
 
 
+def names_in_config(content: dict[str, Any]) -> list[str] | None:
+    """As `names_of_config`, of a config in memory."""
+    path = Path("config")
+    found = _of_config(path, content)
+    return None if found is None else _checked(path, found)
+
+
 def _text_of(path: Path) -> str:
     try:
         text = read_bounded(path, MOST_TEXT, "file of class names").decode("utf-8-sig")

@@ -12,9 +12,10 @@ from asvit_deploy.models.config import Activation, Interpolation
 
 
 class CheckpointPath(click.ParamType):
-    """A checkpoint file; the word `default` names the one that the package carries."""
+    """A checkpoint file or folder, `hf-hub:NAME`, or `default`, the one that the package
+    carries; those that need a look are looked up later."""
 
-    name = "file"
+    name = "path"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Path:
         if value == "default" and not Path(value).exists():
@@ -93,7 +94,7 @@ PATH = _Path(path_type=Path, readable=False)
 
 checkpoint = click.option(
     "--ckpt", "ckpt", required=True, type=CheckpointPath(),
-    help="AS-ViT, DeiT/timm, LV-ViT or our own checkpoint; `default` is the packaged one.",
+    help="Checkpoint file, hub folder, or hf-hub:NAME[@REVISION]; `default` is the packaged one.",
 )  # fmt: skip
 images = click.option(
     "--images", type=PATH, help="Folder of pictures [default: photographs of scikit-image]."

@@ -263,6 +263,12 @@ def photographs(site: Installation) -> list[Finding]:
     return _package(site, "scikit-image", remedy, asks=_ASK_PHOTOGRAPHS)
 
 
+def hub(site: Installation) -> list[Finding]:
+    """The client of the Hugging Face hub."""
+    name = "huggingface-hub"
+    return _package(site, name, f"{pip_install(name)} (only for hf-hub:NAME)")
+
+
 def training(site: Installation) -> list[Finding]:
     """What only `finetune` imports."""
     names = [name for name in declared("train") if name != "mlxtend"]
@@ -277,6 +283,7 @@ CHECKS = (
     tensorrt_rtx,
     polygraphy,
     openvino,
+    hub,
     training,
     mlxtend,
     photographs,

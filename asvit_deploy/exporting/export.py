@@ -11,8 +11,8 @@ import onnx
 
 from asvit_deploy import sidecar
 from asvit_deploy.checkpoints.facts import fields_of
-from asvit_deploy.checkpoints.load import Checkpoint, build_model
-from asvit_deploy.checkpoints.reading import stem_of
+from asvit_deploy.checkpoints.load import Checkpoint, build_model, require_one_token
+from asvit_deploy.checkpoints.places import name_of, source_of
 from asvit_deploy.classes.network import OWN
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import CheckFailed, UserError
@@ -32,11 +32,12 @@ _OUTSIDE = ("source", "tool", "libraries", "python", "command")
 
 def default_output(checkpoint: Path, dense: bool) -> Path:
     """`as_deit_s.pt` -> `as_deit_s.onnx` (or `as_deit_s.dense.onnx`) in the current folder."""
-    return Path(stem_of(checkpoint) + (".dense.onnx" if dense else ".onnx"))
+    return Path(name_of(checkpoint) + (".dense.onnx" if dense else ".onnx"))
 
 
 def require_adaptive(checkpoint: Checkpoint) -> None:
     """Raise UserError where a checkpoint has no thresholds."""
+    require_one_token(checkpoint)
     if not checkpoint.adaptive:
         raise UserError(
             f"{checkpoint.path} is a dense {checkpoint.config.name.removeprefix('as_')} without "
@@ -155,7 +156,7 @@ def export(
     proto = to_onnx(model, batch, ops, opset, stage_outputs)
     fields = {
         **describe_model(model, checkpoint, proto, batch, ops),
-        "source": sidecar.source_of(checkpoint.path, format=checkpoint.format, ema=ema),
+        "source": source_of(checkpoint.path, format=checkpoint.format, ema=ema),
         **sidecar.provenance(),
     }
     embed_metadata(proto, fields)

@@ -38,9 +38,11 @@ class ViT(Backbone):
     """A ViT whose image tokens leave at the cuts of its reduction; dense without one."""
 
     thresholds: Any  # the reduction where it is `Threshold`, else empty
+    metadata: dict[str, str]  # what its checkpoint kept besides: class names, where facts came from
 
     def __init__(self, config: ArchConfig, reduction: Reduction | None) -> None:
         super().__init__(config)
+        self.metadata = {}
         self._set_reduction(reduction)
 
     def _set_reduction(self, reduction: Reduction | None) -> None:

@@ -25,12 +25,15 @@ class Translated:
             such as `head`.
         left_out: names in the file that its output does not need.
         notes: what the format decided and a load must say, a line each.
+        resizes: whether the family's own code takes pictures of any size, to which it resizes the
+            positions.
     """
 
     state: dict[str, Tensor]
     traits: dict[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    resizes: bool = False
 
 
 class Format(Protocol):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from asvit_deploy.checkpoints.formats.base import State, Translated, fused_qkv, rename, without
+from asvit_deploy.checkpoints.names import CLIP_MEAN, CLIP_STD
 from asvit_deploy.checkpoints.refused import Refused
+from asvit_deploy.models.config import Preprocessing
 
 _ROOT = r"(?:vision_model\.)?"
 _LAYER = _ROOT + r"encoder\.layers\.(\d+)\."
@@ -25,6 +27,8 @@ _NAMES = (
 _OTHERS = (
     r"(?:text_model\..+|text_projection\.weight|logit_scale" + rf"|{_ROOT}embeddings\.position_ids)"
 )
+# What its processor does: the shorter side becomes 224, of which the middle is cut out.
+_PREPROCESSING = Preprocessing(1.0, "bicubic", CLIP_MEAN, CLIP_STD)
 
 
 class HfClip:
@@ -53,5 +57,8 @@ class HfClip:
             if key in whole:
                 whole[key] = whole[key].reshape(1, -1, whole[key].shape[-1])
         head = "projection" if "head.weight" in whole else "none"
-        traits = {"head": head, "eps": 1e-5, "activation": "quick_gelu"}
+        traits: dict[str, Any] = {
+            "head": head, "eps": 1e-5, "activation": "quick_gelu",
+            "preprocessing": _PREPROCESSING,
+        }  # fmt: skip
         return Translated(whole, traits, left_out)

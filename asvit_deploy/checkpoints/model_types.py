@@ -1,0 +1,95 @@
+"""What transformers' configs call networks: those that are read here, and others by their names.
+
+A config of another network is refused for what it says, before its weights are looked at: their
+names alone would make a less helpful message.
+"""
+
+from __future__ import annotations
+
+import re
+
+from asvit_deploy.checkpoints.reading import listed, quoted
+from asvit_deploy.checkpoints.refused import Refused
+
+PLAIN = ("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "clip")
+_PLAIN_NAMES = "ViT, DeiT, DINOv2 or CLIP"
+
+_ATTENTION = "pools its tokens by attention and has no class token; pass a CLIP"
+_ROPE = "has rotary position embeddings, which come later; pass a DINOv2, with registers or without"
+_BIASED = "has relative position biases, which are not computed; pass a ViT, DeiT or DINOv2"
+_WINDOWS = "attends in windows and has no class token; pass a ViT, DeiT or DINOv2"
+_CONVOLUTIONS = "is made of convolutions and has no tokens; pass a ViT, DeiT or DINOv2"
+_DECODER = (
+    "comes with a decoder; pass its encoder, as ViTModel.from_pretrained(FOLDER)."
+    "save_pretrained(OTHER) writes it"
+)
+_ELSE = f"is none that is computed here; pass a {_PLAIN_NAMES}"
+_OTHERS: dict[str, tuple[str, str]] = {
+    "siglip": ("SigLIP", _ATTENTION), "siglip_vision_model": ("SigLIP", _ATTENTION),
+    "siglip2": ("SigLIP 2", _ATTENTION), "siglip2_vision_model": ("SigLIP 2", _ATTENTION),
+    "dinov3_vit": ("DINOv3", _ROPE), "dinov3_convnext": ("DINOv3's ConvNeXt", _CONVOLUTIONS),
+    "eva": ("EVA", _ROPE), "eva02": ("EVA-02", _ROPE), "eva_clip": ("EVA-CLIP", _ROPE),
+    "beit": ("BEiT", _BIASED), "data2vec-vision": ("Data2Vec", _BIASED),
+    "swin": ("Swin", _WINDOWS), "swinv2": ("Swin V2", _WINDOWS), "swin2sr": ("Swin2SR", _WINDOWS),
+    "convnext": ("ConvNeXt", _CONVOLUTIONS), "convnextv2": ("ConvNeXt V2", _CONVOLUTIONS),
+    "resnet": ("ResNet", _CONVOLUTIONS), "regnet": ("RegNet", _CONVOLUTIONS),
+    "vit_mae": ("ViT-MAE", _DECODER),
+    **dict.fromkeys(
+        ("vit_msn", "ijepa", "vit_hybrid", "yolos", "pvt", "pvt_v2", "levit", "mobilevit", "cvt",
+         "segformer", "videomae", "vivit", "timesformer", "dpt", "depth_anything", "blip",
+         "clipseg", "chinese_clip", "altclip", "owlvit", "sam", "efficientnet", "mobilenet_v2",
+         "bit", "poolformer", "dinat", "nat", "focalnet", "hiera", "vitdet", "metaclip_2"),
+        ("network", _ELSE),
+    ),
+}  # fmt: skip
+KNOWN = frozenset((*PLAIN, *_OTHERS))
+
+# Classes whose output is no vector of the picture: (a pattern of their names, what it is, advice).
+_CLASSES: tuple[tuple[str, str, str], ...] = (
+    (r"CLIPForImageClassification",
+     "whose classifier reads the mean of a CLIP's tokens",
+     "pass the CLIP itself, or a classifier of ViT, DeiT or DINOv2"),
+    (r"CLIPText\w+", "which reads texts", "pass CLIPVisionModel or CLIPVisionModelWithProjection"),
+    (r"\w+(?:Backbone|ForMaskedImageModeling|ForDepthEstimation|ForSemanticSegmentation"
+     r"|ForUniversalSegmentation|ForInstanceSegmentation|ForObjectDetection|ForPreTraining)",
+     "whose output is one for each patch, and not one for the picture",
+     "save its base model instead, such as ViTModel or Dinov2Model"),
+)  # fmt: skip
+
+
+def refuse(model_type: str | None, architectures: tuple[str, ...], said_by: str) -> None:
+    """Refuse a network of another kind by the name that its config has for it.
+
+    Raises:
+        Refused: it is none that is computed here.
+    """
+    if model_type in _OTHERS:
+        name, why = _OTHERS[model_type]
+        raise Refused(f"is no plain ViT: {said_by} says model_type {quoted(model_type)}, and "
+                      f"{_article(name)} {why}")  # fmt: skip
+    for one in architectures:
+        for pattern, what, advice in _CLASSES:
+            if re.fullmatch(pattern, one):
+                raise Refused(f"cannot be loaded: {said_by} says {quoted(one)[1:-1]}, {what}; "
+                              f"{advice}")  # fmt: skip
+
+
+def _article(name: str) -> str:
+    if name == "network":
+        return "such a network"
+    return f"an {name}" if name[0] in "AEI" or name.startswith("SAM") else f"a {name}"
+
+
+def refuse_unlike(model_type: str | None, types: tuple[str, ...], name: str, said_by: str) -> None:
+    """Refuse weights of one of transformers' networks beside the config of another.
+
+    Args:
+        types: the model types whose weights have such names; none where they are not
+            transformers'.
+        name: what messages call them.
+    """
+    if types and model_type is not None and model_type not in types:
+        raise Refused(
+            f"holds {name} where {said_by} says model_type {quoted(model_type)}, not "
+            f"{listed(types)}: one of them is another network's; correct or remove what it says"
+        )

@@ -1,0 +1,233 @@
+"""Where the weights of a checkpoint lie: a file, a hub's folder, or the shards of an index."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asvit_deploy import sidecar
+from asvit_deploy.checkpoints import formats, unwrapping
+from asvit_deploy.checkpoints.reading import ENDINGS, listed, read
+from asvit_deploy.checkpoints.refused import Refused
+from asvit_deploy.checkpoints.shards import index_of, is_index, read_shards, shards_of
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import sha256
+
+# What hubs call the weights of a folder, the best first.
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.safetensors",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pth",
+    "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+)  # fmt: skip
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What trainers keep in the same folder, and others' weights.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler", "trainer_state")
+_FOREIGN = ("tf_model.h5", "flax_model.msgpack", "saved_model.pb", "rust_model.ot", "model.onnx")
+_MOST_ENTRIES = 10_000  # of a folder that are looked at
+
+
+def weights_at(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """The file that holds the weights, or the index of their shards, and lines to report.
+
+    Args:
+        path: a file, which is that file, or a folder as hubs and trainers write it.
+
+    Raises:
+        Refused: a folder without weights, with several that differ, or with a PEFT adapter; or a
+            file that is one shard of several.
+    """
+    if not path.is_dir():
+        index = index_of(path) if path.is_file() else None
+        if index is not None:
+            raise Refused(f"is one shard of several; name its folder, or the index {index.name}")
+        return path, ()
+    found, taken = _known(path), tuple[str, ...]()
+    if not found:
+        only = _only_other(path)
+        return only, (f"the only checkpoint of the folder {path} is taken",)
+    if len(found) > 1:
+        _check_same(found)
+        rest = listed(file.name for file in found[1:])
+        taken = (f"the same weights lie beside it as {rest}",)
+    return found[0], taken
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that a checkpoint is read from: its weights, or an index and its shards.
+
+    Raises:
+        UserError: as `weights_at`, but that several files are not compared.
+    """
+    try:
+        weights = (_known(path) or [_only_other(path)])[0] if path.is_dir() else path
+        return (weights, *(shards_of(weights) if is_index(weights) else ()))
+    except Refused as refused:
+        raise UserError(f"{path} {refused}") from refused
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of a checkpoint's file; of shards, of theirs in order.
+
+    Raises:
+        UserError: as `files_of` and `files.sha256`.
+    """
+    first, *shards = files_of(path)
+    if not shards:
+        return sha256(first)
+    digests = [f"{sha256(file)} {file.name}\n" for file in (first, *shards)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def source_of(path: Path, **more: Any) -> dict[str, Any]:
+    """As `sidecar.source_of`, of a checkpoint's file: with the sha256 of each shard of an index, by
+    its name, and for what lies in the hub's cache with the repository and the commit."""
+    if shards := {file.name: sha256(file) for file in files_of(path)[1:]}:
+        more["shards"] = shards
+    if hub := repository_of(path):
+        more["hub"] = hub
+    return sidecar.source_of(path, **more)
+
+
+def repository_of(path: Path) -> dict[str, str]:
+    """For a file in the hub's cache, the repository and the commit that it is of."""
+    folder = Path(os.path.abspath(path)).parent
+    cached = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    if not cached.startswith("models--"):
+        return {}
+    repository = cached.removeprefix("models--").replace("--", "/")
+    return {"repository": repository, "revision": folder.name}
+
+
+def content_at(weights: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
+    """As `reading.read`, of an index's shards too."""
+    if not is_index(weights):
+        return read(weights)
+    state, lines = read_shards(weights)
+    return state, {}, lines
+
+
+def name_of(path: Path) -> str:
+    """What outputs made of a checkpoint are called: a folder's own name, that of a repository for
+    one in a hub's cache, or a file's without its ending."""
+    if not path.is_dir():
+        if is_index(path):
+            return path.name.split(".", 1)[0]
+        ending = next((end for end in ENDINGS if path.name.endswith(end)), "")
+        return path.name.removesuffix(ending)
+    place = Path(os.path.abspath(path))
+    cached = place.parents[1].name if place.parent.name == "snapshots" else ""
+    if cached.startswith("models--"):
+        return cached.split("--")[-1]
+    return place.name or "checkpoint"
+
+
+def choose(names: Iterable[str]) -> str:
+    """Which of a folder's files holds the weights, by their names alone.
+
+    Raises:
+        Refused: none does, or nothing says which.
+    """
+    names = list(names)
+    known = _known_among(names)
+    return known[0] if known else _only_among(names)
+
+
+def _known(folder: Path) -> list[Path]:
+    """The weights in a folder under the names that hubs give them."""
+    return [folder / name for name in _known_among(_entries(folder))]
+
+
+def _known_among(names: Iterable[str]) -> list[str]:
+    there = set(names)
+    if adapters := [name for name in _ADAPTERS if name in there]:
+        raise Refused(
+            f"holds a PEFT adapter ({listed(adapters)}), not the network; merge it first "
+            "(model.merge_and_unload()) and save the result with save_pretrained"
+        )
+    return [name for name in WEIGHTS if name in there]
+
+
+def _entries(folder: Path) -> list[str]:
+    found = list[str]()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                found.append(entry.name)
+                if len(found) > _MOST_ENTRIES:
+                    raise Refused(
+                        f"is a folder of over {_MOST_ENTRIES:,} files; name the checkpoint in it"
+                    )
+    except OSError as error:
+        raise Refused(f"cannot be read: {error.strerror}; check its permissions") from error
+    return sorted(found)
+
+
+def _only_other(folder: Path) -> Path:
+    """The one checkpoint of a folder that has none by a hub's name."""
+    names = _entries(folder)
+    runs = [name for name in names if any((folder / name / own).is_file() for own in WEIGHTS)]
+    if runs and not any(name.endswith(ENDINGS) and _is_weights(name) for name in names):
+        raise Refused(
+            f"is a folder without weights of its own; {listed(runs)} in it have some: name one"
+        )
+    return folder / _only_among([name for name in names if not (folder / name).is_dir()])
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(ENDINGS) and not name.startswith(_NO_WEIGHTS)
+
+
+def _only_among(names: list[str]) -> str:
+    files = [name for name in names if _is_weights(name)]
+    shards = [name for name in files if index_of(Path(name)) is not None]
+    if shards:
+        raise Refused(f"holds shards ({listed(shards)}) without their index; download it again")
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise Refused(f"holds {len(files)} checkpoints ({listed(files)}); name one of them")
+    if foreign := [name for name in names if name in _FOREIGN]:
+        raise Refused(
+            f"is a folder without PyTorch's weights (it has {listed(foreign)}); save them as "
+            "model.safetensors"
+        )
+    what = f"it has {listed(names)}" if names else "it is empty"
+    raise Refused(f"is a folder without weights ({what}); name a checkpoint file, or a hub folder")
+
+
+def _check_same(found: Iterable[Path]) -> None:
+    """Refuse a folder with several sets of weights, unless all are one network's."""
+    first, *others = found
+    mine = _network(first)
+    for other in others:
+        theirs = _network(other)
+        if differ := _difference(mine, theirs):
+            raise Refused(
+                f"is a folder with two sets of weights, {first.name} and {other.name}, that differ "
+                f"({differ}); name the file that is meant"
+            )
+
+
+def _difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> str:
+    """Where two networks are not the same, or the empty text."""
+    if odd := sorted(mine.keys() ^ theirs.keys()):
+        return f"only one has {listed(odd)}"
+    for key, value in mine.items():
+        other = theirs[key]
+        if value.shape != other.shape or not torch.equal(value.float(), other.float()):
+            return key
+    return ""
+
+
+def _network(file: Path) -> dict[str, torch.Tensor]:
+    """A network under our own names, in the file's own types."""
+    try:
+        content, _, _ = content_at(file)
+        return formats.translate(unwrapping.select(content, False).state)[0].state
+    except Refused as refused:
+        raise Refused(f"holds several files of weights, of which {file.name} {refused}") from None
