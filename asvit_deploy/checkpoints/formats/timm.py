@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from asvit_deploy.checkpoints.formats.base import State, Translated, rename, without
 from asvit_deploy.checkpoints.names import CLIP_RULES
@@ -47,7 +46,7 @@ class Timm:
         notes: tuple[str, ...] = ()
         if "norm_pre.weight" in whole:  # a CLIP
             traits |= {"eps": 1e-5, "preprocessing": CLIP_RULES}
-            if traits["head"] == "class" and _all_zero(whole.get("head.bias")):
+            if traits["head"] == "class" and _no_bias(whole):
                 del whole["head.bias"]
                 traits["head"] = "projection"
                 notes = ("its head's bias is zero throughout, as timm fills it in for the "
@@ -92,5 +91,9 @@ def _head(state: State) -> str:
     return "class"
 
 
-def _all_zero(value: Tensor | None) -> bool:
-    return value is not None and value.is_floating_point() and not value.any()
+def _no_bias(whole: State) -> bool:
+    """Whether the head's bias is there, fits, and is zero throughout."""
+    weight, bias = whole.get("head.weight"), whole.get("head.bias")
+    if weight is None or bias is None or bias.shape != weight.shape[:1]:
+        return False
+    return bias.is_floating_point() and not bias.any()
