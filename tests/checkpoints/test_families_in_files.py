@@ -95,7 +95,7 @@ def test_a_class_token_s_position_joins_it_where_registers_have_none(tmp_path):
          "has both blocks.2.gamma_1 and blocks.2.ls1.gamma"),
         ({"layer_scale": True}, {"blocks.2.ls2.gamma": torch.ones(63)}, "gamma of shape [63]"),
         ({}, {"fc_norm.weight": torch.ones(64)}, "has both fc_norm.weight and norm.weight"),
-        ({"norm_pre": True}, {"head.bias": torch.zeros(9)}, "keys that vit_64x3_patch16_clip"),
+        ({"norm_pre": True}, {"head.bias": torch.zeros(9)}, "head.bias of shape [9] where [7] is"),
         ({}, {"blocks.0.0.norm1.weight": torch.ones(64)}, "which are one; leave one of them"),
         ({"prefix": 2}, {"dist_token": torch.zeros(1, 1, 64)}, "a distillation token and reg"),
         ({"head": "two_classes", "prefix": 2}, {"head_dist.weight": torch.zeros(8, 64)},
