@@ -168,7 +168,8 @@ def _timm(content: Mapping[str, Any], nested: Mapping[str, Any]) -> FactSource:
 
     for key in ("mean", "std", "crop_pct", "interpolation", "crop_mode"):
         source.say(key, said(key, nested, content))
-    source.size("input_size", args.get("img_size") or said("input_size", nested, content))
+    word = "img_size" if args.get("img_size") else "input_size"
+    source.size(word, args.get("img_size") or said("input_size", nested, content))
     source.say("heads", args.get("num_heads"), "num_heads")
     source.activation(args.get("act_layer"))
     source.network("width", said("num_features", content), "num_features")

@@ -172,8 +172,8 @@ class FactSource:
             return
         if trained_with_quick_gelu(name, own_tag):
             self.notes.append(
-                f"{self.name} says {name}, which timm computes with GELU; its weights ({own_tag}) were "
-                "trained with QuickGELU, which --activation quick_gelu computes"
+                f"{self.name} says {name}, which timm computes with GELU; its weights "
+                f"({own_tag}) were trained with QuickGELU, which --activation quick_gelu computes"
             )
         for key, value in stands_for.items():
             if key in ("width", "patch_size", "registers"):

@@ -24,7 +24,7 @@ _DINOV2_GIANT, _PLUS = (1536, 24), (896, 14)
 # Other networks whose names begin like a ViT's.
 _OTHER = re.compile(
     r"vit_.*_(?:rope|rpn|siglip|dinov3|radio|lingbot|sapiens2?|tipsv2|gap|xp|\d+x\d+|r\d+|resnet)"
-    r"(?:_|\d|$)|vit_s?relpos_|vit_pe_|vit_r\d"
+    r"(?:_|\.|\d|$)|vit_s?relpos_|vit_pe_|vit_r\d"
 )
 # Tags of CLIPs that were trained with QuickGELU, which timm computes with GELU all the same unless
 # the name has it.

@@ -5,10 +5,9 @@ In the releases of AS-ViT, LV-ViT, DeiT-III and DINOv2 a few names differ; these
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
 
 from asvit_deploy.checkpoints.formats.base import State, Translated, rename, without
 from asvit_deploy.checkpoints.names import CLIP_RULES
@@ -22,6 +21,7 @@ _NAMES = (
     (r"dist_token", "reg_token"),  # a distillation token is a second prefix row
     (r"fc_norm\.(weight|bias)", r"norm.\1"),
 )
+_MLP = ("fc1", "fc2")
 
 
 class Timm:
@@ -41,12 +41,12 @@ class Timm:
         if "dist_token" in state and ("reg_token" in state or "register_tokens" in state):
             raise Refused("has a distillation token and registers; pass a network with one of them")
         whole, left_out = without(rename(state, _NAMES), r"mask_token")
-        _refuse_others(state, whole)
+        _refuse_others(whole)
         traits: dict[str, Any] = {"head": _head(state)}
         notes: tuple[str, ...] = ()
         if "norm_pre.weight" in whole:  # a CLIP
             traits |= {"eps": 1e-5, "preprocessing": CLIP_RULES}
-            if traits["head"] == "class" and _all_zero(whole.get("head.bias")):
+            if traits["head"] == "class" and _no_bias(whole):
                 del whole["head.bias"]
                 traits["head"] = "projection"
                 notes = ("its head's bias is zero throughout, as timm fills it in for the "
@@ -58,7 +58,7 @@ class Timm:
         return Translated(whole, traits, left_out, notes)
 
 
-def _refuse_others(state: State, whole: State) -> None:
+def _refuse_others(whole: State) -> None:
     """Refuse what has these names and lacks what every network here has."""
     if "cls_token" not in whole:
         raise Refused(
@@ -70,12 +70,11 @@ def _refuse_others(state: State, whole: State) -> None:
             "lacks pos_embed: networks with rotary or relative positions, such as DINOv3, are not "
             "computed here; pass a ViT, DeiT, DINOv2 or CLIP with position embeddings"
         )
-    grid = math.isqrt(max(whole["pos_embed"].numel() // max(whole["cls_token"].numel(), 1) - 1, 0))
-    placed = whole["pos_embed"].numel() == (grid**2 + 1) * whole["cls_token"].numel()
-    if "blocks.0.gamma_1" in state and placed:
+    widths = [whole.get(f"blocks.0.mlp.{name}.weight", torch.zeros(0)).shape for name in _MLP]
+    if all(len(shape) == 2 for shape in widths) and widths[0][0] == 2 * widths[1][1]:
         raise Refused(
-            "has gamma_1 beside a position for its class token, as no DeiT-III has and ViTs with "
-            "rotary positions do; pass a ViT, DeiT, DINOv2 or CLIP without these"
+            "has a gated MLP (blocks.0.mlp.fc1 gives twice what fc2 takes), which is not computed "
+            "here; pass a ViT, DeiT, DINOv2 or CLIP without it"
         )
 
 
@@ -92,5 +91,9 @@ def _head(state: State) -> str:
     return "class"
 
 
-def _all_zero(value: Tensor | None) -> bool:
-    return value is not None and value.is_floating_point() and not value.any()
+def _no_bias(whole: State) -> bool:
+    """Whether the head's bias is there, fits, and is zero throughout."""
+    weight, bias = whole.get("head.weight"), whole.get("head.bias")
+    if weight is None or bias is None or bias.shape != weight.shape[:1]:
+        return False
+    return bias.is_floating_point() and not bias.any()
