@@ -230,7 +230,8 @@ def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | No
     """The weights to start from and those to learn from, with a line on each.
 
     Raises:
-        UserError: as `load_checkpoint`; averaged weights are asked for and neither has any.
+        UserError: as `load_checkpoint`; averaged weights are asked for and neither has any; those
+            to learn from give embeddings.
     """
     from asvit_deploy.checkpoints.facts import seen_alike
     from asvit_deploy.checkpoints.load import load_checkpoint
@@ -245,6 +246,11 @@ def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | No
     if teacher is not None:
         teach = partial(load_checkpoint, teacher, start.config.image_size)
     mentor = teach() if teach else None
+    if mentor is not None and mentor.headless:
+        raise UserError(
+            f"{teacher} gives embeddings and no classes, so it teaches none; name a --teacher with "
+            "a head (finetune --dense --pretrained fits one), or leave it out"
+        )
     if averaged and not (start.has_average or (mentor and mentor.has_average)):
         where = f"{pretrained} holds" if mentor is None else f"{pretrained} and {teacher} hold"
         raise UserError(f"{where} no moving average of its weights; drop --ema")
@@ -274,18 +280,23 @@ def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
     alone, weight = not inputs.dense and inputs.teacher is None, inputs.given["distill_weight"]
     if alone and weight:
         raise UserError(
-            f"{start.path} has no head, so it teaches nothing and --distill-weight {weight:g} "
-            "needs another teacher; pass --teacher, or drop it"
+            f"{start.path} tells no classes apart, so it teaches nothing and --distill-weight "
+            f"{weight:g} needs another teacher; pass --teacher, or drop it"
         )
     nothing = ", and without a --teacher nothing is distilled" if alone else ""
-    say(f"{start.path}: has no head; a fresh one is trained{nothing}")
+    has, place = "has no head", ""
+    if start.config.head != "none":
+        has, place = "gives embeddings, no classes", " in place of its projection"
+    say(f"{start.path}: {has}; a fresh head is trained{place}{nothing}")
     return replace(inputs, given={**inputs.given, "distill_weight": 0.0}) if alone else inputs
 
 
 def _config(inputs: _Inputs, start: Checkpoint | None) -> ArchConfig:
+    from asvit_deploy.checkpoints.load import telling_classes
     from asvit_deploy.models.archs import arch
 
-    config = start.config if start else arch(inputs.arch or "").at(inputs.image_size)
+    config = arch(inputs.arch or "").at(inputs.image_size) if start is None else start.config
+    config = telling_classes(config)
     return config.with_stages(inputs.stages) if inputs.stages else config
 
 

@@ -42,7 +42,7 @@ from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import ARCHS, described, description
-from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.config import ArchConfig, HeadName
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.methods import restored
 from asvit_deploy.reduction.threshold import Threshold
@@ -206,10 +206,16 @@ def _own_facts(metadata: Mapping[str, str], config: ArchConfig) -> Any:
         ) from error
 
 
+def telling_classes(config: ArchConfig) -> ArchConfig:
+    """The architecture with its usual head, where it gave embeddings."""
+    row = ARCHS.get(config.name)
+    head: HeadName = row.head if row else "class"
+    return replace(config, head=head) if config.output == "embedding" else config
+
+
 def with_head(checkpoint: Checkpoint, num_classes: int, seed: int) -> Checkpoint:
     """Weights that give embeddings, with a fresh head of so many classes in place of theirs."""
-    row = ARCHS.get(checkpoint.config.name)
-    config = replace(checkpoint.config, head=row.head if row else "class", num_classes=num_classes)
+    config = replace(telling_classes(checkpoint.config), num_classes=num_classes)
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in build(config, False).state_dict().items()}
     generator, state = torch.Generator().manual_seed(seed), dict(checkpoint.state)

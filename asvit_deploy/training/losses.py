@@ -41,7 +41,7 @@ def relative_macs(config: ArchConfig, masks: Sequence[Tensor]) -> Tensor:
     Args:
         masks: keep masks of the stages, float32 [B, N].
     """
-    lengths = [1 + mask.sum(1) for mask in masks]
+    lengths = [config.prefix + mask.sum(1) for mask in masks]
     return model_macs(config, lengths) / teacher_macs(config)
 
 

@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Digits on clutter: never mirrored, and there is no end of them.
     "as_deit_mini": {"epochs": 30, "budget": 0.65},
 }
+_OTHER = {**_PAPER, "budget": 0.65}  # networks of no row of the table
 # What only adaptive training knows.
 _ADAPTIVE = (
     "budget", "flops_weight", "distill_weight", "temperature", "thresholds", "masking", "ema",
@@ -125,9 +126,10 @@ def recipe_for(
     check_options(False, in_file)
     # Steps of a file stand above the preset's epochs, those of the command line above both.
     length: dict[str, Any] = {}
-    for options in (PRESETS[config.name], in_file, given):
+    preset = PRESETS.get(config.name, _OTHER)
+    for options in (preset, in_file, given):
         length = {k: options[k] for k in ("steps", "epochs") if k in options} or length
-    merged = {**PRESETS[config.name], **in_file, **given}
+    merged = {**preset, **in_file, **given}
     merged = {k: v for k, v in merged.items() if k not in ("steps", "epochs")}
     if dense:
         merged = {name: value for name, value in merged.items() if name not in _ADAPTIVE}

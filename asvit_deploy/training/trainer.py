@@ -126,8 +126,8 @@ class TrainingForm(nn.Module):
         """Logits [B, C], LV-ViT's token logits [B, N, C], keep masks; products as `amp` says."""
         with autocast(images.device, self._amp):
             logits, tokens, masks = self.model.forward_masked(images, *self._options)
-            aux_head = getattr(self.model, "aux_head", None)
-            return logits, None if aux_head is None else aux_head(tokens[:, 1:]), masks
+            aux_head, prefix = getattr(self.model, "aux_head", None), self.model.config.prefix
+            return logits, None if aux_head is None else aux_head(tokens[:, prefix:]), masks
 
 
 def autocast(device: torch.device, amp: Amp) -> torch.autocast:
