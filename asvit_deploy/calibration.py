@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asvit_deploy import similarity
 from asvit_deploy.budget import check_budget
 from asvit_deploy.checkpoints.load import Checkpoint, build_model
 from asvit_deploy.errors import UserError
@@ -44,9 +45,9 @@ RANDOM_DRAWS = 3
 _ACCEPTED = 0.01  # of the budget
 _AIM = 0.001  # of the budget; within it, the widest gap between two scores is taken
 
-# Tokens [M, D] and scores float32 [1, M-1] of one image in front of a stage.
+# Tokens [M, D] and scores float32 [1, M-P] of one image in front of a stage.
 State = tuple[Tensor, Tensor]
-# (stage, scores of every image) -> which image tokens each keeps, bool [1, M-1].
+# (stage, scores of every image) -> which image tokens each keeps, bool [1, M-P].
 Rule = Callable[[int, list[Tensor]], list[Tensor]]
 Progress = Callable[[int, int], None]
 
@@ -62,10 +63,10 @@ class CalibrationResult:
 @dataclass(frozen=True)
 class Outcome:
     """One rule carried out on n images: rows left per image and stage, prefix included, int64
-    [n, stages], and logits float32 [n, C]."""
+    [n, stages], and the network's output float32 [n, C]."""
 
     lengths: NDArray[np.int64]
-    logits: Tensor
+    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def calibrate(
     with torch.inference_mode():
         states = work.prefix(images)
         dense = work.finish(states, lambda stage, scores: [s > -torch.inf for s in scores])
-        subset, subset_dense = [states[i] for i in chosen], dense.logits[chosen]
+        subset, subset_dense = [states[i] for i in chosen], dense.output[chosen]
         tried = [work.candidate(subset, split, budget) for split in splits]
         figures = [_figures(config, one, subset_dense) for one in tried]
         best = _best(tried, figures, budget)
@@ -122,11 +123,11 @@ def calibrate(
             best = work.candidate(states, best.split, budget)
         _check_met(config, best, budget)
         chance = [work.at_random(states, best.outcome, seed + i) for i in range(RANDOM_DRAWS)]
-    agreements = [agreement(dense.logits, draw.logits) for draw in chance]
+    agreements = [agreement_of(config, dense.output, draw.output) for draw in chance]
     report = {
         "budget": budget,
         "images": count,
-        **_figures(config, best, dense.logits),
+        **_figures(config, best, dense.output),
         "random": {key: float(np.mean([a[key] for a in agreements])) for key in agreements[0]},
         "random_draws": RANDOM_DRAWS,
         "seed": seed,
@@ -163,8 +164,17 @@ def agreement(dense: Tensor, other: Tensor) -> dict[str, float]:
     }
 
 
+def agreement_of(config: ArchConfig, dense: Tensor, other: Tensor) -> dict[str, float]:
+    """As `agreement`; of embeddings as `similarity.agreement`, which may refuse them."""
+    if config.output == "embedding":
+        return similarity.agreement(dense.numpy(), other.numpy(), config.name)
+    return agreement(dense, other)
+
+
 def closeness(agreed: dict[str, float]) -> tuple[float, float]:
     """What to compare two agreements by; the higher, the closer."""
+    if "cosine" in agreed:
+        return agreed["cosine"], agreed["neighbour"]
     if "score_error" in agreed:
         return 0.0, -agreed["score_error"]
     return agreed["top1"], -agreed["kl"]
@@ -232,7 +242,7 @@ class _Work:
     def finish(self, states: Sequence[State], rule: Rule) -> Outcome:
         """The rest of the network, removing what a rule does not keep."""
         tokens, scores = [x for x, _ in states], [s for _, s in states]
-        stages, lengths, logits = len(self.config.stages), [], []
+        stages, lengths, outputs = len(self.config.stages), [], []
         for stage in range(stages):
             keeps = rule(stage, scores)
             lengths.append([self.config.prefix + int(keep.sum()) for keep in keeps])
@@ -244,9 +254,9 @@ class _Work:
                     scores.append(score)
                 else:
                     rows, _ = self.model.segment(stages, Rows(compact[0]))
-                    logits.append(self.model.classify(rows.batched, None))
+                    outputs.append(self.model.classify(rows.batched, None))
                     self._tick()
-        return Outcome(np.array(lengths, np.int64).T, torch.cat(logits))
+        return Outcome(np.array(lengths, np.int64).T, torch.cat(outputs))
 
     def candidate(
         self, states: Sequence[State], split: tuple[float, ...], budget: float
@@ -363,7 +373,7 @@ def _figures(config: ArchConfig, candidate: Candidate, dense: Tensor) -> dict[st
         "kept_tokens": [
             {"mean": float(k.mean()), "min": int(k.min()), "max": int(k.max())} for k in kept.T
         ],
-        "agreement": agreement(dense, candidate.outcome.logits),
+        "agreement": agreement_of(config, dense, candidate.outcome.output),
     }
 
 
@@ -372,7 +382,7 @@ def _best(
     figures: Sequence[dict[str, Any]],
     budget: float,
 ) -> Candidate:
-    """Best top-1 agreement, then least KL, or the closest score, among the candidates on budget."""
+    """The closest to the dense network (`closeness`) among the candidates on budget."""
 
     def rank(i: int) -> tuple[bool, float, float]:
         on_budget = abs(figures[i]["macs_ratio"] / budget - 1) <= _ACCEPTED

@@ -17,7 +17,17 @@ PACKAGE = Path(asvit_deploy.__file__).parent
 # face of every runner, lies below parity, which judges runners; the others lie above it.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "precision"),
-    ("bounded", "child", "claims", "memory", "processor", "requirements", "status", "trusted"),
+    (
+        "bounded",
+        "child",
+        "claims",
+        "memory",
+        "processor",
+        "requirements",
+        "similarity",
+        "status",
+        "trusted",
+    ),
     ("files",),
     ("sealed", "sidecar"),
     ("ops",),

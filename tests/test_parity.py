@@ -224,7 +224,7 @@ def test_half_precision_excuses_no_moved_threshold(mini, half, photos, precision
 def test_near_ties_of_classes_are_listed_and_not_counted(mini, altered, photos, precision):
     # A second class of nearly the same weights stands in front of the best one of each image.
     with torch.no_grad():
-        best = {int(TorchRunner(mini)(image[None]).logits.argmax()) for image in photos}
+        best = {int(TorchRunner(mini)(image[None]).output.argmax()) for image in photos}
         twin = next(i for i in range(10) if i not in best)
         first = best.pop()
         mini = copy.deepcopy(mini)
@@ -247,7 +247,7 @@ def test_one_logit_near_zero_is_measured_by_the_others(mini, photos):
     kept = {k: v for k, v in mini.state_dict().items() if not k.startswith("head.")}
     model.load_state_dict(kept, strict=False)
     with torch.no_grad():
-        logits = [TorchRunner(model)(image[None]).logits[0, 0] for image in photos]
+        logits = [TorchRunner(model)(image[None]).output[0, 0] for image in photos]
         model.head.bias -= float(min(logits))
     result = judged(model, twin(to_onnx(model), "fp16"), photos, "fp16")
     assert result.failures == []

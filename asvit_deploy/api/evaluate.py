@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from asvit_deploy.api.inputs import (
     Channels,
@@ -21,22 +22,19 @@ from asvit_deploy.api.inputs import (
     require_one_of,
     say_load,
 )
+from asvit_deploy.api.place import Place
 from asvit_deploy.errors import UserError
-from asvit_deploy.requirements import pip_install
-from asvit_deploy.status import Say, first_process, hide_bar, silent
+from asvit_deploy.status import Say, first_process, silent
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from asvit_deploy.checkpoints.facts import Given
     from asvit_deploy.classes.network import ClassNames
     from asvit_deploy.data.skips import Skips
     from asvit_deploy.evaluation.accuracy import LabelledArrays
-    from asvit_deploy.models.config import ArchConfig
-    from asvit_deploy.models.vit import BatchRule
+    from asvit_deploy.evaluation.pictures import EvaluationPictures
+    from asvit_deploy.models.config import ArchConfig, Output
+    from asvit_deploy.models.vit import BatchRule, ViT
     from asvit_deploy.runners.base import Runner
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,12 @@ class Evaluation:
 
     Attributes:
         runner: what ran it.
+        output: "logits", or "embedding".
         rows: for each batch size the figures of `evaluation.accuracy.summarise`: `top1` and `top5`
             with their 95 % intervals, `gmacs`, `macs_share` of the dense network's, `mean_kept`
-            image tokens a stage, and so on.
+            image tokens a stage, and so on; of embeddings those of
+            `evaluation.embedding.summarise`: `agreement` with the dense twin and `knn` accuracy in
+            place of `top1` and `top5`.
         account: pictures seen, taken, skipped and passed over, and classes without a picture.
         machine: where it ran.
     """
@@ -56,6 +57,7 @@ class Evaluation:
     data: str
     batch_rule: str
     arch: str
+    output: Output
     classes_from: str | None
     processes: int
     runner: dict[str, str]
@@ -75,17 +77,21 @@ def evaluate(
     mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
     interpolation: str | None = None, heads: int | None = None,
     activation: str | None = None, classes: PathLike | None = None,
-    limit: int | None = None, skip_limit: int = 0, library: PathLike | None = None,
-    output: PathLike | None = None, force: bool = False, say: Say = silent,
+    neighbours: int | None = None, limit: int | None = None, skip_limit: int = 0,
+    library: PathLike | None = None, output: PathLike | None = None, force: bool = False,
+    say: Say = silent,
 ) -> Evaluation:  # fmt: skip
-    """Top-1 and top-5, MACs and kept tokens over labelled pictures.
+    """Top-1 and top-5, MACs and kept tokens over labelled pictures; of embeddings, agreement with
+    the dense twin, and k-NN accuracy where the pictures are labelled.
 
     The options are those of `asvit-deploy evaluate`. Among the processes of `torchrun` each takes
     its share of the pictures.
 
     Args:
         model: an ONNX artefact, or a checkpoint (on a GPU where there is one).
-        data: a folder of class folders or of shards, or "digits".
+        data: a folder of class folders or of shards, or "digits"; for embeddings any folder of
+            pictures.
+        neighbours: k of the k-NN accuracy, by default 5.
         batch_size: images at a time; of several sizes each is a row.
         output: the report is written here too, as JSON.
         say: gets status lines; a progress bar goes with them.
@@ -100,7 +106,7 @@ def evaluate(
         raise UserError("batch_size is empty; pass one size or more")
     for size in sizes:
         require_at_least(1, batch_size=size)
-    require_at_least(1, limit=limit)
+    require_at_least(1, limit=limit, neighbours=neighbours)
     require_at_least(0, skip_limit=skip_limit)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     names = optional_path(classes)
@@ -115,7 +121,7 @@ def evaluate(
         opened = _open(path, batch_rule, dense, ema, known, optional_path(library), place, names,
                        place.first(say))  # fmt: skip
         report = _evaluate(path, os.fspath(data), opened, batch_rule, sizes, limit, skip_limit,
-                           place, say)  # fmt: skip
+                           neighbours, place, say)  # fmt: skip
         if written is not None and not place.rank:
             from asvit_deploy.files import write_text
 
@@ -126,7 +132,7 @@ def evaluate(
 @contextlib.contextmanager
 def _claimed(
     output: Path | None, force: bool, model: tuple[Path, ...], classes: Path | None
-) -> Iterator[_Place]:
+) -> Iterator[Place]:
     """This process's place among several, the first of which alone writes the report."""
     from asvit_deploy.claims import claimed
     from asvit_deploy.files import check_writable
@@ -137,7 +143,7 @@ def _claimed(
             check_writable(output, force, *model, sidecar_path(model[0]), classes)
 
     check()
-    place = _Place.here()
+    place = Place.here()
     with contextlib.ExitStack() as stack:
         if output is not None and not place.rank:
             stack.enter_context(claimed(output, force, check))
@@ -158,56 +164,25 @@ def _one_thread() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """This process among those of `torchrun` or `accelerate launch`, or alone."""
+class _Opened:
+    """A model to evaluate.
 
-    rank: int
-    world: int
-    device: str
-    accelerator: Accelerator | None = None
+    Attributes:
+        names: of its classes, where they are known.
+        cuts: those of its method where they are not before the blocks of the stages.
+        twin: the dense one of a network that gives embeddings, or why there is none.
+    """
 
-    @staticmethod
-    def here() -> _Place:
-        """Raises UserError where there are several and accelerate is not installed."""
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            import torch
-
-            return _Place(0, 1, "cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            from asvit_deploy.training.processes import accelerator_for
-        except ModuleNotFoundError as error:
-            if error.name != "accelerate":
-                raise
-            raise UserError(
-                f"several processes need accelerate; {pip_install('accelerate')}"
-            ) from error
-        found = accelerator_for()
-        return _Place(found.process_index, found.num_processes, str(found.device), found)
-
-    def first(self, say: Say) -> Say:
-        """`say`, once and not in every process."""
-        return silent if self.rank else say
-
-    def gathered(self, own: _T) -> list[_T]:
-        """What every process has, in each of them."""
-        if self.accelerator is None:
-            return [own]
-        from accelerate.utils import gather_object
-
-        from asvit_deploy.training.processes import lost_peers
-
-        with lost_peers(self.accelerator):
-            return gather_object([own])
-
-
-# How to run a model, its architecture, its classes where they are known, and its cuts where they
-# are not those of the architecture's stages.
-_Opened = tuple["Runner", "ArchConfig", "ClassNames | None", "tuple[int, ...] | None"]
+    runner: Runner
+    config: ArchConfig
+    names: ClassNames | None
+    cuts: tuple[int, ...] | None
+    twin: Runner | str
 
 
 def _open(
     path: Path, batch_rule: BatchRule, dense: bool, ema: bool, known: Given,
-    library: Path | None, place: _Place, classes: Path | None, say: Say,
+    library: Path | None, place: Place, classes: Path | None, say: Say,
 ) -> _Opened:  # fmt: skip
     from asvit_deploy.classes.network import of_checkpoint, of_fields
 
@@ -219,7 +194,9 @@ def _open(
                             "or --dense name its checkpoint")  # fmt: skip
         session = OnnxArtefact(path, find_op_library(library))
         found = of_fields(path, session.fields, classes, say)
-        return session.runner(session.library), session.config, found, session.cuts
+        twin = _twin(session.config, session.adaptive, lambda: session.dense_reference, place)
+        runner = session.runner(session.library)
+        return _Opened(runner, session.config, found, session.cuts, twin)
     from asvit_deploy.checkpoints.load import build_model, load_checkpoint
     from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -228,103 +205,135 @@ def _open(
     network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(place.device)
     found = of_checkpoint(checkpoint, classes, say)
     cuts = network.cuts if checkpoint.reduction else None
-    return TorchRunner(network, batch_rule), checkpoint.config, found, cuts or None
+    twin = _twin(checkpoint.config, network.adaptive, lambda: network.with_reduction(None), place)
+    return _Opened(TorchRunner(network, batch_rule), checkpoint.config, found, cuts or None, twin)
+
+
+def _twin(
+    config: ArchConfig, adaptive: bool, make: Callable[[], ViT], place: Place
+) -> Runner | str:  # fmt: skip
+    from asvit_deploy.runners.pytorch import TorchRunner
+
+    if config.output != "embedding":
+        return "its classes are compared with the labels"
+    if not adaptive:
+        return "it is dense itself"
+    try:
+        return TorchRunner(make().to(place.device))
+    except UserError as error:
+        return str(error)
+
+
+# What runs the batches of one process, and what makes a row of what all processes have run.
+_Task = tuple["Callable[[Iterable[LabelledArrays]], Any]", "Callable[[list[Any]], dict[str, Any]]"]
 
 
 def _evaluate(
     model: Path, data: str, opened: _Opened, batch_rule: str, sizes: Sequence[int],
-    limit: int | None, skip_limit: int, place: _Place, say: Say,
+    limit: int | None, skip_limit: int, neighbours: int | None, place: Place, say: Say,
 ) -> Evaluation:  # fmt: skip
     from asvit_deploy.data.skips import Skips
-    from asvit_deploy.evaluation.accuracy import joined, score, summarise
     from asvit_deploy.evaluation.machine import machine
     from asvit_deploy.training.recipe import memory_failures
 
-    runner, config, found, cuts = opened
-    if config.num_classes == 1:
-        raise UserError(
-            f"{model} has one output, a score and no class, so there is no top-1; see the scores "
-            "with `asvit-deploy predict`"
-        )
+    config, found = opened.config, opened.names
     skips = Skips(skip_limit, say)  # each process reads others
     say = place.first(say)
-    labelled = _Labelled(model, data, config, found, skips, say)
-    for note in labelled.source.notes:
+    if config.output == "embedding":
+        pictures = _any_pictures(model, data, opened, skips, say)
+        run, row = _embedding_task(model, opened, neighbours, say)
+    else:
+        if neighbours is not None:
+            say(f"{model} has classes: --neighbours, which is for embeddings, is not looked at")
+        pictures = _labelled_pictures(model, data, opened, skips, say)
+        run, row = _class_task(opened)
+    for note in pictures.source.notes:
         say(note)
     rows, counts = list[dict[str, Any]](), list[list[int]]()
     for size in sizes:
         with memory_failures(size):
-            own = score(runner, labelled.batches(size, limit, place, say), config, cuts)
-        parts = place.gathered((own, skips.reasons, labelled.counts))
+            own = run(pictures.batches(size, limit, place.rank, place.world, say))
+        parts = place.gathered((own, skips.reasons, pictures.counts))
         for _, reasons, _ in parts:
             skips.merge(reasons)
-        scored = joined([part for part, _, _ in parts])
-        rows.append({"batch_size": size, **summarise(scored, config)})
+        rows.append({"batch_size": size, **row([part for part, _, _ in parts])})
         counts = [per_class for _, _, per_class in parts]
     return Evaluation(
-        str(model), data, batch_rule, config.name, found.origin if found else None, place.world,
-        runner.describe(), rows, labelled.account(counts), machine(),
+        str(model), data, batch_rule, config.name, config.output, found.origin if found else None,
+        place.world, opened.runner.describe(), rows, pictures.account(counts), machine(),
     )  # fmt: skip
 
 
-class _Labelled:
-    """The data with the model's own class numbers, and an account of it.
+def _class_task(opened: _Opened) -> _Task:
+    from asvit_deploy.evaluation.accuracy import joined, score, summarise
 
-    Attributes:
-        counts: pictures of each class of the data that this process has scored in its last pass.
-    """
+    config = opened.config
+    return (
+        lambda batches: score(opened.runner, batches, config, opened.cuts),
+        lambda parts: summarise(joined(parts), config),
+    )
 
-    def __init__(
-        self, model: Path, data: str, config: ArchConfig, found: ClassNames | None, skips: Skips,
-        say: Say,
-    ) -> None:  # fmt: skip
-        from asvit_deploy.classes.matching import label_map
-        from asvit_deploy.data.shards import GIVEN
-        from asvit_deploy.data.sources import open_labelled
 
-        ours, firm = (found.names, found.firm) if found else (None, True)
-        # Labels of shards are numbers: where nothing names them, the network's own names do.
-        self.source = open_labelled(data, config, skips, ours)
-        if self.source.classes_from == GIVEN:
-            say(f"{data} has no classes.txt: its labels are taken as numbers of the outputs")
-        self.counts: list[int] = []
-        self._skips = skips
-        try:
-            self._numbers = label_map(self.source.classes, ours, config.num_classes, firm, say)
-        except UserError as error:
-            raise UserError(f"{model} cannot be evaluated on {data}: {error}") from error
+def _embedding_task(model: Path, opened: _Opened, neighbours: int | None, say: Say) -> _Task:
+    from asvit_deploy.evaluation.embedding import NEIGHBOURS, embed, joined, summarise
 
-    def batches(
-        self, size: int, limit: int | None, place: _Place, say: Say
-    ) -> Iterator[LabelledArrays]:
-        """Batches of NumPy arrays, under a progress bar."""
-        import numpy as np
-        from tqdm import tqdm
+    config, count = opened.config, neighbours or NEIGHBOURS
+    twin = None if isinstance(opened.twin, str) else opened.twin
+    said = set[str]()
 
-        seen = np.zeros(len(self.source.classes), np.int64)
-        shared = self.source.validation(size, limit, place.rank, place.world)
-        bar = tqdm(shared, desc=f"evaluate, batch {size}", disable=hide_bar(say), leave=False,
-                   unit="batch")  # fmt: skip
-        for images, labels, _ in bar:
-            if len(labels):  # or every one of them was skipped
-                seen += np.bincount(labels.numpy(), minlength=len(seen))
-                yield images.numpy(), self._numbers[labels.numpy()]
-        self.counts = seen.tolist()
+    def once(line: str) -> None:  # each batch size comes to the same
+        if line not in said:
+            say(line)
+        said.add(line)
 
-    def account(self, counts: list[list[int]]) -> dict[str, Any]:
-        """What was seen against what was taken, for JSON.
+    return (
+        lambda batches: embed(opened.runner, twin, batches, config),
+        lambda parts: summarise(joined(list(chain(*parts))), config, opened.cuts, count, str(model),
+                                once),
+    )  # fmt: skip
 
-        Args:
-            counts: every process's.
-        """
-        per_class = [sum(own) for own in zip(*counts)]
-        names = self.source.classes
-        return {
-            "seen": self.source.held_out,
-            "taken": sum(per_class),
-            "skipped": len(self._skips),
-            "skipped_by_reason": self._skips.by_reason(),
-            "passed_over": dict(self.source.passed_over),
-            "classes": len(names),
-            "classes_without_pictures": [n for n, count in zip(names, per_class) if not count],
-        }
+
+def _any_pictures(
+    model: Path, data: str, opened: _Opened, skips: Skips, say: Say
+) -> EvaluationPictures:
+    """The data with its own class numbers, where it has classes."""
+    from asvit_deploy.data.sources import open_pictures
+    from asvit_deploy.evaluation.pictures import EvaluationPictures
+
+    source = open_pictures(data, opened.config, skips, say)
+    if isinstance(opened.twin, str):
+        if not source.classes:
+            raise UserError(
+                f"{model} has no dense twin to agree with ({opened.twin}) and {data} has no "
+                "classes: there is nothing to evaluate; name an adaptive model, or a folder of "
+                "class folders"
+            )
+        say(f"{model} has no dense twin to agree with: {opened.twin}")
+    return EvaluationPictures(source, skips)
+
+
+def _labelled_pictures(
+    model: Path, data: str, opened: _Opened, skips: Skips, say: Say
+) -> EvaluationPictures:
+    """The data with the model's own class numbers."""
+    from asvit_deploy.classes.matching import label_map
+    from asvit_deploy.data.shards import GIVEN
+    from asvit_deploy.data.sources import open_labelled
+    from asvit_deploy.evaluation.pictures import EvaluationPictures
+
+    found, count = opened.names, opened.config.num_classes
+    if count == 1:
+        raise UserError(
+            f"{model} has one output, a score and no class, so there is no top-1; see the scores "
+            "with `asvit-deploy predict`"
+        )
+    ours, firm = (found.names, found.firm) if found else (None, True)
+    # Labels of shards are numbers: where nothing names them, the network's own names do.
+    source = open_labelled(data, opened.config, skips, ours)
+    if source.classes_from == GIVEN:
+        say(f"{data} has no classes.txt: its labels are taken as numbers of the outputs")
+    try:
+        numbers = label_map(source.classes, ours, count, firm, say)
+    except UserError as error:
+        raise UserError(f"{model} cannot be evaluated on {data}: {error}") from error
+    return EvaluationPictures(source, skips, numbers)

@@ -237,7 +237,8 @@ def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | No
     """The weights to start from and those to learn from, with a line on each.
 
     Raises:
-        UserError: as `load_checkpoint`; averaged weights are asked for and neither has any.
+        UserError: as `load_checkpoint`; averaged weights are asked for and neither has any; those
+            to learn from give embeddings.
     """
     from asvit_deploy.checkpoints.facts import seen_alike
     from asvit_deploy.checkpoints.load import load_checkpoint
@@ -252,6 +253,11 @@ def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | No
     if teacher is not None:
         teach = partial(load_checkpoint, teacher, start.config.image_size)
     mentor = teach() if teach else None
+    if mentor is not None and mentor.headless:
+        raise UserError(
+            f"{teacher} gives embeddings and no classes, so it teaches none; name a --teacher with "
+            "a head (finetune --dense --pretrained fits one), or leave it out"
+        )
     if averaged and not (start.has_average or (mentor and mentor.has_average)):
         where = f"{pretrained} holds" if mentor is None else f"{pretrained} and {teacher} hold"
         raise UserError(f"{where} no moving average of its weights; drop --ema")
@@ -285,8 +291,10 @@ def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
             f"{weight:g} needs another teacher; pass --teacher, or drop it"
         )
     nothing = ", and without a --teacher nothing is distilled" if alone else ""
-    has = "has no head" if start.config.head == "none" else "gives embeddings, no classes"
-    say(f"{start.path}: {has}; a fresh head is trained{nothing}")
+    has, place = "has no head", ""
+    if start.config.head != "none":
+        has, place = "gives embeddings, no classes", " in place of its projection"
+    say(f"{start.path}: {has}; a fresh head is trained{place}{nothing}")
     return replace(inputs, given={**inputs.given, "distill_weight": 0.0}) if alone else inputs
 
 

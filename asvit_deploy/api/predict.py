@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +33,25 @@ class Guess:
 
 
 @dataclass(frozen=True)
+class Near:
+    """The nearest of the other pictures: the file, and the cosine of the two embeddings."""
+
+    image: str
+    cosine: float
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a network says of one picture.
 
     Attributes:
         image: the file.
         image_tokens: how many tokens the picture is cut into.
-        top: the five best classes, the best first; empty where there is one output.
+        top: the five best classes, the best first; empty where there is one output or an embedding.
         score: that one output.
         label: its name, where it has one.
+        embedding: what a network without classes says, float32 [C].
+        nearest: by that; None where no other picture was read, or its norm is 0.
         kept: the image tokens that each stage kept, by their number among all of them.
         skipped: why the picture could not be read; everything else is empty then.
     """
@@ -50,6 +61,8 @@ class Prediction:
     top: tuple[Guess, ...] = ()
     score: float | None = None
     label: str | None = None
+    embedding: tuple[float, ...] | None = None
+    nearest: Near | None = None
     kept: tuple[tuple[int, ...], ...] = ()
     skipped: str | None = None
 
@@ -57,16 +70,28 @@ class Prediction:
         """What `asvit-deploy predict --json` prints."""
         if self.skipped is not None:
             return {"image": self.image, "skipped": self.skipped}
+        if self.embedding is not None:
+            return {
+                "image": self.image, "embedding": list(self.embedding), "norm": self.norm,
+                "nearest": asdict(self.nearest) if self.nearest else None,
+                "kept": [list(stage) for stage in self.kept],
+            }  # fmt: skip
         alone = {} if self.score is None else {"score": self.score, "label": self.label}
         top, kept = [asdict(guess) for guess in self.top], [list(stage) for stage in self.kept]
         return {"image": self.image, "top": top, **alone, "kept": kept}
+
+    @property
+    def norm(self) -> float | None:
+        """Of the embedding, Euclidean."""
+        return None if self.embedding is None else math.hypot(*self.embedding)
 
 
 def predict(
     model: PathLike, pictures: PathLike | Sequence[PathLike], *, skip_limit: int = 0,
     classes: PathLike | None = None, library: PathLike | None = None, say: Say = silent,
 ) -> list[Prediction]:  # fmt: skip
-    """Top-5, or the score of a network with one output, and kept tokens of each picture.
+    """Top-5, or the score of a network with one output, or an embedding and its nearest among the
+    pictures; and kept tokens of each picture.
 
     The options are those of `asvit-deploy predict`.
 
@@ -76,7 +101,8 @@ def predict(
         say: gets a line on where the labels come from, and on what was skipped.
 
     Raises:
-        UserError: bad input; more pictures than `skip_limit` cannot be read, or none can.
+        UserError: bad input; more pictures than `skip_limit` cannot be read, or none can; an
+            embedding is not finite.
     """
     require_at_least(0, skip_limit=skip_limit)
     model, named = path_of(model), optional_path(classes)
@@ -89,16 +115,20 @@ def predict(
 
     artefact = OnnxArtefact(model, find_op_library(optional_path(library)))
     found = of_fields(model, artefact.fields, named, say)
-    if found is None or found.firm:  # of others it has said so already
+    embeds = artefact.config.output == "embedding"
+    if not embeds and (found is None or found.firm):  # of others it has said so already
         say(f"labels: {_origin(model, found, named, artefact.config.num_classes)}")
     runner = artefact.runner(list(artefact.libraries().values())[-1])
     labels, tokens = found.names if found else None, artefact.fields["image_tokens"]
-    return [
+    predictions = [
         Prediction(str(path), tokens, skipped=image)
         if isinstance(image, str)
+        else _embedded(runner, model, str(path), tokens, image)
+        if embeds
         else _predicted(runner, str(path), tokens, image, labels)
         for path, image in _loaded(paths, artefact.config, skip_limit, say)
     ]
+    return _with_nearest(predictions) if embeds else predictions
 
 
 def _loaded(
@@ -131,6 +161,40 @@ def _origin(model: Path, found: ClassNames | None, given: Path | None, count: in
     return found.origin if given else f"those of {model} ({found.origin})"
 
 
+def _embedded(
+    runner: Runner, model: Path, name: str, tokens: int, image: NDArray
+) -> Prediction:  # fmt: skip
+    import numpy as np
+
+    prediction = runner(image[None])
+    kept = tuple(tuple(stage[0].tolist()) for stage in prediction.kept or [])
+    vector = prediction.output[0]
+    if not np.isfinite(vector).all():
+        raise UserError(
+            f"{model} gives numbers that are not finite for {name}; export weights that did not "
+            "diverge"
+        )
+    # As short as float32 reads back, and not as long as float64 writes it.
+    numbers = tuple(float(str(value)) for value in vector)
+    return Prediction(name, tokens, embedding=numbers, kept=kept)
+
+
+def _with_nearest(predictions: list[Prediction]) -> list[Prediction]:
+    """Each with the nearest of the others that could be read."""
+    import numpy as np
+
+    from asvit_deploy.similarity import nearest, units
+
+    read = [i for i, one in enumerate(predictions) if one.embedding is not None]
+    made, found = units(np.array([predictions[i].embedding for i in read])), list(predictions)
+    for mine, other in enumerate(nearest(made).tolist()):
+        cosine = float(made[mine] @ made[other])
+        if other >= 0 and math.isfinite(cosine):
+            near = Near(predictions[read[other]].image, min(1.0, cosine))
+            found[read[mine]] = replace(predictions[read[mine]], nearest=near)
+    return found
+
+
 def _predicted(
     runner: Runner, name: str, tokens: int, image: NDArray, labels: Sequence[str] | None
 ) -> Prediction:
@@ -138,7 +202,7 @@ def _predicted(
 
     prediction = runner(image[None])
     kept = tuple(tuple(stage[0].tolist()) for stage in prediction.kept or [])
-    logits = prediction.logits[0].astype(np.float64)
+    logits = prediction.output[0].astype(np.float64)
     if len(logits) == 1:  # softmax would call it certain, whatever it is
         label = labels[0] if labels else None
         return Prediction(name, tokens, score=float(logits[0]), label=label, kept=kept)

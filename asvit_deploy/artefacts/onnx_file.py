@@ -158,8 +158,11 @@ class OnnxArtefact(Artefact):
     def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
         """The artefact in ONNX Runtime."""
         stages = len(self.boundaries) if self.adaptive else 0
-        runner = OrtRunner(self.model, library, threads=threads, record=record,
-                           name=str(self.path), stages=stages, foreign=not self._tried)  # fmt: skip
+        rows = self.fields.get("prefix", 1), self.fields.get("appended", 0)
+        runner = OrtRunner(
+            self.model, library, threads=threads, record=record, name=str(self.path),
+            stages=stages, foreign=not self._tried, rows=rows,
+        )  # fmt: skip
         self._tried = True
         return runner
 
@@ -205,7 +208,7 @@ RUNTIMES = {"onnxruntime": Runtime(_ort_ways, _ort_model)}
 
 def _largest(config: ArchConfig) -> int:
     """Values that a tensor of such a network may hold for one picture, with room to spare."""
-    rows, hidden = config.image_tokens + 1, config.hidden
+    rows, hidden = config.rows, config.hidden
     patch = 3 * config.patch_size**2
     return 8 * max(
         3 * config.image_size**2, STEM_WIDTH * config.image_size**2 // 4, config.heads * rows**2,
@@ -215,7 +218,8 @@ def _largest(config: ArchConfig) -> int:
 
 
 def _network_fields(artefact: OnnxArtefact) -> dict[str, Any]:
-    return {key: artefact.fields.get(key) for key in _OF_THE_NETWORK}
+    fields = {key: artefact.fields.get(key) for key in _OF_THE_NETWORK}
+    return {**fields, "output": artefact.config.output}
 
 
 def _to_stderr(line: str) -> None:

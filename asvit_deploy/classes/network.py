@@ -60,7 +60,7 @@ def of_checkpoint(
     checkpoint: Checkpoint, given: Path | None, say: Say, assume: bool = True
 ) -> ClassNames | None:
     """The names of a checkpoint's outputs: those given, its own, those of the `config.json` beside
-    it, or ImageNet-1k's.
+    it, or ImageNet-1k's; None where its output is an embedding.
 
     Args:
         given: `--classes`.
@@ -71,6 +71,9 @@ def of_checkpoint(
         UserError: see `given_names`; the `config.json` is cut or contradicts itself.
     """
     path, config, metadata = checkpoint.path, checkpoint.config, checkpoint.metadata
+    if config.output == "embedding":
+        _say_no_classes(path, given, say)
+        return None
     own = None
     if "classes" in metadata:
         names = tuple(json.loads(metadata["classes"]))
@@ -89,6 +92,9 @@ def of_fields(
 ) -> ClassNames | None:
     """As `of_checkpoint`, for an artefact with these sidecar fields."""
     own, count = None, fields["num_classes"]
+    if fields.get("output") == "embedding":
+        _say_no_classes(path, given, say)
+        return None
     if fields.get("classes"):
         own = ClassNames(tuple(fields["classes"]), str(fields.get("classes_from") or OWN))
     if given is not None:
@@ -104,6 +110,11 @@ def named(checkpoint: Checkpoint, found: ClassNames | None) -> Checkpoint:
         return checkpoint
     more = {"classes": json.dumps(found.names), "classes_from": found.origin}
     return dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, **more})
+
+
+def _say_no_classes(path: Path, given: Path | None, say: Say) -> None:
+    if given is not None:
+        say(f"{path} gives embeddings and has no classes: --classes {given} is not looked at")
 
 
 def _instead(given: ClassNames, own: ClassNames | None, path: Path, say: Say) -> ClassNames:

@@ -95,7 +95,25 @@ def _print_engine(report: EngineBench) -> None:
                f"{report.image_count} images{_skipped(report)}")  # fmt: skip
     click.echo(table(["engine", "GPU p50 ms", "wall p50 ms", "p90", "p99", "enqueue p50 ms",
                       "speed-up over dense (95 %)"], rows))  # fmt: skip
+    _print_agreement(report)
     click.echo(f"verdict: {report.verdict}")
+
+
+def _print_agreement(report: ModelBench | EngineBench) -> None:
+    """What the tokens that left cost in quality: one line."""
+    agreed = report.agreement
+    if agreed is None:
+        return
+    if "cosine" in agreed:
+        said = (f"cosine {agreed['cosine']:.4f} ({agreed['low']:.4f}-{agreed['high']:.4f}), "
+                f"10th percentile {agreed['p10']:.4f}")  # fmt: skip
+        if "neighbour" in agreed:
+            said += f", same neighbour {agreed['neighbour']:.1%}"
+    elif "score_error" in agreed:
+        said = f"mean error of the score {agreed['score_error']:.3g}"
+    else:
+        said = f"top-1 {agreed['top1']:.1%}"
+    click.echo(f"agreement with dense on {report.image_count} images: {said}")
 
 
 def _print(report: ModelBench) -> None:
@@ -123,6 +141,7 @@ def _print(report: ModelBench) -> None:
     kept = ", ".join(f"{k:.1f}" for k in macs["mean_kept"])
     click.echo(f"kept tokens per stage: {kept} of {macs['image_tokens']}; "
                f"MACs ratio {macs['ratio']:.3f}")  # fmt: skip
+    _print_agreement(report)
     for share in report.profile:
         click.echo(
             f"of the run ({share['op']}): scoring {share['scoring']:.2%}, "

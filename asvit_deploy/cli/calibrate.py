@@ -68,8 +68,7 @@ def _tables(report: dict[str, Any], config: ArchConfig) -> str:
     ]
     rows = [("these thresholds", report["agreement"]), ("chance, same counts", report["random"])]
     split = "/".join(f"{part:.2f}" for part in report["split"])
-    # One output is a score: there is no top-1, and KL would be 0 whatever it says.
-    measure, name = ("score_error", "error") if config.num_classes == 1 else ("kl", "KL")
+    measure, name = _measure(config)
     found = [candidate["agreement"][measure] for candidate in report["candidates"]]
     return "\n".join(
         [
@@ -79,7 +78,7 @@ def _tables(report: dict[str, Any], config: ArchConfig) -> str:
             "",
             table(["stage", "threshold", f"kept of {config.image_tokens}", "min", "max"], stages),
             "",
-            _agreement_table(rows, config.num_classes),
+            _agreement_table(rows, config),
             "",
             f"split {split} of the reduction, the best of {len(found)} ({name} {min(found):.3g} to "
             f"{max(found):.3g} on {report['choosing_images']} images)",
@@ -87,9 +86,24 @@ def _tables(report: dict[str, Any], config: ArchConfig) -> str:
     )
 
 
-def _agreement_table(rows: list[tuple[str, dict[str, float]]], classes: int) -> str:
+def _measure(config: ArchConfig) -> tuple[str, str]:
+    """What tells the splits apart, and its name."""
+    if config.output == "embedding":
+        return "cosine", "cosine"
+    # One output is a score: there is no top-1, and KL would be 0 whatever it says.
+    return ("score_error", "error") if config.num_classes == 1 else ("kl", "KL")
+
+
+def _agreement_table(rows: list[tuple[str, dict[str, float]]], config: ArchConfig) -> str:
     from asvit_deploy.evaluation.report import table
 
+    classes = config.num_classes
+    if config.output == "embedding":
+        return table(
+            ["agreement with dense", "cosine (95 %)", "10th percentile", "same neighbour"],
+            [[name, f"{a['cosine']:.4f} ({a['low']:.4f}-{a['high']:.4f})", f"{a['p10']:.4f}",
+              f"{a['neighbour']:.1%}"] for name, a in rows],
+        )  # fmt: skip
     if classes == 1:
         headers = ["agreement with dense", "mean error of the score"]
         return table(headers, [[name, f"{a['score_error']:.3g}"] for name, a in rows])

@@ -13,6 +13,7 @@ from asvit_deploy.errors import CheckFailed
 
 if TYPE_CHECKING:
     from asvit_deploy.evaluation.checking import Comparison
+    from asvit_deploy.models.config import Output
     from asvit_deploy.parity import Parity
 
 _LISTED = 20
@@ -40,7 +41,7 @@ def command(
     allow_engine_code: bool,
     as_json: bool,
 ) -> None:
-    """Compare logits, top-1 and kept tokens with PyTorch; exit 1 when they do not agree.
+    """Compare outputs, top-1 and kept tokens with PyTorch; exit 1 when they do not agree.
 
     Without MODELS, every ONNX artefact in the current folder. Each is run with its function and,
     where the op's library is built, with that; a dynamic-batch model also in batches of 8. An
@@ -71,33 +72,55 @@ def command(
 
 
 def _print(comparisons: list[Comparison]) -> None:
-    from asvit_deploy.evaluation.report import table
+    from asvit_deploy.models.config import OUTPUTS
 
-    def row(model: str, run: str, p: Parity) -> list[str]:
-        borderline = sum(flip.borderline for flip in p.flips)
-        ties = sum(change.borderline for change in p.top1_changes)
-        moved = [f"{theirs - ours:+.1f}" for ours, theirs in zip(p.mean_kept, p.candidate_kept)]
-        return [
-            model, run, str(p.images), f"{p.equal_sets}/{p.images}",
-            f"{len(p.flips)} ({borderline} borderline)",
-            f"{p.top1_equal}/{p.images}" + (f" ({ties} near ties)" if ties else ""),
-            f"{p.logit_error:.1e}", f"{max(p.noise):.1e}" if p.noise else "-",
-            " ".join(f"{k:.1f}" for k in p.mean_kept) or "-",
-            " ".join(moved) if any(float(change) for change in moved) else "-",
-            "ok" if p.passed else "FAILED",
-        ]  # fmt: skip
-
-    headers = ["model", "op, batch", "images", "same tokens", "flips", "same top-1", "logit error",
-               "score noise", "kept per stage", "moved by", "verdict"]  # fmt: skip
-    click.echo(table(headers, [row(c.model, c.run, c.parity) for c in comparisons]))
+    for output in OUTPUTS:
+        if chosen := [c for c in comparisons if c.parity.output == output]:
+            click.echo(_table(chosen, output))
     for source in dict.fromkeys(c.images for c in comparisons if c.account["skipped"]):
         click.echo(f"images: {source}")
     for comparison in comparisons:
         _print_differences(comparison.parity)
 
 
+def _table(comparisons: list[Comparison], output: Output) -> str:
+    """One row each, of networks with the same kind of output."""
+    from asvit_deploy.evaluation.report import table
+
+    def row(model: str, run: str, p: Parity) -> list[str]:
+        borderline = sum(flip.borderline for flip in p.flips)
+        moved = [f"{theirs - ours:+.1f}" for ours, theirs in zip(p.mean_kept, p.candidate_kept)]
+        return [
+            model, run, str(p.images), f"{p.equal_sets}/{p.images}",
+            f"{len(p.flips)} ({borderline} borderline)", *_of_output(p),
+            f"{max(p.noise):.1e}" if p.noise else "-",
+            " ".join(f"{k:.1f}" for k in p.mean_kept) or "-",
+            " ".join(moved) if any(float(change) for change in moved) else "-",
+            "ok" if p.passed else "FAILED",
+        ]  # fmt: skip
+
+    own = {"logits": ["same top-1", "logit error"], "embedding": ["same neighbour", "1 - cosine"]}
+    headers = ["model", "op, batch", "images", "same tokens", "flips", *own[output], "score noise",
+               "kept per stage", "moved by", "verdict"]  # fmt: skip
+    return table(headers, [row(c.model, c.run, c.parity) for c in comparisons])
+
+
+def _of_output(p: Parity) -> tuple[str, str]:
+    """How many have the same best class or nearest neighbour, and the largest error."""
+    from asvit_deploy.parity import CHOICE
+
+    changes = p.top1_changes if p.output == "logits" else p.neighbour_changes
+    ties = sum(change.borderline for change in changes)
+    near = f" ({ties} near ties)" if ties else ""
+    if p.output == "logits":
+        return f"{p.top1_equal}/{p.images}{near}", f"{p.logit_error:.1e}"
+    if p.images < CHOICE:
+        return "-", f"{p.cosine_error:.1e}"
+    return f"{p.neighbours_equal}/{p.images}{near}", f"{p.cosine_error:.1e}"
+
+
 def _print_differences(parity: Parity) -> None:
-    """The flips and changes of top-1, the worst first, and how many more there are."""
+    """The flips and changes of top-1 or neighbour, the worst first, and how many more there are."""
     flips = sorted(parity.flips, key=lambda flip: flip.allowed - flip.margin)
     for flip in flips[:_LISTED]:
         click.echo(
@@ -116,3 +139,12 @@ def _print_differences(parity: Parity) -> None:
         )
     if len(changes) > _LISTED:
         click.echo(f"and {len(changes) - _LISTED} more changes of top-1 (--json lists them all)")
+    near = sorted(parity.neighbour_changes, key=lambda change: -change.margin)
+    for neighbour in near[:_LISTED]:
+        click.echo(
+            f"neighbour: {neighbour.image}: {neighbour.candidate} for {neighbour.reference}, whose "
+            f"cosine is higher by {neighbour.margin:.1e}"
+            + ("" if neighbour.borderline else " BEYOND ROUNDING")
+        )
+    if len(near) > _LISTED:
+        click.echo(f"and {len(near) - _LISTED} more changes of neighbour (--json lists them all)")

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 def command(as_json: bool, **chosen: Any) -> None:
     """Top-5, or the score of a network with one output, and kept tokens of each picture.
 
+    Of a network that gives embeddings: width, norm, and the nearest of the other pictures; the
+    numbers themselves with --json.
+
     \b
     asvit-deploy predict as_deit_s.onnx cat.jpg dog.jpg
     """
@@ -47,6 +50,13 @@ def _print(result: Prediction) -> None:
     if result.score is not None:
         of = f"  {result.label}" if result.label else ""
         click.echo(_printable(f"  score {result.score:.6g}{of}"))
+    if result.embedding is not None:
+        click.echo(f"  embedding of {len(result.embedding)} numbers, norm {result.norm:.6g}")
+        if result.nearest:
+            near = f"{result.nearest.image} (cosine {result.nearest.cosine:.4f})"
+            click.echo(_printable(f"  nearest: {near}"))
+        elif not result.norm:
+            click.echo("  nearest: none, for a norm of 0 has no direction")
     if result.kept:
         kept = ", ".join(str(len(stage)) for stage in result.kept)
         click.echo(f"  kept tokens per stage: {kept} of {result.image_tokens}")

@@ -96,6 +96,64 @@ class FolderPictures:
         return str(self._folder / self._names[number])
 
 
+class UnlabelledPictures:
+    """The pictures of a folder with its subfolders, or one picture, without classes; see
+    `Pictures`.
+
+    Raises:
+        UserError: there is none, or a folder may not be read.
+    """
+
+    classes_from = "none"
+
+    def __init__(self, place: Path) -> None:
+        self.classes: list[str] = []
+        self._folder = place
+        if place.is_dir():
+            found = pictures_below(place)
+        elif place.is_file():
+            load_picture(place)  # refused now, not at its first use
+            self._folder, found = place.parent, Listing([place.name], Passed())
+        else:
+            raise UserError(f"the data folder {place} does not exist; pass a folder, or `digits`")
+        if not found.names:
+            rest = found.passed.summary()
+            raise UserError(f"{place} holds no picture{f', only {rest}' if rest else ''}; add some")
+        self._names = found.names
+        self.passed_over, self.notes = Counter(found.passed.counts()), found.passed.lines(place)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._names
+
+    def label(self, number: int) -> int:
+        return -1
+
+    def load(self, number: int) -> Image.Image:
+        return load_picture(self._folder / self._names[number])
+
+    def name(self, number: int) -> str:
+        return str(self._folder / self._names[number])
+
+
+def why_unlabelled(folder: Path) -> str | None:
+    """What keeps the subfolders of a folder from being classes, or None where they are."""
+    if not folder.is_dir():
+        return "it is one picture"
+    names, passed = _top(folder)
+    if loose := passed.kinds[LOOSE]:
+        return f"{loose:,} picture{'s lie' if loose > 1 else ' lies'} in it directly"
+    if len(names) < 2:
+        return f"it holds {len(names) or 'no'} class folder{'s' * (len(names) != 1)}"
+    for name in names:
+        if not any(ending_of(entry.name) in SUFFIXES for entry in scanned(str(folder / name))):
+            return f"its folder {name} holds no picture of its own"
+    return None
+
+
 def _pictures_by_class(folder: Path) -> tuple[list[str], list[Listing], Passed]:
     if folder.is_file():
         raise UserError(f"{folder} is a file; name the folder of class folders or of shards")

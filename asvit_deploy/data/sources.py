@@ -22,7 +22,13 @@ from PIL import Image, ImageOps
 from asvit_deploy.data.augment import NO_AUGMENTATION, Augmentation
 from asvit_deploy.data.batches import Batch, Share, Threads, normalise
 from asvit_deploy.data.digits import CANVAS, CLASSES, ClutteredDigits
-from asvit_deploy.data.folders import Pictures
+from asvit_deploy.data.folders import (
+    Pictures,
+    Splits,
+    UnlabelledPictures,
+    parted,
+    why_unlabelled,
+)
 from asvit_deploy.data.images import preprocess
 from asvit_deploy.data.labelled import LabelledPictures
 from asvit_deploy.data.parts import (
@@ -37,6 +43,7 @@ from asvit_deploy.data.shards import ShardPictures
 from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.status import Say, silent
 
 DIGITS_EPOCH = 50_000  # placements; the stream itself has no end
 _BICUBIC = Image.Resampling.BICUBIC
@@ -362,3 +369,28 @@ def open_labelled(
     parts = shards_to_evaluate(folder, names) if sharded else folders_to_evaluate(folder)
     assert parts.val is not None
     return LabelledPictures(parts.val, config, skips, parts.notes)
+
+
+def open_pictures(
+    data: str, config: ArchConfig, skips: Skips | None = None, say: Say = silent
+) -> DigitsSource | LabelledPictures:
+    """As `open_labelled` where the pictures have classes; else all those of the folder, or the one
+    picture, with labels of -1 and no classes.
+
+    Args:
+        say: gets a line on why there are none.
+
+    Raises:
+        UserError: as `open_labelled`; there is no picture at all.
+    """
+    folder = Path(data)
+    if not data or _is_digits(data) or not folder.exists() or is_sharded(folder):
+        return open_labelled(data, config, skips)
+    splits = Splits(folder)
+    parts = [path for path in (splits.train, splits.test) if path and parted(path)]
+    place = splits.val or folder
+    why = why_unlabelled(place)
+    if why is None or (parts and splits.val is None):
+        return open_labelled(data, config, skips)
+    say(f"{place}: no classes, for {why}; pictures are taken without labels")
+    return LabelledPictures(UnlabelledPictures(place), config, skips)

@@ -22,6 +22,7 @@ from asvit_deploy.runners.base import Reference, Remembered, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
+_LISTS = ("flips", "top1_changes", "neighbour_changes")
 _LISTED = 50  # flips in a sidecar: bfloat16 can have thousands
 
 
@@ -36,10 +37,12 @@ class Comparison:
     skipped: int = 0
 
     def fields(self) -> dict[str, Any]:
-        """For a sidecar: every figure, and the first of the flips and of the changes of top-1."""
+        """For a sidecar: every figure, and the first of the flips and of the changes of top-1 or
+        nearest neighbour."""
         said = self.parity.as_dict()
-        counts = {f"{key}_in_all": len(said[key]) for key in ("flips", "top1_changes")}
-        firsts = {key: said[key][:_LISTED] for key in ("flips", "top1_changes")}
+        lists: list[str] = [key for key in _LISTS if key in said]
+        counts = {f"{key}_in_all": len(said[key]) for key in lists}
+        firsts = {key: said[key][:_LISTED] for key in lists}
         return {"reference": self.reference, "pictures": self.pictures, "skipped": self.skipped,
                 **said, **counts, **firsts}  # fmt: skip
 
@@ -50,8 +53,12 @@ class Comparison:
         said = f"agrees with {self.reference} on {p.images} images ({self.pictures})"
         if p.flips:
             said += f"; {p.images - p.equal_sets} keep other tokens, all within rounding"
+        if p.output == "embedding":
+            said += f"; cosine 1 - {p.cosine_error:.1e} or more"
         if p.top1_changes:
             said += f"; near ties of top-1 turned over: {len(p.top1_changes)}"
+        if p.neighbour_changes:
+            said += f"; near ties of the nearest neighbour: {len(p.neighbour_changes)}"
         return said + (f"; score noise {max(p.noise):.1e}" if p.noise else "")
 
 
@@ -113,8 +120,8 @@ def compare_graph(
     elif candidate is None:
         candidate = OrtRunner(with_function(graph))
     limits = precisions.of_option(precision).option
-    boundaries = source.artefact.boundaries
-    parity = compare(reference, candidate, loaded, names, boundaries, limits)
+    boundaries, output = source.artefact.boundaries, source.artefact.config.output
+    parity = compare(reference, candidate, loaded, names, boundaries, limits, output=output)
     if not parity.passed:
         raise CheckFailed(
             f"the {limits} graph of {source.path} does not match {with_what} "

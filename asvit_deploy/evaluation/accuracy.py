@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.evaluation.costs import kept_of, macs_of, summarise_costs
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
 from asvit_deploy.runners.base import Runner
 
 # images float32 [B, 3, H, W], normalised; labels int64 [B], the model's own class numbers
@@ -52,18 +52,10 @@ def score(
     ranks, kept = [np.empty(0, np.int64)], []
     for images, labels in batches:
         prediction = runner(images)
-        ranks.append(_rank(prediction.logits, labels))
-        kept.append(
-            np.array(prediction.lengths, np.int64).reshape(-1, len(labels)).T - config.prefix
-        )
+        ranks.append(_rank(prediction.output, labels))
+        kept.append(kept_of(prediction, config))
     rank, tokens = np.concatenate(ranks), np.concatenate(kept or [np.empty((0, 0), np.int64)])
-    lengths = list((tokens + config.prefix).astype(np.float64).T)
-    macs = (
-        model_macs(config, lengths, cuts)
-        if lengths
-        else np.full(len(rank), float(dense_macs(config)))
-    )
-    return Scored(rank, tokens, np.asarray(macs, np.float64))
+    return Scored(rank, tokens, macs_of(tokens, config, cuts))
 
 
 def joined(parts: Sequence[Scored]) -> Scored:
@@ -101,22 +93,13 @@ def summarise(scored: Scored, config: ArchConfig) -> dict[str, Any]:
 
     Returns:
         `top1` and `top5` (value, low, high; of five classes or fewer, the latter says only
-        whether there was an answer); `gmacs`, and `macs_share` of the teacher, which is
-        what a budget means; per stage `mean_kept`, `quantiles_kept` (0, 5, 50, 95, 100 %) and
-        `histogram_kept`, whose entry k counts the images that kept k image tokens (Figure 5).
+        whether there was an answer), and the figures of `costs.summarise_costs`.
     """
-    images, tokens = len(scored.rank), config.image_tokens
-    mean = float(scored.macs.mean())
-    quantiles = np.quantile(scored.kept, [0, 0.05, 0.5, 0.95, 1], axis=0).T
+    images = len(scored.rank)
     return {
         "images": images,
         "top1": wilson(int((scored.rank < 1).sum()), images),
         "top5": wilson(int((scored.rank < min(5, config.num_classes)).sum()), images),
         "num_classes": config.num_classes,
-        "gmacs": mean / 1e9,
-        "macs_share": mean / teacher_macs(config),
-        "mean_kept": scored.kept.mean(0).tolist(),
-        "quantiles_kept": quantiles.tolist(),
-        "histogram_kept": [np.bincount(k, minlength=tokens + 1).tolist() for k in scored.kept.T],
-        "image_tokens": tokens,
+        **summarise_costs(scored.kept, scored.macs, config),
     }

@@ -1,4 +1,4 @@
-"""Artefacts against what they must agree with: logits, top-1 and kept tokens."""
+"""Artefacts against what they must agree with: outputs, top-1 or neighbours, kept tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from asvit_deploy.artefacts.opening import artefacts_here, open_artefact, paths_
 from asvit_deploy.data.images import open_images
 from asvit_deploy.evaluation.arguments import bar, path_of, require_least
 from asvit_deploy.ops.headers import silent
-from asvit_deploy.parity import Parity, compare
+from asvit_deploy.parity import CHOICE, Parity, compare
 from asvit_deploy.runners.base import Reference
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
 
@@ -125,6 +125,8 @@ def _compared(
     pictures = open_images(images, artefact.config, limit, skip_limit, say)
     loaded, names = pictures.loaded()
     say(f"{artefact.path}: {len(loaded)} images ({pictures.source})")
+    if artefact.config.output == "embedding" and len(loaded) < CHOICE:
+        say(f"{artefact.path}: nearest neighbours take {CHOICE} images to be judged")
     batches = (1, _BATCH) if artefact.dynamic_batch else (1,)
     runs = [(way, batch) for way in ways for batch in batches]
     comparisons = []
@@ -132,7 +134,7 @@ def _compared(
         for way, batch in runs:
             parity = compare(
                 judge, ways[way], loaded, names, artefact.boundaries, artefact.parity,
-                batch,
+                batch, artefact.config.output,
             )  # fmt: skip
             found = Comparison(
                 str(artefact.path), f"{way}, batch {batch}", pictures.source, pictures.account,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy import sidecar
 from asvit_deploy.artefacts.engine_file import EngineArtefact
+from asvit_deploy.calibration import agreement_of
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.evaluation.arguments import bar
 from asvit_deploy.evaluation.machine import machine
@@ -26,9 +27,9 @@ from asvit_deploy.evaluation.report import Report
 from asvit_deploy.evaluation.timing import (
     Macs,
     judged,
-    kept_per_image,
     macs_summary,
     ratio_of_medians,
+    run_once,
 )
 from asvit_deploy.precision import of_option
 from asvit_deploy.runners.pytorch import TorchRunner
@@ -56,6 +57,8 @@ class EngineBench(Report):
         image_count: how many there are.
         account: how many were skipped and passed over, by reason and ending.
         macs: of the network and its dense twin; None for a dense one.
+        agreement: of the network's outputs with the dense twin's, both in PyTorch, as
+            `calibration.agreement_of`; None for a dense one.
         rows: one for each variant, as `summarise` makes them.
         against_kept: as `against_kept` makes it.
         verdict: one sentence on which is the faster.
@@ -77,6 +80,7 @@ class EngineBench(Report):
     image_count: int
     account: dict[str, Any]
     macs: Macs | None
+    agreement: dict[str, Any] | None
     rows: list[dict[str, Any]]
     against_kept: dict[str, list[dict[str, Any]]]
     verdict: str
@@ -109,10 +113,14 @@ def bench_engine(
     Raises:
         UserError: no GPU, a source is gone, or a build fails.
     """
-    fields = artefact.fields
+    fields, config = artefact.fields, artefact.config
     loaded = [pictures[i] for i in range(len(pictures))]
     # The reference's counts: what `check` proves the engine to keep.
-    lengths = kept_per_image(TorchRunner(artefact.reference), loaded)
+    outputs, lengths = run_once(TorchRunner(artefact.reference), loaded)
+    agreed = None
+    if artefact.adaptive:
+        dense, _ = run_once(TorchRunner(artefact.dense_reference), loaded)
+        agreed = agreement_of(config, torch.from_numpy(dense), torch.from_numpy(outputs))
     with tempfile.TemporaryDirectory(prefix="asvit-bench-") as folder:
         variants = variants_of(artefact, pictures, lengths, Path(folder))
         with bar(say, total=warmup + runs, desc="bench") as progress:
@@ -124,8 +132,9 @@ def bench_engine(
         str(artefact.path), fields["arch"], fields["flavour"], fields["flavour_version"],
         fields["precision"], fields["mode"], torch.cuda.get_device_name(), warmup, runs,
         pictures.source, len(loaded), pictures.account,
-        macs_summary(artefact.config, lengths, runs, artefact.cuts) if artefact.adaptive else None,
-        rows, against_kept(variants, times, lengths), verdict(rows), machine(),
+        macs_summary(config, lengths, runs, artefact.cuts) if artefact.adaptive else None,
+        agreed, rows, against_kept(variants, times, lengths - config.prefix), verdict(rows),
+        machine(),
     )  # fmt: skip
 
 
@@ -146,7 +155,7 @@ def variants_of(
     """The engine, and its dense and top-k peers built into `folder`.
 
     Args:
-        lengths: int64 [images, stages], rows in use after each stage, class token included.
+        lengths: int64 [images, stages], rows in use after each stage, prefix included.
 
     Raises:
         UserError: no GPU, a source is gone, or a build fails.
@@ -164,7 +173,7 @@ def variants_of(
             variants.append(EngineVariant(name, kind, bucketed_times(runner), ("wall",)))
     if not artefact.adaptive:
         return variants
-    kept = [max(1, round(float(n) - 1)) for n in lengths.mean(axis=0)]
+    kept = [max(1, round(float(n) - artefact.config.prefix)) for n in lengths.mean(axis=0)]
     peers = {"dense": dense_peer(artefact, pictures, folder)}
     if artefact.fields["batch"] == "1":  # static top-k has one fixed shape
         peers["top-k"] = topk_peer(artefact, kept, folder)
@@ -278,18 +287,22 @@ def summarise(
 
 def against_kept(
     variants: Sequence[EngineVariant], times: dict[str, dict[str, NDArray[np.float64]]],
-    lengths: NDArray[np.int64],
+    kept: NDArray[np.int64],
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
-    """Latency against kept tokens: for each adaptive variant, one point per image."""
+    """Latency against kept tokens: for each adaptive variant, one point per image.
+
+    Args:
+        kept: image tokens after each stage, int64 [images, stages].
+    """
     points: dict[str, list[dict[str, Any]]] = {}
     for variant in (v for v in variants if v.kind == "adaptive"):
         values = times[variant.name]
-        image = np.arange(len(values["wall"])) % len(lengths)
+        image = np.arange(len(values["wall"])) % len(kept)
         points[variant.name] = [
-            {"kept": (lengths[i] - 1).tolist(),
+            {"kept": kept[i].tolist(),
              **{f"{c}_ms": float(np.median(values[c][image == i]))
                 for c in ("gpu", "wall") if c in values}}
-            for i in range(len(lengths)) if (image == i).any()
+            for i in range(len(kept)) if (image == i).any()
         ]  # fmt: skip
     return points
 

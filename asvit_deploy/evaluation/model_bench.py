@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.artefacts.artefact import Ways
 from asvit_deploy.artefacts.onnx_file import RUNTIMES, OnnxArtefact
+from asvit_deploy.calibration import agreement_of
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation import profile
@@ -24,9 +25,9 @@ from asvit_deploy.evaluation.timing import (
     Row,
     Variant,
     interleave,
-    kept_per_image,
     macs_by_round,
     macs_summary,
+    run_once,
     summarise,
     verdict,
 )
@@ -50,6 +51,8 @@ class ModelBench(Report):
         account: how many were skipped and passed over, by reason and ending.
         macs: of the network and its dense twin.
         rows: one for each variant.
+        agreement: of an adaptive network's outputs with the dense twin's on those pictures, as
+            `calibration.agreement_of`; None where there is no twin to ask.
         profile: per way what scoring and compaction took; one thread and adaptive only.
         notes: which rows there are not, and why.
         verdict: one sentence on which is the faster.
@@ -68,6 +71,7 @@ class ModelBench(Report):
     account: dict[str, Any]
     macs: Macs
     rows: list[Row]
+    agreement: dict[str, Any] | None
     profile: list[dict[str, Any]]
     notes: list[str]
     verdict: str
@@ -97,7 +101,7 @@ def bench_model(
             seconds = interleave(
                 variants, loaded, warmup, runs, progress=lambda: progress.update() and None
             )
-    lengths = _lengths(artefact, loaded)
+    lengths, agreed = _kept(artefact, loaded, notes)
     ratios = dense_macs(config) / macs_by_round(config, lengths, runs, cuts)
     rows = summarise(variants, seconds, ratios)
     profiles = []
@@ -106,8 +110,8 @@ def bench_model(
         profiles = [profile.shares(artefact.path, loaded, library) for library in libraries]
     return ModelBench(
         str(artefact.path), artefact.fields["arch"], count, warmup, runs, pictures.source,
-        len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, profiles,
-        notes, verdict(rows), machine(),
+        len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, agreed,
+        profiles, notes, verdict(rows), machine(),
     )  # fmt: skip
 
 
@@ -121,11 +125,21 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _lengths(artefact: OnnxArtefact, images: list[NDArray[np.float32]]) -> NDArray[np.int64]:
-    """Rows after each stage, class token included: int64 [images, stages]."""
-    if artefact.adaptive:
-        return kept_per_image(next(iter(artefact.ways().values())), images)
-    return np.full((len(images), len(artefact.config.stages)), artefact.config.rows)
+def _kept(
+    artefact: OnnxArtefact, images: list[NDArray[np.float32]], notes: list[str]
+) -> tuple[NDArray[np.int64], dict[str, Any] | None]:
+    """Rows after each stage, prefix included: int64 [images, stages]; and how the outputs agree
+    with the dense twin's."""
+    config = artefact.config
+    if not artefact.adaptive:
+        return np.full((len(images), len(config.stages)), config.rows), None
+    outputs, lengths = run_once(next(iter(artefact.ways().values())), images)
+    try:
+        dense, _ = run_once(TorchRunner(artefact.dense_reference), images)
+        return lengths, agreement_of(config, torch.from_numpy(dense), torch.from_numpy(outputs))
+    except UserError as error:
+        notes.append(f"no agreement with the dense network: {error}")
+        return lengths, None
 
 
 def _variants(artefact: OnnxArtefact, threads: int) -> tuple[list[Variant], list[str]]:

@@ -119,9 +119,14 @@ def ratio_of_medians(
     return float(np.median(slow) / np.median(fast)), float(low), float(high)
 
 
-def kept_per_image(runner: Runner, images: Sequence[NDArray[np.float32]]) -> NDArray[np.int64]:
-    """Tokens left after each stage, class token included: int64 [images, stages]."""
-    return np.array([[int(n[0]) for n in runner(image[None]).lengths] for image in images])
+def run_once(
+    runner: Runner, images: Sequence[NDArray[np.float32]]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The outputs float32 [images, C], and the rows left after each stage, prefix included: int64
+    [images, stages]."""
+    made = [runner(image[None]) for image in images]
+    lengths = np.array([[int(n[0]) for n in one.lengths] for one in made])
+    return np.concatenate([one.output for one in made]), lengths
 
 
 def share_of_macs_ratio(

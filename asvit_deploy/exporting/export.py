@@ -115,10 +115,12 @@ def embed_metadata(proto: onnx.ModelProto, fields: dict[str, Any]) -> None:
 def verify(proto: onnx.ModelProto, model: ViT, images: ImageSet, batch: str) -> dict[str, Parity]:
     """Compare a float32 model with PyTorch, one image at a time and, if it can, in batches."""
     runner, reference = OrtRunner(with_function(proto)), TorchRunner(model)
-    thresholds = model.boundaries()
+    thresholds, output = model.boundaries(), model.config.output
     pictures, names = images.loaded()
     return {
-        f"batch {size}": compare(reference, runner, pictures, names, thresholds, batch=size)
+        f"batch {size}": compare(
+            reference, runner, pictures, names, thresholds, batch=size, output=output
+        )
         for size in ((1, 4) if batch == "dynamic" else (1,))
     }
 

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from asvit_deploy import graph
+from asvit_deploy.models.config import OUTPUTS
 from asvit_deploy.ops import onnx_op
 
 
 def name_traced(whole: ir.Graph, names: Sequence[str]) -> None:
-    """Name the outputs of a traced graph, and keep as outputs only `logits` and `length_s`.
+    """Name the outputs of a traced graph, and keep as outputs only the network's own and
+    `length_s`.
 
     Where the op makes a stage's `index_s`, what goes in and comes out of it is named as well; of a
     stage without the op, what was traced has a name and nothing else.
 
     Args:
-        names: one for each output: `logits`, or what it is and its stage.
+        names: one for each output: one of `OUTPUTS`, or what it is and its stage.
     """
     _free(whole, names)
     named: set[ir.Value] = set()
@@ -33,7 +35,7 @@ def name_traced(whole: ir.Graph, names: Sequence[str]) -> None:
             value = _repeated(whole, value)
         value.name = name
         named.add(value)
-        if name == "logits" or name.startswith("length_"):
+        if name in OUTPUTS or name.startswith("length_"):
             outputs.append(value)
             continue
         if name.startswith("index_"):

@@ -81,10 +81,10 @@ def to_padded(model: onnx.ModelProto, name: str = "model") -> onnx.ModelProto:
         name: how messages call it.
 
     Returns:
-        Standard ops only. Input `images`; outputs `logits` and per stage `length_s` int64 [B],
-        prefix included. Inside: `mask_s` bool [B, M], true where the row is in use after stage s;
-        `index_s` int64 [B, M], the row's own number or -1; `scores_s` float32 [B, N], -inf where
-        the token was gone before stage s.
+        Standard ops only. Input `images`; outputs `logits` or `embedding` and per stage
+        `length_s` int64 [B], prefix included. Inside: `mask_s` bool [B, M], true where the row is
+        in use after stage s; `index_s` int64 [B, M], the row's own number or -1; `scores_s` float32
+        [B, N], -inf where the token was gone before stage s.
 
     Raises:
         UserError: there is no op node to replace.

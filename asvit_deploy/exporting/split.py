@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from asvit_deploy import graph
 from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.row_mask import RowMask
+from asvit_deploy.models.config import OUTPUTS
 from asvit_deploy.ops import onnx_op
 
 _ROWS, _IMAGE_ROWS = "rows", "image_rows"  # symbolic dimensions of a segment's tokens and scores
@@ -33,9 +34,9 @@ def split_segments(model: onnx.ModelProto, name: str = "model") -> list[onnx.Mod
     Returns:
         The first: `images` float32 [1, 3, H, W] -> `tokens` T [1, M, D], `scores` float32
         [1, M-P]. Those between: `kept` T [1, rows, D], `length` int64 [1] -> `tokens` T
-        [1, rows, D], `scores` float32 [1, rows-P]. The last: `kept`, `length` -> `logits` float32
-        [1, C]. Rows of `kept` from `length` on must be finite (by contract zero); nothing depends
-        on them, and their scores are -inf.
+        [1, rows, D], `scores` float32 [1, rows-P]. The last: `kept`, `length` -> `logits` or
+        `embedding` float32 [1, C]. Rows of `kept` from `length` on must be finite (by contract
+        zero); nothing depends on them, and their scores are -inf.
 
     Raises:
         UserError: there is no op node to cut at, or the batch is not fixed to one image.
@@ -96,8 +97,8 @@ class _Segment:
     def made(self) -> onnx.ModelProto:
         cuts = graph.cuts_of(self.graph)
         graph.forget_types(self.graph)
-        logits = next(value for value in self.graph.outputs if value.name == "logits")
-        self.graph.outputs[:] = [logits] if self.last else self._ends(cuts[self.number])
+        output = next(value for value in self.graph.outputs if value.name in OUTPUTS)
+        self.graph.outputs[:] = [output] if self.last else self._ends(cuts[self.number])
         if self.number:
             self._begin(cuts[self.number - 1])
         graph.prune(self.graph)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from asvit_deploy import graph
 from asvit_deploy.errors import UserError
+from asvit_deploy.models.config import OUTPUTS
 from asvit_deploy.ops import onnx_op
 
 
@@ -29,7 +30,8 @@ def to_static_topk(
         name: how messages call it.
 
     Returns:
-        Standard ops only. Input `images` float32 [1, 3, H, W], output `logits` [1, C].
+        Standard ops only. Input `images` float32 [1, 3, H, W], output `logits` or `embedding`
+        [1, C].
 
     Raises:
         UserError: there is no op node, or the batch is not fixed to one image.
@@ -46,7 +48,7 @@ def to_static_topk(
     result = graph.opened(model)
     whole = result.graph
     graph.forget_types(whole)
-    whole.outputs[:] = [value for value in whole.outputs if value.name == "logits"]
+    whole.outputs[:] = [value for value in whole.outputs if value.name in OUTPUTS]
     for stage, (cut, count) in enumerate(zip(graph.cuts_of(whole), kept)):
         choice = _choice(whole, cut, stage, count, prefix)
         whole.insert_before(cut, choice)

@@ -28,15 +28,16 @@ OPSETS = range(18, 26)
 
 
 class _Traced(nn.Module):
-    """What is traced: images -> logits, and what is to have a name in the graph, by that name."""
+    """What is traced: images -> its output, and what is to have a name in the graph, by that
+    name."""
 
     def __init__(self, model: ViT, dynamic: bool) -> None:
         super().__init__()
         self.model, self.dynamic = model, dynamic
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        logits, trace = self.model(images, padded=self.dynamic)
-        return {"logits": logits, **_named(trace, self.model.thresholds)}
+        output, trace = self.model(images, padded=self.dynamic)
+        return {self.model.config.output: output, **_named(trace, self.model.thresholds)}
 
 
 def _named(trace: Trace, thresholds: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -102,7 +103,8 @@ def to_onnx(
 
     Returns:
         The model in the lowest IR version that its opset allows. Input `images` float32
-        [B, 3, H, W]; outputs `logits` [B, C] and per stage `length_s` int64 [B], prefix included.
+        [B, 3, H, W]; outputs `logits` [B, C] (or `embedding`) and per stage `length_s` int64 [B],
+        prefix included.
         Inside, each stage's values carry the names `tokens_s`, `scores_s`, `threshold_s`,
         `compact_s` and `index_s`.
 

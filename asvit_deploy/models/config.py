@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from asvit_deploy.errors import UserError
 
@@ -20,7 +20,7 @@ HeadName = Literal[
     "class", "projection", "class_and_tokens", "class_and_mean", "two_classes", "mean", "mean_norm",
     "none",
 ]  # fmt: skip
-Output = Literal["logits", "embedding"]
+Output = Literal["logits", "embedding"]  # what a network returns; its name in graphs too
 Resize = Literal["bicubic", "bicubic_antialias", "bicubic_offset"]
 Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
 CropMode = Literal["center", "squash"]
@@ -168,5 +168,6 @@ class ArchConfig:
         return replace(self, stages=tuple(stages))
 
 
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 TRAITS = ("stem", "qkv_bias", "patch_bias", "residual", "layer_scale", "norm_pre", "activation",
           "prefix", "positions", "positions_resize", "head")  # fmt: skip

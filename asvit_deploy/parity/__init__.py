@@ -15,13 +15,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from asvit_deploy.models.config import Output
+from asvit_deploy.parity.embeddings import CHOICE
 from asvit_deploy.parity.judging import judged
 from asvit_deploy.parity.limits import LIMITS, Limits
 from asvit_deploy.parity.one_image import ComparedImage, compare_image
-from asvit_deploy.parity.report import Flip, Parity, Top1
+from asvit_deploy.parity.report import Flip, Neighbour, Parity, Top1
 from asvit_deploy.runners.base import Reference, Runner
 
-__all__ = ["LIMITS", "Flip", "Limits", "Parity", "Top1", "compare"]
+__all__ = ["CHOICE", "LIMITS", "Flip", "Limits", "Neighbour", "Parity", "Top1", "compare"]
 
 
 def compare(
@@ -32,6 +34,7 @@ def compare(
     thresholds: Sequence[float | None],
     precision: str = "float32",
     batch: int = 1,
+    output: Output = "logits",
 ) -> Parity:
     """Run both on every image and judge.
 
@@ -43,9 +46,10 @@ def compare(
         names: one per image, for the lists of flips and changes.
         thresholds: one per stage, None where the number of tokens is fixed; empty when dense.
         precision: a key of `LIMITS`.
+        output: what the network returns.
 
     Raises:
-        UserError: they have different numbers of logits.
+        UserError: their outputs are not of one width.
     """
     compared: list[ComparedImage] = []
     for first in range(0, len(images), batch):
@@ -55,4 +59,4 @@ def compare(
             compare_image(names[i], images[i], reference, theirs, b, thresholds)
             for b, i in enumerate(chosen)
         ]
-    return judged(compared, thresholds, precision)
+    return judged(compared, thresholds, precision, output)

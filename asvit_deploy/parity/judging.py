@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from asvit_deploy.models.config import Output
+from asvit_deploy.parity.embeddings import embedding_failures, judge_embeddings
 from asvit_deploy.parity.limits import (
     EXPLAINED,
     FEW_STAGES,
@@ -20,10 +22,11 @@ from asvit_deploy.parity.report import Flip, Parity, Top1
 
 
 def judged(
-    compared: Sequence[ComparedImage], thresholds: Sequence[float | None], precision: str
-) -> Parity:
+    compared: Sequence[ComparedImage], thresholds: Sequence[float | None], precision: str,
+    output: Output = "logits",
+) -> Parity:  # fmt: skip
     limits = LIMITS[precision]
-    result = Parity(precision, len(compared))
+    result = Parity(precision, len(compared), output)
     if not compared:
         result.failures = ["no image was compared"]
         return result
@@ -38,9 +41,12 @@ def judged(
         result.decisions += sum(cut.decisions for cut in image.cuts)
         result.decisions_equal += sum(cut.decisions - len(cut.flips) for cut in image.cuts)
         result.replayed += image.replayed
-        result.top1_equal += image.top1 == int(image.theirs.argmax())
-    _judge_logits(result, compared, limits)
+    judge, failures = _OUTPUTS[output]
+    judge(result, compared, limits)
     result.failures = _failures(result, len(thresholds), limits)
+    if not result.judged:
+        result.failures.append("no image's output could be compared: all keep other tokens")
+    result.failures += failures(result, limits)
     return result
 
 
@@ -76,19 +82,20 @@ def _flips(
 def _judge_logits(result: Parity, compared: Sequence[ComparedImage], limits: Limits) -> None:
     """Of every image whose tokens are known. An image whose logits are all small, such as a score
     near 0, is measured by the median of the images' largest."""
-    known = [image for image in compared if image.logits is not None]
+    result.top1_equal = sum(int(i.own.argmax()) == int(i.theirs.argmax()) for i in compared)
+    known = [image for image in compared if image.output is not None]
     result.judged = len(known)
-    largest = [float(np.abs(image.logits).max()) for image in known]  # type: ignore[arg-type]
+    largest = [float(np.abs(image.output).max()) for image in known]  # type: ignore[arg-type]
     errors = []
     for image, own in zip(known, largest):
-        assert image.logits is not None
+        assert image.output is not None
         scale = max(own, float(np.median(largest)), 1e-12)
-        error = float(np.abs(image.logits - image.theirs).max()) / scale
+        error = float(np.abs(image.output - image.theirs).max()) / scale
         # A NaN would lose every comparison, so it is turned into the failure that it is.
         errors.append(error if np.isfinite(error) else np.inf)
-        best, mine = int(image.logits.argmax()), int(image.theirs.argmax())
+        best, mine = int(image.output.argmax()), int(image.theirs.argmax())
         if best != mine:
-            margin = float(image.logits[best] - image.logits[mine]) / scale
+            margin = float(image.output[best] - image.output[mine]) / scale
             result.top1_changes.append(Top1(image.name, best, mine, margin, margin <= limits.worst))
     if errors:
         result.logit_error, result.typical_logit_error = max(errors), float(np.median(errors))
@@ -114,10 +121,13 @@ def _failures(result: Parity, stages: int, limits: Limits) -> list[str]:
     if stages <= FEW_STAGES and n - result.equal_sets > max(1, (1 - limits.alike) * n):
         failures.append(f"{result.equal_sets}/{n} images keep the same tokens, "
                         f"{limits.alike:.0%} needed")  # fmt: skip
+    return failures
+
+
+def _logit_failures(result: Parity, limits: Limits) -> list[str]:
+    failures = []
     if changed := sum(not change.borderline for change in result.top1_changes):
-        failures.append(f"top-1 changed beyond rounding on {changed}/{n} images")
-    if not result.judged:
-        failures.append("no image's logits could be compared: all keep other tokens")
+        failures.append(f"top-1 changed beyond rounding on {changed}/{result.images} images")
     if not result.typical_logit_error <= limits.logits:
         failures.append(f"logits differ by {result.typical_logit_error:.1e} of the largest on the "
                         f"median image, {limits.logits:.1e} allowed")  # fmt: skip
@@ -125,3 +135,10 @@ def _failures(result: Parity, stages: int, limits: Limits) -> list[str]:
         failures.append(f"logits differ by {result.logit_error:.1e} of the largest on one image, "
                         f"{limits.worst:.1e} allowed")  # fmt: skip
     return failures
+
+
+# How the outputs are judged once the decisions are, and what that may end in.
+_OUTPUTS: dict[Output, tuple[Callable[..., None], Callable[..., list[str]]]] = {
+    "logits": (_judge_logits, _logit_failures),
+    "embedding": (judge_embeddings, embedding_failures),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # A flip is explained within so many times the noise: 5.4 standard deviations of a normal error.
@@ -26,18 +27,26 @@ class Limits:
         alike: least share of images without a flip; one image may always have some.
         logits: |logit error| of an image, the largest of its classes, as a share of its largest
             |logit|: the median over the images.
+        cosine: largest 1 - cosine of an embedding with the reference's, on any image.
     """
 
     noise: float
     logits: float
+    cosine: float
     margin: float | None = None
     alike: float = 0.0
 
     @property
     def worst(self) -> float:
-        """The same for every single image; a top-1 that changes is borderline where the reference's
-        two logits lie within that."""
+        """The same for every single image, and for the norm of an embedding as a share of itself; a
+        top-1 that changes is borderline where the reference's two logits lie within that."""
         return 4 * self.logits
+
+    @property
+    def angle(self) -> float:
+        """In radians, by how much an embedding may turn; a nearest neighbour that changes is
+        borderline where the reference's angles to the two lie within that."""
+        return math.acos(1 - self.cosine)
 
 
 # Noise and logit errors as measured with `exporting.precision.rounded` on up to 200 pictures of the
@@ -45,9 +54,9 @@ class Limits:
 # sharpened attention: noise at most 1.4e-3 (fp16) and 1.0e-2 (bf16), the median of logit errors
 # 1.5e-3 and 1.2e-2, the largest 5.6e-3 and 3.8e-2. The limits of noise are eight roundings.
 LIMITS = {
-    "float32": Limits(noise=1e-4, logits=2.5e-5, margin=1e-3, alike=0.99),
-    "fp16": Limits(noise=8 * 2**-11, logits=1e-2),
-    "bf16": Limits(noise=8 * 2**-8, logits=3e-2),
+    "float32": Limits(noise=1e-4, logits=2.5e-5, cosine=1e-6, margin=1e-3, alike=0.99),
+    "fp16": Limits(noise=8 * 2**-11, logits=1e-2, cosine=1e-3),
+    "bf16": Limits(noise=8 * 2**-8, logits=3e-2, cosine=1e-3),
     # As ONNX Runtime's `quantize_dynamic` makes it: noise 3.9e-2, largest logit error 5.5e-2.
-    "int8": Limits(noise=0.125, logits=8e-2),
+    "int8": Limits(noise=0.125, logits=8e-2, cosine=1e-2),
 }

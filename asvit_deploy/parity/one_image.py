@@ -30,13 +30,21 @@ class ComparedCut:
 
 @dataclass
 class ComparedImage:
-    """One image: `logits` are the reference's along the candidate's path, None if it is unknown."""
+    """One image.
+
+    Attributes:
+        lengths: per stage the image tokens that the reference and the candidate keep.
+        own: the reference's output of its own run.
+        output: the reference's along the candidate's path, None if that is unknown.
+        theirs: the candidate's output.
+        replayed: whether the reference took the candidate's decisions.
+    """
 
     name: str
     cuts: list[ComparedCut]
-    lengths: list[list[int]]  # per stage: image tokens that the reference and the candidate keep
-    top1: int
-    logits: NDArray[np.float32] | None
+    lengths: list[list[int]]
+    own: NDArray[np.float32]
+    output: NDArray[np.float32] | None
     theirs: NDArray[np.float32]
     replayed: bool
 
@@ -49,10 +57,10 @@ def compare_image(
     as the candidate keeps.
     """
     ours = reference(image[None])
-    if ours.logits.shape[1:] != theirs.logits.shape[1:]:
+    if ours.output.shape[1:] != theirs.output.shape[1:]:
         raise UserError(
-            f"the reference has {ours.logits.shape[1]} logits, what is compared with it has "
-            f"{list(theirs.logits.shape[1:])}; name a model of the same network"
+            f"the reference puts out {ours.output.shape[1]} numbers, what is compared with it "
+            f"{list(theirs.output.shape[1:])}; name a model of the same network"
         )
     if thresholds and (ours.kept is None or ours.scores is None):
         raise ValueError("parity needs a reference that records kept tokens and scores")
@@ -69,9 +77,16 @@ def compare_image(
             cuts = _cuts(path, kept, theirs, b, thresholds)
         else:
             cuts = [ComparedCut(1, None, [(-1, np.nan, np.inf, 0.0)])]
-    lengths = [[int(o[0]) - 1, int(t[b]) - 1] for o, t in zip(ours.lengths, theirs.lengths)]
-    return ComparedImage(name, cuts, lengths, int(ours.logits[0].argmax()),
-                 path.logits[0] if known else None, theirs.logits[b], replayed)  # fmt: skip
+    others = _beside(ours)
+    lengths = [[int(o[0]) - n, int(t[b]) - n]
+               for o, t, n in zip(ours.lengths, theirs.lengths, others)]  # fmt: skip
+    return ComparedImage(name, cuts, lengths, ours.output[0],
+                 path.output[0] if known else None, theirs.output[b], replayed)  # fmt: skip
+
+
+def _beside(ours: Prediction) -> list[int]:
+    """Per stage the rows of the first image beside the tokens that it keeps: prefix, added ones."""
+    return [int(n[0]) - len(kept[0]) for n, kept in zip(ours.lengths, ours.kept or [])]
 
 
 def _possible(kept: Sequence[NDArray[np.int64]], widths: Sequence[int]) -> bool:
@@ -158,6 +173,7 @@ def _counted(
         the cuts, and whether all counts agree.
     """
     cuts: list[ComparedCut] = []
+    beside = _beside(ours)
     for stage, threshold in enumerate(thresholds):
         assert ours.scores is not None
         assert ours.kept is not None
@@ -167,7 +183,7 @@ def _counted(
             continue
         scores, kept = ours.scores[stage][0], ours.kept[stage][0]
         alive = scores[np.isfinite(scores)]
-        flipped = _likeliest_flips(scores, kept, int(theirs.lengths[stage][b]) - 1)
+        flipped = _likeliest_flips(scores, kept, int(theirs.lengths[stage][b]) - beside[stage])
         flips = [_flip(int(token), alive, scores, threshold) for token in flipped]
         cuts.append(ComparedCut(len(alive), None, flips))
         if flips:

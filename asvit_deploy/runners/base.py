@@ -18,14 +18,14 @@ class Prediction:
     """One batch's result. Token numbers are those of the input: 0-based, class token not counted.
 
     Attributes:
-        logits: float32 [B, C].
+        output: float32 [B, C], logits or embeddings.
         lengths: per stage int64 [B], rows in use, class token included; empty when dense.
         kept: per stage, per image, the kept image tokens, ascending; None when not recorded.
         scores: per stage, per image, float32 [N], NaN where the token was gone before the stage;
             None when not recorded.
     """
 
-    logits: NDArray[np.float32]
+    output: NDArray[np.float32]
     lengths: list[NDArray[np.int64]]
     kept: list[list[NDArray[np.int64]]] | None = None
     scores: list[list[NDArray[np.float32]]] | None = None
@@ -34,7 +34,7 @@ class Prediction:
 class Runner(Protocol):
     """A model on a backend.
 
-    `infer` is the bare call that bench times: it returns when the logits are there and hands back
+    `infer` is the bare call that bench times: it returns when the output is there and hands back
     the backend's own outputs. Calling the runner decodes them.
     """
 
@@ -87,13 +87,13 @@ class RunnerBase:
 
 
 def decode(
-    logits: NDArray, lengths: Stages, index: Stages, scores: Stages, padded: bool = False,
+    output: NDArray, lengths: Stages, index: Stages, scores: Stages, padded: bool = False,
     prefix: int = 1, appended: int = 0,
 ) -> Prediction:  # fmt: skip
     """Follow the stages' row numbers back to the input's tokens.
 
     Args:
-        logits: [B, C].
+        output: [B, C].
         lengths: per stage int [B].
         index: per stage int64 [B, rows], the op's `index`.
         scores: per stage float32 [B, rows before the stage - P]; those of stage 0 cover the input.
@@ -103,10 +103,10 @@ def decode(
         appended: rows that each stage adds behind those that stay. They are tokens too, numbered
             from N on in the order in which they come.
     """
-    batch = logits.shape[0]
+    batch = output.shape[0]
     lengths = [np.asarray(length, np.int64) for length in lengths]
     if padded:
-        return _decode_padded(logits, lengths, index, scores, prefix)
+        return _decode_padded(output, lengths, index, scores, prefix)
     kept: list[list[NDArray[np.int64]]] = []
     by_token: list[list[NDArray[np.float32]]] = []
     tokens = scores[0].shape[1] if scores else 0
@@ -120,7 +120,7 @@ def decode(
         now = [before[b][rows[b, prefix : ends[b]] - prefix] for b in range(batch)]
         kept.append(now)
         before = [np.append(one, added_at(s, tokens, appended)) for one in now]
-    return Prediction(np.asarray(logits, np.float32), lengths, kept, by_token)
+    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token)
 
 
 def added_at(stage: int, tokens: int, appended: int) -> NDArray[np.int64]:
@@ -150,12 +150,12 @@ def rows_of(
 
 
 def _decode_padded(
-    logits: NDArray, lengths: list[NDArray[np.int64]], index: Stages, scores: Stages, prefix: int
+    output: NDArray, lengths: list[NDArray[np.int64]], index: Stages, scores: Stages, prefix: int
 ) -> Prediction:
     kept = [[row[row >= prefix] - prefix for row in rows] for rows in index]
     before = [np.ones_like(scores[0], bool), *(rows[:, prefix:] >= 0 for rows in index)]
     by_token = [list(np.where(alive, s, np.nan)) for alive, s in zip(before, scores)]
-    return Prediction(np.asarray(logits, np.float32), lengths, kept, by_token)
+    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token)
 
 
 def stack(parts: list[Prediction]) -> Prediction:
@@ -168,7 +168,7 @@ def stack(parts: list[Prediction]) -> Prediction:
         )
 
     return Prediction(
-        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.output for part in parts]),
         [np.concatenate(stage) for stage in zip(*(part.lengths for part in parts))],
         join("kept"),
         join("scores"),

@@ -49,7 +49,7 @@ class StageBackend(Protocol):
     """
 
     def start(self, images: NDArray[np.float32]) -> tuple[Array, Array]:
-        """Stage 0: images [1, 3, H, W] -> tokens T [1, M, D], scores float32 [1, M-1]."""
+        """Stage 0: images [1, 3, H, W] -> tokens T [1, M, D], scores float32 [1, M-P]."""
         ...
 
     def compact(self, stage: int, tokens: Array, scores: Array, rows: int) -> Kept:
@@ -59,7 +59,7 @@ class StageBackend(Protocol):
 
         Args:
             tokens: T [1, b, D].
-            scores: float32 [1, b-1], -inf from `rows` - 1 on.
+            scores: float32 [1, b-P], -inf from `rows` - P on.
         """
         ...
 
@@ -71,7 +71,8 @@ class StageBackend(Protocol):
             length: `Kept.length`.
 
         Returns:
-            tokens T [1, b, D] and scores float32 [1, b-1]; of the last stage logits float32 [1, C].
+            tokens T [1, b, D] and scores float32 [1, b-P]; of the last stage the network's output,
+            float32 [1, C].
         """
         ...
 
@@ -111,9 +112,10 @@ class BucketedRunner(RunnerBase):
     def __init__(self, backend: StageBackend, stages: int, buckets: Sequence[int]) -> None:
         self.backend, self.stages, self.buckets = backend, stages, tuple(buckets)
         self.executed: list[tuple[int, ...]] = []
+        self.prefix = 1  # P, as the first stage has it
 
     def infer(self, images: NDArray[np.float32]) -> NDArray:
-        """images float32 [1, 3, H, W] -> logits float32 [1, C]."""
+        """images float32 [1, 3, H, W] -> logits or embedding, float32 [1, C]."""
         return self._run(images, None)
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
@@ -122,9 +124,9 @@ class BucketedRunner(RunnerBase):
 
     def _predict(self, image: NDArray[np.float32]) -> Prediction:
         trace: list[tuple[NDArray, NDArray, NDArray]] = []
-        logits = self._run(image, trace)
+        result = self._run(image, trace)
         lengths, index, scores = zip(*trace)
-        return decode(logits, lengths, index, scores)
+        return decode(result, lengths, index, scores, prefix=self.prefix)
 
     def _run(
         self, image: NDArray[np.float32], trace: list[tuple[NDArray, NDArray, NDArray]] | None
@@ -133,6 +135,7 @@ class BucketedRunner(RunnerBase):
         self.executed = []
         output: tuple[Array, ...] = self.backend.start(image)
         rows = output[0].shape[1]
+        self.prefix = rows - output[1].shape[1]
         for stage in range(self.stages):
             tokens, scores = output
             kept = self.backend.compact(stage, tokens, scores, rows)
@@ -176,8 +179,8 @@ class OrtStages:
         return tokens, scores
 
     def compact(self, stage: int, tokens: NDArray, scores: NDArray, rows: int) -> Kept:
-        threshold = self.thresholds[stage]
-        compacted = threshold_compact(tokens[:, :rows], scores[:, : rows - 1], threshold)
+        threshold, prefix = self.thresholds[stage], tokens.shape[1] - scores.shape[1]
+        compacted = threshold_compact(tokens[:, :rows], scores[:, : rows - prefix], threshold)
         kept = int(compacted.length[0])
         most = self.sessions[0].get_outputs()[0].shape[1]
         padded = np.zeros((1, most, tokens.shape[2]), tokens.dtype)

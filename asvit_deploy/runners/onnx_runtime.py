@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.memory import memory
+from asvit_deploy.models.config import OUTPUTS
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import FLOAT32, HALVES
 from asvit_deploy.requirements import pip_install
@@ -141,6 +142,7 @@ class OrtRunner(RunnerBase):
         optimize: False runs the nodes as they stand.
         name: what errors call a loaded model; a file has its own.
         stages: how many it has, where another tool may have taken that out of the file.
+        rows: P and the rows that each stage adds, likewise.
         foreign: it is first run elsewhere, see `onnx_trial`.
 
     Raises:
@@ -159,6 +161,7 @@ class OrtRunner(RunnerBase):
         name: str = "the model",
         stages: int | None = None,
         foreign: bool = False,
+        rows: tuple[int, int] | None = None,
     ) -> None:
         ort = import_onnxruntime()
         model = load_model(source)
@@ -166,7 +169,7 @@ class OrtRunner(RunnerBase):
         self.stages = count_stages(model) if stages is None else stages
         self.padded = is_padded(model)
         self.precision, self.op = precision_of(model), op_of(model, library)
-        self._rows = rows_in(model)
+        self._rows = rows_in(model) if rows is None else rows
         shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         self.batch = shape[0] or None
         self.image_size = shape[2]
@@ -245,11 +248,11 @@ class OrtRunner(RunnerBase):
         return self._decoded(self._bounded(images))
 
     def _decoded(self, outputs: list[NDArray]) -> Prediction:
-        logits, *rest = outputs
+        output, *rest = outputs
         lengths, index, scores = (rest[i * self.stages : (i + 1) * self.stages] for i in range(3))
         if scores:
-            return decode(logits, lengths, index, scores, self.padded, *self._rows)
-        return Prediction(np.asarray(logits, np.float32), lengths)
+            return decode(output, lengths, index, scores, self.padded, *self._rows)
+        return Prediction(np.asarray(output, np.float32), lengths)
 
     def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:
         """As `Reference.replay`."""
@@ -306,23 +309,26 @@ class _Replay:
 
 
 def _outputs_of(name: str, session: Any, stages: int, record: bool) -> list[str]:
-    """The outputs to ask for: logits and `length_s`, and `index_s` and `scores_s` if there.
+    """The outputs to ask for: the network's own, `length_s`, and `index_s`, `scores_s` if there.
 
     Raises:
-        UserError: there are no logits, or the counts of a stage are gone.
+        UserError: the network's own is gone, or the counts of a stage are gone.
     """
     there = [output.name for output in session.get_outputs()]
     wanted = {
         kind: [f"{kind}_{s}" for s in range(stages)] for kind in ("length", "index", "scores")
     }
-    if "logits" not in there or not set(wanted["length"]) <= set(there):
-        gone = next(n for n in ("logits", *wanted["length"]) if n not in there)
+    own = next((name for name in OUTPUTS if name in there), None)
+    if own is None or not set(wanted["length"]) <= set(there):
+        gone = " or ".join(OUTPUTS)
+        if own is not None:
+            gone = next(name for name in wanted["length"] if name not in there)
         raise UserError(
             f"{name} has no output {gone}; export it again, and keep its outputs' names"
         )
     recorded = record and {*wanted["index"], *wanted["scores"]} <= set(there)
     more = [*wanted["index"], *wanted["scores"]] if recorded else []
-    return ["logits", *wanted["length"], *more]
+    return [own, *wanted["length"], *more]
 
 
 def require_end(data: bytes, name: str, library: Path | None = None) -> None:

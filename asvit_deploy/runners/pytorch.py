@@ -14,12 +14,12 @@ from asvit_deploy.models.vit import BatchRule, Trace, ViT
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, rows_of
 
 
-def _decoded(logits: Tensor, trace: Trace, prefix: int, appended: int) -> Prediction:
+def _decoded(output: Tensor, trace: Trace, prefix: int, appended: int) -> Prediction:
     def arrays(tensors: list[Tensor]) -> list[NDArray]:
         return [tensor.cpu().numpy() for tensor in tensors]
 
     return decode(
-        logits.cpu().numpy(), arrays(trace.length), arrays(trace.index), arrays(trace.scores),
+        output.cpu().numpy(), arrays(trace.length), arrays(trace.index), arrays(trace.scores),
         prefix=prefix, appended=appended,
     )  # fmt: skip
 
@@ -39,8 +39,8 @@ class TorchRunner(RunnerBase):
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
         """images float32 [B, 3, H, W] -> everything, scores included."""
-        logits, trace = self.infer(images)
-        return _decoded(logits, trace, *self._rows)
+        output, trace = self.infer(images)
+        return _decoded(output, trace, *self._rows)
 
     @property
     def _rows(self) -> tuple[int, int]:
@@ -53,8 +53,8 @@ class TorchRunner(RunnerBase):
         """As `Reference.replay`."""
         device, tokens = self.model.pos_embed.device, self.model.config.image_tokens
         rows = [torch.from_numpy(stage).to(device) for stage in rows_of(kept, tokens, *self._rows)]
-        logits, trace = self.model(torch.from_numpy(images).to(device), decisions=rows)
-        return _decoded(logits, trace, *self._rows)
+        output, trace = self.model(torch.from_numpy(images).to(device), decisions=rows)
+        return _decoded(output, trace, *self._rows)
 
     def describe(self) -> dict[str, str]:
         parameter = self.model.pos_embed

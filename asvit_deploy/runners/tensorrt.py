@@ -27,7 +27,7 @@ class Times:
     Attributes:
         gpu: between two CUDA events around the execution, transfers not included.
         enqueue: until the host was free again.
-        wall: from the picture on the host to the logits on the host.
+        wall: from the picture on the host to the output on the host.
     """
 
     gpu: float
@@ -62,6 +62,7 @@ class TensorRTRunner(RunnerBase):
         self.place, self.scratch = self.engine.place, Scratch([self.engine])
         self.fields, self.graph = fields, graph
         self.stages = sum(name.startswith("length_") for name in self.engine.outputs)
+        self.output = fields.get("output", "logits")
         self.indexed = "index_0" in self.engine.outputs
         self.most = self.engine.largest("images")[0]
         self._bound: dict[int, tuple[Bound, Captured]] = {}
@@ -100,7 +101,7 @@ class TensorRTRunner(RunnerBase):
         with self.place.current():
             return timed(
                 lambda: bound.tensors["images"].copy_(torch.from_numpy(images), non_blocking=True),
-                execute, lambda: bound.tensors["logits"].cpu(),
+                execute, lambda: bound.tensors[self.output].cpu(),
             )  # fmt: skip
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
@@ -115,14 +116,16 @@ class TensorRTRunner(RunnerBase):
         out = {name: tensor.cpu().numpy() for name, tensor in self.infer(images).items()}
         lengths = [out[f"length_{s}"].astype(np.int64) for s in range(self.stages)]
         if not self.indexed:
-            return Prediction(np.asarray(out["logits"], np.float32), lengths)
+            return Prediction(np.asarray(out[self.output], np.float32), lengths)
         batch = len(images)
         index = [_rows(out[f"index_{s}"], batch, lengths[s]) for s in range(self.stages)]
         tokens = self.fields["image_tokens"]
-        before = [tokens, *(rows.shape[1] - 1 for rows in index)]
+        prefix, appended = self.fields.get("prefix", 1), self.fields.get("appended", 0)
+        before = [tokens, *(rows.shape[1] - prefix + appended for rows in index)]
         unknown = [np.full((batch, count), np.nan, np.float32) for count in before[: self.stages]]
         padded = self.fields["mode"] == "padded"
-        return replace(decode(out["logits"], lengths, index, unknown, padded), scores=None)
+        made = decode(out[self.output], lengths, index, unknown, padded, prefix, appended)
+        return replace(made, scores=None)
 
     def describe(self) -> dict[str, str]:
         return {
@@ -207,7 +210,7 @@ class TensorRTStages(DeviceStages):
         if self.wanted:
             bound.require_capturable()
         last = stage == len(self.engines) - 1
-        names = ("logits",) if last else ("tokens", "scores")
+        names = (self.fields.get("output", "logits"),) if last else ("tokens", "scores")
 
         def execute(*_: Tensor) -> Outputs:
             bound.enqueue()

@@ -141,7 +141,7 @@ class DeviceStages:
 
         Args:
             first: images -> tokens, scores.
-            later: (stage, bucket) -> function of (tokens, length) -> tokens, scores or logits.
+            later: (stage, bucket) -> function of (tokens, length) -> tokens, scores or the output.
             graphs: False calls the functions each time.
         """
         self.graphs = graphs and self.place.cuda
@@ -175,6 +175,7 @@ class DeviceStages:
         counted = Counted(
             batch, rows, scores.data_ptr(), self.thresholds[stage].data_ptr(),
             self.length.data_ptr(), self.size.data_ptr(), self.workspace.data_ptr(),
+            rows - scores.shape[1],
         )  # fmt: skip
         self.kernel.count(counted, stream)
         kept = int(self.size.item())  # waits for the device
@@ -244,7 +245,7 @@ class StaticModel:
 
     Args:
         model, batch, dtype, device: as `TorchStages`.
-        lengths: rows that stay after each stage, class token included; the highest scores stay,
+        lengths: rows that stay after each stage, prefix included; the highest scores stay,
             in order. None: dense.
     """
 
@@ -267,16 +268,17 @@ class StaticModel:
         rows = Rows(self.model.embed(images))
         for stage, length in enumerate(self.lengths):
             rows, decision = self.model.scored(stage, rows)
-            best = decision.score.topk(length - 1).indices.sort().values + 1
-            index = torch.nn.functional.pad(best, (1, 0))
-            x = rows.tokens
+            x, prefix = rows.tokens, self.model.config.prefix
+            best = decision.score.topk(length - prefix).indices.sort().values + prefix
+            first = torch.arange(prefix, device=best.device).expand(len(best), -1)
+            index = torch.cat([first, best], 1)
             rows = Rows(x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2])))
         rows, _ = self.model.segment(len(self.lengths), rows)
         return (self.model.classify(rows.tokens, None).float(),)
 
     @torch.no_grad()
     def infer(self, images: NDArray[np.float32] | Tensor) -> NDArray:
-        """images float32 [B, 3, H, W] -> logits float32 [B, C]."""
+        """images float32 [B, 3, H, W] -> logits or embeddings, float32 [B, C]."""
         with self.place.current():
             self.images.copy_(torch.as_tensor(images), non_blocking=True)
             return self.whole()[0].cpu().numpy()

@@ -170,7 +170,7 @@ def picture_bytes(config: ArchConfig) -> int:
 def _least_bytes(config: ArchConfig, batch_size: int) -> int:
     """Less than any step needs: its pictures, and in two bytes each what every block must keep for
     its backward pass (queries, keys, values, context and the MLP's hidden layer)."""
-    rows = config.depth * (config.image_tokens + 1)
+    rows = config.depth * config.rows
     return batch_size * (picture_bytes(config) + 2 * rows * (4 * config.dim + config.hidden))
 
 

@@ -68,7 +68,7 @@ def validate(
             logits, trace = model(images.to(device))
             right = (logits.argmax(1).cpu() == labels).sum()
             macs = trace_macs(model.config, trace).sum().cpu() if stages else torch.tensor(0.0)
-            kept = [(length - 1).sum().cpu() for length in trace.length]
+            kept = [(n - model.config.prefix).sum().cpu() for n in trace.length]
             sums += torch.stack([torch.tensor(len(labels)), right, macs, *kept]).double()
     if accelerator and world > 1:
         sums = accelerator.reduce(sums.to(device), reduction="sum").cpu()  # type: ignore[union-attr]

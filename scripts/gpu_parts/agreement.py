@@ -21,7 +21,7 @@ class Batches:
         self.backend, self.stages, self.buckets = backend, stages, buckets
 
     def infer(self, images: NDArray[np.float32]) -> Any:
-        return self(images).logits
+        return self(images).output
 
     def __call__(self, images: NDArray[np.float32]) -> Any:
         """images float32 [B, 3, H, W], B the backend's."""

@@ -20,7 +20,7 @@ def labelled(photos, labels, size):
 
 @pytest.fixture
 def guesses(mini, photos):
-    return np.array([int(TorchRunner(mini)(p[None]).logits.argmax()) for p in photos])
+    return np.array([int(TorchRunner(mini)(p[None]).output.argmax()) for p in photos])
 
 
 def test_the_models_own_guesses_are_all_right(mini, photos, guesses):

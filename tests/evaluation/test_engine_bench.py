@@ -90,8 +90,8 @@ def test_latency_against_kept_tokens_has_a_point_per_image():
     variants = [EngineVariant("dynamic", "adaptive", lambda image: Times(1, 1, 1)),
                 EngineVariant("dense", "dense", lambda image: Times(1, 1, 1))]  # fmt: skip
     clocks = {"gpu": np.array([1.0, 2, 3, 4, 5]), "wall": np.arange(5.0)}
-    lengths = np.array([[10, 5], [20, 15]])
-    points = engine_bench.against_kept(variants, {"dynamic": clocks, "dense": clocks}, lengths)
+    kept = np.array([[9, 4], [19, 14]])
+    points = engine_bench.against_kept(variants, {"dynamic": clocks, "dense": clocks}, kept)
     assert list(points) == ["dynamic"]
     assert points["dynamic"] == [{"kept": [9, 4], "gpu_ms": 3.0, "wall_ms": 2.0},
                                  {"kept": [19, 14], "gpu_ms": 3.0, "wall_ms": 2.0}]  # fmt: skip
@@ -214,10 +214,11 @@ def test_bucketed_has_one_clock_that_means_what_the_others_mean(capsys):
     assert list(times["bucketed"]) == ["wall"]
     rows = engine_bench.summarise(variants, times)
     assert "gpu_ms" not in rows[0]
-    points = engine_bench.against_kept(variants, times, np.array([[10, 5]]))
+    points = engine_bench.against_kept(variants, times, np.array([[9, 4]]))
     assert points == {"bucketed": [{"kept": [9, 4], "wall_ms": 2.0}]}
     report = engine_bench.EngineBench(
         "x", "a", "f", "1", "float16", "bucketed", "g", 0, 10, "photos", 1, {"skipped": 0}, None,
+        {"top1": 0.75, "top5": 1.0, "kl": 0.1},
         rows, points, "none", {},
     )  # fmt: skip
     bench._print_engine(report)

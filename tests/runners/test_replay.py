@@ -37,7 +37,7 @@ def test_its_own_decisions_change_nothing(runner, photos):
     for image in photos[:3]:
         own = runner(image[None])
         again = runner.replay(image[None], kept_of(own))
-        np.testing.assert_array_equal(again.logits, own.logits)
+        np.testing.assert_array_equal(again.output, own.output)
         for mine, theirs in zip(kept_of(own), kept_of(again)):
             np.testing.assert_array_equal(mine, theirs)
         for mine, theirs in zip(own.scores, again.scores):
@@ -53,9 +53,9 @@ def test_other_decisions_are_those_of_the_masked_form(runner, mini, photos):
         masked, _, _ = mini.forward_masked(
             torch.from_numpy(image[None]), selector=lambda s, *_: torch.from_numpy(masks[s])
         )
-    scale = np.abs(replayed.logits).max()
-    np.testing.assert_allclose(replayed.logits, masked.numpy(), atol=1e-5 * scale)
-    assert not np.allclose(replayed.logits, runner(image[None]).logits, atol=1e-3 * scale)
+    scale = np.abs(replayed.output).max()
+    np.testing.assert_allclose(replayed.output, masked.numpy(), atol=1e-5 * scale)
+    assert not np.allclose(replayed.output, runner(image[None]).output, atol=1e-3 * scale)
     assert [length[0] for length in replayed.lengths] == [1 + len(stage) for stage in path]
 
 
@@ -64,8 +64,8 @@ def test_a_library_is_named_too(op_library, mini_artifacts, photos):
     function = OrtRunner(mini_artifacts["1", "auto"])
     path = others(range(3))
     np.testing.assert_allclose(
-        with_library.replay(photos[1][None], path).logits,
-        function.replay(photos[1][None], path).logits, rtol=1e-5, atol=1e-6,
+        with_library.replay(photos[1][None], path).output,
+        function.replay(photos[1][None], path).output, rtol=1e-5, atol=1e-6,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
-// Runs one picture through an engine of ours, in C++: plugin, plan, buffers, one enqueue; prints the best five classes
-// and how many tokens each stage kept, the class token and whatever else is of the prefix among them.
+// Runs one picture through an engine of ours, in C++: plugin, plan, buffers, one enqueue; prints the best five classes, or
+// of an embedding its width, its norm and its first numbers, and how many tokens each stage kept, the class token and
+// whatever else is of the prefix among them.
 //
 //   run_engine PLAN PICTURE.f32 [PLUGIN.so]
 //
@@ -112,7 +113,7 @@ private:
     void* mData{};
 };
 
-// Names of the network: `images` goes in, `logits` and `length_0` and so on come out.
+// Names of the network: `images` goes in, `logits` or `embedding`, and `length_0` and so on, come out.
 using Outputs = std::map<std::string, std::unique_ptr<DeviceBuffer>>;
 
 std::unique_ptr<ICudaEngine> load(IRuntime& runtime, char const* plan, char const* plugin)
@@ -164,7 +165,7 @@ Outputs bindOutputs(ICudaEngine const& engine, IExecutionContext& context)
             require(context.setTensorAddress(name, buffer->data()), std::string(name) + " cannot be bound");
         }
     }
-    require(outputs.count("logits") == 1, "the engine has no output logits");
+    require(outputs.count("logits") + outputs.count("embedding") == 1, "the engine has no output logits or embedding");
     return outputs;
 }
 
@@ -175,10 +176,21 @@ template <typename T> T at(std::vector<char> const& bytes, size_t i)
     return value;
 }
 
-void printBest(std::vector<char> const& bytes, int64_t classes)
+void printEmbedding(std::vector<float> const& embedding)
 {
-    std::vector<float> logits(static_cast<size_t>(classes));
-    std::memcpy(logits.data(), bytes.data(), logits.size() * sizeof(float));
+    double const squares = std::accumulate(embedding.begin(), embedding.end(), 0.0,
+                                           [](double total, float x) { return total + double{x} * x; });
+    std::printf("embedding of %zu numbers, norm %.6g:", embedding.size(), std::sqrt(squares));
+    auto const shown = std::min<size_t>(5, embedding.size());
+    for (size_t i = 0; i < shown; ++i)
+    {
+        std::printf(" %.6g", double{embedding[i]});
+    }
+    std::printf("%s\n", shown < embedding.size() ? " ..." : "");
+}
+
+void printBest(std::vector<float> const& logits)
+{
     std::vector<size_t> order(logits.size());
     std::iota(order.begin(), order.end(), size_t{0});
     auto const shown = std::min<size_t>(5, order.size());
@@ -205,9 +217,14 @@ void run(char const* plan, char const* picture, char const* plugin)
     Outputs const outputs = bindOutputs(*engine, *context);
     require(context->enqueueV3(stream), "the engine cannot be enqueued");
 
-    Dims const logits = engine->getTensorShape("logits");
-    require(engine->getTensorDataType("logits") == DataType::kFLOAT, "logits are not float32");
-    printBest(outputs.at("logits")->read(stream), logits.d[logits.nbDims - 1]);
+    bool const classes = outputs.count("logits") == 1;
+    char const* const output = classes ? "logits" : "embedding";
+    Dims const shape = engine->getTensorShape(output);
+    require(engine->getTensorDataType(output) == DataType::kFLOAT, std::string(output) + " is not float32");
+    std::vector<char> const content = outputs.at(output)->read(stream);
+    std::vector<float> values(static_cast<size_t>(shape.d[shape.nbDims - 1]));
+    std::memcpy(values.data(), content.data(), values.size() * sizeof(float));
+    classes ? printBest(values) : printEmbedding(values);
     for (size_t stage = 0; outputs.count("length_" + std::to_string(stage)) == 1; ++stage)
     {
         std::string const name = "length_" + std::to_string(stage);
