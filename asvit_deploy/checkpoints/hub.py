@@ -46,21 +46,21 @@ def folder_of(name: str, say: Say = silent) -> Path:
         raise UserError(f"{name[:80]} names no repository; pass hf-hub:OWNER/NAME or "
                         "hf-hub:OWNER/NAME@REVISION")  # fmt: skip
     try:
-        import huggingface_hub
+        from huggingface_hub import HfApi, constants, errors
     except ModuleNotFoundError as error:
         raise UserError(
             f"{name} needs huggingface_hub; {pip_install('huggingface-hub')}, or download the "
             "repository and name its folder"
         ) from error
     repo, revision = match["repo"], match["revision"] or "main"
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return _cached(name, repo, revision, "HF_HUB_OFFLINE is set", say)
     try:
-        listing = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=_PATIENCE)
-    except huggingface_hub.errors.RevisionNotFoundError as error:
+        listing = HfApi().model_info(repo, revision=revision, timeout=_PATIENCE)
+    except errors.RevisionNotFoundError as error:
         raise UserError(f"{name} cannot be had: {repo} has no revision {revision}; name a branch, "
                         "a tag or a commit of it") from error  # fmt: skip
-    except huggingface_hub.errors.RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise UserError(
             f"{name} cannot be had: the hub has no such repository, or not for everybody; check "
             "the name, or log in with `hf auth login`"
