@@ -80,7 +80,9 @@ def test_without_network_and_cache(tmp_path: Path) -> None:
             name)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:a/b/c", "hf-hub:../x", "hf-hub:a b", "hf-hub:a@"])
+@pytest.mark.parametrize(
+    "name", ["hf-hub:", "hf-hub:a/b/c", "hf-hub:../x", "hf-hub:a b", "hf-hub:a@"]
+)
 def test_names_that_are_none(name: str, tmp_path: Path) -> None:
     refused(run(tmp_path, "export", "--ckpt", name, "--dense", **NOWHERE), "names no repository")
 
