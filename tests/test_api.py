@@ -240,6 +240,41 @@ def test_load_takes_a_state_dict_with_its_configs(tmp_path: Path) -> None:
     assert torch.equal(again.cls_token, before)
 
 
+def test_load_looks_into_wrappers_and_refuses_its_own() -> None:
+    import torch
+    from checkpoint_files import HF
+    from hub_files import vit_state
+
+    class Birds(torch.nn.Module):
+        config: typing.ClassVar = {**HF, "num_attention_heads": 12}
+
+        def state_dict(self, *args, **kwargs):  # type: ignore[override]
+            return vit_state()
+
+    network = asvit_deploy.load(torch.nn.DataParallel(Birds()))
+    assert network.config.heads == 12
+    raises_one_line(lambda: asvit_deploy.load(network), "one that load gave", "save")
+
+
+def test_load_takes_a_module_of_timms() -> None:
+    import families
+    import torch
+
+    library = families.timm()
+    for name, more in (
+        ("vit_small_patch16_224", {"num_heads": 12}),
+        ("vit_base_patch16_clip_quickgelu_224", {"num_classes": 512}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
+    ):
+        made = library.create_model(name, depth=2, **more).eval()
+        network = asvit_deploy.load(made)
+        images = torch.randn(1, 3, network.config.image_size, network.config.image_size)
+        with torch.no_grad():
+            wanted = made(images)
+            apart = (network(images)[0] - wanted).abs().max()
+        assert apart <= 1e-5 * wanted.abs().max(), name
+
+
 def test_export_writes_what_the_command_writes(
     cli, mini_checkpoint: Path, tmp_path: Path, capsys
 ) -> None:
