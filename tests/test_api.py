@@ -194,6 +194,87 @@ def test_load_takes_the_facts_that_are_given(mini_checkpoint: Path) -> None:
     assert network.config.preprocessing.std == (0.5, 0.25, 0.125)
 
 
+def test_save_keeps_what_load_gave(mini_checkpoint: Path, tmp_path: Path, capsys) -> None:
+    import torch
+
+    network = asvit_deploy.load(mini_checkpoint, mean=0.25)
+    path = asvit_deploy.save(network, str(tmp_path / "again.safetensors"))
+    assert path == tmp_path / "again.safetensors"
+    again = asvit_deploy.load(path)
+    assert again.threshold_values() == network.threshold_values()
+    assert again.config == network.config
+    images = torch.randn(2, 3, network.config.image_size, network.config.image_size)
+    assert again(images)[0].equal(network(images)[0])
+    assert json.loads(again.metadata["preprocessing_from"])["mean"] == "option --mean"
+    assert asvit_deploy.export(path, output=tmp_path / "again.onnx").parity["batch 1"].passed
+    assert capsys.readouterr().out == ""
+
+
+def test_save_of_a_dense_twin_says_nothing_of_a_budget(tmp_path: Path) -> None:
+    network = asvit_deploy.load("default", dense=True)
+    assert "budget" in network.metadata
+    again = asvit_deploy.load(asvit_deploy.save(network, tmp_path / "dense.safetensors"))
+    assert not again.adaptive
+    assert "budget" not in again.metadata
+    assert json.loads(again.metadata["classes"]) == json.loads(network.metadata["classes"])
+
+
+def test_load_takes_a_state_dict_with_its_configs(tmp_path: Path) -> None:
+    import torch
+    from checkpoint_files import HF, PREPROCESSOR, dense_state
+
+    config = {**HF, "id2label": {i: f"bird {i}" for i in range(7)}, "image_size": 32}
+    said: list[str] = []
+    network = asvit_deploy.load(
+        dense_state(), config=config, preprocessor=PREPROCESSOR, say=said.append
+    )
+    assert network.config.preprocessing.std == (0.3,) * 3
+    assert network.config.eps == 1e-6
+    assert any("from its preprocessor" in line for line in said)
+    path = asvit_deploy.save(network, tmp_path / "birds.safetensors")
+    assert json.loads(asvit_deploy.load(path).metadata["classes"])[6] == "bird 6"
+    before = network.cls_token.detach().clone()
+    state = dense_state()
+    again = asvit_deploy.load(state, config=config)
+    state["cls_token"].add_(1)  # a copy was taken
+    assert torch.equal(again.cls_token, before)
+
+
+def test_load_looks_into_wrappers_and_refuses_its_own() -> None:
+    import torch
+    from checkpoint_files import HF
+    from hub_files import vit_state
+
+    class Birds(torch.nn.Module):
+        config: typing.ClassVar = {**HF, "num_attention_heads": 12}
+
+        def state_dict(self, *args, **kwargs):  # type: ignore[override]
+            return vit_state()
+
+    network = asvit_deploy.load(torch.nn.DataParallel(Birds()))
+    assert network.config.heads == 12
+    raises_one_line(lambda: asvit_deploy.load(network), "one that load gave", "save")
+
+
+def test_load_takes_a_module_of_timms() -> None:
+    import families
+    import torch
+
+    library = families.timm()
+    for name, more in (
+        ("vit_small_patch16_224", {"num_heads": 12}),
+        ("vit_base_patch16_clip_quickgelu_224", {"num_classes": 512}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56}),
+    ):
+        made = library.create_model(name, depth=2, **more).eval()
+        network = asvit_deploy.load(made)
+        images = torch.randn(1, 3, network.config.image_size, network.config.image_size)
+        with torch.no_grad():
+            wanted = made(images)
+            apart = (network(images)[0] - wanted).abs().max()
+        assert apart <= 1e-5 * wanted.abs().max(), name
+
+
 @pytest.mark.slow
 def test_export_writes_what_the_command_writes(
     cli, mini_checkpoint: Path, tmp_path: Path, capsys
@@ -371,6 +452,13 @@ BAD: list[tuple[str, tuple[object, ...], dict[str, object], tuple[str, ...]]] = 
     ("load", ("default",), {"mean": object()}, ("--mean",)),
     ("load", ("default",), {"image_size": "56"}, ("image_size='56'",)),
     ("load", ("gone.pt",), {}, ("gone.pt",)),
+    ("load", ("default",), {"config": {}}, ("config", "weights in memory", "default")),
+    ("load", (3,), {}, ("int cannot be loaded",)),
+    ("load", ({},), {}, ("dict cannot be loaded",)),
+    ("load", ({"a": 1},), {}, ("the state dict", "no weights")),
+    ("load", ({"a": 1},), {"config": [1]}, ("config is no dictionary",)),
+    ("load", ({"a": 1},), {"config": {"model_type": "swin"}}, ("the state dict", "a Swin")),
+    ("save", (None, "x.safetensors"), {}, ("NoneType cannot be saved",)),
     ("load", ("default",), {"image_size": 57}, ("57",)),
 ]  # fmt: skip
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from asvit_deploy.checkpoints.configs import CONFIG, PREPROCESSOR, Beside, sources_of
+from asvit_deploy.checkpoints.fact_source import FactSource
 from asvit_deploy.errors import UserError
+from asvit_deploy.models.vit import ViT
 
+_DEEPEST = 4  # wrappers around each other
 _NAMES = {CONFIG: "its config", PREPROCESSOR: "its preprocessor"}
 
 
@@ -36,6 +39,12 @@ def held(network: Any, config: Any, preprocessor: Any) -> Held:
     Raises:
         UserError: it is neither, or a config is no dictionary of plain values.
     """
+    network = _unwrapped(network)
+    if isinstance(network, ViT):
+        raise UserError(
+            "the network is one that load gave, and nothing need be loaded; pass it to save, or "
+            "copy it with copy.deepcopy"
+        )
     if isinstance(network, nn.Module):
         name, state = type(network).__name__, network.state_dict()
         config = _own_config(network) if config is None else config
@@ -55,7 +64,29 @@ def held(network: Any, config: Any, preprocessor: Any) -> Held:
     beside = sources_of(contents, " of it")
     for source in beside.sources:
         source.name = _NAMES[source.name]
+    if (layers := _layers(network)) is not None:
+        beside = replace(beside, sources=(*beside.sources, layers))
     return Held(state, name, plain, beside)
+
+
+def _unwrapped(network: Any) -> Any:
+    """The module within torch's wrappers for several devices and for compiled ones."""
+    for _ in range(_DEEPEST):
+        if type(network).__name__ in ("DataParallel", "DistributedDataParallel"):
+            network = network.module
+        elif type(network).__name__ == "OptimizedModule":
+            network = network._orig_mod
+    return network
+
+
+def _layers(network: Any) -> FactSource | None:
+    """What the layers of a timm module say, which its config does not."""
+    blocks = getattr(network, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+        return None
+    source = FactSource("its layers")
+    source.say("eps", getattr(getattr(blocks[0], "norm1", None), "eps", None))
+    return source
 
 
 def _own_config(network: nn.Module) -> Any:

@@ -17,6 +17,7 @@ from hub_files import CONFIG, sharded, vit_folder, vit_state, write_json
 from PIL import Image
 
 import asvit_deploy
+from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.checkpoints.places import fingerprint, name_of
 
@@ -308,13 +309,23 @@ def test_commands_take_folders(tmp_path: Path, cli: Callable) -> None:
     checked = cli("check", "birds.dense.onnx", "--limit", 4)
     assert checked.code == 0, checked.err
     assert asvit_deploy.evaluate(folder, data=labelled()).rows[0]["images"] == 7
-    tuned = cli("finetune", "--data", labelled(), "--pretrained", folder, "--dense", "--steps", 1,
-                "--batch-size", 2, "--amp", "no", "-o", "tuned.safetensors")  # fmt: skip
-    assert tuned.code == 0, tuned.err
     shard(folder, lambda state: state.update({k: v + 1 for k, v in state.items()}))
     refused(cli("check", "birds.dense.onnx", "--limit", 4), FIRST, "changed")
     (folder / FIRST).unlink()
     refused(cli("check", "birds.dense.onnx", "--limit", 4), FIRST, "is gone")
+
+
+def test_finetune_takes_folders_and_knows_them_again(tmp_path: Path, cli: Callable) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    shutil.copy(default_checkpoint(), folder)
+    run = ("finetune", "--data", "digits", "--pretrained", folder, "--teacher", folder, "--steps",
+           1, "--batch-size", 2, "--validation-limit", 2, "-o", "t.safetensors")  # fmt: skip
+    done = cli(*run)
+    assert done.code == 0, done.err
+    assert "the only checkpoint of the folder" in done.err
+    weights = next(folder.iterdir())
+    refused(cli(*run[:-1], weights, "--force"), "the input itself")
 
 
 def labelled() -> Path:

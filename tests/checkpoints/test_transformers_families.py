@@ -125,7 +125,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_export_of_a_folder(name: str, tmp_path: Path, cli: Callable[..., Any]) -> None:
-    """The ONNX file gives what transformers gives, and its sidecar has the folder's mean and std."""
+    """The ONNX file gives what transformers gives; its sidecar has the folder's mean and std."""
     import onnxruntime
 
     library = families.transformers()

@@ -24,8 +24,8 @@ from asvit_deploy.ops.trt_library import library_folder
 from asvit_deploy.requirements import declared, pip_install, pip_install_extra
 
 NAMES = {"python", "torch", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx",
-         "polygraphy", "openvino", "mlxtend", "scikit-image", "C++ compiler", "nvcc", "ORT headers",
-         "op library", "TensorRT plugin", "CPU", "GPU"}  # fmt: skip
+         "polygraphy", "openvino", "huggingface-hub", "mlxtend", "scikit-image", "C++ compiler",
+         "nvcc", "ORT headers", "op library", "TensorRT plugin", "CPU", "GPU"}  # fmt: skip
 
 
 class FakeSite:
