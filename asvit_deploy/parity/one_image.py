@@ -59,7 +59,7 @@ def compare_image(
     ours = reference(image[None])
     if ours.output.shape[1:] != theirs.output.shape[1:]:
         raise UserError(
-            f"the reference puts out {ours.output.shape[1]} numbers, what is compared with it "
+            f"the reference has {ours.output.shape[1]} outputs, what is compared with it has "
             f"{list(theirs.output.shape[1:])}; name a model of the same network"
         )
     if thresholds and (ours.kept is None or ours.scores is None):
