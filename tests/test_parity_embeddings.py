@@ -183,3 +183,23 @@ def test_reports_speak_of_embeddings_alone(model, pictures):
                      model.threshold_values()).as_dict()  # fmt: skip
     assert {"top1_equal", "logit_error", "top1_changes"} <= set(logits)
     assert not {"output", "cosine_error", "neighbours_equal"} & set(logits)
+
+
+class OnlyCounts(TorchRunner):
+    """As an engine without stage outputs: how many tokens stay, not which."""
+
+    def __call__(self, images):
+        return replace(super().__call__(images), kept=None, scores=None)
+
+
+def test_counts_alone_are_judged_less_the_whole_prefix(model, pictures):
+    result = judged(model, OnlyCounts(model), pictures)
+    assert result.passed
+    assert (result.judged, result.flips) == (COUNT, [])
+    altered = copy.deepcopy(model)
+    with torch.no_grad():
+        altered.thresholds[0].mul_(1.3)
+    fewer = judged(model, OnlyCounts(altered), pictures)
+    lost = sum(flip.stage == 0 for flip in fewer.flips)
+    expected = COUNT * (fewer.mean_kept[0] - fewer.candidate_kept[0])
+    assert lost == round(expected) > 0

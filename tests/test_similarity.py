@@ -20,9 +20,11 @@ def cosine(a, b):
     return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
-@pytest.mark.parametrize("block", [1, 5, 1024])
-def test_nearest_and_votes_are_those_of_the_definition(monkeypatch, vectors, block):
-    monkeypatch.setattr(similarity, "_BLOCK", block)
+@pytest.mark.parametrize("exact", [0, 4096])
+@pytest.mark.parametrize("block", [1, 5 * 23, 1 << 20])
+def test_nearest_and_votes_are_those_of_the_definition(monkeypatch, vectors, block, exact):
+    monkeypatch.setattr(similarity, "_EXACT", exact)
+    monkeypatch.setattr(similarity, "_COSINES", block)
     labels = np.random.default_rng(1).integers(0, 3, len(vectors))
     found, votes = nearest(units(vectors)), voted(units(vectors), labels, 4)
     for i, own in enumerate(vectors):

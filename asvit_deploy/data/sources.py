@@ -393,4 +393,5 @@ def open_pictures(
     if why is None or (parts and splits.val is None):
         return open_labelled(data, config, skips)
     say(f"{place}: no classes, for {why}; pictures are taken without labels")
-    return LabelledPictures(UnlabelledPictures(place), config, skips)
+    notes = [] if splits.val is None else splits.unused()
+    return LabelledPictures(UnlabelledPictures(place), config, skips, notes)

@@ -59,7 +59,7 @@ def compare_image(
     ours = reference(image[None])
     if ours.output.shape[1:] != theirs.output.shape[1:]:
         raise UserError(
-            f"the reference puts out {ours.output.shape[1]} numbers, what is compared with it "
+            f"the reference has {ours.output.shape[1]} outputs, what is compared with it has "
             f"{list(theirs.output.shape[1:])}; name a model of the same network"
         )
     if thresholds and (ours.kept is None or ours.scores is None):
@@ -77,16 +77,11 @@ def compare_image(
             cuts = _cuts(path, kept, theirs, b, thresholds)
         else:
             cuts = [ComparedCut(1, None, [(-1, np.nan, np.inf, 0.0)])]
-    others = _beside(ours)
-    lengths = [[int(o[0]) - n, int(t[b]) - n]
-               for o, t, n in zip(ours.lengths, theirs.lengths, others)]  # fmt: skip
+    prefix = ours.prefix
+    lengths = [[int(o[0]) - prefix, int(t[b]) - prefix]
+               for o, t in zip(ours.lengths, theirs.lengths)]  # fmt: skip
     return ComparedImage(name, cuts, lengths, ours.output[0],
                  path.output[0] if known else None, theirs.output[b], replayed)  # fmt: skip
-
-
-def _beside(ours: Prediction) -> list[int]:
-    """Per stage the rows of the first image beside the tokens that it keeps: prefix, added ones."""
-    return [int(n[0]) - len(kept[0]) for n, kept in zip(ours.lengths, ours.kept or [])]
 
 
 def _possible(kept: Sequence[NDArray[np.int64]], widths: Sequence[int]) -> bool:
@@ -173,7 +168,6 @@ def _counted(
         the cuts, and whether all counts agree.
     """
     cuts: list[ComparedCut] = []
-    beside = _beside(ours)
     for stage, threshold in enumerate(thresholds):
         assert ours.scores is not None
         assert ours.kept is not None
@@ -183,7 +177,7 @@ def _counted(
             continue
         scores, kept = ours.scores[stage][0], ours.kept[stage][0]
         alive = scores[np.isfinite(scores)]
-        flipped = _likeliest_flips(scores, kept, int(theirs.lengths[stage][b]) - beside[stage])
+        flipped = _likeliest_flips(scores, kept, int(theirs.lengths[stage][b]) - ours.prefix)
         flips = [_flip(int(token), alive, scores, threshold) for token in flipped]
         cuts.append(ComparedCut(len(alive), None, flips))
         if flips:

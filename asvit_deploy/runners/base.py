@@ -23,12 +23,14 @@ class Prediction:
         kept: per stage, per image, the kept image tokens, ascending; None when not recorded.
         scores: per stage, per image, float32 [N], NaN where the token was gone before the stage;
             None when not recorded.
+        prefix: P, rows of `lengths` that are no image tokens.
     """
 
     output: NDArray[np.float32]
     lengths: list[NDArray[np.int64]]
     kept: list[list[NDArray[np.int64]]] | None = None
     scores: list[list[NDArray[np.float32]]] | None = None
+    prefix: int = 1
 
 
 class Runner(Protocol):
@@ -120,7 +122,7 @@ def decode(
         now = [before[b][rows[b, prefix : ends[b]] - prefix] for b in range(batch)]
         kept.append(now)
         before = [np.append(one, added_at(s, tokens, appended)) for one in now]
-    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token)
+    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token, prefix)
 
 
 def added_at(stage: int, tokens: int, appended: int) -> NDArray[np.int64]:
@@ -155,7 +157,7 @@ def _decode_padded(
     kept = [[row[row >= prefix] - prefix for row in rows] for rows in index]
     before = [np.ones_like(scores[0], bool), *(rows[:, prefix:] >= 0 for rows in index)]
     by_token = [list(np.where(alive, s, np.nan)) for alive, s in zip(before, scores)]
-    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token)
+    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token, prefix)
 
 
 def stack(parts: list[Prediction]) -> Prediction:
@@ -172,4 +174,5 @@ def stack(parts: list[Prediction]) -> Prediction:
         [np.concatenate(stage) for stage in zip(*(part.lengths for part in parts))],
         join("kept"),
         join("scores"),
+        parts[0].prefix,
     )

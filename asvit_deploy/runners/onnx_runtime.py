@@ -252,7 +252,7 @@ class OrtRunner(RunnerBase):
         lengths, index, scores = (rest[i * self.stages : (i + 1) * self.stages] for i in range(3))
         if scores:
             return decode(output, lengths, index, scores, self.padded, *self._rows)
-        return Prediction(np.asarray(output, np.float32), lengths)
+        return Prediction(np.asarray(output, np.float32), lengths, prefix=self._rows[0])
 
     def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:
         """As `Reference.replay`."""

@@ -115,12 +115,12 @@ class TensorRTRunner(RunnerBase):
     def _predict(self, images: NDArray[np.float32]) -> Prediction:
         out = {name: tensor.cpu().numpy() for name, tensor in self.infer(images).items()}
         lengths = [out[f"length_{s}"].astype(np.int64) for s in range(self.stages)]
+        prefix, appended = self.fields.get("prefix", 1), self.fields.get("appended", 0)
         if not self.indexed:
-            return Prediction(np.asarray(out[self.output], np.float32), lengths)
+            return Prediction(np.asarray(out[self.output], np.float32), lengths, prefix=prefix)
         batch = len(images)
         index = [_rows(out[f"index_{s}"], batch, lengths[s]) for s in range(self.stages)]
         tokens = self.fields["image_tokens"]
-        prefix, appended = self.fields.get("prefix", 1), self.fields.get("appended", 0)
         before = [tokens, *(rows.shape[1] - prefix + appended for rows in index)]
         unknown = [np.full((batch, count), np.nan, np.float32) for count in before[: self.stages]]
         padded = self.fields["mode"] == "padded"

@@ -124,7 +124,7 @@ def larger_pictures(proto):
 
 @pytest.mark.parametrize(("change", "words"), [
     (lost_output, "has no output length_1"),
-    (fewer_classes, "the reference has 10 logits"),
+    (fewer_classes, "the reference has 10 outputs"),
     (larger_pictures, "not pictures of 56 pixels"),
 ])  # fmt: skip
 def test_another_network_is_refused(cli, original, tmp_path, change, words):
