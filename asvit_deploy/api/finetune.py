@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from asvit_deploy.training.recipe import Recipe, Running
     from asvit_deploy.training.run import Trained
 
-_NAMED = 10  # skipped pictures
 _MOST_WORKERS = 1024
 
 
@@ -170,6 +169,7 @@ def _running(
 def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
     try:
         from asvit_deploy.training.run import finetune as run
+        from asvit_deploy.training.summary import summary
     except ModuleNotFoundError as error:
         if error.name != "accelerate":
             raise
@@ -210,7 +210,8 @@ def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
         raise Interrupted(
             f"interrupted; {state} holds the last state that was saved, go on with --resume"
         ) from None
-    _say_end(result, say)
+    for line in summary(result):
+        say(line)
     return result
 
 
@@ -376,31 +377,3 @@ def _pictures(source: Source) -> str:
         return f"{source.epoch:,} training pictures an epoch"
     parts = [f"{source.epoch:,} training pictures", f"{source.held_out:,} for validation"]
     return ", ".join(filter(None, (*parts, others(source.passed_over))))
-
-
-def _say_end(result: Trained, say: Say) -> None:
-    """How the network ended, its average first, and which pictures were skipped."""
-    if result.average:
-        _say_network(result.average, "its moving average: ", say)
-    _say_network(result, "", say)
-    if skipped := result.skipped:
-        more, plural = ", …" * (len(skipped) > _NAMED), "s" * (len(skipped) > 1)
-        say(f"skipped {len(skipped)} unreadable picture{plural}: "
-            f"{', '.join(skipped[:_NAMED])}{more}")  # fmt: skip
-
-
-def _say_network(result: Trained, of: str, say: Say) -> None:
-    """Its MACs, whether they are those asked for, and what validation says."""
-    if fit := result.fit:
-        say(
-            f"{of}{fit.after:.4f} of the dense MACs on {fit.pictures} training pictures, "
-            f"budget {fit.budget:g}"
-        )
-        if fit.missed:
-            say(
-                f"{of}missed the budget by {fit.off:+.1%}: these weights' scores are too much "
-                "alike for any thresholds; train longer, or start from better weights"
-            )
-    if result.validation:
-        numbers = {n: v for n, v in result.validation.items() if not isinstance(v, list)}
-        say(of + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from asvit_deploy import sidecar
-from asvit_deploy.checkpoints import facts, formats, model_types, relatives, unwrapping
+from asvit_deploy.checkpoints import facts, formats, model_types, relatives, unwrapping, within
 from asvit_deploy.checkpoints.configs import CONFIG, Beside, sources_beside
 from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Origins
@@ -177,7 +177,7 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
     content, metadata, ours = held.content, held.metadata, held.ours
     model_types.refuse(held.beside.model_type, held.beside.architectures, CONFIG)
     options = unwrapping.options_in(content)
-    names = facts.model_names(content, options)
+    names = within.model_names(content, options)
     relatives.refuse_options(options, names.values())
     found = unwrapping.select(content, asked.ema)
     relatives.refuse_keys(found.state)
@@ -200,14 +200,14 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
         config = facts.as_recorded(config, asked.recorded)
     else:
         own = _own_facts(metadata, config) if ours else None
-        within = facts.sources_within(content, options)
+        inside = within.sources_within(content, options)
         image_size, lines = _pictures(translated, config, held.beside, image_size)
         loaded = facts.Loaded(
             config, image_size is not None, asked.arch is not None, held.beside.sources,
             form.name if form and form.model_types else config.name,
         )  # fmt: skip
-        config, origins = facts.settle(loaded, asked.given, own, within)
-        lines += [*held.beside.lines, *(note for source in within for note in source.notes)]
+        config, origins = facts.settle(loaded, asked.given, own, inside)
+        lines += [*held.beside.lines, *(note for source in inside for note in source.notes)]
     own_size, config = config, at_size(state, config, image_size)
     lines += resized_line(own_size, config)
     return Checkpoint(
