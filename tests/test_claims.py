@@ -86,6 +86,7 @@ def check_pairs(folder: Path, how: str, count: int) -> None:
                 assert lost.startswith("another run is making") or "exists already" in lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["plain", "claimed", "force"])
 def test_pairs_of_writers(tmp_path, how):
     check_pairs(tmp_path, how, 40)

@@ -62,6 +62,7 @@ def test_pictures_are_the_same_bits_as_read_anew():
     assert np.array_equal(stored, images.batch(range(3)))
 
 
+@pytest.mark.slow
 def test_kept_rows_are_those_of_the_reference(mini):
     lengths = [TorchRunner(mini.model)(picture[None]).lengths for picture in mini.pictures]
     assert np.array_equal(np.concatenate(lengths, 1), mini.kept)
@@ -149,6 +150,7 @@ MISTAKES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_of_the_plugin_fails_its_part(kit, tmp_path, mistake, monkeypatch):
     part, file, right, wrong = MISTAKES[mistake]
@@ -159,6 +161,7 @@ def test_mistake_of_the_plugin_fails_its_part(kit, tmp_path, mistake, monkeypatc
     assert "\n" not in error.value.reason
 
 
+@pytest.mark.slow
 def test_right_plugin_passes_with_both_sizes(kit):
     done = plugin.contexts(kit)
     assert done["size_32_bits"] == done["size_64_bits"]
@@ -166,6 +169,7 @@ def test_right_plugin_passes_with_both_sizes(kit):
     assert plugin.oracle(kit)["calls"] > 200
 
 
+@pytest.mark.slow
 def test_oracle_covers_the_ranges_of_the_design(prepared, tmp_path):
     images, rows, widths, kinds = (set() for _ in range(4))
     for portion in plugin.oracle_calls(Kit(prepared, tmp_path)):

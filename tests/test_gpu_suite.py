@@ -190,6 +190,7 @@ def replace(place: Path, name: str, text: str) -> None:
     (place / name).write_text(text)
 
 
+@pytest.mark.slow
 def test_program_that_lost_its_permission_runs(links, tmp_path):
     """As after a copy that keeps contents alone."""
     (links / "host" / "gpu_driver").unlink()
@@ -224,6 +225,7 @@ def test_manifest_that_is_none_is_refused(links, tmp_path, text):
     refused(suite("run", "--prepared", links, "-o", tmp_path / "out"), "manifest.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -251,6 +253,7 @@ def test_bad_input_is_one_line(folder, tmp_path, words, said):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "text", "said"),
     [
@@ -392,6 +395,7 @@ def ended(pid_file: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_one_part_costs_no_other(odd, tmp_path):
     output = tmp_path / "out"
     done = suite("run", "-o", output, "--rehearse", script=odd / "gpu_suite")
@@ -416,6 +420,7 @@ def test_one_part_costs_no_other(odd, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_keeps_what_it_has(odd, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, odd / "gpu_suite", "run", "-o", output, "--rehearse"]

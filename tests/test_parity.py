@@ -136,6 +136,7 @@ def judged(reference, candidate, images, precision):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("count", [1, 8, 12])
 def test_half_precision_passes_with_its_flips_explained(mini, half, photos, precision, count):
@@ -163,6 +164,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("count", [1, 8, 12])
 @pytest.mark.parametrize("fault", FAULTS)
@@ -241,6 +243,7 @@ def test_near_ties_of_classes_are_listed_and_not_counted(mini, altered, photos, 
     assert result.passed
 
 
+@pytest.mark.slow
 def test_one_logit_near_zero_is_measured_by_the_others(mini, photos):
     config = mini.config.at(num_classes=1)
     model = build(config).eval()
@@ -265,6 +268,7 @@ class OnlyCounts(TorchRunner):
         return replace(super().__call__(images), kept=None, scores=None)
 
 
+@pytest.mark.slow
 def test_counts_stand_in_for_kept_tokens(mini, altered, photos):
     pictures, thresholds = list(photos), mini.threshold_values()
     same = compare(TorchRunner(mini), OnlyCounts(mini), pictures, photos.names, thresholds)

@@ -40,6 +40,7 @@ def test_what_is_no_file_is_neither_opened_nor_waited_for(tmp_path, reader):
             raises_one_line(lambda path=path: READERS[reader](path), str(path), "no regular file")
 
 
+@pytest.mark.slow
 def test_a_pipe_in_place_of_any_input_is_one_line(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("a.onnx", "a.engine", "a.safetensors", "a.png", "a.txt", "a.toml", "a.onnx.json",
@@ -125,6 +126,7 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_recipe_of_one_endless_key(ends, tmp_path):
     code = "from asvit_deploy.training.presets import read_recipe; read_recipe(path)"
     path = tmp_path / "r.toml"

@@ -23,7 +23,7 @@ from asvit_deploy.runners.base import Reference, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
 
 # Sidecar fields that two artefacts share if they can be compared token by token.
-_OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages", "reduction")
+_OF_THE_NETWORK = ("arch", "architecture", "image_size", "num_classes", "stages", "reduction")
 
 
 @dataclass
@@ -219,7 +219,7 @@ def _largest(config: ArchConfig) -> int:
 
 def _network_fields(artefact: OnnxArtefact) -> dict[str, Any]:
     fields = {key: artefact.fields.get(key) for key in _OF_THE_NETWORK}
-    return {**fields, "output": artefact.config.output}
+    return {**fields, "output": artefact.fields.get("output", "logits")}
 
 
 def _to_stderr(line: str) -> None:

@@ -16,7 +16,7 @@ from asvit_deploy.files import sha256
 from asvit_deploy.models.archs import ARCHS, described
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
-from asvit_deploy.reduction.methods import restored
+from asvit_deploy.reduction.methods import restored, within
 
 _KINDS: dict[str, type] = {
     "arch": str, "adaptive": bool, "image_size": int, "num_classes": int, "stages": list,
@@ -63,6 +63,8 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
         try:
             own = restored(fields["reduction"], config.prefix)
         except (ValueError, TypeError, AttributeError):
+            refuse("reduction")
+        if not within(own, config.depth):
             refuse("reduction")
         if fields.get("appended") != own.appends:
             refuse("appended")

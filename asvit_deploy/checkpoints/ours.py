@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 from asvit_deploy.bounded import parse_json
@@ -14,7 +13,7 @@ from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.archs import described
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.reduction.methods import restored
+from asvit_deploy.reduction.methods import restored, within
 
 FORMAT = "asvit-deploy"
 # 2 has stages of its own, 3 other facts than the arch's, 4 another method than thresholds, 5 an
@@ -108,8 +107,9 @@ def method_of(metadata: Mapping[str, str], config: ArchConfig) -> dict[str, Any]
         return None
     fields = parsed(metadata["reduction"])
     try:
-        cuts = restored(fields if isinstance(fields, dict) else {}, config.prefix).cuts
-        if not all(a < b for a, b in pairwise((0, *cuts, 2 * config.depth))):
+        if not within(
+            restored(fields if isinstance(fields, dict) else {}, config.prefix), config.depth
+        ):
             raise ValueError("cuts outside the network")
     except (ValueError, TypeError) as error:
         raise Refused(

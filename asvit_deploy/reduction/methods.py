@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from asvit_deploy.reduction.base import Reduction
@@ -27,3 +28,8 @@ def restored(fields: dict[str, Any], prefix: int) -> Reduction:
         return method.restore(fields, prefix)
     except (KeyError, TypeError) as error:
         raise ValueError(f"no reduction is described by {fields!r} ({error})") from None
+
+
+def within(reduction: Reduction, depth: int) -> bool:
+    """Whether its cuts rise and lie between the halves of a network of so many blocks."""
+    return all(a < b for a, b in pairwise((0, *reduction.cuts, 2 * depth)))

@@ -63,6 +63,7 @@ def test_every_kind_answers_the_same_questions(mini_artifacts, engine, mini_conf
         assert artefact.fields["arch"] == "as_deit_mini"
 
 
+@pytest.mark.slow
 def test_ways_of_an_onnx_file(mini_artifacts, op_library):
     auto = mini_artifacts["1", "auto"]
     assert list(open_artefact(auto).ways()) == ["function"]
@@ -76,6 +77,7 @@ def test_ways_of_an_onnx_file(mini_artifacts, op_library):
     )
 
 
+@pytest.mark.slow
 def test_a_dense_file_has_one_way(mini_checkpoint, tmp_path):
     checkpoint = load_checkpoint(mini_checkpoint)
     images = open_images(None, checkpoint.config, limit=1)

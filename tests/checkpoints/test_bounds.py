@@ -80,6 +80,7 @@ PICKLES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PICKLES)
 def test_a_pickle_that_stands_for_more_than_it_holds(ends, tmp_path, kind):
     pickle, words = PICKLES[kind]
@@ -110,6 +111,7 @@ def test_names_without_end_and_too_many_networks(ends, tmp_path):
     assert "holds 5000 networks" in ends(LOAD, path)
 
 
+@pytest.mark.slow
 def test_an_archive_that_claims_more_than_its_size(ends, tmp_path):
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
@@ -127,6 +129,7 @@ def test_a_tar_file_that_points_backwards_is_no_checkpoint(ends, tmp_path):
     assert "is a tar file" in ends(LOAD, tmp_path / "x.pth.tar")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [99_000, 150_000, 1_000_000])
 def test_a_safetensors_file_of_names_alone(ends, tmp_path, names):
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
@@ -142,6 +145,7 @@ def test_a_state_is_weighed_as_a_checkpoint_is(ends, tmp_path):
     assert LARGE in ends(code, path)
 
 
+@pytest.mark.slow
 def test_the_largest_training_checkpoint_is_read(tmp_path):
     """A ViT-G's count of tensors, with an optimiser's two for each."""
     from asvit_deploy.checkpoints import bounds

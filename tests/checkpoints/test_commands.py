@@ -66,6 +66,7 @@ def probabilities(checkpoint, picture) -> np.ndarray:
 # --- export, and what follows it ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_export_says_keeps_and_hands_on(cli, tmp_path, picture):
     path = hub_folder(tmp_path / "vit", config=TIMM)
     result = cli("export", "--ckpt", path, "--dense", "-o", "vit.onnx")
@@ -90,6 +91,7 @@ def test_export_says_keeps_and_hands_on(cli, tmp_path, picture):
     assert np.abs(expected - assumed).max() > 1e-3  # so that the comparison can fail
 
 
+@pytest.mark.slow
 def test_heads_of_an_option_reach_the_check(cli, tmp_path):
     path = hub_folder(tmp_path / "vit")
     result = cli("export", "--ckpt", path, "--dense", "-o", "a.onnx", "--heads", 12)
@@ -99,6 +101,7 @@ def test_heads_of_an_option_reach_the_check(cli, tmp_path):
     refused(cli("check", "b.onnx", "--reference", "a.onnx"), "heads is 12 there, 6 here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
 def test_an_activation_of_an_option_reaches_the_check(cli, tmp_path, activation):
     path = hub_folder(tmp_path / "vit")
@@ -112,6 +115,7 @@ def test_an_activation_of_an_option_reaches_the_check(cli, tmp_path, activation)
     assert cli("check", "b.onnx", "--reference", "a.onnx").code == 1
 
 
+@pytest.mark.slow
 def test_options_of_export(cli, tmp_path):
     path = hub_folder(tmp_path / "vit", config=TIMM)
     options = ["--mean", "0.1,0.2,0.3", "--std", "0.4", "--crop-pct", "1", "--interpolation",
@@ -178,6 +182,7 @@ def test_a_sidecar_s_facts_that_cannot_be(cli, mini_artifacts, tmp_path, field, 
     refused(cli("check", copy, "--limit", "2"), str(copy), field, "again")
 
 
+@pytest.mark.slow
 def test_default_names_know_ckpt(cli, tmp_path):
     torch.save({"state_dict": prefixed("model.", dense_state())}, tmp_path / "last.v1.ckpt")
     assert cli("export", "--ckpt", "last.v1.ckpt", "--dense").out.strip() == "last.v1.dense.onnx"
@@ -196,6 +201,7 @@ def mini(tmp_path, name="dense.pt", classes=2, **content) -> Path:
     return tmp_path / name
 
 
+@pytest.mark.slow
 def test_evaluate_tells_and_takes_options_for_a_checkpoint_alone(cli, tmp_path, data):
     path = mini(tmp_path, model_ema=torch.load(mini(tmp_path, "other.pt"))["model"])
     result = cli("evaluate", path, "--data", data, "--ema", "--mean", "0.3", "--json")
@@ -211,6 +217,7 @@ def test_evaluate_tells_and_takes_options_for_a_checkpoint_alone(cli, tmp_path, 
 # --- calibrate ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_calibrate_carries_the_facts(cli, tmp_path):
     options = ["--mean", "0.4", "--limit", "8", "-o", "a.safetensors"]
     result = cli("calibrate", "--ckpt", default_checkpoint(), *options)
@@ -259,6 +266,7 @@ def test_options_for_pretrained_need_it(cli, data, option):
     refused(result, f"{option[0]} say something of --pretrained's weights")
 
 
+@pytest.mark.slow
 def test_a_teacher_sees_alike_or_is_refused(cli, tmp_path, data):
     student = mini(tmp_path, args={"mean": [0.3] * 3})
     teacher = mini(tmp_path, "teacher.pt")
@@ -292,6 +300,7 @@ def _weights(content: bytes):
     return safetensors.torch.load(content)
 
 
+@pytest.mark.slow
 def test_headless_weights_start_an_adaptive_run(cli, tmp_path, data):
     path = mini(tmp_path, "bare.pt")
     torch.save(headless(torch.load(path)["model"]), path)
@@ -321,6 +330,7 @@ def test_the_projection_of_a_clip_gives_way_to_a_fresh_head(cli, tmp_path, data)
     torch.testing.assert_close(close, state["blocks.1.mlp.fc1.weight"], atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_headless_weights_export_dense(cli, tmp_path):
     torch.save(headless(dense_state()), tmp_path / "bare.pt")
     refused(cli("export", "--ckpt", "bare.pt"), "bare.pt is a dense", "--dense")
@@ -343,6 +353,7 @@ def test_bare_ema_takes_averaged_weights(cli, tmp_path, data):
     refused(result, "other.pt holds no moving average")
 
 
+@pytest.mark.slow
 def test_the_older_spelling_of_the_decay(cli, tmp_path, data):
     options = ["--pretrained", mini(tmp_path), "--budget", 0.8]
     result = run(cli, data, *options, "--ema", "0.5")
@@ -363,6 +374,7 @@ def test_the_older_spelling_of_the_decay(cli, tmp_path, data):
     assert artifact.read(Path("out.ema.safetensors"))["provenance"]["recipe"]["ema"] == 0.25
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_other_eyes(cli, tmp_path, data, monkeypatch):
     path = mini(tmp_path)
     state = Path("out.safetensors.unfinished.pt")

@@ -133,6 +133,7 @@ def test_payload_of_a_released_checkpoint(released):
     assert counts["refused"] > 50
 
 
+@pytest.mark.slow
 def test_structure_of_a_released_checkpoint(released):
     places = structure(released)
     counts = flips(released, loaded, [*sample(places, 60), *places[-60:]])
@@ -187,6 +188,7 @@ def test_other_cuts_and_additions(small):
         conftest.raises_one_line(lambda: content_of(small))
 
 
+@pytest.mark.slow
 def test_a_compressed_bomb_is_not_unpacked(small, tmp_path):
     bomb = tmp_path / "bomb.pt"
     with zipfile.ZipFile(small) as old, zipfile.ZipFile(bomb, "w") as new:
@@ -231,6 +233,7 @@ def header(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sidecar", [True, False])
 def test_our_own_safetensors(own, sidecar):
     if not sidecar:
@@ -276,6 +279,7 @@ def test_files_of_earlier_versions_have_no_digest(own, tmp_path):
     assert old.metadata == new.metadata == metadata
 
 
+@pytest.mark.slow
 def test_the_packaged_checkpoint_has_its_sidecar(tmp_path):
     path = tmp_path / "digits.safetensors"
     source, sidecar = default_checkpoint(), artifact.sidecar_path
@@ -294,6 +298,7 @@ def fields_of(path: Path) -> str:
     return repr(artifact.read(path))
 
 
+@pytest.mark.slow
 def test_an_artefact_and_its_sidecar(tmp_path):
     path = tmp_path / "x.onnx"
     artifact.write(path, bytes(range(256)), {"kind": "onnx", "thresholds": [0.5], "name": "ü"})

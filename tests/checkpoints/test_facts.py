@@ -330,7 +330,7 @@ BAD = [
     ({"config": {**HF, "id2label": {"0": "a"}}}, "says id2label 1"),
     ({"config": {**HF, "layer_norm_eps": 1}}, "layer_norm_eps 1, which is not a number above 0"),
     ({"config": {**HF, "num_channels": 1}}, "1 channels"),
-    ({"config": {**HF, "model_type": "beit"}}, "model_type 'beit', no plain ViT"),
+    ({"config": {**HF, "model_type": "beit"}}, "model_type 'beit', and a BEiT"),
     ({"preprocessor_config": {**PREPROCESSOR, "resample": 9}}, "resample 9"),
     ({"preprocessor_config": {**PREPROCESSOR, "do_resize": False}}, "do_resize false"),
     ({"preprocessor_config": {**PREPROCESSOR, "do_rescale": False}}, "do_rescale False"),

@@ -49,6 +49,7 @@ def named(state, rule):
     return {re.sub(*rule, key) if rule else key: value for key, value in state.items()}
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize(("traits", "rule"), FAMILIES.values(), ids=FAMILIES)
 def test_a_family_is_told_by_names_and_shapes(traits, rule, tmp_path):

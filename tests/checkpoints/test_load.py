@@ -334,6 +334,7 @@ def test_missing_folder_and_empty(tmp_path):
     assert "is empty" in refusal(tmp_path / "empty.pt")
 
 
+@pytest.mark.slow
 def test_unreadable(powerless_cli, tmp_path):
     (tmp_path / "closed.pt").write_bytes(b"x")
     (tmp_path / "closed.pt").chmod(0)

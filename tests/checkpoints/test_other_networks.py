@@ -42,6 +42,7 @@ def other(name):
     return families.timm().create_model(name, **options).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "words"), OTHERS.items(), ids=OTHERS)
 def test_a_network_that_is_no_vit_of_ours(name, words, tmp_path):
     model = other(name)
@@ -84,6 +85,7 @@ def test_names_say_how_timm_prepares_pictures():
             assert says["crop_pct"] == pytest.approx(told.crop_pct), full
 
 
+@pytest.mark.slow
 def test_names_say_what_timm_builds():
     for name in {full.split(".")[0] for full in plain_names()}:
         with torch.device("meta"):

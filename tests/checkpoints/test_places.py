@@ -297,6 +297,7 @@ def test_a_fingerprint_sees_each_shard(tmp_path: Path) -> None:
     assert fingerprint(folder) != before
 
 
+@pytest.mark.slow
 def test_commands_take_folders(tmp_path: Path, cli: Callable) -> None:
     """Export, check against the shards, and notice that one has changed."""
     folder = sharded(tmp_path / "birds")
@@ -315,6 +316,7 @@ def test_commands_take_folders(tmp_path: Path, cli: Callable) -> None:
     refused(cli("check", "birds.dense.onnx", "--limit", 4), FIRST, "is gone")
 
 
+@pytest.mark.slow
 def test_finetune_takes_folders_and_knows_them_again(tmp_path: Path, cli: Callable) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -345,6 +347,7 @@ def test_an_input_is_never_replaced(tmp_path: Path, cli: Callable) -> None:
     assert (folder / FIRST).read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["calibrate", "export", "finetune"])
 def test_networks_that_average_their_tokens(command: str, tmp_path: Path, cli: Callable) -> None:
     state = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v

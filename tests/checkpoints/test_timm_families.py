@@ -84,6 +84,7 @@ def agrees(checkpoint, theirs):
 # --- timm ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "other"), TIMM.values(), ids=TIMM)
 def test_a_folder_of_timm(name, options, other, tmp_path):
     model = timm_model(name, {"depth": 2, **options})
@@ -103,6 +104,7 @@ def test_a_folder_of_timm(name, options, other, tmp_path):
     agrees(resized, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "ending"),
     [
@@ -126,6 +128,7 @@ def test_weights_alone(name, ending, tmp_path):
     agrees(load_checkpoint(own), model)
 
 
+@pytest.mark.slow
 def test_a_projection_of_a_clip_is_an_embedding_and_a_head_is_none(tmp_path):
     name, options = "vit_base_patch16_clip_quickgelu_224", {"num_classes": 512, "depth": 2}
     model = timm_model(name, options)
@@ -140,6 +143,7 @@ def test_a_projection_of_a_clip_is_an_embedding_and_a_head_is_none(tmp_path):
     agrees(checkpoint, model)
 
 
+@pytest.mark.slow
 def test_the_activation_of_a_bare_clip_is_assumed_and_said(tmp_path):
     model = timm_model("vit_base_patch16_clip_quickgelu_224", {"num_classes": 512, "depth": 2})
     torch.save(model.state_dict(), tmp_path / "clip.pth")
@@ -263,6 +267,7 @@ def openclip_model(name, changes):
     return perturbed(library.model.CLIP(**config)), config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPENCLIP)
 def test_a_folder_of_openclip(name, tmp_path):
     pickled, changes = OPENCLIP[name]
@@ -341,6 +346,7 @@ def adaptive_twin(checkpoint, images):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive", [True, False], ids=["adaptive", "dense"])
 @pytest.mark.parametrize("family", SMALL)
 def test_onnx_agrees_with_pytorch(family, adaptive, tmp_path):

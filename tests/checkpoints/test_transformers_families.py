@@ -82,6 +82,7 @@ def apart(ours: Tensor, wanted: Tensor) -> float:
     return float((ours - wanted).abs().max() / wanted.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_gives_what_transformers_gives(name: str, tmp_path: Path) -> None:
     made = network(name)
@@ -95,6 +96,7 @@ def test_a_folder_gives_what_transformers_gives(name: str, tmp_path: Path) -> No
     assert ours.config.image_size == sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_module_and_its_state_dict_give_the_same(name: str, tmp_path: Path) -> None:
     """transformers 5 calls the modules otherwise than the files that it writes."""
@@ -123,6 +125,7 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_export_of_a_folder(name: str, tmp_path: Path, cli: Callable[..., Any]) -> None:
     """The ONNX file gives what transformers gives; its sidecar has the folder's mean and std."""
@@ -182,6 +185,7 @@ def test_pictures_of_a_dinov2_are_as_large_as_its_processor_makes_them(tmp_path:
     assert asvit_deploy.load(tmp_path, image_size=518).config.image_size == 518
 
 
+@pytest.mark.slow
 def test_a_saved_module_keeps_its_names_and_its_facts(tmp_path: Path, cli: Callable) -> None:
     made = network("ViT-S/16")
     made.config.id2label = {i: f"bird {i}" for i in range(11)}  # type: ignore[union-attr]

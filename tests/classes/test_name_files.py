@@ -128,6 +128,7 @@ def test_what_is_no_file_of_names_is_not_opened(tmp_path):
     raises_one_line(lambda: read_names(huge), "too many for a file of class names")
 
 
+@pytest.mark.slow
 def test_many_names_take_no_quadratic_time(tmp_path):
     many = [f"class {i}" for i in range(300_000)]
     path = written(tmp_path, ("\n".join([*many, many[-1]])).encode())

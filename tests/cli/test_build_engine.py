@@ -40,6 +40,7 @@ def refused(result, *words):
     assert list(Path().glob(".*.tmp")) == []
 
 
+@pytest.mark.slow
 @rtx
 def test_builds_the_artefact_of_the_folder(cli, model):
     result = cli("build-engine", "--mode", "padded", "--target-sm", "86", "89", "120",
@@ -55,6 +56,7 @@ def test_builds_the_artefact_of_the_folder(cli, model):
     assert "--force" in again.err
 
 
+@pytest.mark.slow
 @rtx
 def test_bucketed_folder(cli, model):
     args = ("build-engine", "--mode", "bucketed", "--buckets", "64,128,197", "--target-sm", "86")
@@ -84,6 +86,7 @@ def test_bucketed_needs_one_image_at_a_time_and_op_nodes(cli, tmp_path, mini_art
     refused(cli("build-engine", "--mode", "bucketed"), "d.onnx", "--ops auto")
 
 
+@pytest.mark.slow
 @rtx
 def test_half_names_and_forms(cli, model):
     result = cli("build-engine", "--bf16", "--mode", "padded", "--no-check", "-o", "b.engine")
@@ -155,6 +158,7 @@ def test_refused(cli, model, args, words):
     refused(cli("build-engine", *args), *words)
 
 
+@pytest.mark.slow
 @rtx
 @pytest.mark.parametrize("name", ["libasvit_trt_host.so", "renamed.so"])
 def test_the_host_twin_is_not_put_into_an_engine(cli, model, trt_plugin, name):
@@ -171,6 +175,7 @@ def test_bad_capability(cli, model):
     assert "'ampere' is not a compute capability" in result.err
 
 
+@pytest.mark.slow
 @rtx
 def test_unwritable_folder(powerless_cli, model):
     (model.parent / "closed").mkdir(mode=0o500)
@@ -332,6 +337,7 @@ def test_not_an_onnx_file(cli, model):
         refused(cli("build-engine", "--onnx", "broken.onnx"), "broken.onnx", "whole ONNX file")
 
 
+@pytest.mark.slow
 @rtx
 @pytest.mark.parametrize(
     ("mode", "kilobytes"), [("padded", 500), ("padded", 5000), ("bucketed", 5000)]

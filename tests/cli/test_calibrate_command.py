@@ -41,6 +41,7 @@ def load_config():
     return arch("as_deit_mini")
 
 
+@pytest.mark.slow
 def test_dense_weights_become_an_adaptive_checkpoint(cli, dense_file, folder):
     result = cli("calibrate", "--ckpt", "deit.pth", "--images", "pictures", "--budget", "0.7")
     assert result.code == 0, result.err
@@ -77,6 +78,7 @@ def test_json_on_stdout_and_photographs_by_default(cli, dense_file):
     assert [written.state[f"thresholds.{i}"].item() for i in range(3)] == report["thresholds"]
 
 
+@pytest.mark.slow
 def test_an_adaptive_checkpoint_of_ours_is_calibrated_anew(cli, dense_file):
     arguments = ("calibrate", "--ckpt", dense_file, "-o", "a.safetensors", "--limit", 8)
     assert cli(*arguments).code == 0
@@ -148,6 +150,7 @@ def test_another_image_size(cli, dense_file):
     assert (config.image_size, config.image_tokens) == (40, 100)
 
 
+@pytest.mark.slow
 def test_grey_and_tiny_pictures_are_fine(cli, dense_file, folder):
     Image.new("L", (1, 1), 128).save(folder / "tiny.png")
     result = cli("calibrate", "--ckpt", dense_file, "--images", folder)

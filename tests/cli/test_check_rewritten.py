@@ -53,6 +53,7 @@ def test_without_the_function(cli, original, op_library, tmp_path):
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_quantised(cli, original, tmp_path):
     from onnxruntime.quantization import quantize_dynamic
 

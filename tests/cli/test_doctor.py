@@ -75,6 +75,7 @@ def the(findings: list[Finding], name: str) -> Finding:
 # This machine
 
 
+@pytest.mark.slow
 def test_every_row_is_there_and_says_what_to_do(here: list[Finding]) -> None:
     assert {finding.name for finding in here} == NAMES | declared().keys() | declared(
         "train"
@@ -100,6 +101,7 @@ def test_onnxruntime_ran_a_model(here: list[Finding]) -> None:
     assert "CPU" in finding.detail or finding.status == "clash"
 
 
+@pytest.mark.slow
 def test_table_holds_every_row(
     cli: Callable[..., Result], here: list[Finding], site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +115,7 @@ def test_table_holds_every_row(
             assert words.strip() in " ".join(result.out.split())
 
 
+@pytest.mark.slow
 def test_fatal_rows_fail_the_command_in_one_line(
     cli: Callable[..., Result], site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def outputs(path: Path, images: np.ndarray, dense: bool = False) -> np.ndarray:
     return np.concatenate([runner(image[None]).output for image in images])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 def test_export_and_check(cli, made, kind, batch):
@@ -102,12 +103,14 @@ def test_check_fails_for_another_network(cli, made, tmp_path):
     assert "the cosine with the reference falls to 1 - " in result.err
 
 
+@pytest.mark.slow
 def test_check_takes_a_table_for_each_kind_of_output(cli, made, mini_artifacts):
     result = cli("check", made["clip.onnx"], mini_artifacts["1", "auto"], "--limit", 3)
     assert result.code == 0, result.err
     assert result.out.index("same top-1") < result.out.index("same neighbour")
 
 
+@pytest.mark.slow
 def test_quantised_by_another_tool(cli, made, tmp_path):
     from onnxruntime.quantization import quantize_dynamic
 
@@ -175,6 +178,7 @@ def changed_head(made, target: Path, change) -> Path:
     return signed_copy(made["clip.onnx"], target, apply)
 
 
+@pytest.mark.slow
 def test_predict_of_zero_and_of_nan(cli, made, photographs, tmp_path):
     pictures = sorted((photographs / "dark").iterdir())[:2]
     zero = changed_head(made, tmp_path / "zero.onnx", lambda w: 0 * w)
@@ -186,6 +190,7 @@ def test_predict_of_zero_and_of_nan(cli, made, photographs, tmp_path):
     refused(cli("predict", lost, *pictures), "nan.onnx gives numbers that are not finite for")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [0.0, np.nan])
 def test_directionless_embeddings_are_judged_by_nothing(cli, made, photographs, tmp_path, values):
     path = changed_head(made, tmp_path / "odd.onnx", lambda w: w * np.float32(values))
@@ -299,6 +304,7 @@ def test_neighbours_are_for_embeddings(cli):
     assert "--neighbours, which is for embeddings, is not looked at" in result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_calibrate(cli, made, kind):
     """The budget is met with all rows of the prefix, and agreement is that of the written file."""
@@ -328,6 +334,7 @@ def test_calibrate(cli, made, kind):
     assert "KL" not in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_bench(cli, made, kind):
     args = ("bench", made[f"{kind}.onnx"], "--runs", 10, "--warmup", 0, "--limit", 6, "--threads",
@@ -341,6 +348,7 @@ def test_bench(cli, made, kind):
     assert "agreement with dense on 6 images: cosine " in cli(*args).out
 
 
+@pytest.mark.slow
 def test_finetune_from_embeddings(cli, made, photographs):
     common = ("finetune", "--data", photographs, "--batch-size", 4, "--steps", 2, "--force", "-o",
               "out.safetensors")  # fmt: skip

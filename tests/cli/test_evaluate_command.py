@@ -31,6 +31,7 @@ def evaluated(cli, *args):
     return json.loads(result.out)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_its_onnx_file_agree(cli, folder):
     ours = evaluated(cli, "default", "--data", folder)
     assert cli("export", "--ckpt", "default", "-o", "m.onnx").code == 0
@@ -67,6 +68,7 @@ def test_the_report_is_written_and_kept(cli):
     assert Path("r.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_refusals(cli, folder):
     assert cli("export", "--ckpt", "default", "-o", "m.onnx").code == 0
     refused(cli("evaluate", "m.onnx", "--data", "digits", "--batch-rule", "mean-k"), "m.onnx",
@@ -80,6 +82,7 @@ def test_refusals(cli, folder):
     refused(cli("evaluate", "default", "--data", "two"), "2 classes and the model 10")
 
 
+@pytest.mark.slow
 def test_shards_have_the_figures_of_their_folder(cli, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shards_of(folder / "val", Path("shards") / "val", per_shard=9)

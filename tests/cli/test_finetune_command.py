@@ -228,6 +228,7 @@ def test_a_worker_process_that_is_killed_costs_one_line(data, tmp_path):
 # --- a disk that is full ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "left"),
     [(1 << 20, log_path(OUTPUT)), (10, None)],
@@ -309,6 +310,7 @@ def stopped(cli, data) -> list[object]:
     return options
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_the_data_are_the_same(cli, stopped):
     result = cli(*stopped, "--resume")
     assert result.code == 0, result.err
@@ -318,6 +320,7 @@ def test_a_stopped_run_goes_on_where_the_data_are_the_same(cli, stopped):
     assert [event["step"] for event in events if event.get("event") == "epoch"] == [8, 16]
 
 
+@pytest.mark.slow
 def test_a_mended_picture_is_trained_on_as_if_it_had_always_been_whole(cli, stopped):
     """What stood in for it while it could not be read has left no trace in the weights."""
     refused(cli(*stopped), "holds an unfinished run; pass --resume")
@@ -343,6 +346,7 @@ def fitted(data, dense) -> list[object]:
             "--batch-size", 4, "--steps", 3, "--save-every", 1, "--log-every", 1]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_start_on_the_budget_is_made_once(cli, fitted, monkeypatch, steps):
     """A stop keeps it, and its line in the log, be it before the first step or after."""
@@ -375,6 +379,7 @@ def test_a_start_on_the_budget_that_meets_a_broken_picture_leaves_nothing(cli, d
     assert files(Path()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["val", "the fit of the thresholds"])
 def test_unreadable_pictures_count_after_the_last_step_too(cli, data, dense, where):
     """No epoch ends in one step; of sixteen training pictures it sees four, the fit all."""
@@ -423,6 +428,7 @@ def test_a_log_that_is_there_needs_force(cli, data):
     assert len(events("start")) == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_replaces_its_own_log_only(cli, stopped):
     log_path(OUTPUT).write_text('{"step": 1}\nmy own notes\n')
     refused(cli(*stopped, "--resume"), "out.log.jsonl exists already", "--force")
@@ -458,6 +464,7 @@ def test_the_budget_it_landed_on_is_reported(cli, data, dense):
     assert (recipe["flops_weight"], recipe["distill_weight"]) == (3.0, 0.25)
 
 
+@pytest.mark.slow
 def test_thresholds_can_start_on_the_budget(cli, data, dense):
     options = ["finetune", "--data", data, "--pretrained", dense, *SHORT, "--log-every", 1]
     Path("r.toml").write_text('thresholds = "fit"')
@@ -475,6 +482,7 @@ def test_thresholds_can_start_on_the_budget(cli, data, dense):
     refused(cli(*options, "--thresholds", "fitted", "--force"), "'fitted' is no list such as 1,2,3")
 
 
+@pytest.mark.slow
 def test_a_missed_budget_is_reported(cli, data, dense):
     checkpoint = load_checkpoint(dense)
     model = build(checkpoint.config, adaptive=False)

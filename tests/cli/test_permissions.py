@@ -60,6 +60,7 @@ def results(powerless_cli, mini_checkpoint, mini_artifacts, photos, tmp_path_fac
     return dict(zip(CASES, found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_permission_is_one_line(results, case):
     refused(results[case], CASES[case][1], "permission")

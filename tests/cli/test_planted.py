@@ -129,6 +129,7 @@ def put_there(shared: Shared, planted: Path, name: str) -> Callable[[Path], None
     return put
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", PLACES)
 def test_a_planted_library_runs_nowhere(
     shared, planted, mark, name, where, monkeypatch, cli, mini_artifacts, picture

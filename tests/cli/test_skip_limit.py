@@ -62,6 +62,7 @@ def reported(result, place: Path) -> None:
     assert f"passed over in {place}: 1 file (.txt 1)" in result.err
 
 
+@pytest.mark.slow
 def test_check_skips_and_counts(cli, model, pictures):
     args = ("check", model, "--images", "pictures")
     refused(cli(*args), "03x.png is empty")
@@ -76,6 +77,7 @@ def test_check_skips_and_counts(cli, model, pictures):
     assert "2 skipped (empty 1, no picture 1)" in cli(*args, "--skip-limit", 2).out
 
 
+@pytest.mark.slow
 def test_bench_skips_and_counts(cli, model, pictures):
     args = ("bench", model, "--images", "pictures", "--runs", 10, "--warmup", 0, "--threads", "1")
     refused(cli(*args), "03x.png is empty")
@@ -95,6 +97,7 @@ def test_export_skips_and_says_so(cli, mini_checkpoint, pictures):
     assert "on 11 images (13 pictures in pictures, 1 other entry passed over, 2 skip" in result.err
 
 
+@pytest.mark.slow
 def test_calibrate_skips_and_keeps_it_in_the_file(cli, mini_checkpoint, pictures, tmp_path):
     state = build_model(load_checkpoint(mini_checkpoint), dense=True).state_dict()
     torch.save({"model": state}, tmp_path / "deit.pth")
@@ -108,6 +111,7 @@ def test_calibrate_skips_and_keeps_it_in_the_file(cli, mini_checkpoint, pictures
     assert json.loads(kept)["skipped"] == 2
 
 
+@pytest.mark.slow
 def test_predict_skips_and_keeps_the_order(cli, model, pictures):
     names = [pictures / name for name in ("00.png", "03x.png", "01.png")]
     refused(cli("predict", model, *names), "03x.png is empty")
@@ -122,6 +126,7 @@ def test_predict_skips_and_keeps_the_order(cli, model, pictures):
     refused(cli("predict", model, "gone.png"), "there is no such file")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(RTX.module is None or importlib.util.find_spec("polygraphy") is None,
                     reason="TensorRT-RTX is not installed")  # fmt: skip
 def test_build_engine_skips_and_the_sidecar_keeps_it(cli, model, pictures):

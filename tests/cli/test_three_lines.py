@@ -105,6 +105,7 @@ def test_check_passes_and_says_so(cli, exported):
     assert first["parity"]["equal_sets"] == 6
 
 
+@pytest.mark.slow
 def test_check_fails_on_another_model(cli, exported):
     def move_threshold(proto):
         for tensor in proto.graph.initializer:
@@ -119,6 +120,7 @@ def test_check_fails_on_another_model(cli, exported):
     assert "flipped beyond rounding" in result.err
 
 
+@pytest.mark.slow
 def test_check_against_another_artefact(cli, exported, mini_artifacts):
     result = cli("check", exported, "--reference", mini_artifacts["1", "standard"], "--limit", "4")
     assert result.code == 0, result.err
@@ -168,6 +170,7 @@ def test_check_opens_all_before_it_runs_any(cli, exported, spoil, words):
     assert "2 images" not in result.err, "the first ran"
 
 
+@pytest.mark.slow
 def test_check_of_several_reports_each(cli, exported):
     signed_copy(exported, Path("second.onnx"))
     result = cli("check", exported, "second.onnx", "--limit", "2", "--json")
@@ -176,6 +179,7 @@ def test_check_of_several_reports_each(cli, exported):
     assert list(dict.fromkeys(models)) == [str(exported), "second.onnx"]
 
 
+@pytest.mark.slow
 def test_check_against_an_artefact_that_only_the_library_runs(cli, exported, mini_artifacts,
                                                               op_library):  # fmt: skip
     result = cli("check", exported, "--reference", mini_artifacts["1", "custom"], "--limit", "2",
@@ -246,6 +250,7 @@ def test_export_refuses_another_ending(cli, folder, name):
     assert [path.name for path in folder.iterdir()] == ["as_deit_s.pt"]
 
 
+@pytest.mark.slow
 def test_a_model_that_disagrees_is_not_written(cli, exported, monkeypatch):
     from asvit_deploy.exporting import export
 

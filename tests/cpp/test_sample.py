@@ -26,6 +26,7 @@ def cuda() -> Path:
     pytest.skip("nvcc has no headers beside it")
 
 
+@pytest.mark.slow
 def test_compiles_without_a_warning(trt_headers, cuda, tmp_path):
     output = tmp_path / "run_engine.o"
     command = [*find_compiler(), "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Werror",

@@ -50,6 +50,7 @@ def test_what_happens_to_a_picture_is_its_numbers_affair(change):
     assert len({twin.numpy().tobytes() for twin in twins}) > 10
 
 
+@pytest.mark.slow
 @needs_kornia
 def test_randaugment_stays_between_0_and_1_and_leaves_something_to_see():
     images = pictures(1).expand(200, 3, 32, 32)

@@ -204,6 +204,7 @@ def test_what_is_no_file_is_not_opened(tmp_path):
     raises_one_line(lambda: load_picture(Path("/dev/null")), "/dev/null", "a device")
 
 
+@pytest.mark.slow
 def test_an_icon_that_holds_more_than_it_says_is_refused(tmp_path):
     big = io.BytesIO()
     Image.new("L", (10_500, 9_600)).save(big, "PNG")

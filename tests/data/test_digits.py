@@ -41,6 +41,7 @@ def test_splits_are_disjoint_stratified_and_complete():
     assert not {row.tobytes() for row in images[train]} & {row.tobytes() for row in images[test]}
 
 
+@pytest.mark.slow
 def test_scale_clutter_and_labels_vary_over_their_ranges():
     batch = digits.ClutteredDigits("train").batch(np.arange(2000))
     low, high = digits.SCALES

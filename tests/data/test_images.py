@@ -380,6 +380,7 @@ def digests(found: images_module.ImageSet) -> list[str]:
     return [hashlib.sha256(image.tobytes()).hexdigest() for image in found]
 
 
+@pytest.mark.slow
 def test_photographs_are_many_distinct_and_the_same_each_time() -> None:
     found = open_images(None, MINI)
     first = digests(found)

@@ -48,6 +48,7 @@ def noise(mode: str) -> Image.Image:
     return picture if mode == "RGBA" else picture.convert("RGB").convert(mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", filter(can, KINDS))
 def test_a_format_takes_no_more_than_its_pixels_are_counted_for(ends, tmp_path, name):
     mode, options, needs = KINDS[name]
@@ -92,6 +93,7 @@ TOO_LARGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", filter(can, TOO_LARGE))
 def test_a_picture_of_more_pixels_is_refused_before_it_is_decoded(ends, tmp_path, name):
     millions, make = TOO_LARGE[name]

@@ -495,6 +495,7 @@ def test_a_broken_picture_is_passed_over_in_training_and_its_validation(tmp_path
     assert "\n" not in str(said.value)
 
 
+@pytest.mark.slow
 def test_shards_and_caches_without_permission(powerless_cli, tmp_path, monkeypatch):
     """Of the four, the last is a cache folder in which nothing may be written."""
     for name in ("folder", "shard", "classes", "cache"):

@@ -156,6 +156,7 @@ def test_a_pickled_source_goes_on_the_same(kind, places):
     assert same(before, pickle.loads(pickle.dumps(source)).train_batch(1, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [_Shuffled(50, 0), ShardOrder((10,) * 20, 0)])
 def test_threads_in_different_epochs_get_their_own_pictures(order):
     count = 50 if isinstance(order, _Shuffled) else 200
@@ -339,6 +340,7 @@ def test_empty_and_missing_folders_are_named(tmp_path):
     refused(tmp_path / "file", "file is a file; name the folder")
 
 
+@pytest.mark.slow
 def test_folders_and_pictures_without_permission(powerless_cli, tmp_path):
     for name in ("closed", "inside", "picture"):
         picture_folder(tmp_path / name)

@@ -82,6 +82,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_a_walk_through_a_shard_ends(ends, tmp_path, kind):
     parts = list(BAD[kind])
@@ -111,6 +112,7 @@ FINE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FINE)
 def test_a_shard_with_long_headers_is_read(ends, tmp_path, kind):
     assert ends(SCAN, shard(tmp_path, *FINE[kind]), 256) == "fine"

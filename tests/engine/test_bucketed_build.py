@@ -17,6 +17,7 @@ ALL_SMS = ("86", "89", "120")
 
 
 # Random weights put tokens too close to the thresholds for the parity rule in half precision.
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "fp16", "bf16"])
 @pytest.mark.parametrize("ops", ["auto", "custom"])
 def test_builds_every_stage_for_every_gpu(rtx, mini_artifacts, tmp_path, ops, precision):
@@ -36,6 +37,7 @@ def test_builds_every_stage_for_every_gpu(rtx, mini_artifacts, tmp_path, ops, pr
         assert (path / name).stat().st_size > 300_000
 
 
+@pytest.mark.slow
 def test_more_buckets_are_more_profiles(rtx, mini_artifacts, tmp_path):
     source = open_source(mini_artifacts["1", "auto"])
     sizes = []
@@ -49,6 +51,7 @@ def test_more_buckets_are_more_profiles(rtx, mini_artifacts, tmp_path):
         assert three > one + 100_000, "kernels for each profile"
 
 
+@pytest.mark.slow
 def test_stages_are_checked_before_the_build(rtx, mini_artifacts, tmp_path):
     said, seen = [], []
     options = Options(None, "bucketed", limit=12, buckets=(100, 197))
@@ -96,6 +99,7 @@ def test_the_half_cut_runs_before_the_build(rtx, mini_artifacts, tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_refused_stage_leaves_nothing(rtx, mini_artifacts, tmp_path):
     source = open_source(mini_artifacts["1", "auto"])
     options = Options(None, "bucketed", target_sms=("90",), checked=False)

@@ -37,6 +37,7 @@ def built(path, output, flavour, options):
 
 # Random weights put tokens too close to the thresholds for the parity rule in half precision; the
 # check before the build has its own tests.
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [None, "fp16", "bf16"])
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 @pytest.mark.parametrize("mode", ["dynamic", "padded"])
@@ -60,12 +61,14 @@ def test_builds_for_every_gpu(request, rtx, mini_artifacts, tmp_path, mode, batc
         assert len(fields["plugin"]["sha256"]) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sm", [*ALL_SMS, "80"])
 def test_builds_for_one_gpu(rtx, mini_artifacts, tmp_path, sm):
     options = Options(mode="padded", target_sms=(sm,), checked=False)
     built(mini_artifacts["1", "auto"], tmp_path / "x.engine", rtx, options)
 
 
+@pytest.mark.slow
 def test_function_is_not_taken_where_the_node_stands_alone(
     rtx, trt_plugin, mini_artifacts, tmp_path
 ):
@@ -74,6 +77,7 @@ def test_function_is_not_taken_where_the_node_stands_alone(
     assert fields["plugin_layers"] == 3
 
 
+@pytest.mark.slow
 def test_embedded_plugin(rtx, trt_plugin, mini_artifacts, tmp_path):
     options = Options(plugin=trt_plugin, embed_plugin=True)
     fields = built(mini_artifacts["1", "auto"], tmp_path / "x.engine", rtx, options)
@@ -99,6 +103,7 @@ def test_workspace_level_and_progress(rtx, mini_artifacts, tmp_path):
     assert seen[-1][1] == seen[-1][2] > 1
 
 
+@pytest.mark.slow
 def test_padded_graph_is_checked_against_pytorch(rtx, mini_artifacts, tmp_path):
     said = []
     build_engine(
@@ -111,6 +116,7 @@ def test_padded_graph_is_checked_against_pytorch(rtx, mini_artifacts, tmp_path):
     assert "agrees with PyTorch on 16 images" in said[-1]
 
 
+@pytest.mark.slow
 def test_checked_against_the_onnx_file_where_the_checkpoint_is_gone(
     rtx, mini_artifacts, tmp_path, monkeypatch
 ):
@@ -139,6 +145,7 @@ def test_a_graph_that_disagrees_is_not_built(rtx, mini_artifacts, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_dense_model_needs_no_plugin(rtx, mini_checkpoint, tmp_path):
     checkpoint = load_checkpoint(mini_checkpoint)
     path = tmp_path / "dense.onnx"

@@ -56,6 +56,7 @@ def assert_same(parity):
     assert len(parity.noise) == 3, "scores and tokens were compared too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_graphs_of_every_mode_agree(exported, kind):
     graph = onnx.load(exported[kind, "1"])
@@ -88,6 +89,7 @@ def test_static_rows_agree_in_both_forms(exported, kind):
         np.testing.assert_allclose(runner(image[None]).output, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize(("mode", "batch"), [("dynamic", "1"), ("padded", "dynamic")])
 def test_builds(rtx, request, exported, tmp_path, kind, mode, batch):
@@ -112,6 +114,7 @@ def test_builds(rtx, request, exported, tmp_path, kind, mode, batch):
     assert fields["plugin_layers"] == (3 if mode == "dynamic" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_builds_buckets(rtx, exported, tmp_path, kind):
     rows = CONFIGS[kind].rows

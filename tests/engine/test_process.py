@@ -74,6 +74,7 @@ def test_library_that_is_no_plugin(rtx, mini_artifacts, tmp_path, library, words
     assert [path.name for path in tmp_path.iterdir()] == [library.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["polygraphy", "json", "asvit_deploy"])
 def test_builder_imports_nothing_from_the_current_folder(
     rtx, mini_artifacts, tmp_path, monkeypatch, name
@@ -128,6 +129,7 @@ def test_file_that_is_no_library(rtx, mini_artifacts, tmp_path):
         build_engine(source, tmp_path / "x.engine", rtx, Options(plugin=fake))
 
 
+@pytest.mark.slow
 def test_without_the_link_the_parser_ends_the_process(
     rtx, trt_plugin, mini_artifacts, tmp_path, monkeypatch
 ):

@@ -19,6 +19,7 @@ def model(mini_artifacts):
     return mini_artifacts["1", "auto"]
 
 
+@pytest.mark.slow
 def test_a_report_and_its_file(cli, model, tmp_path):
     lines: list[str] = []
     output = tmp_path / "report.json"
@@ -43,6 +44,7 @@ def test_a_report_and_its_file(cli, model, tmp_path):
         assert list(row) == list(other)
 
 
+@pytest.mark.slow
 def test_both_counts_of_threads_and_torch_gets_its_own_back(model, capfd):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -69,6 +71,7 @@ def test_bad_arguments_are_one_line(model, arguments, words):
     raises_one_line(lambda: bench(model, **{**QUICK, **arguments}), words)
 
 
+@pytest.mark.slow
 def test_what_is_there_stays(model, tmp_path):
     there = tmp_path / "x.json"
     there.write_text("mine")

@@ -17,6 +17,7 @@ from asvit_deploy.parity import Parity
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 
 
+@pytest.mark.slow
 def test_the_same_as_the_command(cli, mini_artifacts):
     paths = [mini_artifacts["dynamic", "auto"], mini_artifacts["1", "standard"]]
     lines: list[str] = []
@@ -77,6 +78,7 @@ def test_bad_arguments_are_one_line(mini_artifacts, arguments, words):
     raises_one_line(lambda: check(mini_artifacts["1", "auto"], **arguments), words)
 
 
+@pytest.mark.slow
 def test_a_further_runtime_is_one_row(mini_artifacts, monkeypatch):
     """ONNX Runtime without its optimiser stands for a runtime that is not there yet."""
 

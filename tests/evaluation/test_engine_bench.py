@@ -112,6 +112,7 @@ def test_peers_are_engines_of_the_same_precision(engine, tmp_path):
     assert topk_path.stat().st_size < engine.stat().st_size * 1.2, "half weights, no more"
 
 
+@pytest.mark.slow
 def test_an_engine_knows_where_an_engine_comes_from(engine, mini_artifacts):
     opened = EngineArtefact(engine)
     onnx = Path("mini.onnx")

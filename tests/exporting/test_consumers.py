@@ -23,6 +23,7 @@ from asvit_deploy.runners.pytorch import TorchRunner
 pytest.importorskip("sympy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", ["auto", "standard", "dense"])
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 def test_onnx_runtime_prepares_and_quantises_the_file(mini, photos, tmp_path, batch, ops):
@@ -50,6 +51,7 @@ def test_onnx_runtime_prepares_and_quantises_the_file(mini, photos, tmp_path, ba
 
 
 # 18 is the lowest that the op's body can use, 20 the default, 21 and 23 bring IR 10 and 11.
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [18, 19, 21, 23, 25])
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 def test_every_form_at_another_opset(mini, photos, opset, batch):
@@ -87,6 +89,7 @@ def test_the_lowest_ir_version_of_each_opset():
     assert [ir_version(opset) for opset in (18, 19, 20, 21, 22, 23)] == [8, 9, 9, 10, 10, 11]
 
 
+@pytest.mark.slow
 def test_export_writes_the_opset_asked_for(cli, tmp_path):
     result = cli("export", "--ckpt", "default", "-o", "a.onnx", "--opset", 18)
     assert result.code == 0, result.err

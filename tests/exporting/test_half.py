@@ -74,6 +74,7 @@ def test_weights_are_stored_once(exported):
     assert model.ByteSize() < 0.6 * exported.ByteSize()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["fp16", "fp16 rounded", "bf16 rounded"])
 def test_agrees_with_pytorch(exported, mini, photos, way):
     precision = way.split()[0]
@@ -102,6 +103,7 @@ def test_the_twin_rounds_every_half_value(mini_artifacts, photos, precision):
     assert len(values.unique()) > 1000
 
 
+@pytest.mark.slow
 def test_the_twin_is_what_onnx_means_by_bfloat16(mini_artifacts, photos):
     # onnx.reference is slow and adds up in another order: two pictures, a few roundings apart.
     model = to_half(onnx.load(mini_artifacts["1", "auto"]), "bf16")
@@ -114,6 +116,7 @@ def test_the_twin_is_what_onnx_means_by_bfloat16(mini_artifacts, photos):
         assert np.abs(ours.output - logits).max() <= 2e-2 * np.abs(logits).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_lvvit(precision):
     config = replace(arch("as_lvvit_s"), depth=5, stages=(2, 3, 4), num_classes=20).at(64)
@@ -135,6 +138,7 @@ def test_refuses_a_half_graph(mini_artifacts, first):
         to_half(model, "fp16", "here.onnx")
 
 
+@pytest.mark.slow
 def test_refuses_a_weight_beyond_float16(mini_artifacts):
     model = onnx.load(mini_artifacts["1", "auto"])
     tensor = next(t for t in model.graph.initializer if t.name.endswith("head.weight"))

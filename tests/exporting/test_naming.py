@@ -60,6 +60,7 @@ def fixed(mini):
     return model, to_onnx(model)
 
 
+@pytest.mark.slow
 def test_names_without_op_nodes_are_what_was_traced(fixed, photos):
     model, proto = fixed
     assert not onnx_op.nodes_of(proto.graph)
@@ -82,6 +83,7 @@ def test_names_without_op_nodes_are_what_was_traced(fixed, photos):
         np.testing.assert_allclose(found[f"tokens_{s}"], trace.tokens[s], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stage_outputs_are_of_whatever_made_them(fixed, photos):
     proto = to_onnx(fixed[0], stage_outputs=True)
     outputs = [output.name for output in proto.graph.output]
@@ -92,6 +94,7 @@ def test_stage_outputs_are_of_whatever_made_them(fixed, photos):
     assert index[0, 0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 def test_what_goes_through_the_op_is_named_at_the_op(mini, batch):
     proto = to_onnx(mini, batch, "custom", stage_outputs=True)
@@ -103,6 +106,7 @@ def test_what_goes_through_the_op_is_named_at_the_op(mini, batch):
     assert [o.name for o in proto.graph.output[4:]] == ["index_0", "index_1", "index_2"]
 
 
+@pytest.mark.slow
 def test_a_dense_network_has_no_stage_to_name(mini):
     proto = to_onnx(build(mini.config, adaptive=False).eval(), stage_outputs=True)
     assert [output.name for output in proto.graph.output] == ["logits"]

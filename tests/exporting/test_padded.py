@@ -29,6 +29,7 @@ from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "batch"),
     [(("1", "auto"), 1), (("1", "custom"), 1), (("dynamic", "auto"), 1), (("dynamic", "auto"), 5)],
@@ -65,6 +66,7 @@ def test_standard_ops_and_static_shapes(mini_artifacts, key):
         assert all(all(shape) for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [("1", "auto"), ("dynamic", "auto")])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("threshold", [1e9, 1e-12, float("nan"), -float("inf")])
@@ -85,6 +87,7 @@ def test_one_or_all_tokens_stay(mini, mini_artifacts, photos, stage, threshold, 
         assert error <= 1e-4 * np.abs(expected.output).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 def test_lvvit_votes_of_kept_tokens_only(batch):
     config = replace(arch("as_lvvit_s"), depth=5, stages=(2, 3, 4), num_classes=20).at(64)
@@ -176,6 +179,7 @@ def test_selection_among_the_alive(tokens, threshold):
     np.testing.assert_array_equal(index, np.where(mask, np.arange(tokens + 1), -1))
 
 
+@pytest.mark.slow
 def test_refuses_what_has_no_op_node(mini, mini_artifacts):
     with pytest.raises(UserError, match=r"here\.onnx has no ThresholdCompact"):
         to_padded(onnx.load(mini_artifacts["1", "standard"]), "here.onnx")

@@ -74,6 +74,7 @@ def test_thresholds_are_those_of_the_graph(mini, mini_artifacts):
     assert thresholds_of(model) == mini.threshold_values()
 
 
+@pytest.mark.slow
 def test_the_model_itself_is_left_alone(networks):
     model, _ = networks["deit"]
     before = model.SerializeToString()
@@ -81,6 +82,7 @@ def test_the_model_itself_is_left_alone(networks):
     assert (model.SerializeToString() == before) is True
 
 
+@pytest.mark.slow
 def test_refuses_what_cannot_be_cut(mini, mini_artifacts):
     with pytest.raises(UserError, match=r"here\.onnx has no ThresholdCompact"):
         split_segments(onnx.load(mini_artifacts["1", "standard"]), "here.onnx")
@@ -147,6 +149,7 @@ def test_a_tail_changes_nothing(networks, family, number, garbage):
             assert (scores[:, rows - 1 :] == -np.inf).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deit", "lvvit"])
 def test_every_mask_is_needed_and_seen(networks, family):
     """Without any one of the masks the comparison above fails."""

@@ -44,6 +44,7 @@ def artefact(request, checkpoint):
     return open_artefact(output)
 
 
+@pytest.mark.slow
 def test_the_file_is_static_and_of_standard_ops(artefact):
     model = onnx.load(artefact.path)
     assert not onnx_op.nodes_of(model.graph)
@@ -98,6 +99,7 @@ def test_another_choice_is_seen_and_replayed(artefact, photos):
     assert any("flipped" in words for words in parity.failures)
 
 
+@pytest.mark.slow
 def test_commands_take_it(artefact, cli):
     done = cli("check", artefact.path, "--limit", 6)
     assert done.code == 0, done.err
@@ -130,6 +132,7 @@ def test_evaluate_counts_its_macs(checkpoint, artefact, cli):
 
 @pytest.mark.parametrize(("edit", "words"), [
     ({"reduction": {"name": "tome"}}, "reduction"), ({"reduction": 7}, "reduction"),
+    ({"reduction": {"name": "topk", "blocks": [1, 99], "kept": [30, 20]}}, "reduction"),
     ({"appended": 5}, "appended"), ({"prefix": 2}, "prefix"),
 ])  # fmt: skip
 def test_sidecars_that_do_not_fit_are_refused(artefact, edit, words, tmp_path):

@@ -33,6 +33,7 @@ def pictures(photos):
     return [photos[i] for i in range(len(photos))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [("1", "auto"), ("dynamic", "auto"), ("1", "standard")])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_same_tokens_and_logits_as_pytorch(mini, mini_artifacts, photos, pictures, key, batch):
@@ -51,6 +52,7 @@ def test_lengths_vary_between_images(mini_artifacts, pictures):
     assert len(lengths) > len(pictures) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("threshold", [1e9, 1e-12])
 def test_one_or_all_tokens_stay(mini, photos, pictures, stage, threshold):
@@ -142,6 +144,7 @@ def test_variants_of_the_op(mini_artifacts):
     assert not any(f.domain == "asvit" for f in custom.functions)
 
 
+@pytest.mark.slow
 def test_equal_thresholds_stay_apart(mini):
     model = build(mini.config).eval()
     with torch.no_grad():
@@ -154,6 +157,7 @@ def test_equal_thresholds_stay_apart(mini):
     assert [float(values[name]) for name in names] == pytest.approx([0.004] * 3)
 
 
+@pytest.mark.slow
 def test_dense_twin_has_no_stage(mini, pictures):
     model = build(mini.config, adaptive=False).eval()
     proto = to_onnx(model)
@@ -163,6 +167,7 @@ def test_dense_twin_has_no_stage(mini, pictures):
     assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 @pytest.mark.parametrize(("name", "size"), [("as_lvvit_s", 224), ("as_deit_small", 384)])
 def test_other_families_and_sizes(name, size, batch):

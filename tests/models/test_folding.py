@@ -96,6 +96,7 @@ def run(proto, images):
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 @torch.no_grad()
 def test_the_graph_has_no_factor_and_agrees(model, batch):

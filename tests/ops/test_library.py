@@ -314,6 +314,7 @@ def compiled(tmp_path: Path, text: str) -> Path:
     return tmp_path / "other.so"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -356,6 +357,7 @@ def future(ort_headers: Headers, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_library_for_another_onnx_runtime_is_named_so(future, tmp_path):
     compile_library(find_compiler(), Headers(future, 999, "future"), tmp_path / "future.so")
     assert check_library(tmp_path / "future.so") == (

@@ -116,6 +116,7 @@ def test_library_with_cuda_has_the_kernels_of_three_types_and_gives_no_cuda_away
 # ---------------------------------------------------------------- the host side of the kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_cuda_kernels_over_an_emulated_device_equal_the_oracle(emulated, kind):
     check(emulated, kind)
@@ -147,6 +148,7 @@ def test_cuda_sources_shape_the_name(ort_headers, with_cuda, monkeypatch):
     assert library_module.library_path(ort_headers.api) == before
 
 
+@pytest.mark.slow
 def test_without_nvcc_the_cpu_kernels_are_built_and_cuda_on_request_is_refused(
     ort_headers, tmp_path, monkeypatch
 ):
@@ -160,6 +162,7 @@ def test_without_nvcc_the_cpu_kernels_are_built_and_cuda_on_request_is_refused(
     assert check_library(library) is None
 
 
+@pytest.mark.slow
 def test_nvcc_that_fails_costs_the_cuda_kernels_alone(ort_headers, tmp_path, monkeypatch):
     monkeypatch.setattr(library_module, "find_nvcc", lambda: Path("/bin/false"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

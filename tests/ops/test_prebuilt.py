@@ -148,6 +148,7 @@ def test_digests_have_the_form_of_sha256sum(ort_library):
     assert subprocess.run(command, cwd=ort_library.parent, capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_library_is_built_again(ort_library, ort_headers):
     ort_library.write_bytes(ort_library.read_bytes()[:5000])
     said: list[str] = []
@@ -174,6 +175,7 @@ def test_a_damaged_kernel_is_built_again_and_says_so(compiler, own_cache, capsys
         assert library.read_bytes() == good, case
 
 
+@pytest.mark.slow
 def test_a_damaged_plugin_is_passed_over_and_built_again(trt_headers, own_cache, monkeypatch):
     monkeypatch.setenv("TensorRT_ROOT", str(trt_headers.folder))
     twin = build_trt(twin=True)

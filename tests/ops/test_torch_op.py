@@ -36,6 +36,7 @@ def assert_is_oracle(outputs, tokens: torch.Tensor, case: Case) -> None:
         np.testing.assert_array_equal(np.asarray(ours), theirs, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_the_oracle_bit_for_bit(case, dtype):

@@ -181,6 +181,7 @@ def test_targets_are_the_gpus_here_or_code_for_any(tmp_path, monkeypatch):
     assert targets_of(["all"])[-2:] == ("sm121", "ptx121")
 
 
+@pytest.mark.slow
 def test_without_nvcc_one_line_says_so_and_the_twin_is_built(own_cache, monkeypatch):
     monkeypatch.setattr(trt_library, "find_nvcc", lambda: None)
     with pytest.raises(UserError, match="no CUDA compiler: no nvcc") as error:
@@ -287,6 +288,7 @@ def test_other_library_is_named_so(compiler, tmp_path):
     assert reason == "it is a library, but not of TensorRT plugins"
 
 
+@pytest.mark.slow
 def test_a_library_whose_loading_never_ends_is_given_up(compiler, tmp_path, monkeypatch):
     from asvit_deploy import child
 
@@ -300,6 +302,7 @@ def test_a_library_whose_loading_never_ends_is_given_up(compiler, tmp_path, monk
     assert said == "loading it does not end within 2 s"
 
 
+@pytest.mark.slow
 def test_cache_is_found_again_and_a_stale_build_or_a_twin_is_not(own_cache, nvcc, monkeypatch):
     build_trt(twin=True)
     assert find_trt_plugin() is None
@@ -316,6 +319,7 @@ def test_cache_is_found_again_and_a_stale_build_or_a_twin_is_not(own_cache, nvcc
     assert find_trt_plugin() is None
 
 
+@pytest.mark.slow
 def test_failed_build_keeps_the_library_that_was_there(own_cache, monkeypatch):
     library = build_trt(twin=True)
     content = library.read_bytes()
@@ -345,6 +349,7 @@ def run_main(*arguments: str) -> int:
     return int(end.value.code or 0)
 
 
+@pytest.mark.slow
 def test_command_prints_the_path_alone_on_stdout(own_cache, nvcc, capsys):
     assert run_main("trt", "--target-sm", "86") == 0
     printed = capsys.readouterr()

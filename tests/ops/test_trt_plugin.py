@@ -168,24 +168,28 @@ def plain(
 # ---------------------------------------------------------------- the plugin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_answers_to_the_name_and_gives_the_shapes_of_the_contract(driver, libraries, kernel):
     done = subprocess.run([driver, libraries[kernel], "contract"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_equals_the_oracle_bit_for_bit(driver, libraries, kernel, dtype):
     check(driver, libraries[kernel], [call_of(case, dtype) for case in CASES])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_random_bits_and_places(driver, libraries, kernel):
     """Signalling NaNs are data; rows that begin anywhere are copied in narrower words."""
     check(driver, libraries[kernel], random_calls(200, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_ends_of_the_range(driver, libraries, kernel, dtype):
@@ -203,6 +207,7 @@ def test_ends_of_the_range(driver, libraries, kernel, dtype):
     check(driver, libraries[kernel], calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 64])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_size_has_the_type_that_the_engine_was_built_with(driver, libraries, kernel, bits):
@@ -259,6 +264,7 @@ def chains(dtype: type, seed: int) -> list[tuple[Chain, Chain]]:
     return [(chain(*one, a), chain(*one, b)) for one in given for a, b in pairwise(kinds)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("bits", [32, 64])
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -315,6 +321,7 @@ def test_kernel_gives_the_same_in_any_order_of_its_threads(driver, libraries, or
 # ---------------------------------------------------------------- what the tests above can see
 
 
+@pytest.mark.slow
 def test_enqueue_that_does_nothing_fails(driver, trt_headers, tmp_path):
     (tmp_path / "nothing.cpp").write_text(
         '#include "threshold_compact.h"\n'

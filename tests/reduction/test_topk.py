@@ -127,6 +127,7 @@ def test_macs_count_halves_and_fused_rows():
     assert model_macs(config, rows, reduction.cuts) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHS)
 def test_counts_for_a_budget(name):
     config = arch(name)

@@ -49,6 +49,7 @@ def model(mini_artifacts):
     return onnx.load(mini_artifacts["1", "auto"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buckets", [AUTO, (197,), tuple(range(2, 198)), (2, 90, 140, 197)])
 def test_same_as_dynamic_mode(mini, model, photos, buckets):
     runner = bucketed(model, buckets)
@@ -78,6 +79,7 @@ def test_lvvit(photos):
     assert len(runner.seen) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("threshold", [1e9, 1e-12, float("nan"), -float("inf")])
 def test_one_or_all_tokens_stay(model, photos, stage, threshold):
@@ -157,6 +159,7 @@ def digits(tmp_path_factory):
     return network, to_onnx(network), images
 
 
+@pytest.mark.slow
 def test_default_checkpoint(digits):
     network, graph, images = digits
     runner = bucketed(graph, (*range(16, rows_of(split_segments(graph)), 16), 197))
@@ -168,6 +171,7 @@ def test_default_checkpoint(digits):
     assert len(runner.seen) >= 4
 
 
+@pytest.mark.slow
 def test_default_checkpoint_in_half(digits):
     network, graph, images = digits
     half = to_half(graph, "fp16")

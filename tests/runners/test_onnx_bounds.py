@@ -226,6 +226,7 @@ def test_export_writes_no_op_outside_the_vocabulary(mini, mini_artifacts):
             assert ops <= VOCABULARY, ops - VOCABULARY
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [("1", "auto"), ("dynamic", "auto"), ("1", "standard")])
 def test_what_export_writes_is_run(ends, mini_artifacts, kind):
     assert ends(OPEN, mini_artifacts[kind]) == "fine"

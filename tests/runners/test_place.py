@@ -126,6 +126,7 @@ class Eager(TorchStages):
         super().capture(first, later, graphs=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_kernel_runs_on_the_device_of_its_tensors(gpus, model, pictures, batch):
     wanted = BucketedRunner(TorchStages(model, BUCKETS, batch), 3, BUCKETS)

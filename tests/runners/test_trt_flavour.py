@@ -66,6 +66,7 @@ def test_without_polygraphy(installed):
         find_flavour()
 
 
+@pytest.mark.slow
 def test_the_command_does_not_import_a_binding(rtx):
     # A binding that ends the process must end the builder's, not the command's.
     code = (

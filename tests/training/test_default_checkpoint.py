@@ -35,6 +35,7 @@ def test_it_is_ours_small_and_says_what_it_is():
     assert checkpoint.config.image_tokens == 14 * 14
 
 
+@pytest.mark.slow
 def test_top1_on_held_out_digits(rows):
     # 600 placements: two standard errors are 2.5 points, and the floor at 10,000 is 90 %.
     assert rows.right["adaptive"].mean() >= 0.87

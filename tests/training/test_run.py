@@ -115,6 +115,7 @@ def test_killed_run_resumes_to_the_same_bits(dense, tmp_path):
     assert steps[0] == steps[1] == [None, *range(1, 25), None, None, None, None]
 
 
+@pytest.mark.slow
 @needs_digits
 def test_terminated_run_saves_and_says_how_to_go_on(dense, tmp_path):
     output = tmp_path / "a.safetensors"
@@ -161,6 +162,7 @@ def test_nan_loss_stops_before_it_reaches_the_weights():
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
+@pytest.mark.slow
 def test_thresholds_stay_above_zero_and_are_not_decayed():
     trainer = small_trainer(Recipe(steps=50, budget=0.99, lr=1e-3, weight_decay=0.5))
     start = [0.04, 0.042, 0.045]  # about half of the 25 tokens: the budget asks for more
@@ -225,6 +227,7 @@ def test_rate_warms_up_and_falls_to_its_floor():
     assert rate(recipe, 110) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_fitted_thresholds_meet_the_budget_and_lie_between_scores(dense):
     checkpoint = load_checkpoint(dense)
     model, _ = adaptive_start(checkpoint.config, checkpoint)

@@ -44,6 +44,7 @@ def test_damaged_or_missing_state_is_refused(tmp_path):
         load_state(path, trainer, {"seed": 1})
 
 
+@pytest.mark.slow
 def test_flipped_bytes_in_a_state(tmp_path):
     """Refused, or the run goes on as if nothing had happened."""
     recipe = Recipe(steps=10, budget=0.65, ema=0.9)

@@ -183,6 +183,7 @@ def test_half_precision_of_a_gpu_is_refused_on_a_cpu():
         accelerator_for("fp16")
 
 
+@pytest.mark.slow
 def test_fp16_ends_where_no_scale_makes_gradients_finite():
     model, teacher = networks()
     recipe = Recipe(steps=99, budget=0.5, amp="fp16")
@@ -297,6 +298,7 @@ def picture_folder(root: Path, broken: dict[str, int]) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_pictures_are_passed_over_and_counted(tmp_path, workers):
     data = picture_folder(tmp_path / "data", {"train": 1, "val": 2})
