@@ -323,6 +323,7 @@ def test_predict_takes_one_picture_or_several(exported: Path, picture: Path, cap
     assert all(0 <= token < one[0].image_tokens for stage in one[0].kept for token in stage)
 
 
+@pytest.mark.slow
 def test_predict_prints_as_the_command_does(cli, exported: Path, picture: Path) -> None:
     broken = Path("broken.png")
     broken.write_bytes(b"no picture")
@@ -372,6 +373,7 @@ def test_finetune_returns_what_it_wrote(default_small: Path, tmp_path: Path, cap
     assert asvit_deploy.load(result.output).threshold_values()
 
 
+@pytest.mark.slow
 def test_finetune_shows_nothing_where_nobody_listens(default_small: Path, tmp_path, capsys) -> None:
     asvit_deploy.finetune(
         "digits", pretrained=default_small, dense=True, steps=1, batch_size=4, validation_limit=4,

@@ -111,6 +111,7 @@ def test_every_threshold_lies_in_the_middle_of_two_scores(dense, images, result)
         assert theta == pytest.approx((below + above) / 2, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_stages_do_not_share_one_threshold(result):
     assert len(set(result.thresholds)) == 3
     splits = {tuple(c["thresholds"]) for c in result.report["candidates"]}

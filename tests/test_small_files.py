@@ -147,6 +147,7 @@ def test_a_list_of_classes_with_a_name_twice_far_down(ends, tmp_path):
     assert "twice" in ends(code, path)
 
 
+@pytest.mark.slow
 def test_a_log_of_one_endless_line_is_another_file(ends, tmp_path):
     code = (
         "from asvit_deploy.training.log import Log; Log(path, {}, 3, False)"

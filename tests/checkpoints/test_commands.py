@@ -339,6 +339,7 @@ def test_headless_weights_export_dense(cli, tmp_path):
     assert "has no head: its output is the class token, 384 numbers" in result.err
 
 
+@pytest.mark.slow
 def test_bare_ema_takes_averaged_weights(cli, tmp_path, data):
     other = torch.load(mini(tmp_path, "other.pt"))["model"]
     average = {k: v + 0.01 if v.is_floating_point() else v for k, v in other.items()}

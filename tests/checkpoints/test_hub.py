@@ -44,6 +44,7 @@ def refused(done: subprocess.CompletedProcess, *words: str) -> None:
 NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [vit_folder, sharded])
 def test_a_cache_serves_offline(make: Any, tmp_path: Path) -> None:
     cached(tmp_path / "cache", "someone/bird-vit", make=make)
@@ -61,6 +62,7 @@ def test_a_cache_serves_offline(make: Any, tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+@pytest.mark.slow
 def test_a_cache_serves_where_the_hub_cannot_be_reached(tmp_path: Path) -> None:
     cached(tmp_path / "cache", "someone/bird-vit")
     done = run(tmp_path, "export", "--ckpt", f"hf-hub:someone/bird-vit@{COMMIT}", "--dense",
@@ -69,6 +71,7 @@ def test_a_cache_serves_where_the_hub_cannot_be_reached(tmp_path: Path) -> None:
     assert "the hub cannot be reached" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_network_and_cache(tmp_path: Path) -> None:
     name = "hf-hub:someone/bird-vit"
     for environment in (NOWHERE, {"HF_HUB_OFFLINE": 1}):
@@ -80,6 +83,7 @@ def test_without_network_and_cache(tmp_path: Path) -> None:
             name)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["hf-hub:", "hf-hub:a/b/c", "hf-hub:../x", "hf-hub:a b", "hf-hub:a@"]
 )
@@ -87,6 +91,7 @@ def test_names_that_are_none(name: str, tmp_path: Path) -> None:
     refused(run(tmp_path, "export", "--ckpt", name, "--dense", **NOWHERE), "names no repository")
 
 
+@pytest.mark.slow
 def test_without_huggingface_hub(tmp_path: Path) -> None:
     blocker = tmp_path / "blocked"
     blocker.mkdir()
@@ -161,6 +166,7 @@ def hub() -> Iterator[_Server]:
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "weights"), [
     (vit_folder, ["model.safetensors"]),
     (sharded, ["model.safetensors.index.json",
@@ -183,6 +189,7 @@ def test_online_what_is_needed_is_downloaded(
     assert (again.returncode, hub.served) == (0, []), again.stderr
 
 
+@pytest.mark.slow
 def test_a_repository_of_another_network_costs_no_download(hub: _Server, tmp_path: Path) -> None:
     config = {**CONFIG, "model_type": "swin"}
     hub.repositories["someone/swin"] = vit_folder(tmp_path / "remote", config=config)
@@ -191,6 +198,7 @@ def test_a_repository_of_another_network_costs_no_download(hub: _Server, tmp_pat
     assert "model.safetensors" not in hub.served
 
 
+@pytest.mark.slow
 def test_repositories_and_revisions_that_are_not_there(hub: _Server, tmp_path: Path) -> None:
     hub.repositories["someone/bird-vit"] = vit_folder(tmp_path / "remote")
     gone = run(tmp_path, "export", "--ckpt", "hf-hub:someone/gone", **hub.environment)

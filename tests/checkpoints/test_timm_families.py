@@ -155,6 +155,7 @@ def test_the_activation_of_a_bare_clip_is_assumed_and_said(tmp_path):
     agrees(load_checkpoint(tmp_path / "clip.pth", given=given), model)
 
 
+@pytest.mark.slow
 def test_openai_s_weights_under_timm_s_name_without_quickgelu(tmp_path):
     """timm computes them with GELU; the line says what they were trained with."""
     model = timm_model("vit_base_patch32_clip_224", {"num_classes": 512, "depth": 2})
@@ -304,6 +305,7 @@ def test_a_folder_of_openclip(name, tmp_path):
     agrees(resized, other.encode_image)
 
 
+@pytest.mark.slow
 def test_openai_s_own_state_dict(tmp_path):
     """As `torch.jit.load(...).state_dict()` of its files: half precision, its sizes as numbers."""
     model, _ = openclip_model("ViT-B-32-quickgelu", {"layers": 3})

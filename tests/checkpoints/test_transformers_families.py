@@ -149,6 +149,7 @@ def test_export_of_a_folder(name: str, tmp_path: Path, cli: Callable[..., Any]) 
     assert apart(torch.from_numpy(ours), theirs(made, name, torch.from_numpy(images))) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_what_is_assumed_is_what_the_released_processors_do(name: str, tmp_path: Path) -> None:
     library = families.transformers()

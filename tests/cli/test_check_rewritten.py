@@ -27,6 +27,7 @@ def rewritten(source, target, change=lambda proto: None):
     return target
 
 
+@pytest.mark.slow
 def test_metadata_and_sidecar_lost(cli, original, tmp_path):
     model = rewritten(original, tmp_path / "plain.onnx")
     result = cli("check", "--reference", original, model, "--limit", 8, "--json")

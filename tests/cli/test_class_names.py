@@ -187,6 +187,7 @@ def test_names_are_never_replaced_by_an_output(cli, released):
     assert names.read_text() == "cat\ndog\ncow"
 
 
+@pytest.mark.slow
 def test_hostile_names_do_not_steer_the_terminal(cli, released):
     from conftest import signed_copy
 
@@ -201,6 +202,7 @@ def test_hostile_names_do_not_steer_the_terminal(cli, released):
 # --- few outputs --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_output_is_a_score(cli, released):
     made = ok(cli("export", "--ckpt", released(1), "-o", "m.onnx"))
     assert "ImageNet" not in made.err

@@ -87,6 +87,7 @@ def test_every_row_is_there_and_says_what_to_do(here: list[Finding]) -> None:
             assert finding.remedy, finding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "onnx", "onnxscript"])
 def test_versions_are_those_of_the_metadata(here: list[Finding], name: str) -> None:
     finding = the(here, name)

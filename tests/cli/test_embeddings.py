@@ -91,6 +91,7 @@ def test_export_and_check(cli, made, kind, batch):
     assert cli("check", "x.onnx", "--limit", 2).err.count("take 3 images to be judged") == 1
 
 
+@pytest.mark.slow
 def test_check_fails_for_another_network(cli, made, tmp_path):
     def wrong(proto):
         tensor = next(t for t in proto.graph.initializer if "blocks.5.mlp.fc2.weight" in t.name)

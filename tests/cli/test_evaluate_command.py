@@ -43,6 +43,7 @@ def test_a_checkpoint_and_its_onnx_file_agree(cli, folder):
     assert ours["rows"][0]["top1"]["value"] > 0.9, "97 % are expected"
 
 
+@pytest.mark.slow
 def test_mean_k_has_a_row_for_each_batch_size(cli):
     report = evaluated(
         cli, "default", "--data", "digits", "--limit", 48, "--batch-rule", "mean-k",

@@ -530,6 +530,7 @@ def test_classes_that_the_data_does_not_have(cli, data, names, words):
     assert not OUTPUT.exists()
 
 
+@pytest.mark.slow
 def test_weights_keep_the_order_of_their_outputs(cli, tmp_path):
     """Those of before stand in the order of text, and the folders now go by number."""
     numbers = [str(i) for i in range(11)]

@@ -120,6 +120,7 @@ def test_a_photograph_with_a_thumbnail_is_no_progressive_one(tmp_path, kind):
     assert load_picture(path).size == (8000, 7000)
 
 
+@pytest.mark.slow
 def test_a_file_of_more_bytes_than_any_picture_is_not_read(ends, tmp_path):
     for name in ("x.png", "x.webp", "x.jpg"):
         Image.new("RGB", (9, 9)).save(tmp_path / name)

@@ -81,6 +81,7 @@ def unmasked(precisions):
     return split
 
 
+@pytest.mark.slow
 def test_stages_without_their_masks_are_not_built(rtx, mini_artifacts, tmp_path, monkeypatch):
     monkeypatch.setattr(bucketed, "split_segments", unmasked(["float32"]))
     source = open_source(mini_artifacts["1", "auto"])
@@ -89,6 +90,7 @@ def test_stages_without_their_masks_are_not_built(rtx, mini_artifacts, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_half_cut_runs_before_the_build(rtx, mini_artifacts, tmp_path, monkeypatch):
     """A fault that only the half stages have: the mask of float32 is right."""
     monkeypatch.setattr(bucketed, "split_segments", unmasked(["float16"]))

@@ -85,6 +85,7 @@ def test_embedded_plugin(rtx, trt_plugin, mini_artifacts, tmp_path):
     assert trt_plugin.read_bytes()[:4] in (tmp_path / "x.engine").read_bytes()
 
 
+@pytest.mark.slow
 def test_workspace_level_and_progress(rtx, mini_artifacts, tmp_path):
     seen = []
     options = Options(mode="padded", workspace=256, level=2, checked=False)
@@ -128,6 +129,7 @@ def test_checked_against_the_onnx_file_where_the_checkpoint_is_gone(
     assert "checkpoint is gone" in result["reference"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dynamic", "padded"])
 def test_a_graph_that_disagrees_is_not_built(rtx, mini_artifacts, tmp_path, monkeypatch, mode):
     real = graphs.to_half

@@ -78,6 +78,7 @@ def test_stages_in_pytorch_agree(kind):
     assert_same(judged(kind, BucketedRunner(stages, 3, stages.buckets)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_static_rows_agree_in_both_forms(exported, kind):
     config, kept = CONFIGS[kind], [30, 20, 10]

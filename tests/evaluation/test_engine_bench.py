@@ -124,6 +124,7 @@ def test_an_engine_knows_where_an_engine_comes_from(engine, mini_artifacts):
     assert engines_of(Path(), onnx) == [Path("mini.fp16.engine")]
 
 
+@pytest.mark.slow
 def test_bundles_are_found_too(rtx, engine):
     options = Options(mode="bucketed", target_sms=("86",), checked=False, buckets=(64, 197))
     build_bucketed(open_source(Path("mini.onnx")), Path("mini.bucketed"), rtx, options)
@@ -133,6 +134,7 @@ def test_bundles_are_found_too(rtx, engine):
     assert (opened.parity, opened.graphs) == ("float32", True)
 
 
+@pytest.mark.slow
 @no_gpu
 @pytest.mark.parametrize("command", ["bench", "check"])
 def test_without_a_gpu_one_line(cli, engine, command):
@@ -140,6 +142,7 @@ def test_without_a_gpu_one_line(cli, engine, command):
             "or name the .onnx file")  # fmt: skip
 
 
+@pytest.mark.slow
 @no_gpu
 def test_the_third_line_says_which_engines_it_did_not_run(cli, engine):
     result = cli("bench", "--runs", 10, "--warmup", 0, "--limit", 2, "--threads", "1", "--json")
@@ -148,6 +151,7 @@ def test_the_third_line_says_which_engines_it_did_not_run(cli, engine):
     assert [report["kind"] for report in json.loads(result.out)] == ["model"]
 
 
+@pytest.mark.slow
 def test_the_host_twin_is_no_plugin_to_run_with(engine, tmp_path, monkeypatch):
     fields = sidecar.read(engine)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
@@ -157,6 +161,7 @@ def test_the_host_twin_is_no_plugin_to_run_with(engine, tmp_path, monkeypatch):
     assert plugin_for({**fields, "plugin": None}, "x") is None
 
 
+@pytest.mark.slow
 def test_the_plugin_is_the_one_named_else_the_cache_s(engine, tmp_path, monkeypatch, capsys):
     """What the sidecar says of the one that it was built with is compared and reported."""
     ours, named = tmp_path / "libours.so", tmp_path / "libnamed.so"
@@ -174,6 +179,7 @@ def test_the_plugin_is_the_one_named_else_the_cache_s(engine, tmp_path, monkeypa
     )
 
 
+@pytest.mark.slow
 @no_gpu
 def test_what_is_odd_in_the_folder_costs_a_line_each(cli, engine, rtx):
     """An engine of a foreign file, one without its source's file, an empty bundle, other JSON."""

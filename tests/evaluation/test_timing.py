@@ -96,6 +96,7 @@ def test_kept_counts_are_those_of_the_model(mini_artifacts, photos):
     assert (np.diff(lengths, axis=1) <= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [("1", "auto"), ("1", "standard")])
 def test_profiler_finds_scoring_and_compaction(mini_artifacts, photos, key):
     shares = profile.shares(mini_artifacts[key], [photos[i] for i in range(4)], warmup=2)

@@ -43,6 +43,7 @@ def test_same_tokens_and_logits_as_pytorch(mini, mini_artifacts, photos, key, ba
     assert parity.equal_sets == len(photos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [("1", "auto"), ("dynamic", "auto")])
 def test_scores_of_the_alive_equal_those_of_dynamic_mode(mini_artifacts, photos, key):
     ours = OrtRunner(to_padded(onnx.load(mini_artifacts[key])))(photos[1][None])

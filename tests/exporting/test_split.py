@@ -131,6 +131,7 @@ def errors(stage, tokens, bucket, garbage):
     return found, padded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("family", ["deit", "lvvit"])

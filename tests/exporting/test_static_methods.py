@@ -62,6 +62,7 @@ def test_the_file_is_static_and_of_standard_ops(artefact):
         assert all(dim.dim_value for dims in shapes for dim in dims), "no dynamic dimension"
 
 
+@pytest.mark.slow
 def test_it_keeps_what_pytorch_keeps(artefact, photos):
     (runner,) = artefact.ways().values()
     images = [photos[i] for i in range(6)]

@@ -43,6 +43,7 @@ def test_every_shape_is_fixed(exported):
     assert [output.name for output in model.graph.output] == ["logits"]
 
 
+@pytest.mark.slow
 def test_in_half_precision(exported, photos):
     whole = OrtRunner(to_static_topk(exported, KEPT), record=False)
     half = OrtRunner(to_static_topk(to_half(exported, "fp16"), KEPT), record=False)

@@ -122,6 +122,7 @@ def test_cuda_kernels_over_an_emulated_device_equal_the_oracle(emulated, kind):
     check(emulated, kind)
 
 
+@pytest.mark.slow
 def test_cuda_kernels_refuse_more_rows_than_they_can_number(emulated):
     session = session_of(one_node(TYPES["float"][0]), emulated)
     with pytest.raises(Exception, match="at most 4096 rows"):

@@ -120,6 +120,7 @@ print(json.dumps(results))
         assert line.endswith("run `asvit-deploy build-plugins ort`"), case
 
 
+@pytest.mark.slow
 def test_an_unchanged_library_runs(ort_library, mini_artifacts, photos, cli, tmp_path):
     photos.views[0].picture().save(tmp_path / "x.png")
     result = cli("check", mini_artifacts["1", "auto"], "--limit", 1, "--json")

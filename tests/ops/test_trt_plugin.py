@@ -299,6 +299,7 @@ def check_chains(driver: Path, library: Path, dtype: type, bits: int) -> None:
     assert not stream.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "prefix"),
     [((1, 1, 64), 1), ((1, 4097, 4), 1), ((2, 1, 0), 1), ((1, 4097, 4), 5), ((2, 9, 4), 0),

@@ -83,6 +83,7 @@ def test_describes_half_precision(mini_artifacts):
     assert OrtRunner(model, record=False).describe()["precision"] == "float16"
 
 
+@pytest.mark.slow
 def test_describes_a_dense_model(mini_checkpoint, photos, tmp_path):
     path = tmp_path / "dense.onnx"
     export(load_checkpoint(mini_checkpoint), path, photos, "1", "auto", dense=True)

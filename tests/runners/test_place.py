@@ -141,6 +141,7 @@ def test_the_kernel_runs_on_the_device_of_its_tensors(gpus, model, pictures, bat
     assert gpus.current == 0, "the caller's device is current again"
 
 
+@pytest.mark.slow
 def test_a_launch_on_another_device_would_be_seen(gpus, model, pictures, monkeypatch):
     monkeypatch.setattr(OnGpu, "current", lambda self: contextlib.nullcontext())
     runner = BucketedRunner(Eager(model, BUCKETS, device=OnGpu()), 3, BUCKETS)

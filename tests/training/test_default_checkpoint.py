@@ -42,6 +42,7 @@ def test_top1_on_held_out_digits(rows):
     assert rows.right["twin"].mean() - rows.right["adaptive"].mean() <= 0.03
 
 
+@pytest.mark.slow
 def test_mean_macs_meet_the_budget(rows):
     assert rows.macs.mean() == pytest.approx(0.65, rel=0.03)
 
