@@ -39,6 +39,7 @@ _NO_CHECKPOINTS = ("training_args", "optimizer", "scheduler", "rng_state", "scal
 
 # transformers' numbers are Pillow's.
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+_LARGEST = 10**6  # of a processor's numbers, far over any picture
 # Processors whose `size`, where it is one number, is that of the shorter side.
 _SHORTER = ("clip", "bit", "convnext", "levit", "poolformer", "efficientformer", "mobilenet")
 
@@ -153,7 +154,8 @@ def _config(content: Mapping[str, Any]) -> FactSource | None:
         return _timm(content, nested if isinstance(nested, Mapping) else {})
     kind = content.get("model_type")
     shaped = "hidden_size" in content and ("patch_size" in content or "image_size" in content)
-    if kind in KNOWN or shaped or "vision_config" in content:
+    known = isinstance(kind, str) and kind in KNOWN
+    if known or shaped or "vision_config" in content:
         return transformers_source(content)
     return None
 
@@ -228,7 +230,7 @@ def _normalisation(content: Mapping[str, Any], source: FactSource) -> None:
             )
             source.cannot[field] += "pixels than 0 to 1"
     elif factor is not None and not _same(factor, 1 / 255):
-        usable = isinstance(factor, (int, float)) and 0 < factor < math.inf
+        usable = isinstance(factor, (int, float)) and 0 < factor < _LARGEST
         for field in ("mean", "std"):
             value = source.says.get(field)
             if usable and value is not None:
@@ -238,7 +240,7 @@ def _normalisation(content: Mapping[str, Any], source: FactSource) -> None:
 
 
 def _same(a: Any, b: float) -> bool:
-    return isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-6)
+    return isinstance(a, (int, float)) and abs(a) < _LARGEST and math.isclose(a, b, rel_tol=1e-6)
 
 
 def _resampling(content: Mapping[str, Any], source: FactSource) -> None:
@@ -263,7 +265,7 @@ def _sides(value: Any) -> Iterator[Any]:
 def _square(value: Any) -> int | None:
     """One side of a square in any of its spellings, else None."""
     sides = list(_sides(value))
-    whole = all(type(side) is int and side > 0 for side in sides)
+    whole = all(type(side) is int and 0 < side < _LARGEST for side in sides)
     return sides[0] if whole and len(sides) == 2 and sides[0] == sides[1] else None
 
 

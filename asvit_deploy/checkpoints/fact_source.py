@@ -147,11 +147,17 @@ class FactSource:
 
     def pooling(self, value: Any) -> None:
         """Note what the head reads: the class token, or the mean of the image tokens."""
-        if value in ("avg", "mean", True):
+        known = isinstance(value, (str, bool))
+        if known and value in ("avg", "mean", True):
             self.says["pooling"] = "mean"
-        elif value in ("token", "cls", "fast", False):
+        elif known and value in ("token", "cls", "fast", False):
             self.says["pooling"] = "class"
-        elif value != "":
+        elif known and value == "":
+            self.cannot["global_pool"] = (
+                "global_pool '', so an output for each patch; pass a network that reads its class "
+                "token (global_pool 'token')"
+            )
+        else:
             self.cannot["global_pool"] = f"global_pool {quoted(value)}, which is not computed"
 
     def named(self, name: str, stands_for: Mapping[str, Any] | None, tag: Any = None) -> None:

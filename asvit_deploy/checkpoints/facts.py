@@ -181,10 +181,11 @@ class Loaded:
 
     Attributes:
         config: what its names and shapes say it is, at the file's own size.
-        sized: another image size is settled, so that what is said of it does not matter.
+        sized: the user asked for an image size, so that what is said of it does not matter.
         named: the user said which architecture it is, so that no name matters.
         beside: what the config files of the checkpoint say.
         family: whose ways are assumed where nothing else is known.
+        resizes: its processor's pictures may be of another size than its positions.
     """
 
     config: ArchConfig
@@ -192,6 +193,7 @@ class Loaded:
     named: bool
     beside: tuple[FactSource, ...]
     family: str
+    resizes: bool = False
 
 
 def settle(
@@ -270,7 +272,7 @@ def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]
             advice = "" if "; " in what else advice
             raise Refused(f"cannot be loaded: {source.name} says {what}{advice}")
     config, settled = loaded.config, set()
-    if loaded.sized:
+    if loaded.sized or (loaded.resizes and source.pictures is not None):
         settled.add("image_size")
     if config.output == "embedding":
         settled.add("num_classes")
@@ -280,7 +282,9 @@ def _check_source(source: FactSource, loaded: Loaded, options: Mapping[str, Any]
         attribute = {"width": "dim", "projection": "num_classes"}.get(name, name)
         holds = getattr(config, attribute)
         by_name = loaded.named and word.endswith(f": {name}")
-        if name in settled or by_name or (type(value) is int and value == holds):
+        same = value == holds if type(value) is int else type(value) is float and isinstance(
+            holds, float) and math.isclose(value, holds)  # fmt: skip
+        if name in settled or by_name or same:
             continue
         raise Refused(
             f"holds {name.replace('_', ' ')} {holds} where {source.name} says {word} "

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from asvit_deploy.checkpoints.fact_source import FactSource
+from asvit_deploy.checkpoints.model_types import PLAIN
 from asvit_deploy.checkpoints.reading import quoted
 
 CONFIG = "config.json"
+_USUAL_HEADS = 12  # in transformers, where a config does not say
 _DEFAULT_LABELS = 2  # and then transformers does not write them
 _MULTI_LABEL = "multi_label_classification"
 # How many registers a model type has where its config has no word for them.
@@ -20,7 +22,8 @@ def transformers_source(content: Mapping[str, Any]) -> FactSource:
     nested = content.get("vision_config")
     tower = nested if isinstance(nested, Mapping) else content
     source = FactSource(CONFIG)
-    source.say("heads", tower.get("num_attention_heads"), "num_attention_heads")
+    usual = _USUAL_HEADS if tower.get("model_type", content.get("model_type")) in PLAIN else None
+    source.say("heads", tower.get("num_attention_heads", usual), "num_attention_heads")
     source.say("eps", tower.get("layer_norm_eps"), "layer_norm_eps")
     source.activation(tower.get("hidden_act"))
     source.size("image_size", tower.get("image_size"))

@@ -187,8 +187,11 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
     else:
         stated = None
         translated, form = formats.translate(found.state)
-        model_types.refuse_unlike(held.beside.model_type, form.model_types, form.name, CONFIG)
+        # Beside names that are not of transformers, the config of no vision model is passed over.
+        if form.model_types or any(source.name == CONFIG for source in held.beside.sources):
+            model_types.refuse_unlike(held.beside.model_type, form.model_types, form.name, CONFIG)
     config, state = infer_config(translated, stated, asked.arch)
+    model_types.refuse_headless(config.head == "none", held.beside.architectures, CONFIG)
     if ours:
         check_metadata(metadata, config)
         config = staged(metadata, config)
@@ -203,8 +206,8 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
         inside = within.sources_within(content, options)
         image_size, lines = _pictures(translated, config, held.beside, image_size)
         loaded = facts.Loaded(
-            config, image_size is not None, asked.arch is not None, held.beside.sources,
-            form.name if form and form.model_types else config.name,
+            config, asked.image_size is not None, asked.arch is not None, held.beside.sources,
+            form.name if form and form.model_types else config.name, translated.resizes,
         )  # fmt: skip
         config, origins = facts.settle(loaded, asked.given, own, inside)
         lines += [*held.beside.lines, *(note for source in inside for note in source.notes)]
@@ -232,6 +235,10 @@ def _pictures(
     A family whose own code takes pictures of any size keeps positions for other pictures than its
     processor makes.
     """
+    sides = {source.pictures for source in beside.sources if source.pictures is not None}
+    if len(sides) > 1 and image_size is None:
+        said = " and ".join(f"{side} px" for side in sorted(sides))
+        raise Refused(f"has two accounts of its pictures, {said}; pass --image-size")
     if image_size is not None or not found.resizes or beside.pictures is None:
         return image_size, []
     side, name = beside.pictures
@@ -269,6 +276,8 @@ def _notes(found: Translated, config: ArchConfig, beside: tuple[str, ...]) -> li
     notes = [*found.notes]
     if found.left_out:
         notes.append(f"left out, not needed for its output: {listed(found.left_out)}")
+    if config.positions == "image" and config.prefix == 1:
+        notes.append("its class token has no position of its own, as in DeiT-III")
     if config.head == "none":
         heads = f" (beside it lie {listed(beside)})" if beside else ""
         notes.append(f"has no head{heads}: its output is the class token, {config.dim} numbers")

@@ -74,10 +74,29 @@ def refuse(model_type: str | None, architectures: tuple[str, ...], said_by: str)
                               f"{advice}")  # fmt: skip
 
 
+def refuse_headless(bare: bool, architectures: tuple[str, ...], said_by: str) -> None:
+    """Refuse weights without the classifier that a config says they have.
+
+    Raises:
+        Refused: they would pass for a network that gives embeddings.
+    """
+    named = [name for name in architectures if "ForImageClassification" in name]
+    if bare and named:
+        raise Refused(
+            f"lacks its classifier, where {said_by} says {quoted(named[0])[1:-1]}; save it again "
+            "with save_pretrained, or correct what the config says"
+        )
+
+
 def _article(name: str) -> str:
     if name == "network":
         return "such a network"
     return f"an {name}" if name[0] in "AEI" or name.startswith("SAM") else f"a {name}"
+
+
+# Configs that may lie beside weights whose names are not transformers': a plain ViT's says what
+# timm's names leave open, and timm's own wrapper writes the last.
+_BESIDE_OTHERS = ("vit", "deit", "timm_wrapper")
 
 
 def refuse_unlike(model_type: str | None, types: tuple[str, ...], name: str, said_by: str) -> None:
@@ -85,10 +104,11 @@ def refuse_unlike(model_type: str | None, types: tuple[str, ...], name: str, sai
 
     Args:
         types: the model types whose weights have such names; none where they are not
-            transformers'.
+            transformers', which only a plain ViT's config fits.
         name: what messages call them.
     """
-    if types and model_type is not None and model_type not in types:
+    types = types or _BESIDE_OTHERS
+    if model_type is not None and model_type not in types:
         raise Refused(
             f"holds {name} where {said_by} says model_type {quoted(model_type)}, not "
             f"{listed(types)}: one of them is another network's; correct or remove what it says"

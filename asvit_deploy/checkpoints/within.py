@@ -57,12 +57,13 @@ def _of_options(place: str, values: Mapping[str, Any]) -> FactSource:
         for key in reversed([key for key in keys if values.get(key) is not None]):
             source.say(name, values[key], key)
     source.say("eps", values.get("layer_norm_eps"), "layer_norm_eps")
-    source.activation(values.get("act_layer") or values.get("hidden_act"))
+    named = (values.get(key) for key in ("act_layer", "hidden_act"))
+    source.activation(next((name for name in named if name is not None), None))
     for key in ("input_size", "img_size", "image_size"):
-        if values.get(key):
+        if values.get(key) is not None:
             source.size(key, values[key])
             break
     pooling = values.get("gp", values.get("global_pool"))
-    if pooling is not None:
+    if pooling is not None and not (isinstance(pooling, str) and pooling == ""):
         source.pooling(pooling)
     return source

@@ -81,6 +81,11 @@ def _refuse_others(whole: State) -> None:
 def _head(state: State) -> str:
     """What reads the last tokens, by which layers there are."""
     if not any(key in state for key in ("head.weight", "head.bias")):
+        if "fc_norm.weight" in state and "norm.weight" not in state:
+            raise Refused(
+                "averages its tokens (fc_norm) and has no head for that average; pass such a "
+                "network with its classes, or one that reads the class token"
+            )
         return "none"
     if "fc_norm.weight" in state:
         return "mean_norm"
