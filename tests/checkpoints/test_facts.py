@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from checkpoint_files import (
     AUGREG,
@@ -17,6 +18,7 @@ from checkpoint_files import (
     THIN,
     TIMM,
     dense_state,
+    headless,
     hub_folder,
 )  # fmt: skip
 from conftest import raises_one_line
@@ -331,6 +333,15 @@ BAD = [
     ({"config": {**HF, "layer_norm_eps": 1}}, "layer_norm_eps 1, which is not a number above 0"),
     ({"config": {**HF, "num_channels": 1}}, "1 channels"),
     ({"config": {**HF, "model_type": "beit"}}, "model_type 'beit', and a BEiT"),
+    *[({"config": {**HF, "model_type": kind}}, f"says model_type '{kind}', not vit, deit, timm_w")
+      for kind in ("clip", "dinov2", "blip_2", "internvl_vision")],
+    ({"config": {k: v for k, v in HF.items() if k != "num_attention_heads"} | {"hidden_size": 7}},
+     "holds width 384 where config.json says hidden_size 7"),
+    ({"config": {**TIMM, "global_pool": ""}}, "global_pool '', so an output for each patch; pass"),
+    ({"preprocessor_config": {**PREPROCESSOR, "rescale_factor": 10**400}}, "rescale_factor"),
+    ({"preprocessor_config": {**PREPROCESSOR, "size": 10**400}}, "no square"),
+    ({"preprocessor_config": {**PREPROCESSOR, "size": {"shortest_edge": 10**320},
+                              "crop_size": 32, "do_center_crop": True}}, "no square"),
     ({"preprocessor_config": {**PREPROCESSOR, "resample": 9}}, "resample 9"),
     ({"preprocessor_config": {**PREPROCESSOR, "do_resize": False}}, "do_resize false"),
     ({"preprocessor_config": {**PREPROCESSOR, "do_rescale": False}}, "do_rescale False"),
@@ -342,6 +353,34 @@ BAD = [
     ({"config": TIMM, "preprocessor_config": PREPROCESSOR},
      "two accounts of its mean: config.json says 0.5, preprocessor_config.json says 0.4; pass"),
 ]  # fmt: skip
+
+
+def test_a_config_without_heads_has_those_that_transformers_assumes(tmp_path):
+    config = {key: value for key, value in HF.items() if key != "num_attention_heads"}
+    checkpoint = load_checkpoint(hub_folder(tmp_path, config=config))
+    assert checkpoint.config.heads == 12
+    assert "12 heads" in checkpoint.origins.line
+    assert "from config.json" in checkpoint.origins.line
+
+
+def test_a_model_type_of_another_kind_is_no_traceback(tmp_path):
+    for kind in (["vit"], {"vit": 1}, 7):
+        load_checkpoint(hub_folder(tmp_path, config={**HF, "model_type": kind}))
+
+
+def test_a_classifier_that_the_config_has_and_the_weights_have_not(tmp_path):
+    path = hub_folder(tmp_path, config={**HF, "architectures": ["ViTForImageClassification"]})
+    load_checkpoint(path)
+    safetensors.torch.save_file(headless(dense_state()), path)
+    raises_one_line(lambda: load_checkpoint(path), "lacks its classifier", "save_pretrained")
+
+
+def test_an_average_without_a_head_is_refused(tmp_path):
+    state = headless(dense_state())
+    state = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: value
+             for key, value in state.items()}  # fmt: skip
+    torch.save(state, tmp_path / "mae.pt")
+    raises_one_line(lambda: load_checkpoint(tmp_path / "mae.pt"), "averages its tokens (fc_norm)")
 
 
 @pytest.mark.parametrize(("files", "words"), BAD, ids=[words[:40] for _, words in BAD])
@@ -359,6 +398,9 @@ def test_configs_that_lie_are_cut_or_cannot_be_obeyed(files, words, tmp_path):
         ({"num_heads": 7}, "the 7 heads of args"),
         ({"input_size": 224}, "args says input_size 224"),
         ({"gp": "max"}, "global_pool 'max'"),
+        ({"gp": torch.ones(2)}, "global_pool a Tensor"),
+        ({"act_layer": torch.zeros(2)}, "the activation a Tensor"),
+        ({"input_size": torch.zeros(2)}, "input_size a Tensor"),
         ({"act_layer": "torch.nn.SiLU"}, "the activation 'torch.nn.SiLU'"),
         ({"model": "vit_base_patch16_224"}, "vit_base_patch16_224: width 768"),
     ],
