@@ -13,7 +13,8 @@ from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.(?:safetensors|bin)")
+# One of one is a whole network.
+_SHARD = re.compile(r".+-\d{5}-of-(?!00001\.)\d{5}\.(?:safetensors|bin)")
 _MOST = 256  # shards; a network that fits into memory has a few
 
 

@@ -359,3 +359,9 @@ def test_networks_that_average_their_tokens(command: str, tmp_path: Path, cli: C
             "--dense")  # fmt: skip
     if command == "export":
         assert cli("export", "--ckpt", "mean.pth", "--dense").code == 0
+
+
+def test_one_shard_of_one_is_a_whole_network(tmp_path: Path) -> None:
+    path = vit_folder(tmp_path / "birds") / "model.safetensors"
+    alone = path.rename(path.with_name("weights-00001-of-00001.safetensors"))
+    assert load_checkpoint(alone).config.depth == load_checkpoint(alone.parent).config.depth

@@ -32,11 +32,6 @@ def translate(state: State) -> tuple[Translated, type[Format]]:
     )
 
 
-def of_model_type(model_type: object) -> type[Format] | None:
-    """The format of a transformers config's `model_type`."""
-    return next((found for found in FORMATS if model_type in found.model_types), None)
-
-
 def _names() -> str:
     names: Iterable[str] = (found.name for found in FORMATS)
     return ", ".join(names)
