@@ -79,8 +79,7 @@ def export(
     from asvit_deploy.runners.onnx_runtime import import_onnxruntime
 
     import_onnxruntime()
-    opset = OPSET if opset is None else opset
-    check_opset(opset)
+    check_opset(opset := OPSET if opset is None else opset)
     place = checkpoint_path(ckpt, say)
     checkpoint = load_checkpoint(place, image_size, arch, ema, known)
     checkpoint = named(checkpoint, of_checkpoint(checkpoint, names, say))

@@ -14,7 +14,7 @@ HALF = (0.5, 0.5, 0.5)
 CLIP_RULES = Preprocessing(crop_pct=1.0, mean=CLIP_MEAN, std=CLIP_STD)
 
 _NAME = re.compile(
-    r"(?P<family>vit|deit3?)_(?P<size>[a-z]+)(?:_distilled)?_patch(?P<patch>\d+)(?P<rest>.*)$"
+    r"(?P<kind>vit|deit3?)_(?P<size>[a-z]+)(?:_distilled)?_patch(?P<patch>\d+)(?P<rest>.*)$"
 )
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "medium": (512, 8), "base": (768, 12),
           "large": (1024, 16), "huge": (1280, 16), "giant": (1408, 16), "gigantic": (1664, 16),
@@ -63,10 +63,10 @@ def timm_name(name: str) -> dict[str, Any] | None:
         says["registers"] = int(registers[1])
     if "clip" in rest:
         return says | _clip(match["size"], rest)
-    return says | _prepared(match["family"], rest)
+    return says | _prepared(match["kind"], rest)
 
 
-def _prepared(family: str, rest: str) -> dict[str, Any]:
+def _prepared(kind: str, rest: str) -> dict[str, Any]:
     """How pictures are prepared for what is no CLIP."""
     if "bamboo" in rest:
         return {"mean": CLIP_MEAN, "std": CLIP_STD, "crop_pct": 1.0, "interpolation": "bicubic"}
@@ -74,9 +74,9 @@ def _prepared(family: str, rest: str) -> dict[str, Any]:
         return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "crop_pct": 0.875,
                 "interpolation": "bilinear"}  # fmt: skip
     whole = re.match(r"(?:_\w+)?_384", rest) or "dinov2" in rest
-    whole = whole or (family == "deit3" and "in22k" in rest)
+    whole = whole or (kind == "deit3" and "in22k" in rest)
     rules = {"crop_pct": 1.0 if whole else 0.9, "interpolation": "bicubic"}
-    if family != "vit" or "dino" in rest or re.search(r"[._]mae", rest):
+    if kind != "vit" or "dino" in rest or re.search(r"[._]mae", rest):
         return rules | {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     return rules | {"mean": HALF, "std": HALF}
 
