@@ -481,3 +481,15 @@ def test_bad_input_is_one_line_and_writes_nothing(
     raises_one_line(lambda: getattr(asvit_deploy, name)(*arguments, **options), *words)
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_save_refuses_a_head_of_other_outputs(tmp_path: Path) -> None:
+    import torch
+
+    network = asvit_deploy.load("default")
+    network.head = torch.nn.Linear(network.config.dim, 3)
+    path = tmp_path / "three.safetensors"
+    raises_one_line(lambda: asvit_deploy.save(network, path), "3 outputs", "config says 10")
+    assert not path.exists()
+    network.config = network.config.at(num_classes=3)
+    assert asvit_deploy.load(asvit_deploy.save(network, path)).config.num_classes == 3

@@ -12,6 +12,8 @@ from asvit_deploy.status import Say, silent
 if TYPE_CHECKING:
     from torch import nn
 
+    from asvit_deploy.models.vit import ViT
+
 # What the network itself says anew, and what is true of an adaptive one alone.
 _OWN = ("format", "schema", "arch", "image_size", "num_classes", "stages", "reduction",
         "architecture", "preprocessing", "heads", "eps")  # fmt: skip
@@ -53,6 +55,7 @@ def save(
         raise UserError(f"{type(model).__name__} cannot be saved; pass a network that load gave")
     with sidecar.claimed(target, "checkpoint", force):
         network = model if isinstance(model, ViT) else load(model, say=say)
+        _check_outputs(network)
         dropped = _OWN if network.adaptive else (*_OWN, *_ADAPTIVE)
         kept = {key: value for key, value in network.metadata.items() if key not in dropped}
         if len(json.loads(kept.get("classes", "[]"))) != network.config.num_classes:
@@ -60,3 +63,13 @@ def save(
             kept.pop("classes_from", None)
         save_checkpoint(target, network, kept)
     return target
+
+
+def _check_outputs(network: ViT) -> None:
+    """Raises UserError where a head was replaced by hand: `load` would refuse what it says."""
+    head, said = getattr(network, "head", None), network.config.num_classes
+    if head is not None and (holds := head.weight.shape[0]) != said:
+        raise UserError(
+            f"the network's head gives {holds} outputs and its config says {said}; set "
+            "network.config = network.config.at(num_classes=...) to that of the head"
+        )

@@ -35,7 +35,9 @@ _HUB_NAMES = frozenset((
     *OPENCLIP_WEIGHTS, *INDICES,
 ))  # fmt: skip
 # What trainers leave beside it.
-_NO_CHECKPOINTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+_NO_CHECKPOINTS = (
+    "training_args", "optimizer", "scheduler", "rng_state", "scaler", "trainer_state",
+)  # fmt: skip
 
 # transformers' numbers are Pillow's.
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")

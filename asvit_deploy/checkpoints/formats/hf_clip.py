@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from asvit_deploy.checkpoints.formats.base import State, Translated, fused_qkv, rename, without
-from asvit_deploy.checkpoints.names import CLIP_MEAN, CLIP_STD
+from asvit_deploy.checkpoints.names import CLIP_RULES
 from asvit_deploy.checkpoints.refused import Refused
-from asvit_deploy.models.config import Preprocessing
 
 _ROOT = r"(?:vision_model\.)?"
 _LAYER = _ROOT + r"encoder\.layers\.(\d+)\."
@@ -28,7 +27,6 @@ _OTHERS = (
     r"(?:text_model\..+|text_projection\.weight|logit_scale" + rf"|{_ROOT}embeddings\.position_ids)"
 )
 # What its processor does: the shorter side becomes 224, of which the middle is cut out.
-_PREPROCESSING = Preprocessing(1.0, "bicubic", CLIP_MEAN, CLIP_STD)
 
 
 class HfClip:
@@ -59,6 +57,6 @@ class HfClip:
         head = "projection" if "head.weight" in whole else "none"
         traits: dict[str, Any] = {
             "head": head, "eps": 1e-5, "activation": "quick_gelu",
-            "preprocessing": _PREPROCESSING,
+            "preprocessing": CLIP_RULES,
         }  # fmt: skip
         return Translated(whole, traits, left_out)
