@@ -16,6 +16,7 @@ from asvit_deploy.artefacts.artefact import Artefact, Opener, Ways
 from asvit_deploy.artefacts.reference import check_fields
 from asvit_deploy.checkpoints.facts import fields_of
 from asvit_deploy.errors import UserError
+from asvit_deploy.models.archs import DESCRIBED
 from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.runners import onnx_bounds
@@ -23,7 +24,7 @@ from asvit_deploy.runners.base import Reference, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
 
 # Sidecar fields that two artefacts share if they can be compared token by token.
-_OF_THE_NETWORK = ("arch", "architecture", "image_size", "num_classes", "stages", "reduction")
+_OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages", "reduction")
 
 
 @dataclass
@@ -219,7 +220,8 @@ def _largest(config: ArchConfig) -> int:
 
 def _network_fields(artefact: OnnxArtefact) -> dict[str, Any]:
     fields = {key: artefact.fields.get(key) for key in _OF_THE_NETWORK}
-    return {**fields, "output": artefact.fields.get("output", "logits")}
+    traits = {name: getattr(artefact.config, name) for name in DESCRIBED}
+    return {**fields, "output": artefact.fields.get("output", "logits"), **traits}
 
 
 def _to_stderr(line: str) -> None:

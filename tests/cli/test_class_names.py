@@ -121,8 +121,8 @@ def test_the_option_names_the_outputs(cli, released):
 @pytest.mark.slow
 def test_config_json_beside_the_checkpoint_goes_along(cli, released):
     Path("m.pt").write_bytes(released(3).read_bytes())
-    config = {"model_type": "vit", "id2label": {0: "cat", 1: "dog", 2: "cow"}}
-    Path("config.json").write_text(json.dumps(config))
+    config = {"id2label": {0: "cat", 1: "dog", 2: "cow"}, "num_attention_heads": 2}
+    Path("config.json").write_text(json.dumps({"model_type": "vit", **config}))
     made = ok(cli("export", "--ckpt", "m.pt", "-o", "m.onnx"))
     assert "class names from config.json" in made.err
     assert read(Path("m.onnx"))["classes"] == ["cat", "dog", "cow"]
