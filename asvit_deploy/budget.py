@@ -19,7 +19,8 @@ from asvit_deploy.models.macs import (
     unavoidable_macs,
 )
 from asvit_deploy.models.vit import Trace, ViT
-from asvit_deploy.reduction.fixed import FixedCounts
+from asvit_deploy.reduction.methods import within
+from asvit_deploy.reduction.ranked import Ranked
 
 _BATCH = 64
 _HALVINGS = 24  # of the factor's interval, in logarithms
@@ -137,34 +138,79 @@ def fit_thresholds(
     return Fit(budget, len(images), factor, before, after)
 
 
-def fixed_counts(config: ArchConfig, method: type[FixedCounts], budget: float) -> FixedCounts:
-    """The method at its usual blocks, with counts of one ratio at every cut that meet a budget.
+def fixed_counts(
+    config: ArchConfig, method: type[Ranked], budget: float, blocks: Sequence[int] | None = None
+) -> Ranked:
+    """The method with counts of one ratio at every cut that meet a budget.
 
     Args:
-        budget: f, a fraction of the dense MACs as the release counts them.
+        budget: f, MACs carried out as a fraction of the dense ones as the release counts them.
+        blocks: where it cuts; by default at its usual ones.
 
     Raises:
-        UserError: no ratio comes within one per cent of it.
+        UserError: blocks that do not fit, or no ratio comes within one per cent of the budget.
     """
-    blocks = method.usual_blocks(config.stages, config.depth)
+    blocks = _fitting(config, method, blocks)
 
-    def at(ratio: float) -> tuple[FixedCounts, float]:
-        kept, tokens = [], config.image_tokens
-        for _ in blocks:
-            kept.append(max(1, round(tokens * ratio)))
-            tokens = kept[-1] + method.appends
-        made = method(blocks, kept, config.prefix)
-        lengths = fixed_lengths(config, made)
-        # Counts that a method raises to what it can do are written as they are carried out.
-        kept = [length - config.prefix - method.appends for length in lengths]
-        macs = model_macs(config, lengths, made.cuts) / teacher_macs(config)
-        return method(blocks, kept, config.prefix), float(macs)
+    def at(ratio: float) -> tuple[Ranked, float]:
+        made = method(blocks, planned_counts(config, method, blocks, ratio), config.prefix)
+        return made, carried_out(config, made) / teacher_macs(config)
 
-    tried = [at(i / 1000) for i in range(1, 1001)]
-    best, macs = min(tried, key=lambda one: abs(one[1] - budget))
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if at(middle)[1] < budget else (low, middle)
+    best, macs = min((at(low), at(high)), key=lambda one: abs(one[1] - budget))
     if abs(macs / budget - 1) > TOLERANCE:
+        least, most = at(0.0)[1], at(1.0)[1]
         raise UserError(
-            f"budget {budget:g} is out of reach of {method.name} on {config.name} at "
-            f"{config.image_size} px; the nearest is {macs:.3f}"
+            f"budget {budget:g} is out of reach of {method.name} with "
+            f"{len(blocks)} cut{'s' * (len(blocks) != 1)} on {config.name} at "
+            f"{config.image_size} px: it reaches {math.ceil(least * 1000) / 1000:.3f} to "
+            f"{math.floor(most * 1000) / 1000:.3f}; choose another budget or other cuts"
         )
     return best
+
+
+def planned_counts(
+    config: ArchConfig, method: type[Ranked], blocks: Sequence[int], ratio: float
+) -> list[int]:
+    """Image rows behind each cut where each keeps that share of what comes to it.
+
+    Counts that the method raises to what it can do are written as they are carried out.
+    """
+    kept, exact, tokens = [], float(config.image_tokens), config.image_tokens
+    for _ in blocks:
+        # The share is of what would be there exactly, so that rounding does not add up.
+        exact = exact * ratio
+        kept.append(max(1, min(round(exact), tokens)))
+        tokens = kept[-1] + method.appends
+    made = method(blocks, kept, config.prefix)
+    return [length - config.prefix - method.appends for length in fixed_lengths(config, made)]
+
+
+def carried_out(config: ArchConfig, reduction: Ranked) -> float:
+    """MACs of the network with those fixed counts, its own included."""
+    lengths = fixed_lengths(config, reduction)
+    rows = [config.rows, *lengths]
+    own = sum(reduction.macs(stage, rows[stage]) for stage in range(len(reduction.cuts)))
+    return float(model_macs(config, lengths, reduction.cuts) + own)
+
+
+def _fitting(
+    config: ArchConfig, method: type[Ranked], blocks: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The blocks, once they rise and lie in the network.
+
+    Raises:
+        UserError: they do not.
+    """
+    if blocks is None:
+        return method.usual_blocks(config.stages, config.depth)
+    whole = all(type(block) is int for block in blocks)
+    if not blocks or not whole or not within(method(blocks, prefix=config.prefix), config.depth):
+        raise UserError(
+            f"cuts {','.join(map(str, blocks))} do not fit {config.name}; pass rising block "
+            f"numbers between {int(method.place == 'before')} and {config.depth - 1}"
+        )
+    return tuple(blocks)

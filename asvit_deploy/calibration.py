@@ -254,7 +254,7 @@ class _Work:
                     scores.append(score)
                 else:
                     rows, _ = self.model.segment(stages, Rows(compact[0]))
-                    outputs.append(self.model.classify(rows.batched, None))
+                    outputs.append(self.model.classify(rows))
                     self._tick()
         return Outcome(np.array(lengths, np.int64).T, torch.cat(outputs))
 

@@ -221,21 +221,26 @@ def op_library() -> Path:
         pytest.skip(str(error))
 
 
+EXPORTS = (("1", "auto"), ("dynamic", "auto"), ("1", "standard"), ("1", "custom"))
+
+
 @pytest.fixture(scope="session")
 def mini_artifacts(mini_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The small model exported, by (batch, ops)."""
+    """The small model exported, by (batch, ops), each where it is first asked for."""
     from asvit_deploy.checkpoints.load import load_checkpoint
     from asvit_deploy.exporting.export import export
 
     folder = tmp_path_factory.mktemp("artifacts")
-    checkpoint = load_checkpoint(mini_checkpoint)
-    images = open_images(None, checkpoint.config, limit=4)
-    paths = {}
-    for batch, ops in (("1", "auto"), ("dynamic", "auto"), ("1", "standard"), ("1", "custom")):
-        path = folder / f"mini_{batch}_{ops}.onnx"
-        export(checkpoint, path, images, batch, ops)
-        paths[batch, ops] = path
-    return paths
+
+    class Exports(dict[tuple[str, str], Path]):
+        def __missing__(self, key: tuple[str, str]) -> Path:
+            path = folder / f"mini_{key[0]}_{key[1]}.onnx"
+            checkpoint = load_checkpoint(mini_checkpoint)
+            export(checkpoint, path, open_images(None, checkpoint.config, limit=4), *key)
+            self[key] = path
+            return path
+
+    return Exports()
 
 
 @pytest.fixture(scope="session")

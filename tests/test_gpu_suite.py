@@ -207,6 +207,7 @@ def test_program_that_lost_its_permission_runs(links, tmp_path):
 # ---------------------------------------------------------------- what cannot be run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpu_parts/table.py", "data/deit_s.npz", "gpu_suite"])
 def test_damaged_folder_is_refused(links, tmp_path, name):
     replace(links, name, "nothing")
@@ -220,6 +221,7 @@ def test_damaged_folder_is_refused(links, tmp_path, name):
 _LISTS = json.dumps({"schema": 1, "sms": [], **{key: [] for key in prepared_folder.TABLES}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"schema": 1}', '{"schema": 99}', _LISTS])
 def test_manifest_that_is_none_is_refused(links, tmp_path, text):
     replace(links, "manifest.json", text)
@@ -295,6 +297,7 @@ def has_gpu() -> bool:
     return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_line_and_nothing_written(folder, tmp_path):
     if has_gpu():
         pytest.skip("there is a GPU")
@@ -303,6 +306,7 @@ def test_without_a_gpu_one_line_and_nothing_written(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_folder_for_another_gpu_is_refused(folder, tmp_path):
     done = suite("run", "--prepared", folder, "-o", tmp_path / "out",
                  **fake_driver(tmp_path / "driver", 89))  # fmt: skip

@@ -304,7 +304,7 @@ def _config(inputs: _Inputs, start: Checkpoint | None) -> ArchConfig:
     from asvit_deploy.models.archs import arch
 
     config = arch(inputs.arch or "").at(inputs.image_size) if start is None else start.config
-    config = telling_classes(config)
+    config = telling_classes(config).released()
     return config.with_stages(inputs.stages) if inputs.stages else config
 
 

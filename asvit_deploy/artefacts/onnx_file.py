@@ -91,7 +91,7 @@ class OnnxArtefact(Artefact):
 
     def refuse_other_network(self, other: OnnxArtefact) -> None:
         """Raise UserError where `other` is no reference for this one, in one line that says why."""
-        for made in (_network_fields, lambda artefact: fields_of(artefact.config)):
+        for made in (_network_fields, _traits, lambda artefact: fields_of(artefact.config)):
             for (key, ours), theirs in zip(made(self).items(), made(other).values()):
                 if ours != theirs:
                     raise UserError(
@@ -220,8 +220,11 @@ def _largest(config: ArchConfig) -> int:
 
 def _network_fields(artefact: OnnxArtefact) -> dict[str, Any]:
     fields = {key: artefact.fields.get(key) for key in _OF_THE_NETWORK}
-    traits = {name: getattr(artefact.config, name) for name in DESCRIBED}
-    return {**fields, "output": artefact.fields.get("output", "logits"), **traits}
+    return {**fields, "output": artefact.fields.get("output", "logits")}
+
+
+def _traits(artefact: OnnxArtefact) -> dict[str, Any]:
+    return {name: getattr(artefact.config, name) for name in DESCRIBED}
 
 
 def _to_stderr(line: str) -> None:

@@ -155,7 +155,10 @@ def recorded(config: ArchConfig, fields: Mapping[str, Any]) -> ArchConfig:
         raise ValueError("heads")
     if checked("eps", eps) is None:
         raise ValueError("eps")
-    return replace(config, preprocessing=rules, heads=heads, eps=float(eps))
+    last = fields.get("last_block", "all")
+    if last not in ("all", config.saving().last_block):
+        raise ValueError("last_block")
+    return replace(config, preprocessing=rules, heads=heads, eps=float(eps), last_block=last)
 
 
 def as_recorded(config: ArchConfig, like: ArchConfig) -> ArchConfig:
@@ -163,7 +166,8 @@ def as_recorded(config: ArchConfig, like: ArchConfig) -> ArchConfig:
     config = recorded(config, fields_of(like))
     head = like.head if like.head in _POOLINGS.get(config.head, ()) else config.head
     how = like.positions_resize
-    return replace(config, activation=like.activation, positions_resize=how, head=head)
+    return replace(config, activation=like.activation, positions_resize=how, head=head,
+                   last_block=like.last_block)  # fmt: skip
 
 
 # What a head becomes by what is said of the pooling: there are no other layers for it.

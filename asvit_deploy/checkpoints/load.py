@@ -213,6 +213,8 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
         lines += [*held.beside.lines, *(note for source in inside for note in source.notes)]
     own_size, config = config, at_size(state, config, image_size)
     lines += resized_line(own_size, config)
+    # What was made earlier is compared with as it was carried out then.
+    config = config if asked.recorded is not None else config.saving()
     return Checkpoint(
         config=config,
         state=state,

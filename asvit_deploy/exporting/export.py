@@ -60,6 +60,7 @@ def describe_model(
         "image_size": config.image_size,
         "image_tokens": config.image_tokens,
         "num_classes": config.num_classes,
+        "last_block": config.last_block,
         "classes": json.loads(classes) if classes else None,
         "classes_from": checkpoint.metadata.get("classes_from", OWN) if classes else None,
         **fields_of(config),

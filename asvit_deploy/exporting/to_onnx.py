@@ -37,7 +37,9 @@ class _Traced(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         output, trace = self.model(images, padded=self.dynamic)
-        return {self.model.config.output: output, **_named(trace, self.model.thresholds)}
+        method = self.model.reduction
+        boundaries = [] if method is None else method.boundaries()
+        return {self.model.config.output: output, **_named(trace, boundaries)}
 
 
 def _named(trace: Trace, thresholds: Iterable[Tensor]) -> dict[str, Tensor]:

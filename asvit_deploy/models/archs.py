@@ -37,7 +37,8 @@ ARCHS: dict[str, ArchConfig] = {
 
 # What a row says of a network: its shapes and traits. The rest are facts of a checkpoint, or of
 # what became of it, and are kept beside it under names of their own.
-_FACTS = ("name", "heads", "stages", "image_size", "num_classes", "preprocessing", "eps")
+_FACTS = ("name", "heads", "stages", "image_size", "num_classes", "preprocessing", "eps",
+          "last_block")  # fmt: skip
 DESCRIBED = tuple(field.name for field in fields(ArchConfig) if field.name not in _FACTS)
 _LARGEST = {"dim": 8192, "depth": 256, "mlp_ratio": 64, "patch_size": 256, "prefix": 1024,
             "residual": 16}  # fmt: skip

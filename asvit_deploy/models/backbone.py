@@ -6,6 +6,8 @@ checkpoints load as they are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.heads import HEADS
 from asvit_deploy.models.stem import build_stem
+from asvit_deploy.reduction.rows import Rows
 
 
 class Backbone(nn.Module):
@@ -63,13 +66,10 @@ class Backbone(nn.Module):
             tokens = tokens + self.pos_embed
         return self.norm_pre(tokens) if self.config.norm_pre else tokens
 
-    def classify(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
-        """tokens [B, M, D] -> logits or an embedding [B, C].
-
-        `valid` bool [B, M] names the rows in use.
-        """
-        x = tokens if self.config.head == "mean_norm" else self.norm(tokens)
-        return HEADS[self.config.head].read(self, x, valid, self.config.prefix)
+    def classify(self, rows: Rows) -> Tensor:
+        """The rows that are left -> logits or an embedding [B, C]."""
+        x = rows.batched if self.config.head == "mean_norm" else self.norm(rows.batched)
+        return HEADS[self.config.head].read(self, replace(rows, tokens=x), self.config.prefix)
 
 
 def _initialise_linear(layer: nn.Linear) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        if x.dim() == 2:  # (M, 3, H, Dh)
-            q, k, v = qkv.permute(1, 2, 0, 3).chunk(3)
-        else:  # (B, M, 3, H, Dh)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v  # each (B, H, M, Dh)
+        return by_head(self.qkv(x), 3, self.heads)  # type: ignore[return-value]
 
     def forward(self, x: Tensor, rows: Rows, masked: bool) -> tuple[Tensor, Seen]:
         """T of the shape of `x`, the normalised tokens of `rows`, and what was seen.
@@ -52,6 +48,30 @@ class Attention(nn.Module):
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             out = self.proj(context.transpose(1, 2).reshape(x.shape))
         return out, Seen(q, k, context, rows, masked)
+
+    def of_first(self, x: Tensor, rows: Rows, count: int) -> Tensor:
+        """As `forward`, for the first rows alone: T [.., count, D]."""
+        query, key_value = self.parted()
+        (q,) = by_head(query(x[..., :count, :]), 1, self.heads)
+        k, v = by_head(key_value(x), 2, self.heads)
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=_attention_mask(rows, q.dtype))
+        return self.proj(context.transpose(1, 2).reshape(x[..., :count, :].shape))
+
+    def parted(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """The layer that makes queries and the one that makes keys and values."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        width = weight.shape[1]
+        biases = (None, None) if bias is None else (bias[:width], bias[width:])
+        return (partial(F.linear, weight=weight[:width], bias=biases[0]),
+                partial(F.linear, weight=weight[width:], bias=biases[1]))  # fmt: skip
+
+
+def by_head(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
+    """T [B, M, parts H Dh] or [M, ...] -> that many T [B, H, M, Dh]."""
+    x = x.unflatten(-1, (parts, heads, -1))
+    if x.dim() == 4:  # (M, parts, H, Dh)
+        return x.permute(1, 2, 0, 3).chunk(parts)
+    return x.permute(2, 0, 3, 1, 4).unbind(0)  # (B, M, parts, H, Dh)
 
 
 def _attention_mask(rows: Rows, dtype: torch.dtype) -> Tensor | None:
@@ -116,6 +136,13 @@ class Block(nn.Module):
         out, seen = self.attn(self.norm1(rows.tokens), rows, masked)
         out = self.ls1(out) if self.layer_scale else out
         return replace(rows, tokens=rows.tokens + self._branch(out)), seen
+
+    def attend_first(self, rows: Rows, count: int) -> Rows:
+        """As `attend`, of which only the first rows are wanted; the others are gone then."""
+        out = self.attn.of_first(self.norm1(rows.tokens), rows, count)
+        out = self.ls1(out) if self.layer_scale else out
+        first = rows.first(count)
+        return replace(first, tokens=first.tokens + self._branch(out))
 
     def feed(self, rows: Rows) -> Rows:
         """Norm, MLP, residual."""

@@ -24,6 +24,7 @@ Output = Literal["logits", "embedding"]  # what a network returns; its name in g
 Resize = Literal["bicubic", "bicubic_antialias", "bicubic_offset"]
 Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos", "box", "hamming"]
 CropMode = Literal["center", "squash"]
+LastBlock = Literal["all", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class ArchConfig:
         head: what becomes of the last tokens, see `models.heads`.
         counts_elementwise: whether MACs hold norms, activations and softmax too, as the LV-ViT half
             of the AS-ViT release counts.
+        last_block: the rows that the last block works out; the prefix alone gives the same output
+            where the head reads no others, and costs less.
     """
 
     name: str
@@ -92,6 +95,7 @@ class ArchConfig:
     positions_resize: Resize = "bicubic"
     head: HeadName = "class"
     counts_elementwise: bool = False
+    last_block: LastBlock = "all"
 
     @property
     def grid(self) -> int:
@@ -127,6 +131,15 @@ class ArchConfig:
     def averages(self) -> bool:
         """Whether the head takes the mean of the image tokens."""
         return self.head in ("class_and_mean", "mean", "mean_norm")
+
+    def saving(self) -> ArchConfig:
+        """The same network without work that its output does not depend on."""
+        reads_prefix = not self.averages and self.head != "class_and_tokens"
+        return replace(self, last_block="prefix" if reads_prefix else "all")
+
+    def released(self) -> ArchConfig:
+        """The same network with all the work that the AS-ViT release carries out and counts."""
+        return replace(self, last_block="all")
 
     def at(self, image_size: int | None = None, num_classes: int | None = None) -> ArchConfig:
         """The same architecture for another image size or head.

@@ -1,4 +1,6 @@
-"""LayerScale taken into the layers before it, where that costs nothing."""
+"""A network as graphs are to have it: LayerScale in the layers before it, where that costs nothing,
+and a layer of its own for each product of the last block.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from asvit_deploy.models.blocks import Block, LayerScale
+from asvit_deploy.models.blocks import Attention, Block, LayerScale
 from asvit_deploy.models.vit import ViT
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -16,18 +18,48 @@ _HALF = torch.finfo(torch.float16)
 
 
 def folded(model: ViT) -> ViT:
-    """The same function with each factor of LayerScale in the layer before it, where it is free.
+    """The same function with fewer nodes.
 
-    Free means that float16 can hold each row of the scaled weights: its largest is no smaller than
-    float16's smallest normal number, and none is over its largest. What is rounded then is at most
-    2^-11 of a row's largest weight, as with weights of any size; a smaller row would lose more in
-    half precision than a factor that stays. Weights of the model are shared, not changed.
+    Each factor of LayerScale goes into the layer before it where it is free: where float16 can hold
+    each row of the scaled weights, whose largest is then no smaller than float16's smallest normal
+    number, and none over its largest. What is rounded is at most 2^-11 of a row's largest weight,
+    as with weights of any size; a smaller row would lose more in half precision than a factor that
+    stays. Where the last block works out the prefix alone, its weights are parted as they are used,
+    since a graph would part them on every run. Weights of the model are shared, not changed.
     """
-    if not model.config.layer_scale:
-        return model
-    twin = _shallow(model)
-    twin.blocks = nn.ModuleList(map(_folded_block, model.blocks))  # type: ignore[arg-type]
+    if model.config.layer_scale:
+        model = _shallow(model)
+        model.blocks = nn.ModuleList(map(_folded_block, model.blocks))  # type: ignore[arg-type]
+    if model.config.last_block == "prefix":
+        model = _shallow(model)
+        *others, last = model.blocks
+        model.blocks = nn.ModuleList([*others, _parted_block(last)])  # type: ignore[arg-type]
+    return model
+
+
+def _parted_block(block: Block) -> Block:
+    twin = _shallow(block)
+    twin.attn = _PartedAttention(block.attn)
     return twin
+
+
+class _PartedAttention(Attention):
+    """The same attention with two layers in place of one."""
+
+    def __init__(self, attention: Attention) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.proj, self.qkv = attention.heads, attention.proj, attention.qkv
+        width = attention.qkv.in_features
+        self.query = _rows_of(attention.qkv, slice(None, width))
+        self.key_value = _rows_of(attention.qkv, slice(width, None))
+
+    def parted(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.query, self.key_value
+
+
+def _rows_of(layer: nn.Linear, rows: slice) -> nn.Linear:
+    weight, bias = layer.weight.detach()[rows], layer.bias
+    return _linear(weight, None if bias is None else bias.detach()[rows], layer.training)
 
 
 def _folded_block(block: Block) -> Block:
@@ -48,10 +80,16 @@ def _folded_layer(layer: nn.Linear, scale: nn.Module) -> tuple[nn.Linear, nn.Mod
     weight, bias = gamma[:, None] * layer.weight.detach(), gamma * layer.bias.detach()
     if not _held_by_half(weight, bias):
         return layer, scale
+    return _linear(weight, bias, layer.training), nn.Identity()
+
+
+def _linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
     with torch.device("meta"):
-        one = nn.Linear(layer.in_features, layer.out_features)
-    one.weight, one.bias = nn.Parameter(weight), nn.Parameter(bias)
-    return one.train(layer.training), nn.Identity()
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    made.weight = nn.Parameter(weight)
+    if bias is not None:
+        made.bias = nn.Parameter(bias)
+    return made.train(training)
 
 
 def _held_by_half(weight: Tensor, bias: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.reduction.rows import Rows
 
 
 class Head(Protocol):
@@ -22,12 +23,11 @@ class Head(Protocol):
         ...
 
     @staticmethod
-    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-        """[B, M, D] -> [B, C].
+    def read(network: nn.Module, rows: Rows, prefix: int) -> Tensor:
+        """Rows [B, M, D] -> [B, C].
 
         Args:
             network: holds the layers.
-            valid: bool [B, M], the rows in use; None: all.
             prefix: P.
         """
         ...
@@ -41,8 +41,8 @@ class ClassHead:
         return {"head": config.dim}
 
     @staticmethod
-    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-        return network.head(x[:, 0])  # type: ignore[operator]
+    def read(network: nn.Module, rows: Rows, prefix: int) -> Tensor:
+        return network.head(rows.tokens[:, 0])  # type: ignore[operator]
 
 
 class Projection(ClassHead):
@@ -57,11 +57,11 @@ class ClassAndTokens:
         return {"head": config.dim, "aux_head": config.dim}
 
     @staticmethod
-    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-        votes = network.aux_head(x[:, prefix:])  # type: ignore[operator]  # (B, N, C)
-        if valid is not None:
-            votes = votes.masked_fill(~valid[:, prefix:, None], -torch.inf)
-        return network.head(x[:, 0]) + 0.5 * votes.amax(1)  # type: ignore[operator]
+    def read(network: nn.Module, rows: Rows, prefix: int) -> Tensor:
+        votes = network.aux_head(rows.tokens[:, prefix:])  # type: ignore[operator]  # (B, N, C)
+        if rows.alive is not None:
+            votes = votes.masked_fill(~rows.alive[:, prefix:, None], -torch.inf)
+        return network.head(rows.tokens[:, 0]) + 0.5 * votes.amax(1)  # type: ignore[operator]
 
 
 class ClassAndMean:
@@ -72,34 +72,38 @@ class ClassAndMean:
         return {"head": 2 * config.dim}
 
     @staticmethod
-    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-        mean = _mean(x, valid, prefix)
-        return network.head(torch.cat([x[:, 0], mean], 1))  # type: ignore[operator]
+    def read(network: nn.Module, rows: Rows, prefix: int) -> Tensor:
+        mean = _mean(rows, prefix)
+        return network.head(torch.cat([rows.tokens[:, 0], mean], 1))  # type: ignore[operator]
 
 
 class Mean(ClassHead):
     """The mean of the image tokens through one layer."""
 
     @staticmethod
-    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-        return network.head(_mean(x, valid, prefix))  # type: ignore[operator]
+    def read(network: nn.Module, rows: Rows, prefix: int) -> Tensor:
+        return network.head(_mean(rows, prefix))  # type: ignore[operator]
 
 
 class MeanNorm(ClassHead):
     """As `Mean`, where the last norm comes behind the mean: timm's `fc_norm`, MAE's fine-tuning."""
 
     @staticmethod
-    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-        return network.head(network.norm(_mean(x, valid, prefix)))  # type: ignore[operator]
+    def read(network: nn.Module, rows: Rows, prefix: int) -> Tensor:
+        return network.head(network.norm(_mean(rows, prefix)))  # type: ignore[operator]
 
 
-def _mean(x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-    """[B, D], over the image tokens in use."""
-    tokens = x[:, prefix:]
-    if valid is None:
+def _mean(rows: Rows, prefix: int) -> Tensor:
+    """[B, D], over the image tokens in use, each as often as it stands for input tokens."""
+    tokens = rows.tokens[:, prefix:]
+    if rows.alive is None and rows.size is None:
         return tokens.mean(1)
-    used = valid[:, prefix:, None].to(x.dtype)
-    return (tokens * used).sum(1) / used.sum(1)
+    weight = rows.sizes[:, prefix:]
+    if rows.alive is not None:
+        weight = weight * rows.alive[:, prefix:]
+    # Shares first: a sum of tokens as often as their sizes say would leave half precision.
+    share = (weight / weight.sum(1, keepdim=True)).to(tokens.dtype)
+    return (tokens * share[:, :, None]).sum(1)
 
 
 class TwoClasses:
@@ -110,8 +114,9 @@ class TwoClasses:
         return {"head": config.dim, "head_dist": config.dim}
 
     @staticmethod
-    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-        return (network.head(x[:, 0]) + network.head_dist(x[:, 1])) / 2  # type: ignore[operator]
+    def read(network: nn.Module, rows: Rows, prefix: int) -> Tensor:
+        first, second = rows.tokens[:, 0], rows.tokens[:, 1]
+        return (network.head(first) + network.head_dist(second)) / 2  # type: ignore[operator]
 
 
 class NoHead:
@@ -122,8 +127,8 @@ class NoHead:
         return {}
 
     @staticmethod
-    def read(network: nn.Module, x: Tensor, valid: Tensor | None, prefix: int) -> Tensor:
-        return x[:, 0]
+    def read(network: nn.Module, rows: Rows, prefix: int) -> Tensor:
+        return rows.tokens[:, 0]
 
 
 HEADS: dict[str, type[Head]] = {

@@ -3,6 +3,9 @@
 Everything is polynomial in n, the tokens of a block (class token included), so the functions take
 ints, floats, numpy arrays or torch tensors alike and stay differentiable. Not counted, as there:
 the DeiT family's LayerNorm, softmax and head, and the token scores of either family.
+
+What is counted is what is carried out: a network whose last block works out the prefix alone
+(`ArchConfig.last_block`) costs less than the release's formula says.
 """
 
 from __future__ import annotations
@@ -73,12 +76,33 @@ def model_macs(
         raise ValueError(f"{config.name} has {len(cuts)} stages, got {len(lengths)}")
     total = stem_macs(config)
     for n, first, last in zip(rows, edges, edges[1:]):
-        if first < last and first % 2:
-            total, first = total + feed_macs(config, n), first + 1
-        if first < last and last % 2:
-            total, last = total + attend_macs(config, n), last - 1
-        total = total + (last - first) // 2 * block_macs(config, n)
+        total = total + part_macs(config, n, first, last)
     return total
+
+
+def part_macs(config: ArchConfig, n: Number, first: int, last: int) -> Number:
+    """The halves from `first` up to `last` on `n` rows."""
+    total, whole = 0, 2 * config.depth
+    if config.last_block == "prefix" and last == whole and first <= whole - 2:
+        total, last = last_block_macs(config, n), whole - 2
+    if first < last and first % 2:
+        total, first = total + feed_macs(config, n), first + 1
+    if first < last and last % 2:
+        total, last = total + attend_macs(config, n), last - 1
+    return total + (last - first) // 2 * block_macs(config, n)
+
+
+def last_block_macs(config: ArchConfig, n: Number) -> Number:
+    """A block on `n` rows of which the P prefix rows alone are wanted.
+
+    Keys and values of all rows, 2nd^2; queries, projection and attention of P, 2Pd^2 + 2Pnd; the
+    second half on P.
+    """
+    d, p = config.dim, config.prefix
+    macs = n * 2 * d * d + 2 * p * d * d + 2 * p * d * n + feed_macs(config, p)
+    if config.counts_elementwise:
+        macs = macs + n * _LAYER_NORM * d + 2 * p * d + p * n * (_SOFTMAX + 1) * config.heads
+    return macs
 
 
 def fixed_lengths(config: ArchConfig, reduction: Reduction) -> list[int]:
@@ -98,7 +122,7 @@ def fixed_lengths(config: ArchConfig, reduction: Reduction) -> list[int]:
 
 
 def dense_macs(config: ArchConfig) -> int:
-    """The dense network with its class token (197 tokens at 224 px)."""
+    """The dense network with its class token (197 tokens at 224 px), as it is carried out."""
     return model_macs(config, [config.rows] * len(config.stages))
 
 

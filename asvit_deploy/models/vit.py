@@ -71,13 +71,19 @@ class ViT(Backbone):
         return self._slot is not None
 
     @property
+    def _saves_last(self) -> bool:
+        """Whether the last block works out the prefix alone: no cut inside it asks for more."""
+        return self.config.last_block == "prefix" and self.cuts[-1:] != (2 * self.config.depth - 1,)
+
+    @property
     def cuts(self) -> tuple[int, ...]:
         """Halves in front of which tokens leave; empty when dense."""
         return () if self.reduction is None else self.reduction.cuts
 
     def threshold_values(self) -> list[float]:
         """The thresholds as plain numbers, in stage order; empty where the method has none."""
-        return self.reduction.values() if isinstance(self.reduction, Threshold) else []
+        found = () if self.reduction is None else self.reduction.boundaries()
+        return [threshold.item() for threshold in found]
 
     def boundaries(self) -> list[float | None]:
         """What decides at each cut: a threshold, or None where the number of tokens is fixed."""
@@ -90,12 +96,15 @@ class ViT(Backbone):
             part: 0 to the number of cuts.
             masked: training form, in which `rows.keep` counts.
         """
-        first, end = (0, *self.cuts, 2 * self.config.depth)[part : part + 2]
+        whole = 2 * self.config.depth
+        first, end = (0, *self.cuts, whole)[part : part + 2]
         seen = None
         for half in range(first, end):
             block: Block = self.blocks[half // 2]  # type: ignore[assignment]
             if half % 2:
                 rows = block.feed(rows)
+            elif half == whole - 2 and self._saves_last and not masked:
+                rows = block.attend_first(rows, self.config.prefix)
             elif part < len(self.cuts) and half + 2 >= end:
                 rows, seen = block.attend(rows, masked)
             else:  # what it saw is let go at once: the memory serves the next half
@@ -163,7 +172,7 @@ class ViT(Backbone):
             trace.index.append(index)
             trace.length.append(length)
         rows, _ = self.segment(len(self.cuts), rows)
-        return self.classify(rows.batched, rows.alive), trace
+        return self.classify(rows), trace
 
     def forward_masked(
         self,
@@ -207,8 +216,8 @@ class ViT(Backbone):
                 appended = rows.tokens.shape[1] - stay.shape[1]
                 rows = replace(rows, keep=F.pad(stay, (0, appended), value=1.0))
         rows, _ = self.segment(len(self.cuts), rows, masked=True)
-        valid = None
+        in_use = None
         if masks:
-            valid = F.pad(masks[-1].detach(), (prefix, 0), value=1.0)
-            valid = F.pad(valid, (0, rows.tokens.shape[1] - valid.shape[1]), value=1.0) > 0.5
-        return self.classify(rows.tokens, valid), self.norm(rows.tokens), masks
+            stay = F.pad(masks[-1].detach(), (prefix, 0), value=1.0)
+            in_use = F.pad(stay, (0, rows.tokens.shape[1] - stay.shape[1]), value=1.0) > 0.5
+        return self.classify(replace(rows, alive=in_use)), self.norm(rows.tokens), masks

@@ -59,12 +59,17 @@ class Decision:
         score: float32 [B, M-P], one for each image row.
         boundary: float32 scalar: rows above it stay, and the best in any case; None where counts
             are fixed.
-        into: int64 [B, M], the row that takes what a leaving row carries; None: it is lost.
+        into: int64 [B, M], the row that takes what a leaving row carries; None: it is lost, or
+            `combine` finds one.
+        likeness: float32 [B, M-P, Dh] of length 1, by whose products it does.
+        weight: float32 [B, M], of each row in what leaving rows become part of.
     """
 
     score: Tensor
     boundary: Tensor | None = None
     into: Tensor | None = None
+    likeness: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class Reduction(nn.Module):
@@ -123,6 +128,10 @@ class Reduction(nn.Module):
     def combines(self) -> bool:
         """Whether `combine` does anything."""
         return type(self).combine is not Reduction.combine
+
+    def boundaries(self) -> list[Tensor]:
+        """What a score must be above at each cut, its parameters; none where counts are fixed."""
+        return []
 
     def counts(self, stage: int, tokens: int) -> int | None:
         """How many image rows stay of so many, the same for each image; None: each its own."""

@@ -6,13 +6,20 @@ from itertools import pairwise
 from typing import Any
 
 from asvit_deploy.reduction.base import Reduction
+from asvit_deploy.reduction.baselines import MinK, Random
+from asvit_deploy.reduction.bat import BAT
+from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.size_passing import SizePassing
 from asvit_deploy.reduction.threshold import Threshold
-from asvit_deploy.reduction.topk import TopK
+from asvit_deploy.reduction.tome import ToMe
+from asvit_deploy.reduction.topk import EViT, TopK, TopKAttention, TopKNearest, TopKScalar
 
-METHODS: dict[str, type[Reduction]] = {
-    method.name: method for method in (Threshold, TopK, SizePassing)
-}
+RANKED: dict[str, type[Ranked]] = {
+    method.name: method
+    for method in (SizePassing, ToMe, TopKNearest, TopKScalar, TopK, TopKAttention, EViT, BAT, MinK,
+                   Random)
+}  # fmt: skip
+METHODS: dict[str, type[Reduction]] = {Threshold.name: Threshold, **RANKED}
 
 
 def restored(fields: dict[str, Any], prefix: int) -> Reduction:

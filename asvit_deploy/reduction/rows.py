@@ -37,9 +37,26 @@ class Rows:
         images, rows = self.batched.shape[:2]
         return filled(1.0, images, rows, self.tokens.device)
 
+    def first(self, count: int) -> Rows:
+        """The first rows alone."""
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[:, :count]
+
+        return Rows(self.tokens[..., :count, :], cut(self.alive), cut(self.keep), cut(self.size))
+
     def bias(self) -> Tensor | None:
         """log(size) float32 [B, 1, 1, M], which attention adds to its logits."""
         return None if self.size is None else self.size.log()[:, None, None, :]
+
+    def leaving(self, stay: Tensor, prefix: int) -> Tensor:
+        """float32 [B, M]: 1 where an image row that is there does not stay.
+
+        Args:
+            stay: float32 [B, M], 1 or 0.
+        """
+        image = (1 - stay[:, prefix:]) * self.living(prefix)
+        return torch.cat([filled(0.0, image.shape[0], prefix, image.device), image], 1)
 
     def living(self, prefix: int) -> Tensor:
         """bool [B, M-P]: image rows that are real and not dropped."""
@@ -83,6 +100,22 @@ def moved(size: Tensor, into: Tensor, leaving: Tensor) -> Tensor:
     # A product with ones and zeros: TensorRT adds nothing up in a scatter. Sizes stay exact.
     taken = (size * leaving).unsqueeze(1) @ (into.unsqueeze(2) == places).to(size.dtype)
     return size + taken.squeeze(1)
+
+
+def averaged(rows: Rows, into: Tensor, leaving: Tensor, weight: Tensor) -> Rows:
+    """Rows of which each is the weighted mean of itself and of those that leave into it.
+
+    Args:
+        into: int64 [B, M].
+        leaving: float32 [B, M], 1 where a row leaves.
+        weight: float32 [B, M], above 0.
+    """
+    tokens, places = rows.batched, torch.arange(weight.shape[1], device=weight.device)
+    goes = (weight * leaving)[:, :, None] * (into.unsqueeze(2) == places)  # (B, from, to)
+    total = weight + goes.sum(1)
+    share = (goes / total[:, None]).transpose(1, 2).to(tokens.dtype)
+    mixed = tokens * (weight / total)[:, :, None].to(tokens.dtype) + share @ tokens
+    return replace(rows, tokens=mixed if rows.tokens.dim() == 3 else mixed.squeeze(0))
 
 
 def with_row(rows: Rows, token: Tensor, size: Tensor | None = None) -> Rows:

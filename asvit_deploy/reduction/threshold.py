@@ -46,9 +46,8 @@ class Threshold(Reduction):
     def __iter__(self) -> Iterator[nn.Parameter]:
         return (self[stage] for stage in range(len(self)))
 
-    def values(self) -> list[float]:
-        """The thresholds as plain numbers, in stage order."""
-        return [threshold.item() for threshold in self]
+    def boundaries(self) -> list[Tensor]:
+        return list(self)
 
     def decide(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         scores = token_scores(seen.class_row(), seen.context, self.prefix)

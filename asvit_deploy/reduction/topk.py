@@ -1,31 +1,95 @@
-"""EViT: the highest class attention stays, and the rest goes on as one fused token.
-
-Liang et al., "Not All Patches are What You Need", ICLR 2022.
-"""
+"""The highest scores stay; methods differ in the score and in what becomes of the rest."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from asvit_deploy.reduction.base import Decision, Place, Seen
-from asvit_deploy.reduction.fixed import FixedCounts
-from asvit_deploy.reduction.rows import Rows, with_row
+from asvit_deploy.reduction.matching import likeness
+from asvit_deploy.reduction.ranked import Ranked
+from asvit_deploy.reduction.rows import Rows, moved, with_row
+from asvit_deploy.reduction.scoring import token_scores
+from asvit_deploy.reduction.size_passing import every_block
 
 
-class TopK(FixedCounts):
-    """a = mean over heads of the class token's attention; fused = sum of a_j x_j over the rest."""
+class TopK(Ranked):
+    """AS-ViT's score, Eq. 5-7, at its stages; what leaves is lost."""
 
     name: ClassVar[str] = "topk"
     place: ClassVar[Place] = "inside"
+    by: ClassVar[Literal["score", "attention"]] = "score"
+
+    @classmethod
+    def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        return tuple(stage - 1 for stage in stages)
+
+    def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
+        row = seen.class_row()
+        if self.by == "attention":
+            return Decision(row.mean(1)[:, self.prefix :])
+        return Decision(token_scores(row, seen.context, self.prefix))
+
+
+class TopKAttention(TopK):
+    """a = mean over heads of the class token's attention; what leaves is lost."""
+
+    name: ClassVar[str] = "topk-attention"
+    by: ClassVar[Literal["score", "attention"]] = "attention"
+
+
+class EViT(TopKAttention):
+    """a as above; what leaves goes on as one fused token, the sum of a_j x_j.
+
+    Liang et al., "Not All Patches are What You Need", ICLR 2022.
+    """
+
+    name: ClassVar[str] = "evit"
     appends: ClassVar[int] = 1
 
-    def decide(self, stage: int, rows: Rows, seen: Seen) -> Decision:
-        return Decision(seen.class_row().mean(1)[:, self.prefix :])
+    def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
+        leaving = rows.leaving(stay, self.prefix)[:, self.prefix :]
+        weight = leaving * torch.where(leaving > 0, decision.score, 0.0)
+        fused = weight.to(rows.tokens.dtype)[:, :, None] * rows.batched[:, self.prefix :]
+        return with_row(rows, fused.sum(1))
+
+
+class TopKNearest(TopK):
+    """AS-ViT's score in every block; the most similar token that stays takes each leaving size."""
+
+    name: ClassVar[str] = "topk-nearest"
+
+    @classmethod
+    def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        return every_block(depth)
+
+    def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
+        return replace(super().rank(stage, rows, seen), likeness=likeness(seen, self.prefix))
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
-        leaving = (1 - stay[:, self.prefix :]) * rows.living(self.prefix)
-        weight = (leaving * decision.score).to(rows.tokens.dtype)  # (B, N)
-        fused = (weight[:, :, None] * rows.batched[:, self.prefix :]).sum(1)
-        return with_row(rows, fused)
+        assert decision.likeness is not None
+        cosine = decision.likeness @ decision.likeness.transpose(1, 2)  # (B, N, N)
+        stays = stay[:, None, self.prefix :] > 0.5
+        into = cosine.masked_fill(~stays, -2.0).max(2).indices + self.prefix
+        own = torch.arange(self.prefix, device=into.device).expand(into.shape[0], -1)
+        leaving = rows.leaving(stay, self.prefix)
+        return replace(rows, size=moved(rows.sizes, torch.cat([own, into], 1), leaving))
+
+
+class TopKScalar(TopK):
+    """AS-ViT's score in every block; each that stays stands for N/n tokens, alike."""
+
+    name: ClassVar[str] = "topk-scalar"
+
+    @classmethod
+    def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        return every_block(depth)
+
+    def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
+        sizes, stays = rows.sizes, stay[:, self.prefix :].detach()
+        tokens = (sizes[:, self.prefix :] * rows.living(self.prefix)).sum(1, keepdim=True)
+        each = (tokens / stays.sum(1, keepdim=True)).expand_as(stays)
+        return replace(rows, size=torch.cat([sizes[:, : self.prefix], each], 1))

@@ -237,7 +237,7 @@ class TorchStages(DeviceStages):
             rows, decision = self.model.scored(stage, rows)
             return rows.tokens, decision.score
         rows, _ = self.model.segment(stage, rows)
-        return (self.model.classify(rows.tokens, mask).float(),)
+        return (self.model.classify(rows).float(),)
 
 
 class StaticModel:
@@ -274,7 +274,7 @@ class StaticModel:
             index = torch.cat([first, best], 1)
             rows = Rows(x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2])))
         rows, _ = self.model.segment(len(self.lengths), rows)
-        return (self.model.classify(rows.tokens, None).float(),)
+        return (self.model.classify(rows).float(),)
 
     @torch.no_grad()
     def infer(self, images: NDArray[np.float32] | Tensor) -> NDArray:

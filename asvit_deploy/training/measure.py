@@ -65,7 +65,7 @@ def record(
         all_logits += [network(images)[0] for network in (twin, dense) if network is not None]
         hits = torch.stack([one.argmax(1) == labels for one in all_logits], 1)
         kept = torch.stack(trace.length, 1) - model.config.prefix
-        macs = trace_macs(model.config, trace)
+        macs = trace_macs(model.config.released(), trace)  # as the budget that trained it
         rows.append((hits.numpy(), macs.numpy(), kept.numpy(), placed.scale, placed.clutter))
     right, *rest = (np.concatenate(column) for column in zip(*rows))
     return Record(dict(zip(names, right.T)), *rest)

@@ -231,6 +231,10 @@ def _start(
     accelerator: Accelerator,
 ) -> tuple[ViT, ViT | None]:  # fmt: skip
     """The network to train and its teacher, once it is sure that the run can be made."""
+    # Training works every row out, and its budget is the paper's.
+    config = config.released()
+    if pretrained is not None:
+        pretrained = replace(pretrained, config=pretrained.config.released())
     if pretrained is not None and pretrained.headless:
         pretrained = with_head(pretrained, config.num_classes, recipe.seed)
     if accelerator.device.type == "cpu":  # a GPU says itself when it is full

@@ -15,7 +15,7 @@ from torch import Tensor
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import model_macs, teacher_macs
 from asvit_deploy.models.vit import Rule, Selector, ViT
-from asvit_deploy.reduction.fixed import highest
+from asvit_deploy.reduction.ranked import highest
 
 _SLACK = 2
 

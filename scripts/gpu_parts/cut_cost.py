@@ -18,6 +18,7 @@ from torch import Tensor
 from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.scoring import token_scores
 from gpu_parts import networks
 from gpu_parts.kit import FailPart, Kit, Report, torch_for
@@ -92,7 +93,7 @@ class CutModel:
                 choose = self._pass_sizes if self.passing else self._highest
                 x, size = choose(x, size, key, score, self.rows[i])
             x = x + block.mlp(block.norm2(x))  # type: ignore[operator]
-        return (self.model.classify(x, None).float(),)
+        return (self.model.classify(Rows(x)).float(),)
 
     def _attend(
         self, block: Block, x: Tensor, size: Tensor, cut: bool

@@ -93,7 +93,7 @@ class PackedModel:
             for block in model.blocks[edges[stage] : edges[stage + 1]]:
                 x = self._block(block, x, borders, most)  # type: ignore[arg-type]
         first = self.steps[-1][1][:-1].long()
-        return (model.classify(x.index_select(0, first)[:, None], None).float(),)
+        return (model.classify(Rows(x.index_select(0, first)[:, None])).float(),)
 
     def _block(self, block: Block, x: Tensor, borders: Tensor, most: int) -> Tensor:
         heads = block.attn.heads
@@ -123,7 +123,7 @@ class PaddedModel:
         for stage, (rows, mask) in enumerate(self.steps):
             x = x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
             x = self.model.segment(stage + 1, Rows(x, alive=mask))[0].tokens
-        return (self.model.classify(x, mask).float(),)
+        return (self.model.classify(Rows(x, alive=mask)).float(),)
 
 
 def packed(kit: Kit) -> Report:
@@ -174,7 +174,7 @@ def _measure(
         x = model.embed(images)
         for block in model.blocks:
             x = block.feed(block.attend(Rows(x))[0]).tokens  # type: ignore[operator]
-        return (model.classify(x, None).float(),)
+        return (model.classify(Rows(x)).float(),)
 
     functions: dict[str, Any] = {"dense": dense, "padded": PaddedModel(model, mine),
                  "packed": PackedModel(model, mine, attend)}  # fmt: skip

@@ -20,6 +20,7 @@ from asvit_deploy.models import build
 from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.scoring import class_attention_row, token_scores
 from gpu_parts.cut_cost import SHARE, plan
 from gpu_parts.kit import Kit, Report, torch_for
@@ -81,7 +82,7 @@ class Reduced:
             if i in cuts:
                 x = self._cut(x, scores, self.rows[cuts.index(i)])  # type: ignore[index]
             x, scores = self._block(block, x, i + 1 in cuts)  # type: ignore[arg-type]
-        return (model.classify(x, None).float(),)
+        return (model.classify(Rows(x)).float(),)
 
     @staticmethod
     def _cut(x: Tensor, scores: Tensor | None, rows: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from asvit_deploy.ops.kernel import Counted, Kernel, build_kernel
+from asvit_deploy.reduction.rows import Rows
 from gpu_parts import networks
 from gpu_parts.kit import FailPart, Kit, Report, torch_for
 from gpu_parts.timing import on_device, on_wall, spin
@@ -78,7 +79,7 @@ class Shared:
         mask = torch.arange(bucket, device=self.images.device) < self.length[:, None]
         x, scores = networks.run_stage(self.model, stage, self.before[:, :bucket], mask)
         if scores is None:
-            self.logits.copy_(self.model.classify(x, mask))
+            self.logits.copy_(self.model.classify(Rows(x, alive=mask)))
             return
         self.after[:, :bucket].copy_(x)
         self.scores[:, : bucket - 1].copy_(scores)

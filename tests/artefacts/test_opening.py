@@ -52,7 +52,7 @@ def test_every_kind_answers_the_same_questions(mini_artifacts, engine, mini_conf
     assert [type(artefact) for artefact in opened] == [OnnxArtefact, EngineArtefact, BundleArtefact]
     for artefact, path in zip(opened, paths):
         assert artefact.path == path
-        assert artefact.config == mini_config
+        assert artefact.config == mini_config.saving()
         assert artefact.adaptive
         assert not artefact.dynamic_batch
         assert artefact.parity in LIMITS
@@ -176,6 +176,7 @@ def test_engines_are_found_by_the_file_they_were_built_from(engine, mini_artifac
 
 def test_artefacts_of_the_current_folder(mini_artifacts, tmp_path, monkeypatch):
     monkeypatch.chdir(mini_artifacts["1", "auto"].parent)
+    assert mini_artifacts["1", "custom"].is_file()
     assert [path.name for path in artefacts_here("onnx")] == sorted(
         path.name for path in mini_artifacts.values()
     )

@@ -51,7 +51,7 @@ class FixedRows(torch.nn.Module):
                 trace.size.append(torch.ones_like(index, dtype=torch.float32))
                 x = x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
             x = block.feed(Rows(x)).tokens
-        return self.inner.classify(x, None), trace
+        return self.inner.classify(Rows(x)), trace
 
 
 @pytest.fixture(scope="module")

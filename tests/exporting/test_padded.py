@@ -53,6 +53,7 @@ def test_scores_of_the_alive_equal_those_of_dynamic_mode(mini_artifacts, photos,
         np.testing.assert_allclose(ours.scores[stage][0], theirs.scores[stage][0], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [("1", "auto"), ("dynamic", "auto")])
 def test_standard_ops_and_static_shapes(mini_artifacts, key):
     model = to_padded(onnx.load(mini_artifacts[key]))

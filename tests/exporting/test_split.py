@@ -174,6 +174,7 @@ def test_every_mask_is_needed_and_seen(networks, family):
     assert kinds == ({"Softmax"} if family == "deit" else {"Softmax", "ReduceMax"})
 
 
+@pytest.mark.slow
 def test_half_stages_mask_in_their_own_type(lvvit):
     stage = split_segments(to_half(lvvit[0], "fp16"))[3]
     constants = {t.name: t.data_type for t in stage.graph.initializer if "minus_inf" in t.name}

@@ -19,11 +19,11 @@ from asvit_deploy.models.macs import fixed_lengths, model_macs, teacher_macs
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.parity import compare
 from asvit_deploy.reduction.size_passing import SizePassing
-from asvit_deploy.reduction.topk import TopK
+from asvit_deploy.reduction.topk import EViT
 from asvit_deploy.runners.onnx_bounds import VOCABULARY
 from asvit_deploy.runners.pytorch import TorchRunner
 
-METHODS = (TopK, SizePassing)
+METHODS = (EViT, SizePassing)
 
 
 @pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)
@@ -74,6 +74,7 @@ def test_it_keeps_what_pytorch_keeps(artefact, photos):
     assert [int(n[0]) for n in runner(images[0][None]).lengths] == lengths
 
 
+@pytest.mark.slow
 def test_another_choice_is_seen_and_replayed(artefact, photos):
     """A network that keeps other tokens: flips are found, and logits compared along its path."""
     (runner,) = artefact.ways().values()
@@ -131,6 +132,7 @@ def test_evaluate_counts_its_macs(checkpoint, artefact, cli):
         assert row["macs_share"] == pytest.approx(0.65, abs=0.0065)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("edit", "words"), [
     ({"reduction": {"name": "tome"}}, "reduction"), ({"reduction": 7}, "reduction"),
     ({"reduction": {"name": "topk", "blocks": [1, 99], "kept": [30, 20]}}, "reduction"),
@@ -166,6 +168,7 @@ def test_engines(artefact, rtx, tmp_path, half):
     assert built is not None
 
 
+@pytest.mark.slow
 def test_modes_that_make_no_sense_are_refused(artefact, rtx, cli):
     done = cli("build-engine", "--onnx", artefact.path, "--mode", "padded", "--no-check")
     assert done.code == 2
@@ -173,6 +176,7 @@ def test_modes_that_make_no_sense_are_refused(artefact, rtx, cli):
     assert "are fixed already" in done.err
 
 
+@pytest.mark.slow
 def test_pictures_decide_alike_in_numbers(artefact, photos):
     """`decode` and `rows_of` are each other's opposite, added rows included."""
     from asvit_deploy.runners.base import rows_of

@@ -193,9 +193,9 @@ def test_lvvit_votes_are_those_of_the_kept_tokens():
     with torch.inference_mode():
         kept = model.norm(tokens[:, :4])
         expected = model.head(kept[:, 0]) + 0.5 * model.aux_head(kept[:, 1:]).amax(1)
-        assert close(model.classify(tokens, valid), expected)
-        assert close(model.classify(tokens[:, :4], None), expected)
-        assert not close(model.classify(tokens, None), expected)  # the fifth would have won
+        assert close(model.classify(Rows(tokens, alive=valid)), expected)
+        assert close(model.classify(Rows(tokens[:, :4])), expected)
+        assert not close(model.classify(Rows(tokens)), expected)  # the fifth would have won
 
 
 def test_gradients_reach_every_threshold_and_every_weight(model):

@@ -58,7 +58,7 @@ def by_hand(model, image):
             x, size = x[rows], size[rows]
             sizes.append(size.clone())
         x = x + block.mlp(block.norm2(x))
-    return model.classify(x[None], None)[0], sizes
+    return model.classify(Rows(x[None]))[0], sizes
 
 
 @torch.no_grad()

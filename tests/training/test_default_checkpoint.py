@@ -47,10 +47,12 @@ def test_mean_macs_meet_the_budget(rows):
     assert rows.macs.mean() == pytest.approx(0.65, rel=0.03)
 
 
+@pytest.mark.slow
 def test_chance_at_the_same_counts_is_worse(rows):
     assert rows.right["adaptive"].mean() - rows.right["random"].mean() >= 0.02
 
 
+@pytest.mark.slow
 def test_counts_differ_by_image_and_follow_what_is_on_it(rows):
     from scipy.stats import spearmanr
 

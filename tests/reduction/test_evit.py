@@ -20,7 +20,8 @@ from asvit_deploy.models.macs import (
     teacher_macs,
 )
 from asvit_deploy.reduction.methods import METHODS, restored
-from asvit_deploy.reduction.topk import TopK
+from asvit_deploy.reduction.rows import Rows
+from asvit_deploy.reduction.topk import EViT
 
 KEPT = (30, 15, 7)
 
@@ -29,7 +30,7 @@ def network(prefix: int = 1, blocks: tuple[int, ...] = (1, 3, 4), **traits):
     config = replace(arch("as_deit_tiny"), depth=6, stages=blocks, num_classes=20, image_size=112,
                      prefix=prefix, **traits)  # fmt: skip
     torch.manual_seed(prefix)
-    model = build(config, reduction=TopK(blocks, KEPT[: len(blocks)], prefix)).eval()
+    model = build(config, reduction=EViT(blocks, KEPT[: len(blocks)], prefix)).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight.mul_(4)
@@ -55,7 +56,7 @@ def by_hand(model, image):
             indices.append(rows)
             x = torch.cat([x[rows], fused[None]])
         x = x + block.mlp(block.norm2(x))
-    return model.classify(x[None], None)[0], indices
+    return model.classify(Rows(x[None]))[0], indices
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def test_gradients_reach_all_weights():
 
 def test_macs_count_halves_and_fused_rows():
     config = network().config
-    reduction = TopK((1, 3, 4), KEPT)
+    reduction = EViT((1, 3, 4), KEPT)
     rows = fixed_lengths(config, reduction)
     assert rows == [32, 17, 9]
     attended, fed = [50, 50, 32, 32, 17, 9], [50, 32, 32, 17, 9, 9]
@@ -131,20 +132,20 @@ def test_macs_count_halves_and_fused_rows():
 @pytest.mark.parametrize("name", ARCHS)
 def test_counts_for_a_budget(name):
     config = arch(name)
-    made = fixed_counts(config, TopK, 0.65)
+    made = fixed_counts(config, EViT, 0.65)
     macs = model_macs(config, fixed_lengths(config, made), made.cuts)
     assert abs(macs / teacher_macs(config) - 0.65) <= 0.0065
-    assert made.blocks == config.stages
-    with pytest.raises(UserError, match="out of reach of topk"):
-        fixed_counts(config, TopK, 0.05)
+    assert made.blocks == tuple(stage - 1 for stage in config.stages)
+    with pytest.raises(UserError, match="out of reach of evit"):
+        fixed_counts(config, EViT, 0.05)
 
 
 def test_it_is_restored_from_its_fields():
-    made = restored(TopK((1, 3, 4), KEPT, 2).fields(), 2)
-    assert isinstance(made, METHODS["topk"])
+    made = restored(EViT((1, 3, 4), KEPT, 2).fields(), 2)
+    assert isinstance(made, METHODS["evit"])
     assert (made.blocks, made.kept, made.prefix, made.cuts) == ((1, 3, 4), KEPT, 2, (3, 7, 9))
-    for fields in ({}, {"name": "other"}, {"name": "topk"}, {"name": "topk", "blocks": [1]},
-                   {"name": "topk", "blocks": [1], "kept": [0]},
-                   {"name": "topk", "blocks": [1, 2], "kept": [3]}):  # fmt: skip
+    for fields in ({}, {"name": "other"}, {"name": "evit"}, {"name": "evit", "blocks": [1]},
+                   {"name": "evit", "blocks": [1], "kept": [0]},
+                   {"name": "evit", "blocks": [1, 2], "kept": [3]}):  # fmt: skip
         with pytest.raises(ValueError, match=r"reduction|tokens"):
             restored(fields, 1)
