@@ -19,7 +19,7 @@ from asvit_deploy.models.macs import (
     unavoidable_macs,
 )
 from asvit_deploy.models.vit import Trace, ViT
-from asvit_deploy.reduction.methods import within
+from asvit_deploy.reduction.methods import rising
 from asvit_deploy.reduction.ranked import Ranked
 
 _BATCH = 64
@@ -208,7 +208,8 @@ def _fitting(
     if blocks is None:
         return method.usual_blocks(config.stages, config.depth)
     whole = all(type(block) is int for block in blocks)
-    if not blocks or not whole or not within(method(blocks, prefix=config.prefix), config.depth):
+    cuts = [2 * block + (method.place == "inside") for block in blocks] if whole else []
+    if not cuts or not rising(cuts, config.depth):
         raise UserError(
             f"cuts {','.join(map(str, blocks))} do not fit {config.name}; pass rising block "
             f"numbers between {int(method.place == 'before')} and {config.depth - 1}"

@@ -25,10 +25,10 @@ from asvit_deploy.checkpoints.load import Checkpoint, build_model
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import (
-    block_macs,
     budget_macs,
     dense_macs,
     model_macs,
+    part_macs,
     stem_macs,
     teacher_macs,
 )
@@ -216,7 +216,7 @@ class _Work:
         config = model.config
         self.model = model.with_reduction(Threshold(config.stages, config.prefix))
         self.config, self.progress = config, progress
-        self.edges = [0, *model.config.stages, model.config.depth]
+        self.edges = [0, *self.model.cuts, 2 * config.depth]
         self.done = self.total = 0
 
     def _tick(self) -> None:
@@ -263,10 +263,11 @@ class _Work:
     ) -> Candidate:
         """Thresholds of one split: each stage in turn is put onto its part of the budget."""
         config = self.config
-        blocks = np.diff(self.edges)  # of each part of the network
-        parts = blocks[1:] * block_macs(config, planned_lengths(config, split, budget))
+        first, *halves = itertools.pairwise(self.edges)
+        planned = planned_lengths(config, split, budget)
+        parts = [part_macs(config, n, *part) for n, part in zip(planned, halves)]
         left = budget_macs(config, budget) - stem_macs(config)
-        left -= blocks[0] * block_macs(config, config.rows)
+        left -= part_macs(config, config.rows, *first)
         found: list[float] = []
 
         def rule(stage: int, scores: list[Tensor]) -> list[Tensor]:
@@ -275,7 +276,7 @@ class _Work:
             # The last stage makes up for what the ones before missed.
             target = left if last else parts[stage]
             pooled = [s.numpy()[0] for s in scores]
-            cost = _StageCost(config, int(blocks[stage + 1]), pooled)
+            cost = StageCost(config, halves[stage], pooled)
             theta = mid_gap_threshold(pooled, cost, target, _AIM * budget_macs(config, budget))
             left -= cost(theta)
             found.append(theta)
@@ -300,18 +301,26 @@ class _Work:
         return self.finish(states, rule)
 
 
-class _StageCost:
-    """Mean MACs of the blocks behind a stage, by the stage's threshold."""
+class StageCost:
+    """Mean MACs of the halves from one cut up to the next, by the first one's threshold.
 
-    def __init__(self, config: ArchConfig, blocks: int, scores: Sequence[NDArray]) -> None:
-        self.config, self.blocks = config, blocks
+    Args:
+        halves: the two cuts.
+        scores: float32 [N_p] of each image.
+        appends: rows that are added behind the cut.
+    """
+
+    def __init__(
+        self, config: ArchConfig, halves: tuple[int, int], scores: Sequence[NDArray],
+        appends: int = 0,
+    ) -> None:  # fmt: skip
+        self.config, self.halves, self.added = config, halves, config.prefix + appends
         self.ordered = [np.sort(one) for one in scores]
 
     def __call__(self, theta: float) -> float:
         kept = [len(s) - np.searchsorted(s, np.float32(theta), "right") for s in self.ordered]
         tokens = np.maximum(np.array(kept, np.float64), 1)  # the best always stays
-        lengths = self.config.prefix + tokens
-        return self.blocks * float(block_macs(self.config, lengths).mean())
+        return float(part_macs(self.config, self.added + tokens, *self.halves).mean())
 
 
 def mid_gap_threshold(

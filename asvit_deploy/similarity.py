@@ -125,7 +125,7 @@ def agreement(dense: NDArray, other: NDArray, whose: str) -> dict[str, Any]:
     """
     ours, theirs = directions(dense, f"{whose}, dense,"), directions(other, whose)
     cosine = (ours * theirs).sum(1)
-    low, high = _interval(cosine)
+    low, high = mean_interval(cosine)
     said = {"cosine": float(cosine.mean()), "low": low, "high": high,
             "p10": float(np.quantile(cosine, 0.1))}  # fmt: skip
     if len(cosine) > 2:  # of two pictures, each is the other's
@@ -133,10 +133,10 @@ def agreement(dense: NDArray, other: NDArray, whose: str) -> dict[str, Any]:
     return said
 
 
-def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Of the mean, 95 %, by bootstrap."""
+def mean_interval(values: NDArray[np.float64], share: float = 0.95) -> tuple[float, float]:
+    """Of the mean, 95 %, by bootstrap; of differences in pairs, where those are the values."""
     rng, count = np.random.default_rng(0), len(values)
     values = np.sort(values)  # so that nothing depends on who brought which
     draws = [values[rng.integers(0, count, count)].mean() for _ in range(_RESAMPLES)]
-    low, high = np.percentile(draws, [2.5, 97.5])
+    low, high = np.percentile(draws, [50 * (1 - share), 50 * (1 + share)])
     return float(low), float(high)

@@ -30,6 +30,8 @@ from asvit_deploy.models.archs import arch
 from asvit_deploy.models.macs import (
     block_macs,
     dense_macs,
+    feed_macs,
+    last_block_macs,
     model_macs,
     teacher_macs,
     unavoidable_macs,
@@ -277,9 +279,15 @@ def test_plans_count_every_row_in_front():
 def test_the_cost_of_a_threshold_counts_every_row_in_front():
     config = replace(MINI, prefix=5)
     scores = [np.array([0.1, 0.2, 0.3, 0.4], np.float32), np.array([0.1] * 4, np.float32)]
-    cost = module._StageCost(config, 3, scores)
+    cost = module.StageCost(config, (6, 12), scores)
     # Two of the first image stay and, since one always does, one of the second.
     assert cost(0.2) == pytest.approx(3 * (block_macs(config, 7) + block_macs(config, 6)) / 2)
+    halves = module.StageCost(config, (7, 10), scores, appends=1)
+    wanted = [feed_macs(config, n) + block_macs(config, n) for n in (8, 7)]
+    assert halves(0.2) == pytest.approx(sum(wanted) / 2)
+    saving = replace(config, last_block="prefix")
+    wanted = [block_macs(config, n) + last_block_macs(saving, n) for n in (7, 6)]
+    assert module.StageCost(saving, (8, 12), scores)(0.2) == pytest.approx(sum(wanted) / 2)
 
 
 def test_equal_split_is_the_uniform_ratio_of_the_paper():

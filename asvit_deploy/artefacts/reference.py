@@ -43,7 +43,7 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
     except (ValueError, TypeError):
         refuse("architecture" if "architecture" in fields else "arch")
     thresholds, classes, source = fields["thresholds"], fields.get("classes"), fields["source"]
-    if len(thresholds) != len(fields["stages"]) or not all(type(t) is float for t in thresholds):
+    if not all(type(t) is float for t in thresholds):
         refuse("thresholds")
     if classes is not None and (
         not isinstance(classes, list)
@@ -68,6 +68,10 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
             refuse("reduction")
         if fields.get("appended") != own.appends:
             refuse("appended")
+        if len(thresholds) != len(own.boundaries()):
+            refuse("thresholds")
+    elif len(thresholds) != len(fields["stages"]):
+        refuse("thresholds")
     try:
         facts.recorded(config, fields)
     except ValueError as error:
@@ -77,7 +81,7 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
 def boundaries_of(fields: dict[str, Any]) -> list[float | None]:
     """As `ViT.boundaries`, from a sidecar; empty when dense."""
     if "reduction" in fields and fields["adaptive"]:
-        return [None] * len(fields["reduction"]["blocks"])
+        return list(fields["thresholds"]) or [None] * len(fields["reduction"]["blocks"])
     return list(fields["thresholds"])
 
 

@@ -25,6 +25,7 @@ from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Origins
 from asvit_deploy.checkpoints.formats.base import Translated
 from asvit_deploy.checkpoints.network import (
+    LEARNED,
     THRESHOLD,
     at_size,
     checked_state,
@@ -337,7 +338,7 @@ def build_model(checkpoint: Checkpoint, dense: bool = False) -> ViT:
         method = restored(fields, config.prefix) if fields and adaptive else None
         model = build(config, adaptive, method)
     model.to_empty(device="cpu")
-    wanted = {k: v for k, v in checkpoint.state.items() if adaptive or not THRESHOLD.match(k)}
+    wanted = {k: v for k, v in checkpoint.state.items() if adaptive or not LEARNED.match(k)}
     model.load_state_dict(wanted, strict=True)
     model.metadata = {**checkpoint.metadata, **checkpoint.origins.metadata()}
     return model.eval()

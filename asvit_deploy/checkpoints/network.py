@@ -22,6 +22,7 @@ from asvit_deploy.models.config import MAX_IMAGE_SIZE, ArchConfig
 from asvit_deploy.reduction.methods import restored
 
 THRESHOLD = re.compile(r"^thresholds\.(\d+)$")
+LEARNED = re.compile(r"^(?:thresholds|method)\.")  # what a reduction learned, and not the network
 # Each is needed by every network; what else there is, shapes and traits tell.
 _NEEDED = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4,
            "blocks.0.norm1.weight": 1, "blocks.0.mlp.fc1.weight": 2}  # fmt: skip
@@ -206,7 +207,7 @@ def checked_state(
             state[key].reshape(()) if key in thresholds and state[key].numel() == 1 else state[key]
         )
         clean[key] = _converted(key, value, like)
-    for key in sorted(thresholds):
+    for key in filter(LEARNED.match, sorted(clean)):
         if not 0 < clean[key].item() < float("inf"):
             raise Refused(
                 f"has threshold {key} = {clean[key].item():g}; thresholds are finite and above 0: "

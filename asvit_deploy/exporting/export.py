@@ -23,6 +23,7 @@ from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.parity import Parity, compare
 from asvit_deploy.precision import FLOAT32
+from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -71,7 +72,7 @@ def describe_model(
         "batch": batch,
         "opset": opset_of(proto),
         "ir_version": proto.ir_version,
-        "ops": ops if model.thresholds else "standard",
+        "ops": ops if model.threshold_values() else "standard",
     }
 
 
@@ -89,20 +90,20 @@ def architecture_fields(config: ArchConfig) -> dict[str, Any]:
 def _mode(model: ViT) -> str:
     if model.reduction is None:
         return "dense"
-    return "dynamic" if model.thresholds else "static"
+    return "dynamic" if model.threshold_values() else "static"
 
 
 def method_fields(model: ViT, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a sidecar says of how a model's tokens leave: the one place here that knows a method."""
-    budget = metadata.get("budget")
+    budget, own = metadata.get("budget"), isinstance(model.reduction, Threshold)
     fields: dict[str, Any] = {
-        "stages": list(model.config.stages) if model.thresholds else [],
+        "stages": list(model.config.stages) if own else [],
         "thresholds": model.threshold_values(),
         "budget": float(budget) if budget and model.adaptive else None,
     }
     if model.config.prefix > 1:
         fields["prefix"] = model.config.prefix
-    if model.reduction is not None and not model.thresholds:
+    if model.reduction is not None and not own:
         fields |= {"reduction": model.reduction.fields(), "appended": model.reduction.appends}
     return fields
 

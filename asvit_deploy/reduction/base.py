@@ -80,12 +80,15 @@ class Reduction(nn.Module):
         slot: the first part of its parameters' names.
         place: where in a block it cuts.
         appends: rows that `combine` adds at each cut.
+        carries_sizes: whether rows say how many input tokens they stand for, so that a mean over
+            tokens is one over those of the input.
     """
 
     name: ClassVar[str]
     slot: ClassVar[str] = "method"
     place: ClassVar[Place]
     appends: ClassVar[int] = 0
+    carries_sizes: ClassVar[bool] = False
 
     def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ class Random(TopK):
     """Chance picks the places that stay: drawn once, the same on every picture and in every run."""
 
     name: ClassVar[str] = "random"
+    adapts: ClassVar[bool] = False
 
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         # A cube modulo a prime scatters as a generator does, and is exact in every runtime.

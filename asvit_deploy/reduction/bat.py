@@ -54,6 +54,7 @@ class BAT(TopK):
     """
 
     name: ClassVar[str] = "bat"
+    adapts: ClassVar[bool] = False
 
     def parts(self, stage: int, tokens: int) -> tuple[int, int]:
         """Centres, which are as many as matched pairs, and attentive tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -39,4 +40,9 @@ def restored(fields: dict[str, Any], prefix: int) -> Reduction:
 
 def within(reduction: Reduction, depth: int) -> bool:
     """Whether its cuts rise and lie between the halves of a network of so many blocks."""
-    return all(a < b for a, b in pairwise((0, *reduction.cuts, 2 * depth)))
+    return rising(reduction.cuts, depth)
+
+
+def rising(cuts: Sequence[int], depth: int) -> bool:
+    """Whether halves rise and lie inside a network of so many blocks."""
+    return all(a < b for a, b in pairwise((0, *cuts, 2 * depth)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,13 @@ class Ranked(Reduction):
         most: with thresholds, image rows that any picture keeps at each cut at most; None: all.
 
     Raises:
-        ValueError: not one number above 0 for each cut.
+        ValueError: not one number above 0 for each cut, or thresholds where `adapts` is false.
+
+    Attributes:
+        adapts: whether thresholds can decide.
     """
+
+    adapts: ClassVar[bool] = True
 
     def __init__(
         self, blocks: Sequence[int], kept: Sequence[int] | None = None, prefix: int = 1,
@@ -38,6 +43,8 @@ class Ranked(Reduction):
         self.most = None if most is None else self._counted(most)
         if self.kept is not None and self.most is not None:
             raise ValueError("fixed counts need no other bound")
+        if self.kept is None and not self.adapts:
+            raise ValueError(f"{self.name} has no thresholds")
         if self.kept is None:
             for stage in range(len(self.blocks)):
                 self.register_parameter(str(stage), nn.Parameter(torch.ones(())))

@@ -29,6 +29,7 @@ class SizePassing(Ranked):
     """
 
     name: ClassVar[str] = "size-passing"
+    carries_sizes: ClassVar[bool] = True
     place: ClassVar[Place] = "inside"
 
     @classmethod

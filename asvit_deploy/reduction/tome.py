@@ -29,6 +29,7 @@ class ToMe(Ranked):
     """
 
     name: ClassVar[str] = "tome"
+    carries_sizes: ClassVar[bool] = True
     place: ClassVar[Place] = "inside"
 
     @classmethod

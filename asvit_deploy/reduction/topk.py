@@ -61,6 +61,7 @@ class TopKNearest(TopK):
     """AS-ViT's score in every block; the most similar token that stays takes each leaving size."""
 
     name: ClassVar[str] = "topk-nearest"
+    carries_sizes: ClassVar[bool] = True
 
     @classmethod
     def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
@@ -83,6 +84,7 @@ class TopKScalar(TopK):
     """AS-ViT's score in every block; each that stays stands for N/n tokens, alike."""
 
     name: ClassVar[str] = "topk-scalar"
+    carries_sizes: ClassVar[bool] = True
 
     @classmethod
     def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:

@@ -1,0 +1,98 @@
+"""Thresholds for any method that ranks: pictures keep what they need, the mean meets a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from asvit_deploy.budget import fixed_counts
+from asvit_deploy.calibration import StageCost, mid_gap_threshold
+from asvit_deploy.errors import UserError
+from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.macs import budget_macs, fixed_lengths, part_macs
+from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.ranked import Ranked
+from asvit_deploy.reduction.removal import remove
+from asvit_deploy.reduction.rows import Rows
+
+_AIM = 0.001  # of the budget; within it, the widest gap between two scores is taken
+
+
+def fit(
+    model: ViT, method: type[Ranked], images: Sequence[np.ndarray], budget: float,
+    blocks: Sequence[int] | None = None, max_kept: int | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> Ranked:  # fmt: skip
+    """Thresholds with which the mean MACs of these images meet a budget.
+
+    At each cut the images keep on average what fixed counts of one ratio would keep there, by
+    MACs; what a cut misses, the next makes up for.
+
+    Args:
+        images: float32 [3, H, W] each, normalised.
+        budget: f, as `budget.fixed_counts` has it.
+        max_kept: rows, prefix included, that any picture keeps behind the last cut at most; the
+            cuts before are bounded by one ratio.
+        progress: called once for each image.
+
+    Raises:
+        UserError: a budget or a bound out of reach, or a method that has no thresholds.
+    """
+    config = model.config
+    if not method.adapts:
+        raise UserError(
+            f"{method.name} keeps as many tokens of every picture: it has no thresholds to fit; "
+            "drop --per-picture"
+        )
+    plan = fixed_counts(config, method, budget, blocks)
+    most = None if max_kept is None else bounds(config, plan, max_kept)
+    made = method(plan.blocks, None, config.prefix, most)
+    network = model.with_reduction(made)
+    halves = list(pairwise((*made.cuts, 2 * config.depth)))
+    targets = [part_macs(config, n, *part) for n, part in zip(fixed_lengths(config, plan), halves)]
+    missed = 0.0
+    with torch.inference_mode():
+        rows = [Rows(network.embed(torch.from_numpy(image)[None])[0]) for image in images]
+        for stage, part in enumerate(halves):
+            ranked = [network.scored(stage, one) for one in rows]
+            scores = [decision.score.numpy()[0] for _, decision in ranked]
+            cost = StageCost(config, part, scores, made.appends)
+            aim = _AIM * budget_macs(config, budget)
+            theta = mid_gap_threshold(scores, cost, targets[stage] + missed, aim)
+            missed += targets[stage] - cost(theta)
+            made.boundaries()[stage].fill_(theta)
+            rows = [remove(made, stage, one, decision, padded=False)[0] for one, decision in ranked]
+            if stage == 0:
+                for _ in images:
+                    progress()
+    return made
+
+
+def bounds(config: ArchConfig, plan: Ranked, max_kept: int) -> list[int]:
+    """The most image rows behind each cut, of one ratio, so that the last keeps `max_kept` rows.
+
+    Raises:
+        UserError: that is not above the prefix, or fewer than the plan keeps on average.
+    """
+    assert plan.kept is not None
+    last, tokens = max_kept - config.prefix - plan.appends, config.image_tokens
+    if last < 1:
+        raise UserError(
+            f"--max-kept {max_kept} leaves no image token beside the {config.prefix} "
+            f"row{'s' * (config.prefix > 1)} that always stay; pass more"
+        )
+    if last <= plan.kept[-1]:
+        raise UserError(
+            f"--max-kept {max_kept} is no more than the {plan.kept[-1] + config.prefix} rows that "
+            "this budget keeps on average behind the last cut; pass more, or a smaller budget"
+        )
+    ratio = min(1.0, last / tokens) ** (1 / len(plan.kept))
+    exact = [tokens * ratio ** (stage + 1) for stage in range(len(plan.kept))]
+    found, before = [], tokens
+    for count in exact:
+        before = max(round(count), plan.least(before))
+        found.append(before)
+    return found
