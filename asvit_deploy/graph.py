@@ -252,14 +252,14 @@ def without_function(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
-    """A copy that also puts out `length_s`, `index_s` int64 and `scores_s` float32 of every stage.
+    """A copy that also puts out each stage's `length_s`, `index_s`, `into_s` int64, `scores_s` float32.
 
     What another tool took out of a file of ours is left out.
     """
     copy = opened(model)
     outputs, made = copy.graph.outputs, values_of(copy.graph)
     for stage in range(stages):
-        for kind, rank in (("length", 1), ("index", 2), ("scores", 2)):
+        for kind, rank in (("length", 1), ("index", 2), ("into", 2), ("scores", 2)):
             value = made.get(f"{kind}_{stage}")
             if value is not None and value.producer() is not None and value not in outputs:
                 number = ir.DataType.FLOAT if kind == "scores" else ir.DataType.INT64

@@ -49,6 +49,11 @@ def fit(
         )
     plan = fixed_counts(config, method, budget, blocks)
     most = None if max_kept is None else bounds(config, plan, max_kept)
+    if most and plan.kept and most[-1] <= plan.kept[-1]:
+        raise UserError(
+            f"--max-kept {max_kept} is no more than the {plan.kept[-1] + config.prefix} rows that "
+            "this budget keeps on average behind the last cut; pass more, or a smaller budget"
+        )
     made = method(plan.blocks, None, config.prefix, most)
     network = model.with_reduction(made)
     halves = list(pairwise((*made.cuts, 2 * config.depth)))
@@ -71,28 +76,21 @@ def fit(
     return made
 
 
-def bounds(config: ArchConfig, plan: Ranked, max_kept: int) -> list[int]:
+def bounds(config: ArchConfig, method: Ranked, max_kept: int) -> list[int]:
     """The most image rows behind each cut, of one ratio, so that the last keeps `max_kept` rows.
 
     Raises:
-        UserError: that is not above the prefix, or fewer than the plan keeps on average.
+        UserError: that is not above the prefix.
     """
-    assert plan.kept is not None
-    last, tokens = max_kept - config.prefix - plan.appends, config.image_tokens
+    cuts = len(method.cuts)
+    last, tokens = max_kept - config.prefix - method.appends, config.image_tokens
     if last < 1:
         raise UserError(
             f"--max-kept {max_kept} leaves no image token beside the {config.prefix} "
             f"row{'s' * (config.prefix > 1)} that always stay; pass more"
         )
-    if last <= plan.kept[-1]:
-        raise UserError(
-            f"--max-kept {max_kept} is no more than the {plan.kept[-1] + config.prefix} rows that "
-            "this budget keeps on average behind the last cut; pass more, or a smaller budget"
-        )
-    ratio = min(1.0, last / tokens) ** (1 / len(plan.kept))
-    exact = [tokens * ratio ** (stage + 1) for stage in range(len(plan.kept))]
-    found, before = [], tokens
-    for count in exact:
-        before = max(round(count), plan.least(before))
+    ratio, before, found = min(1.0, last / tokens) ** (1 / cuts), tokens, []
+    for stage in range(cuts):
+        before = max(round(tokens * ratio ** (stage + 1)), method.least(before))
         found.append(before)
     return found

@@ -18,9 +18,13 @@ from asvit_deploy.api.inputs import (
     require_whole,
     say_load,
 )
+from asvit_deploy.api.methods import with_method
+from asvit_deploy.errors import UserError
 from asvit_deploy.status import Say, silent
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from asvit_deploy.parity import Parity
 
 _PICTURES = 16  # to compare on
@@ -43,7 +47,9 @@ class Exported:
 
 def export(
     ckpt: PathLike, *, output: PathLike | None = None, image_size: int | None = None,
-    arch: str | None = None, batch: Literal["1", "dynamic"] = "1",
+    arch: str | None = None, method: str | None = None, budget: float | None = None,
+    cuts: Sequence[int] | None = None, max_kept: int | None = None,
+    batch: Literal["1", "dynamic"] = "1",
     ops: Literal["auto", "custom", "standard"] = "auto", opset: int | None = None,
     stage_outputs: bool = False, dense: bool = False, ema: bool = False,
     mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
@@ -57,6 +63,11 @@ def export(
     the options are those of `asvit-deploy export`.
 
     Args:
+        method: for dense weights, a method that keeps as many tokens of every picture, see
+            `reduction.methods.RANKED`; else the checkpoint's own.
+        budget, cuts: of that method: MACs as a fraction of the dense ones (0.65), and the blocks at
+            which tokens leave.
+        max_kept: of thresholds, the most rows that any picture keeps behind the last cut.
         say: gets a line on every fact that was taken or assumed, and on the comparison.
 
     Raises:
@@ -83,6 +94,9 @@ def export(
     place = checkpoint_path(ckpt, say)
     checkpoint = load_checkpoint(place, image_size, arch, ema, known)
     checkpoint = named(checkpoint, of_checkpoint(checkpoint, names, say))
+    if dense and (method, budget, cuts, max_kept) != (None,) * 4:
+        raise UserError("--dense has no method; drop it, or --method and what goes with it")
+    checkpoint = with_method(checkpoint, method, budget, cuts, max_kept)
     if not dense:
         require_adaptive(checkpoint)
     target = target or default_output(place, dense)

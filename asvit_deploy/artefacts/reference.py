@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -204,7 +205,10 @@ def reference_checkpoint(artefact: Path, fields: dict[str, Any]) -> Checkpoint:
     record = fields["source"]
     path = source_file(artefact, record, "checkpoint", "export")
     arch = fields["arch"] if fields["arch"] in ARCHS else None
-    return load_checkpoint(
+    checkpoint = load_checkpoint(
         path, fields["image_size"], arch, ema=record.get("ema", False),
         recorded=config_of(fields),
     )  # fmt: skip
+    if "reduction" in fields:  # which dense weights do not say, or say without the file's bounds
+        checkpoint = replace(checkpoint, adaptive=True, reduction=fields["reduction"])
+    return checkpoint

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from asvit_deploy.api.calibrate import LARGEST_SEED
+from asvit_deploy.api.methods import THRESHOLD
 from asvit_deploy.cli import options
 
 if TYPE_CHECKING:
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 @click.option(
     "--budget", type=float, default=0.65, show_default=True,
     help="MACs as a fraction of the dense.",
+)  # fmt: skip
+@click.option(
+    "--method", metavar="NAME",
+    help="auto (the best of size-passing, tome and topk-nearest), threshold (AS-ViT's), or one of "
+    "them, topk-scalar, topk, topk-attention, evit, bat, min-k, random [default: auto for dense "
+    "weights].",
+)  # fmt: skip
+@click.option("--per-picture", is_flag=True, help="Thresholds in place of fixed counts.")
+@options.method
+@click.option(
+    "--budget-by", type=click.Choice(["executed", "release"]), default="executed",
+    show_default=True, help="Count MACs as carried out, or as the AS-ViT release does.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=options.PATH,
@@ -40,14 +53,15 @@ if TYPE_CHECKING:
 @options.force
 @options.as_json
 def command(as_json: bool, **chosen: Any) -> None:
-    """Find thresholds that meet a MACs budget on pictures, without training.
+    """Make a network's tokens leave on a MACs budget, without training.
 
     \b
     asvit-deploy calibrate --ckpt deit_small.pth --images DIR --budget 0.65
     asvit-deploy export --ckpt deit_small.calibrated.safetensors
 
-    Splits of the reduction between the stages are tried; the one that agrees best with the dense
-    network on these pictures wins. The table says how well, beside chance with the same counts.
+    Methods are tried on some of the pictures and judged on the others, by how well they agree with
+    the dense network; the table shows each beside chance. --method threshold finds AS-ViT's
+    thresholds instead: splits of the reduction between its stages are tried.
     """
     import asvit_deploy
 
@@ -55,10 +69,11 @@ def command(as_json: bool, **chosen: Any) -> None:
     if as_json:
         click.echo(json.dumps({"output": str(result.output), **result.report}, indent=2))
     else:
-        click.echo(f"{_tables(result.report, result.config)}\n\n{result.output}")
+        tables = _splits if result.method == THRESHOLD else _methods
+        click.echo(f"{tables(result.report, result.config)}\n\n{result.output}")
 
 
-def _tables(report: dict[str, Any], config: ArchConfig) -> str:
+def _splits(report: dict[str, Any], config: ArchConfig) -> str:
     """The stages, the agreement with the dense network, and the splits that were tried."""
     from asvit_deploy.evaluation.report import table
 
@@ -84,6 +99,74 @@ def _tables(report: dict[str, Any], config: ArchConfig) -> str:
             f"{max(found):.3g} on {report['choosing_images']} images)",
         ]
     )
+
+
+def _methods(report: dict[str, Any], config: ArchConfig) -> str:
+    """The method, what others reach, and what thresholds would bring."""
+    from asvit_deploy.evaluation.report import table
+
+    rows = [
+        [f"{name} *" if name == report["method"] else name, f"{row['macs_ratio']:.4f}",
+         _interval(row["distance"]), _interval(row["behind_chosen"]),
+         *_agreed(row["agreement"], config)]
+        for name, row in report["methods"].items()
+    ]  # fmt: skip
+    thresholds = report["thresholds"]
+    if thresholds is not None:
+        rows.append(
+            [f"{report['method']}, per picture", f"{thresholds['macs_ratio']:.4f}",
+             _interval(thresholds["distance"]), _interval(thresholds["behind_chosen"]),
+             *_agreed(thresholds["agreement"], config)]
+        )  # fmt: skip
+    measure = report["measure"]
+    heads = ["method", "MACs", f"{measure} (95 %)", f"minus that of {report['method']}",
+             *_agreement_heads(config)]  # fmt: skip
+    kept = [f"{k['mean']:g}" for k in report["kept_tokens"]]
+    lines = [
+        f"{config.name}: {report['method']}"
+        + (", a threshold at each cut" if report["per_picture"] else ", as many of every picture")
+        + f"; {report['why']}",
+        f"pictures: {report['pictures']}; {report['choosing_images']} choose, "
+        f"{report['judging_images']} others judge",
+        f"{report['macs_ratio']:.4f} of the dense MACs (budget {report['budget']:g}); in blocks "
+        f"{', '.join(map(str, report['blocks']))} there stay {', '.join(kept)} of "
+        f"{config.image_tokens} tokens",
+        "",
+        table(heads, rows),
+    ]
+    if thresholds is not None:
+        lines += ["", _adaptive_line(thresholds, measure)]
+    return "\n".join(lines)
+
+
+def _adaptive_line(thresholds: dict[str, Any], measure: str) -> str:
+    """What being adaptive brought, in words."""
+    gain, drift = thresholds["gain"], thresholds["drift"]
+    if gain["low"] > 0:
+        said = "brings something"
+    else:
+        said = "costs something" if gain["high"] < 0 else "brings nothing that can be told"
+    return (
+        f"a count of its own for each picture {said}: {measure} falls by {_interval(gain)} at the "
+        f"same mean MACs; on the pictures that judge it took {drift:+.1%} of the budget"
+    )
+
+
+def _interval(figure: dict[str, float]) -> str:
+    return f"{figure['mean']:.3g} ({figure['low']:.3g} to {figure['high']:.3g})"
+
+
+def _agreement_heads(config: ArchConfig) -> list[str]:
+    if config.output == "embedding":
+        return ["cosine", "10th percentile", "same neighbour"]
+    return [] if config.num_classes == 1 else ["top-1 as dense"]
+
+
+def _agreed(agreed: dict[str, float], config: ArchConfig) -> list[str]:
+    if config.output == "embedding":
+        neighbour = f"{agreed['neighbour']:.1%}" if "neighbour" in agreed else "-"
+        return [f"{agreed['cosine']:.4f}", f"{agreed['p10']:.4f}", neighbour]
+    return [] if config.num_classes == 1 else [f"{agreed['top1']:.1%}"]
 
 
 def _measure(config: ArchConfig) -> tuple[str, str]:

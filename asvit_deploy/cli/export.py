@@ -14,6 +14,12 @@ from asvit_deploy.cli import options
 @click.option(
     "-o", "--output", type=options.PATH, help="ONNX file [default: stem of --ckpt, here]."
 )
+@click.option(
+    "--method", metavar="NAME",
+    help="For dense weights: size-passing, tome, topk-nearest, evit, bat, …; counts are fixed.",
+)  # fmt: skip
+@click.option("--budget", type=float, help="Of --method: MACs as a fraction of the dense [0.65].")
+@options.method
 @click.option("--image-size", type=int, help="Another image size; position embeddings are resized.")
 @click.option("--arch", help="Settle the architecture where the checkpoint is ambiguous.")
 @click.option(
@@ -41,6 +47,7 @@ def command(**chosen: Any) -> None:
     \b
     asvit-deploy export --ckpt as_deit_s.pt
     asvit-deploy export --ckpt deit_small.pth --dense
+    asvit-deploy export --ckpt deit_small.pth --method size-passing --budget 0.65
     """
     import asvit_deploy
 

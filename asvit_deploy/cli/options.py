@@ -27,6 +27,18 @@ class CheckpointPath(click.ParamType):
         return Path(value)
 
 
+class Blocks(click.ParamType):
+    """Block numbers, such as 3,6,9."""
+
+    name = "b,b,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        parts = value.replace(",", " ").split()
+        if not parts or not all(part.isdecimal() and len(part) < 6 for part in parts):
+            self.fail(f"{value!r} is no list of block numbers such as 3,6,9", param, ctx)
+        return tuple(map(int, parts))
+
+
 class Capability(click.ParamType):
     """A GPU generation as its compute capability without the point, such as 86."""
 
@@ -141,6 +153,24 @@ _FACTS = (
         "--activation", type=click.Choice(get_args(Activation)), help="Between the MLPs' layers."
     ),
 )
+
+
+_METHOD = (
+    click.option(
+        "--cuts", type=Blocks(), help="Blocks at which tokens leave [default: the method's own]."
+    ),
+    click.option(
+        "--max-kept", type=click.IntRange(1), metavar="ROWS",
+        help="Most rows that any picture keeps by thresholds behind the last cut.",
+    ),
+)  # fmt: skip
+
+
+def method(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options on where a method cuts and what it may keep."""
+    for option in reversed(_METHOD):
+        command = option(command)
+    return command
 
 
 def facts(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,13 +38,14 @@ def default_output(checkpoint: Path, dense: bool) -> Path:
 
 def require_adaptive(checkpoint: Checkpoint) -> None:
     """Raise UserError where a checkpoint has no thresholds."""
-    require_one_token(checkpoint)
     if not checkpoint.adaptive:
         raise UserError(
-            f"{checkpoint.path} is a dense {checkpoint.config.name.removeprefix('as_')} without "
-            "thresholds; run `asvit-deploy calibrate` (no training) or `finetune` on it first, or "
-            "export it as it is with --dense"
+            f"{checkpoint.path} is a dense {checkpoint.config.name.removeprefix('as_')}, whose "
+            "tokens all stay; run `asvit-deploy calibrate` (no training) or `finetune` on it, pass "
+            "--method, or export it as it is with --dense"
         )
+    if checkpoint.reduction is None:
+        require_one_token(checkpoint)
 
 
 def describe_model(

@@ -179,8 +179,8 @@ def _refuse_zero_placeholders(whole: ir.Graph) -> None:
 
 
 def _with_index(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """`proto` with its `index_s` as outputs."""
-    for name in graph.stage_values(proto, "index"):
+    """`proto` with its `index_s` and, where there are some, `into_s` as outputs."""
+    for name in (*graph.stage_values(proto, "index"), *graph.stage_values(proto, "into")):
         info = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [None, None])
         proto.graph.output.append(info)
     return proto

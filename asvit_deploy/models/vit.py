@@ -21,7 +21,7 @@ from asvit_deploy.models.backbone import Backbone
 from asvit_deploy.models.blocks import Block
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.reduction.base import Decision, Reduction, Seen
-from asvit_deploy.reduction.removal import mean_k_keep_mask, remove
+from asvit_deploy.reduction.removal import combined, mean_k_keep_mask, remove
 from asvit_deploy.reduction.rows import Rows, Trace
 from asvit_deploy.reduction.threshold import TEMPERATURE, Threshold
 
@@ -129,6 +129,7 @@ class ViT(Backbone):
         padded: bool | None = None,
         decisions: Sequence[Tensor] | None = None,
         rule: Rule | None = None,
+        into: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, Trace]:
         """Inference form: tokens are really removed.
 
@@ -140,6 +141,7 @@ class ViT(Backbone):
             decisions: of one image, what stays in place of what the reduction says: per stage
                 int64 [K], rows of that stage's input, the prefix first.
             rule: what stays in place of what the reduction says, from its scores.
+            into: with `decisions`, where what leaves goes: per stage int64 [1, M].
 
         Returns:
             logits [B, C] and the trace of the stages.
@@ -167,10 +169,14 @@ class ViT(Backbone):
             elif rule is not None:
                 keep = rule(stage, decision.score, rows.living(self.config.prefix))
             assert self.reduction is not None
-            rows, index, length = remove(self.reduction, stage, rows, decision, padded, given, keep)
+            goes = None if into is None else into[stage]
+            rows, done = remove(self.reduction, stage, rows, decision, padded, given, keep, goes)
             trace.scores.append(decision.score)
-            trace.index.append(index)
-            trace.length.append(length)
+            trace.index.append(done.index)
+            trace.length.append(done.length)
+            if done.decision.into is not None and done.decision.into_margin is not None:
+                trace.into.append(done.decision.into)
+                trace.into_margin.append(done.decision.into_margin)
         rows, _ = self.segment(len(self.cuts), rows)
         return self.classify(rows), trace
 
@@ -209,7 +215,7 @@ class ViT(Backbone):
                 mask = selector(stage, decision.score, alive)
             masks.append(mask)
             stay = F.pad(mask, (prefix, 0), value=1.0)
-            rows = self.reduction.combine(stage, rows, stay, decision)
+            rows, _ = combined(self.reduction, stage, rows, stay, decision)
             if masking == "activation":
                 rows = replace(rows, tokens=rows.tokens * stay.unsqueeze(2).to(rows.tokens.dtype))
             else:

@@ -35,8 +35,10 @@ def judged(
     result.mean_kept, result.candidate_kept = kept.mean(0).T.tolist()
     for image in compared:
         flips = _flips(image, result.noise, thresholds, limits)
-        result.flips += flips
-        result.equal_sets += not flips
+        stay, turns = ([f for f in flips if f.turned is turned] for turned in (False, True))
+        result.flips += stay
+        result.turns += turns
+        result.equal_sets += not stay
         result.explained += all(flip.borderline for flip in flips)
         result.decisions += sum(cut.decisions for cut in image.cuts)
         result.decisions_equal += sum(cut.decisions - len(cut.flips) for cut in image.cuts)
@@ -67,15 +69,16 @@ def _flips(
 ) -> list[Flip]:
     flips = []
     for stage, cut in enumerate(image.cuts):
-        for token, score, margin, boundary in cut.flips:
+        several = [(flip, False) for flip in cut.flips] + [(turn, True) for turn in cut.turns]
+        for (token, score, margin, boundary), turned in several:
             if limits.margin is not None:
                 allowed = max(1e-6, limits.margin * boundary)
             else:
                 known = [limits.noise] if cut.noise is None else [cut.noise, noise[stage], LEAST]
                 allowed = EXPLAINED * min(max(known), limits.noise) * boundary
-            given = thresholds[stage]
+            given = None if turned else thresholds[stage]
             decides = boundary if given is None else float(given)
-            flips.append(Flip(image.name, stage, token, score, decides, margin, allowed))
+            flips.append(Flip(image.name, stage, token, score, decides, margin, allowed, turned))
     return flips
 
 
@@ -108,7 +111,7 @@ def _failures(result: Parity, stages: int, limits: Limits) -> list[str]:
         for stage, noise in enumerate(result.noise)
         if not noise <= limits.noise
     ]
-    far = [flip for flip in result.flips if not flip.borderline]
+    far = [flip for flip in (*result.flips, *result.turns) if not flip.borderline]
     wild = [flip for flip in far if flip.margin > STRAY * flip.allowed]
     strays = 0 if limits.margin is not None else max(1, STRAYS * n)
     if wild or n - result.explained > strays:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,13 @@ class ComparedCut:
         decisions: tokens that were there.
         noise: median |score error| / score; None where the candidate does not put out its scores.
         flips: (token, score, margin, boundary) of each; the boundary is what decides.
+        turns: likewise of leaving tokens that go elsewhere; their score is 1, and the boundary.
     """
 
     decisions: int
     noise: float | None
     flips: list[tuple[int, float, float, float]]
+    turns: list[tuple[int, float, float, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -73,8 +75,12 @@ def compare_image(
         if known:
             assert not thresholds or ours.kept is not None
             replayed = any(not np.array_equal(k, o[0]) for k, o in zip(kept, ours.kept or []))
-            path = reference.replay(image[None], kept) if replayed else ours
+            into = None if theirs.into is None else [stage[b] for stage in theirs.into]
+            replayed = replayed or any(map(len, _turned(ours, kept, into)))
+            path = reference.replay(image[None], kept, into) if replayed else ours
             cuts = _cuts(path, kept, theirs, b, thresholds)
+            for cut, turns in zip(cuts, _turned(path, kept, into)):
+                cut.turns = turns
         else:
             cuts = [ComparedCut(1, None, [(-1, np.nan, np.inf, 0.0)])]
     prefix = ours.prefix
@@ -82,6 +88,27 @@ def compare_image(
                for o, t in zip(ours.lengths, theirs.lengths)]  # fmt: skip
     return ComparedImage(name, cuts, lengths, ours.output[0],
                  path.output[0] if known else None, theirs.output[b], replayed)  # fmt: skip
+
+
+def _turned(
+    path: Prediction, kept: Sequence[NDArray[np.int64]], into: Sequence[NDArray[np.int64]] | None
+) -> list[list[tuple[int, float, float, float]]]:
+    """Per stage the tokens that leave into another one than the reference's own, as
+    `ComparedCut.turns`; nothing where either does not say."""
+    if into is None or path.into is None or path.into_margin is None:
+        return []
+    found = []
+    before: NDArray[np.int64] = np.arange(len(into[0]))
+    for stage, now in enumerate(kept):
+        own, doubt = path.into[stage][0], path.into_margin[stage][0]
+        leaving = np.setdiff1d(before, now)
+        others = leaving[own[leaving] != into[stage][leaving]]
+        found.append([(int(token), 1.0, float(doubt[token]), 1.0) for token in others])
+        added = (
+            np.arange(len(into[stage]), len(into[stage + 1])) if stage + 1 < len(into) else now[:0]
+        )
+        before = np.append(now, added)
+    return found
 
 
 def _possible(kept: Sequence[NDArray[np.int64]], widths: Sequence[int]) -> bool:

@@ -16,6 +16,8 @@ class Flip:
         margin: distance of the reference's score from what decides: the threshold, or the other
             of the two best scores where none passes.
         allowed: the largest margin that rounding explains.
+        turned: it leaves on both sides, into another token: score and threshold are 1, and the
+            margin is how far the reference's next best one was.
     """
 
     image: str
@@ -25,6 +27,7 @@ class Flip:
     threshold: float
     margin: float
     allowed: float
+    turned: bool = False
 
     @property
     def borderline(self) -> bool:
@@ -68,7 +71,7 @@ class Parity:
     """The verdict over a set of images; `failures` is empty when it passes.
 
     Attributes:
-        equal_sets: images on which no decision differs.
+        equal_sets: images that keep the same tokens.
         explained: images on which every flip is borderline.
         output: of the network, "logits" or "embedding".
         top1_equal: images whose top-1 is that of the reference's own run.
@@ -84,7 +87,7 @@ class Parity:
         directionless: images of whose embedding either side's is zero or not finite.
         noise: per stage, as `Limits.noise`; empty where the candidate does not put out its scores.
         mean_kept, candidate_kept: image tokens after each stage.
-        flips, top1_changes, neighbour_changes: each one, borderline or not.
+        flips, turns, top1_changes, neighbour_changes: each one, borderline or not.
     """
 
     precision: str = "float32"
@@ -108,6 +111,7 @@ class Parity:
     mean_kept: list[float] = field(default_factory=list)
     candidate_kept: list[float] = field(default_factory=list)
     flips: list[Flip] = field(default_factory=list)
+    turns: list[Flip] = field(default_factory=list)
     top1_changes: list[Top1] = field(default_factory=list)
     neighbour_changes: list[Neighbour] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -118,10 +122,13 @@ class Parity:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what belongs to another output is left out."""
-        flips = [{**asdict(flip), "borderline": flip.borderline} for flip in self.flips]
+        flips, turns = (
+            [{**asdict(flip), "borderline": flip.borderline} for flip in some]
+            for some in (self.flips, self.turns)
+        )
         other = _OF_EMBEDDINGS if self.output == "logits" else _OF_LOGITS
         said = {key: value for key, value in asdict(self).items() if key not in other}
-        return {**said, "flips": flips, "passed": self.passed}
+        return {**said, "flips": flips, "turns": turns, "passed": self.passed}
 
 
 _OF_LOGITS = ("top1_equal", "logit_error", "typical_logit_error", "top1_changes")

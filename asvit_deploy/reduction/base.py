@@ -59,15 +59,17 @@ class Decision:
         score: float32 [B, M-P], one for each image row.
         boundary: float32 scalar: rows above it stay, and the best in any case; None where counts
             are fixed.
-        into: int64 [B, M], the row that takes what a leaving row carries; None: it is lost, or
-            `combine` finds one.
-        likeness: float32 [B, M-P, Dh] of length 1, by whose products it does.
+        into: int64 [B, M], the row that takes what a leaving row carries; None: it is lost.
+        into_margin: float32 [B, M-P], how far the next best row was from that one, in the measure
+            that chose it.
+        likeness: float32 [B, M-P, Dh] of length 1, by whose products `destined` chooses.
         weight: float32 [B, M], of each row in what leaving rows become part of.
     """
 
     score: Tensor
     boundary: Tensor | None = None
     into: Tensor | None = None
+    into_margin: Tensor | None = None
     likeness: Tensor | None = None
     weight: Tensor | None = None
 
@@ -117,6 +119,14 @@ class Reduction(nn.Module):
             temperature: how steep the relaxation is through which a boundary learns.
         """
         raise NotImplementedError
+
+    def destined(self, rows: Rows, stay: Tensor, decision: Decision) -> Decision:
+        """The decision with its `into`, where that depends on what stays; by default as it is.
+
+        Args:
+            stay: as `combine`.
+        """
+        return decision
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
         """Hand on what leaving rows carry; may append rows, which stay. By default nothing.

@@ -89,16 +89,17 @@ class BAT(TopK):
         ridge = _edge(peak, centres)
         centre, height = low & (peak > ridge), peak / ridge.clamp_min(_LEAST)
         # (B6)
-        nearest = distance.masked_fill(~centre[:, None, :], _FAR).min(2).indices
+        near, nearest = distance.masked_fill(~centre[:, None, :], _FAR).topk(2, largest=False)
+        doubt = torch.where(high, found.margin, 1 - near[:, :, 0] / near[:, :, 1])
         score = torch.where(
             high,
             torch.where(found.paired, torch.minimum(a / edge, 1 + (limit - cosine)), a / edge),
             torch.where(centre, height, torch.maximum(height, a / edge)),
         )
-        goes = torch.where(low & ~centre, nearest + prefix, own[:, prefix:])
+        goes = torch.where(low & ~centre, nearest[:, :, 0] + prefix, own[:, prefix:])
         goes = torch.where(matched, found.into[:, prefix:], goes)
         into = torch.cat([found.into[:, :prefix], goes], 1)
-        return Decision(score, into=into, weight=weight)
+        return Decision(score, into=into, into_margin=doubt, weight=weight)
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
         assert decision.into is not None

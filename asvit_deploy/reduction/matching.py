@@ -20,11 +20,13 @@ class Pairs:
         cosine: float32 [B, N], the similarity of the pair.
         paired: bool [B, N], whether the token is at an even place and has a partner.
         into: int64 [B, M], the partner's row; of all others their own.
+        margin: float32 [B, N], by how much the partner is more similar than the next one.
     """
 
     cosine: Tensor
     paired: Tensor
     into: Tensor
+    margin: Tensor
 
 
 def likeness(seen: Seen, prefix: int) -> Tensor:
@@ -58,8 +60,28 @@ def pairs(rows: Rows, likeness: Tensor, prefix: int, among: Tensor | None = None
     if among is not None:
         even, odd = even & among, odd & among
     own = torch.arange(rows.batched.shape[1], device=even.device).expand(even.shape[0], -1)
-    cosine = likeness @ likeness.transpose(1, 2)  # (B, N, N)
-    best, into = cosine.masked_fill(~odd[:, None, :], -2.0).max(2)
-    paired = even & (best > -1.5)
+    best, into, margin = most_similar(likeness, odd)
+    paired = even & (best > _NONE)
     into = torch.where(paired, into + prefix, own[:, prefix:])
-    return Pairs(best, paired, torch.cat([own[:, :prefix], into], 1))
+    return Pairs(best, paired, torch.cat([own[:, :prefix], into], 1), margin)
+
+
+_NONE = -1.5  # no cosine is that low
+
+
+def most_similar(likeness: Tensor, among: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each token the most similar one among some, the first of equals.
+
+    Args:
+        likeness: float32 [B, N, Dh] of length 1.
+        among: bool [B, N].
+
+    Returns:
+        the cosine, float32 [B, N], -2 where there is none; which, int64 [B, N]; and by how much it
+        is more similar than the next.
+    """
+    cosine = (likeness @ likeness.transpose(1, 2)).masked_fill(~among[:, None, :], -2.0)
+    best, which = cosine.max(2)
+    places = torch.arange(cosine.shape[2], device=cosine.device)
+    others = cosine.masked_fill(which[:, :, None] == places, -2.0)
+    return best, which, best - others.amax(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -63,7 +64,7 @@ class Ranked(Reduction):
         if self.kept is not None:
             return ranked
         score = ranked.score if self.most is None else _best(ranked.score, self.most[stage])
-        return Decision(score, self._parameters[str(stage)], ranked.into, ranked.likeness)
+        return replace(ranked, score=score, boundary=self._parameters[str(stage)])
 
     def boundaries(self) -> list[Tensor]:
         if self.kept is not None:

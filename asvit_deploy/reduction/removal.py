@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +15,18 @@ from asvit_deploy.reduction.rows import Rows, filled
 
 def remove(
     reduction: Reduction, stage: int, rows: Rows, decision: Decision, padded: bool,
-    given: Tensor | None = None, keep: Tensor | None = None,
-) -> tuple[Rows, Tensor, Tensor]:  # fmt: skip
+    given: Tensor | None = None, keep: Tensor | None = None, into: Tensor | None = None,
+) -> tuple[Rows, Removed]:  # fmt: skip
     """Take out what does not stay, once the reduction has combined what it wants to.
 
     Args:
         padded: whether images that keep fewer are padded, and what pads is hidden from then on.
         given: what stays in place of the decision, of one image: int64 [K], prefix first.
         keep: likewise, bool [B, M-P].
+        into: where what leaves goes in place of the decision, int64 [B, M].
 
     Returns:
-        the rows that stay, then appended ones; index int64 [B, K] as the op gives it, of rows of
-        this input; length int64 [B], the rows in use from now on.
+        the rows that stay, then appended ones; and what happened.
     """
     before, own = rows.batched.shape[1], given is None and keep is None
     count = reduction.counts(stage, before - reduction.prefix) if own else None
@@ -35,13 +35,44 @@ def remove(
     elif count is not None:
         index = _highest(decision.score, count, reduction.prefix)
     else:
-        return _by_op(reduction, stage, rows, decision, padded, keep)
+        return _by_op(reduction, stage, rows, decision, padded, keep, into)
     if reduction.combines:
         images, kept = index.shape
         nothing = filled(0.0, images, before, index.device)
         stay = nothing.scatter(1, index, filled(1.0, images, kept, index.device))
-        rows = reduction.combine(stage, rows, stay, decision)
-    return _gathered(rows, index, before)
+        rows, decision = combined(reduction, stage, rows, stay, decision, into)
+    rows, length = _gathered(rows, index, before)
+    return rows, Removed(index, length, decision)
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What happened at a cut.
+
+    Attributes:
+        index: int64 [B, K] as the op gives it, of rows of the cut's input.
+        length: int64 [B], the rows in use from now on.
+        decision: the reduction's own, whatever was given in its place.
+    """
+
+    index: Tensor
+    length: Tensor
+    decision: Decision
+
+
+def combined(
+    reduction: Reduction, stage: int, rows: Rows, stay: Tensor, decision: Decision,
+    into: Tensor | None = None,
+) -> tuple[Rows, Decision]:  # fmt: skip
+    """Rows of which those that stay have taken what leaving ones carry, all still there.
+
+    Args:
+        stay: float32 [B, M].
+        into: as `remove`.
+    """
+    own = reduction.destined(rows, stay, decision)
+    taken = own if into is None else replace(own, into=into)
+    return reduction.combine(stage, rows, stay, taken), own
 
 
 def _highest(score: Tensor, count: int, prefix: int) -> Tensor:
@@ -53,7 +84,7 @@ def _highest(score: Tensor, count: int, prefix: int) -> Tensor:
     return torch.cat([first, rising], 1)
 
 
-def _gathered(rows: Rows, index: Tensor, before: int) -> tuple[Rows, Tensor, Tensor]:
+def _gathered(rows: Rows, index: Tensor, before: int) -> tuple[Rows, Tensor]:
     tokens, taken = rows.batched, index
     if (added := tokens.shape[1] - before) > 0:
         last = torch.arange(before, before + added, device=index.device)
@@ -63,28 +94,27 @@ def _gathered(rows: Rows, index: Tensor, before: int) -> tuple[Rows, Tensor, Ten
     else:
         tokens = tokens.gather(1, taken.unsqueeze(2).expand(-1, -1, tokens.shape[2]))
     length = torch.full_like(taken[:, 0], taken.shape[1])
-    return _side_rows(rows, tokens, taken), index, length
+    return _side_rows(rows, tokens, taken), length
 
 
 def _by_op(
     reduction: Reduction, stage: int, rows: Rows, decision: Decision, padded: bool,
-    keep: Tensor | None,
-) -> tuple[Rows, Tensor, Tensor]:  # fmt: skip
+    keep: Tensor | None, into: Tensor | None,
+) -> tuple[Rows, Removed]:  # fmt: skip
     score, boundary = decision.score, decision.boundary
     if keep is not None:
         score = torch.where(keep, 1.0, -torch.inf)
         boundary = score.new_tensor(0.0)
     assert boundary is not None
     if reduction.combines:
-        before = score.shape[1]
         stays = keep_mask(score, boundary) & rows.living(reduction.prefix)
         stay = F.pad(stays.float(), (reduction.prefix, 0), value=1.0)
-        rows = reduction.combine(stage, rows, stay, decision)
-        added = rows.batched.shape[1] - reduction.prefix - before
-        score = F.pad(score, (0, added), value=torch.inf)
+        rows, decision = combined(reduction, stage, rows, stay, decision, into)
+        if reduction.appends:
+            score = F.pad(score, (0, reduction.appends), value=torch.inf)
     compact, index, length, _ = threshold_compact(rows.batched, score, boundary)
     rows = replace(_side_rows(rows, compact, index), alive=index >= 0 if padded else None)
-    return rows, index, length
+    return rows, Removed(index, length, decision)
 
 
 def _side_rows(rows: Rows, tokens: Tensor, index: Tensor) -> Rows:

@@ -43,7 +43,8 @@ class SizePassing(Ranked):
         score = token_scores(seen.class_row(), seen.context, self.prefix)
         found = pairs(rows, likeness(seen, self.prefix), self.prefix)
         value = score * (1 - found.cosine).clamp_min(_LEAST)
-        return Decision(torch.where(found.paired, value, torch.inf), into=found.into)
+        score = torch.where(found.paired, value, torch.inf)
+        return Decision(score, into=found.into, into_margin=found.margin)
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
         assert decision.into is not None

@@ -42,7 +42,8 @@ class ToMe(Ranked):
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         found = pairs(rows, likeness(seen, self.prefix), self.prefix)
         value = (1 - found.cosine).clamp_min(_LEAST)
-        return Decision(torch.where(found.paired, value, torch.inf), into=found.into)
+        score = torch.where(found.paired, value, torch.inf)
+        return Decision(score, into=found.into, into_margin=found.margin)
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
         assert decision.into is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asvit_deploy.reduction.base import Decision, Place, Seen
-from asvit_deploy.reduction.matching import likeness
+from asvit_deploy.reduction.matching import likeness, most_similar
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.rows import Rows, moved, with_row
 from asvit_deploy.reduction.scoring import token_scores
@@ -70,14 +70,19 @@ class TopKNearest(TopK):
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         return replace(super().rank(stage, rows, seen), likeness=likeness(seen, self.prefix))
 
-    def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
+    def destined(self, rows: Rows, stay: Tensor, decision: Decision) -> Decision:
         assert decision.likeness is not None
-        cosine = decision.likeness @ decision.likeness.transpose(1, 2)  # (B, N, N)
-        stays = stay[:, None, self.prefix :] > 0.5
-        into = cosine.masked_fill(~stays, -2.0).max(2).indices + self.prefix
-        own = torch.arange(self.prefix, device=into.device).expand(into.shape[0], -1)
+        stays = stay[:, self.prefix :] > 0.5
+        _, into, margin = most_similar(decision.likeness, stays)
+        own = torch.arange(stay.shape[1], device=into.device).expand(into.shape[0], -1)
+        into = torch.where(stays, own[:, self.prefix :], into + self.prefix)
+        into = torch.cat([own[:, : self.prefix], into], 1)
+        return replace(decision, into=into, into_margin=margin)
+
+    def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
+        assert decision.into is not None
         leaving = rows.leaving(stay, self.prefix)
-        return replace(rows, size=moved(rows.sizes, torch.cat([own, into], 1), leaving))
+        return replace(rows, size=moved(rows.sizes, decision.into, leaving))
 
 
 class TopKScalar(TopK):

@@ -24,6 +24,10 @@ class Prediction:
         scores: per stage, per image, float32 [N], NaN where the token was gone before the stage;
             None when not recorded.
         prefix: P, rows of `lengths` that are no image tokens.
+        into: per stage, per image, int64 [N], the token that takes what each carries where it
+            leaves, itself where none does, -1 where the token was gone before the stage; None where
+            not recorded, or where what leaves is lost.
+        into_margin: likewise float32 [N], how far the next best was; the reference's alone.
     """
 
     output: NDArray[np.float32]
@@ -31,6 +35,8 @@ class Prediction:
     kept: list[list[NDArray[np.int64]]] | None = None
     scores: list[list[NDArray[np.float32]]] | None = None
     prefix: int = 1
+    into: list[list[NDArray[np.int64]]] | None = None
+    into_margin: list[list[NDArray[np.float32]]] | None = None
 
 
 class Runner(Protocol):
@@ -52,12 +58,16 @@ class Runner(Protocol):
 class Reference(Runner, Protocol):
     """A runner that others are judged by: it can take their decisions in place of its own."""
 
-    def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:
+    def replay(
+        self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]],
+        into: Sequence[NDArray[np.int64]] | None = None,
+    ) -> Prediction:  # fmt: skip
         """Run one image with given tokens kept.
 
         Args:
             images: float32 [1, 3, H, W].
             kept: per stage the image tokens that stay, as `Prediction.kept` has them.
+            into: per stage where what leaves goes, as `Prediction.into` has it.
 
         Returns:
             the prediction along that path: its scores are those of this runner.
@@ -90,7 +100,7 @@ class RunnerBase:
 
 def decode(
     output: NDArray, lengths: Stages, index: Stages, scores: Stages, padded: bool = False,
-    prefix: int = 1, appended: int = 0,
+    prefix: int = 1, appended: int = 0, into: Stages = (), into_margin: Stages = (),
 ) -> Prediction:  # fmt: skip
     """Follow the stages' row numbers back to the input's tokens.
 
@@ -104,13 +114,17 @@ def decode(
         prefix: P.
         appended: rows that each stage adds behind those that stay. They are tokens too, numbered
             from N on in the order in which they come.
+        into: per stage int64 [B, rows before the stage], or nothing.
+        into_margin: per stage float32 [B, rows before the stage - P], or nothing.
     """
     batch = output.shape[0]
     lengths = [np.asarray(length, np.int64) for length in lengths]
     if padded:
-        return _decode_padded(output, lengths, index, scores, prefix)
+        return _decode_padded(output, lengths, index, scores, prefix, into)
     kept: list[list[NDArray[np.int64]]] = []
     by_token: list[list[NDArray[np.float32]]] = []
+    goes: list[list[NDArray[np.int64]]] = []
+    doubt: list[list[NDArray[np.float32]]] = []
     tokens = scores[0].shape[1] if scores else 0
     before = [np.arange(tokens) for _ in range(batch)]
     for s, rows in enumerate(index):
@@ -118,11 +132,36 @@ def decode(
         for b, alive in enumerate(before):
             spread[b, alive] = scores[s][b, : len(alive)]
         by_token.append(list(spread))
+        if len(into):
+            goes.append([_goes(alive, into[s][b], spread.shape[1], prefix)
+                         for b, alive in enumerate(before)])  # fmt: skip
+        if len(into_margin):
+            doubt.append([_spread(alive, into_margin[s][b], spread.shape[1])
+                          for b, alive in enumerate(before)])  # fmt: skip
         ends = lengths[s] - appended
         now = [before[b][rows[b, prefix : ends[b]] - prefix] for b in range(batch)]
         kept.append(now)
         before = [np.append(one, added_at(s, tokens, appended)) for one in now]
-    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token, prefix)
+    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token, prefix,
+                      goes or None, doubt or None)  # fmt: skip
+
+
+def _goes(
+    alive: NDArray[np.int64], rows: NDArray[np.int64], tokens: int, prefix: int
+) -> NDArray[np.int64]:
+    """Rows of a stage's input as tokens; what is no row of it stays where it is."""
+    found, own = np.full(tokens, -1, np.int64), rows[prefix : prefix + len(alive)] - prefix
+    inside = (own >= 0) & (own < len(alive))
+    found[alive] = np.where(inside, alive[np.clip(own, 0, len(alive) - 1)], alive)
+    return found
+
+
+def _spread(
+    alive: NDArray[np.int64], values: NDArray[np.float32], tokens: int
+) -> NDArray[np.float32]:
+    found = np.full(tokens, np.nan, np.float32)
+    found[alive] = values[: len(alive)]
+    return found
 
 
 def added_at(stage: int, tokens: int, appended: int) -> NDArray[np.int64]:
@@ -151,13 +190,38 @@ def rows_of(
     return rows
 
 
+def into_rows(
+    into: Sequence[NDArray[np.int64]], kept: Sequence[NDArray[np.int64]], tokens: int,
+    prefix: int = 1, appended: int = 0,
+) -> list[NDArray[np.int64]]:  # fmt: skip
+    """`Prediction.into` of one image as rows of each stage's input, int64 [M] each.
+
+    Args:
+        kept, tokens, prefix, appended: as `rows_of`.
+    """
+    before, rows, first = np.arange(tokens), [], np.arange(prefix)
+    for stage, (goes, now) in enumerate(zip(into, kept)):
+        there = np.isin(goes[before], before)
+        target = np.where(there, goes[before], before)
+        rows.append(np.concatenate([first, prefix + np.searchsorted(before, target)]))
+        before = np.append(now, added_at(stage, tokens, appended))
+    return rows
+
+
 def _decode_padded(
-    output: NDArray, lengths: list[NDArray[np.int64]], index: Stages, scores: Stages, prefix: int
-) -> Prediction:
+    output: NDArray, lengths: list[NDArray[np.int64]], index: Stages, scores: Stages, prefix: int,
+    into: Stages,
+) -> Prediction:  # fmt: skip
     kept = [[row[row >= prefix] - prefix for row in rows] for rows in index]
     before = [np.ones_like(scores[0], bool), *(rows[:, prefix:] >= 0 for rows in index)]
     by_token = [list(np.where(alive, s, np.nan)) for alive, s in zip(before, scores)]
-    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token, prefix)
+    every = np.arange(scores[0].shape[1])
+    goes = [
+        [np.where(alive, _goes(every, row, len(every), prefix), -1)
+         for alive, row in zip(there, rows)]
+        for there, rows in zip(before, into)
+    ]  # fmt: skip
+    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token, prefix, goes or None)
 
 
 def stack(parts: list[Prediction]) -> Prediction:
@@ -175,4 +239,6 @@ def stack(parts: list[Prediction]) -> Prediction:
         join("kept"),
         join("scores"),
         parts[0].prefix,
+        join("into"),
+        join("into_margin"),
     )

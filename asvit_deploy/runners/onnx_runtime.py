@@ -249,13 +249,18 @@ class OrtRunner(RunnerBase):
 
     def _decoded(self, outputs: list[NDArray]) -> Prediction:
         output, *rest = outputs
-        lengths, index, scores = (rest[i * self.stages : (i + 1) * self.stages] for i in range(3))
+        lengths, index, scores, into = (
+            rest[i * self.stages : (i + 1) * self.stages] for i in range(4)
+        )
         if scores:
-            return decode(output, lengths, index, scores, self.padded, *self._rows)
+            return decode(output, lengths, index, scores, self.padded, *self._rows, into)
         return Prediction(np.asarray(output, np.float32), lengths, prefix=self._rows[0])
 
-    def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:
-        """As `Reference.replay`."""
+    def replay(
+        self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]],
+        into: Sequence[NDArray[np.int64]] | None = None,
+    ) -> Prediction:  # fmt: skip
+        """As `Reference.replay`; where what leaves goes is its own to say."""
         before = [np.arange(self._replay.tokens), *kept]
         decisions = {
             f"decision_{s}": np.isin(alive, now).astype(np.float32)[None]
@@ -316,7 +321,8 @@ def _outputs_of(name: str, session: Any, stages: int, record: bool) -> list[str]
     """
     there = [output.name for output in session.get_outputs()]
     wanted = {
-        kind: [f"{kind}_{s}" for s in range(stages)] for kind in ("length", "index", "scores")
+        kind: [f"{kind}_{s}" for s in range(stages)]
+        for kind in ("length", "index", "scores", "into")
     }
     own = next((name for name in OUTPUTS if name in there), None)
     if own is None or not set(wanted["length"]) <= set(there):
@@ -328,6 +334,8 @@ def _outputs_of(name: str, session: Any, stages: int, record: bool) -> list[str]
         )
     recorded = record and {*wanted["index"], *wanted["scores"]} <= set(there)
     more = [*wanted["index"], *wanted["scores"]] if recorded else []
+    if recorded and {*wanted["into"]} <= set(there):
+        more += wanted["into"]
     return [own, *wanted["length"], *more]
 
 

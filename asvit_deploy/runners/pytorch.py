@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asvit_deploy.models.stem import exact_convolutions
 from asvit_deploy.models.vit import BatchRule, Trace, ViT
-from asvit_deploy.runners.base import Prediction, RunnerBase, decode, rows_of
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode, into_rows, rows_of
 
 
 def _decoded(output: Tensor, trace: Trace, prefix: int, appended: int) -> Prediction:
@@ -20,7 +20,8 @@ def _decoded(output: Tensor, trace: Trace, prefix: int, appended: int) -> Predic
 
     return decode(
         output.cpu().numpy(), arrays(trace.length), arrays(trace.index), arrays(trace.scores),
-        prefix=prefix, appended=appended,
+        prefix=prefix, appended=appended, into=arrays(trace.into),
+        into_margin=arrays(trace.into_margin),
     )  # fmt: skip
 
 
@@ -49,11 +50,18 @@ class TorchRunner(RunnerBase):
         return self.model.config.prefix, 0 if reduction is None else reduction.appends
 
     @torch.inference_mode()
-    def replay(self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]]) -> Prediction:
+    def replay(
+        self, images: NDArray[np.float32], kept: Sequence[NDArray[np.int64]],
+        into: Sequence[NDArray[np.int64]] | None = None,
+    ) -> Prediction:  # fmt: skip
         """As `Reference.replay`."""
         device, tokens = self.model.pos_embed.device, self.model.config.image_tokens
         rows = [torch.from_numpy(stage).to(device) for stage in rows_of(kept, tokens, *self._rows)]
-        output, trace = self.model(torch.from_numpy(images).to(device), decisions=rows)
+        goes = None
+        if into is not None:
+            found = into_rows(into, kept, tokens, *self._rows)
+            goes = [torch.from_numpy(stage)[None].to(device) for stage in found]
+        output, trace = self.model(torch.from_numpy(images).to(device), decisions=rows, into=goes)
         return _decoded(output, trace, *self._rows)
 
     def describe(self) -> dict[str, str]:

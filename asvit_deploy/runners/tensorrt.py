@@ -123,8 +123,12 @@ class TensorRTRunner(RunnerBase):
         tokens = self.fields["image_tokens"]
         before = [tokens, *(rows.shape[1] - prefix + appended for rows in index)]
         unknown = [np.full((batch, count), np.nan, np.float32) for count in before[: self.stages]]
+        into = []
+        if "into_0" in out:
+            whole = [np.full(batch, count + prefix) for count in before[: self.stages]]
+            into = [_rows(out[f"into_{s}"], batch, rows) for s, rows in enumerate(whole)]
         padded = self.fields["mode"] == "padded"
-        made = decode(out[self.output], lengths, index, unknown, padded, prefix, appended)
+        made = decode(out[self.output], lengths, index, unknown, padded, prefix, appended, into)
         return replace(made, scores=None)
 
     def describe(self) -> dict[str, str]:

@@ -73,7 +73,7 @@ def test_it_is_what_its_formula_says(prefix):
         rows = Rows(model.embed(image[None])[0])
         for stage, size in enumerate(sizes):
             rows, decision = model.scored(stage, rows)
-            rows, _, _ = remove(model.reduction, stage, rows, decision, padded=False)
+            rows, _ = remove(model.reduction, stage, rows, decision, padded=False)
             assert rows.size[0].tolist() == size.tolist()
 
 
