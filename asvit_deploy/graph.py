@@ -252,7 +252,7 @@ def without_function(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
-    """A copy that also puts out each stage's `length_s`, `index_s`, `into_s` int64, `scores_s` float32.
+    """A copy that also puts out each stage's `length_s`, `index_s`, `into_s` and `scores_s`.
 
     What another tool took out of a file of ours is left out.
     """

@@ -39,7 +39,7 @@ def name_traced(whole: ir.Graph, names: Sequence[str]) -> None:
             outputs.append(value)
             continue
         if name.startswith("index_"):
-            _name_cut(value.producer(), name.removeprefix("index_"))
+            _name_cut(value.producer(), name.removeprefix("index_"), named)
     whole.outputs[:] = outputs
     graph.prune(whole)
 
@@ -68,10 +68,13 @@ def _as_made(value: ir.Value) -> ir.Value:
     return value
 
 
-def _name_cut(cut: ir.Node | None, stage: str) -> None:
+def _name_cut(cut: ir.Node | None, stage: str, named: set[ir.Value]) -> None:
     if cut is None or not graph.is_cut(cut):
         return
     cut.name = f"stage_{stage}/{onnx_op.OP_TYPE}"
+    taken = {value.name for value in named}
     for name, value in zip((*onnx_op.INPUTS, *onnx_op.OUTPUTS), (*cut.inputs, *cut.outputs)):
         assert value is not None
-        value.name = f"{name}_{stage}"
+        own = f"{name}_{stage}"
+        # Rows that a method adds are ranked beside those whose scores were traced.
+        value.name = own if value in named or own not in taken else f"all_{own}"

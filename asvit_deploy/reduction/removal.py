@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from asvit_deploy.ops.torch_op import falling_order, keep_mask, threshold_compact
+from asvit_deploy.ops.torch_op import falling_order, threshold_compact
 from asvit_deploy.reduction.base import Decision, Reduction
 from asvit_deploy.reduction.rows import Rows, filled
 
@@ -107,14 +106,24 @@ def _by_op(
         boundary = score.new_tensor(0.0)
     assert boundary is not None
     if reduction.combines:
-        stays = keep_mask(score, boundary) & rows.living(reduction.prefix)
-        stay = F.pad(stays.float(), (reduction.prefix, 0), value=1.0)
+        images, device = score.shape[0], score.device
+        stays = _passing(score, boundary) & rows.living(reduction.prefix)
+        first = filled(1.0, images, reduction.prefix, device)
+        stay = torch.cat([first, stays.float()], 1)
         rows, decision = combined(reduction, stage, rows, stay, decision, into)
         if reduction.appends:
-            score = F.pad(score, (0, reduction.appends), value=torch.inf)
+            added = filled(torch.inf, images, reduction.appends, device)
+            score = torch.cat([score, added], 1)
     compact, index, length, _ = threshold_compact(rows.batched, score, boundary)
     rows = replace(_side_rows(rows, compact, index), alive=index >= 0 if padded else None)
     return rows, Removed(index, length, decision)
+
+
+def _passing(score: Tensor, boundary: Tensor) -> Tensor:
+    """bool [B, N]: what the op will keep, of scores that are numbers; in few and plain nodes."""
+    passes, place = score > boundary, torch.arange(score.shape[1], device=score.device)
+    best = score.max(1, keepdim=True).indices
+    return passes | (~passes.any(1, keepdim=True) & (place == best))
 
 
 def _side_rows(rows: Rows, tokens: Tensor, index: Tensor) -> Rows:
