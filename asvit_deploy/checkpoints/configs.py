@@ -100,7 +100,8 @@ def refuse_others(beside: Beside) -> None:
     model_types.refuse(beside.model_type, beside.architectures, CONFIG)
     for source in beside.sources:
         if source.calls is not None:
-            model_types.refuse_name(source.calls, f"{source.name} says the architecture")
+            word, name = source.calls
+            model_types.refuse_name(name, f"{source.name} says {word}")
         if oblong := source.cannot.get("image_size"):
             raise Refused(f"cannot be loaded: {source.name} says {oblong}")
 

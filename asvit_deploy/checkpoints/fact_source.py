@@ -97,7 +97,7 @@ class FactSource:
             option settles the fact.
         notes: what else a user should be told, a line each.
         pictures: the side in pixels that a processor brings pictures to.
-        calls: what it calls the network.
+        calls: its word for the network's name, and that name.
     """
 
     name: str
@@ -107,7 +107,7 @@ class FactSource:
     cannot: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pictures: int | None = None
-    calls: str | None = None
+    calls: tuple[str, str] | None = None
 
     def say(self, name: str, value: Any, word: str | None = None) -> None:
         """Note a fact; None and the empty text say nothing."""
@@ -175,7 +175,7 @@ class FactSource:
         """Note what a model's name stands for; one that is no ViT at all is another network."""
         from asvit_deploy.checkpoints.names import timm_name, trained_with_quick_gelu
 
-        self.calls = name
+        self.calls = "the architecture", name
         name, _, own_tag = name.partition(".")
         if isinstance(tag, str) and not own_tag:
             stands_for, own_tag = timm_name(f"{name}.{tag}"), tag

@@ -88,8 +88,8 @@ def folder_of(name: str, say: Say = silent) -> Path:
 def _no_repository(name: str) -> UserError:
     shown = name if len(name) <= 40 and name.isprintable() else quoted(name)
     return UserError(
-        f"{shown} names no repository (of letters, digits and single - and ., at most 96 "
-        "characters); pass hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION"
+        f"{shown} names no repository (letters, digits and single - and ., at most 96 "
+        "characters each); pass hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION"
     )
 
 

@@ -23,8 +23,8 @@ _BIASED = "has relative position biases, which are not computed; pass a ViT, Dei
 _WINDOWS = "attends in windows and has no class token; pass a ViT, DeiT or DINOv2"
 _CONVOLUTIONS = "is made of convolutions and has no tokens; pass a ViT, DeiT or DINOv2"
 _GATED_ROPE = (
-    "has rotary position embeddings (RoPE) and gated MLPs (SwiGLU), which are not computed; pass a ViT, "
-    "DeiT, DINOv2 or CLIP"
+    "has rotary position embeddings (RoPE) and gated MLPs (SwiGLU), which are not computed; pass "
+    "a ViT, DeiT, DINOv2 or CLIP"
 )
 _APART = (
     "keeps the biases of its queries and values apart, which is not read; pass a ViT, DeiT, DINOv2 "

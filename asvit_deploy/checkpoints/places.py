@@ -156,12 +156,12 @@ def _in_folder(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
     lines = [f"{name} beside it is {what}; it is passed over" for name, (what, _) in odd.items()]
     if known := [folder / name for name in _known_among(names) if name not in odd]:
         return known, tuple(lines)
-    names = [name for name in names if name not in odd]
-    if odd and not any(map(is_weights, names)):
+    left = [name for name in names if name not in odd]
+    if odd and not any(_is_alone(name, names) for name in left):
         name, (what, advice) = next(iter(odd.items()))
         raise Refused(f"is a folder without weights: its {name} is {what}; {advice}")
     lines.insert(0, f"the only checkpoint of the folder {folder} is taken")
-    return [_only_other(folder, names)], tuple(lines)
+    return [_only_other(folder, left)], tuple(lines)
 
 
 def _is_alone(name: str, names: list[str]) -> bool:
@@ -220,7 +220,8 @@ def _only_other(folder: Path, names: list[str]) -> Path:
         raise Refused(
             f"is a folder without weights of its own; {listed(runs)} in it have some: name one"
         )
-    return folder / _only_among([name for name in names if not (folder / name).is_dir()])
+    files = [name for name in names if not (folder / name).is_dir()]
+    return folder / _only_among(files or [f"{name}/" for name in names])
 
 
 def _only_among(names: list[str]) -> str:
