@@ -151,23 +151,24 @@ def is_weights(name: str) -> bool:
 def _in_folder(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
     """The weights in a folder, the best first, and lines on what is taken and passed over."""
     names = _entries(folder)
-    looked_at = (name for name in names if name in WEIGHTS or _is_alone(name, names))
+    there = set(names)
+    looked_at = (name for name in names if name in WEIGHTS or _is_alone(name, there))
     odd = {name: found for name in looked_at if (found := _no_weights(folder / name))}
     lines = [f"{name} beside it is {what}; it is passed over" for name, (what, _) in odd.items()]
     if known := [folder / name for name in _known_among(names) if name not in odd]:
         return known, tuple(lines)
     left = [name for name in names if name not in odd]
-    if odd and not any(_is_alone(name, names) for name in left):
+    if odd and not any(_is_alone(name, there) for name in left):
         name, (what, advice) = next(iter(odd.items()))
         raise Refused(f"is a folder without weights: its {name} is {what}; {advice}")
     lines.insert(0, f"the only checkpoint of the folder {folder} is taken")
     return [_only_other(folder, left)], tuple(lines)
 
 
-def _is_alone(name: str, names: list[str]) -> bool:
-    """Whether a file has the name of weights, and no index there names it."""
-    index = index_of(Path(name)) if is_weights(name) else None
-    return is_weights(name) and (index is None or index.name not in names)
+def _is_alone(name: str, there: set[str]) -> bool:
+    """Whether a file has the name of weights, and there is no index that it is a shard of."""
+    index = index_of(Path(name))
+    return is_weights(name) and (index is None or index.name not in there)
 
 
 def _no_weights(file: Path) -> tuple[str, str] | None:

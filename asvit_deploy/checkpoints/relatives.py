@@ -70,7 +70,7 @@ _KEYS: tuple[tuple[str, str, str], ...] = (
     # timm's and transformers' names, the release's, torchvision's.
     (r"(?:.*\.)?stages\.\d+\.(?:(?:blocks|layers)\.)?\d+\.(?:conv_dw|dwconv|depthwise_conv)\."
      r"|features\.\d+\.\d+\.layer_scale$",
-     "is a ConvNeXt ({key})", "pass a ViT, DeiT or DINOv2"),
+     "is a ConvNeXt, or has its blocks ({key})", "pass a ViT, DeiT or DINOv2"),
     (r"(?:.*\.)?mlp\.dwconv\.",
      "has convolutions in its blocks, as PVT v2 and SegFormer do ({key})",
      "pass a ViT, DeiT or DINOv2"),

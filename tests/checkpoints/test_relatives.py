@@ -92,11 +92,20 @@ def test_options_that_are_off_say_nothing(args, tmp_path):
         ({**dense_state(), "blocks.0.prune_masker.threshold": torch.ones(1)}, "LTMP"),
         ({**dense_state(), "blocks.0.prune_ddp.x": torch.ones(1)}, "DiffRate"),
         ({**dense_state(), "blocks.0.attn.q_norm.weight": torch.ones(64)}, "queries and keys"),
-        ({"stages.0.blocks.0.conv_dw.weight": torch.zeros(9)}, "is a ConvNeXt (stages.0.blocks"),
-        ({"stages.0.0.dwconv.weight": torch.zeros(9)}, "is a ConvNeXt (stages.0.0.dwconv."),
+        (
+            {"stages.0.blocks.0.conv_dw.weight": torch.zeros(9)},
+            "is a ConvNeXt, or has its blocks (stages.0.blocks",
+        ),
+        (
+            {"stages.0.0.dwconv.weight": torch.zeros(9)},
+            "is a ConvNeXt, or has its blocks (stages.0.0.dwconv.",
+        ),
         ({"convnext.encoder.stages.0.layers.0.dwconv.weight": torch.zeros(9)}, "is a ConvNeXt"),
         ({"stages.0.layers.0.depthwise_conv.weight": torch.zeros(9)}, "is a ConvNeXt"),
-        ({"features.1.0.layer_scale": torch.zeros(9)}, "is a ConvNeXt (features.1.0.layer"),
+        (
+            {"features.1.0.layer_scale": torch.zeros(9)},
+            "is a ConvNeXt, or has its blocks (features.1.0.layer",
+        ),
         ({"stages.0.blocks.0.mlp.dwconv.weight": torch.zeros(9)}, "as PVT v2 and SegFormer do"),
         ({"encoder.block.0.0.mlp.dwconv.dwconv.weight": torch.zeros(9)}, "as PVT v2 and SegF"),
         ({"layers.0.dwconv.weight": torch.zeros(9)}, "is no ViT that is known here"),
