@@ -13,6 +13,7 @@ from typing import Any
 
 from asvit_deploy import sidecar
 from asvit_deploy.bounded import MOST_TEXT, parse_json, read_bounded
+from asvit_deploy.checkpoints import model_types
 from asvit_deploy.checkpoints.fact_source import FactSource
 from asvit_deploy.checkpoints.hf_config import CONFIG, transformers_source
 from asvit_deploy.checkpoints.model_types import KNOWN
@@ -22,22 +23,14 @@ from asvit_deploy.checkpoints.openclip_config import (
     OPENCLIP_WEIGHTS,
     openclip_source,
 )
-from asvit_deploy.checkpoints.reading import ENDINGS, quoted
-from asvit_deploy.checkpoints.shards import INDICES
+from asvit_deploy.checkpoints.places import WEIGHTS, is_weights
+from asvit_deploy.checkpoints.reading import quoted
+from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 
 PREPROCESSOR = "preprocessor_config.json"
 # Where transformers 5 puts the same, under "image_processor", beside a tokenizer's.
 PROCESSOR = "processor_config.json"
-# What hubs call the one checkpoint of a folder, which these files are about.
-_HUB_NAMES = frozenset((
-    "model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "pytorch_model.safetensors",
-    *OPENCLIP_WEIGHTS, *INDICES,
-))  # fmt: skip
-# What trainers leave beside it.
-_NO_CHECKPOINTS = (
-    "training_args", "optimizer", "scheduler", "rng_state", "scaler", "trainer_state",
-)  # fmt: skip
 
 # transformers' numbers are Pillow's.
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -66,6 +59,17 @@ class Beside:
         said = [(s.pictures, s.name) for s in self.sources if s.pictures is not None]
         return said[0] if said else None
 
+    @property
+    def classes(self) -> list[str]:
+        """A line on each that tells of classes, for weights without a head."""
+        return [
+            f"{source.name} says {word} {quoted(value)}, for which the weights have no head: the "
+            "output is the embedding"
+            for source in self.sources
+            for name, word, value in source.weights
+            if name == "num_classes"
+        ]
+
 
 def sources_beside(path: Path) -> Beside:
     """What the config files beside a checkpoint say.
@@ -77,7 +81,7 @@ def sources_beside(path: Path) -> Beside:
     there = [file for file in there if file.is_file() or file.is_symlink()]
     if not there:
         return sources_beside(path.resolve()) if path.is_symlink() else Beside()
-    if path.name not in _HUB_NAMES and (others := _other_checkpoints(path)):
+    if path.name not in WEIGHTS and (others := _other_checkpoints(path)):
         names = " and ".join(file.name for file in there)
         line = (
             f"{names} beside it not taken: {others[0]} lies there too, and nothing says whose it "
@@ -85,6 +89,21 @@ def sources_beside(path: Path) -> Beside:
         )
         return Beside(lines=(line,))
     return sources_of({file.name: _read(file, path) for file in there}, " beside it")
+
+
+def refuse_others(beside: Beside) -> None:
+    """Refuse what configs alone tell to be another network, or one of oblong pictures.
+
+    Raises:
+        Refused: it is one.
+    """
+    model_types.refuse(beside.model_type, beside.architectures, CONFIG)
+    for source in beside.sources:
+        if source.calls is not None:
+            word, name = source.calls
+            model_types.refuse_name(name, f"{source.name} says {word}")
+        if oblong := source.cannot.get("image_size"):
+            raise Refused(f"cannot be loaded: {source.name} says {oblong}")
 
 
 def sources_of(contents: Mapping[str, Mapping[str, Any]], where: str = "") -> Beside:
@@ -111,7 +130,7 @@ def _configs_of(path: Path) -> tuple[str, ...]:
     weights under transformers' names, too, and both configs."""
     if path.name in OPENCLIP_WEIGHTS:
         return (OPENCLIP_CONFIG,)
-    if path.name in _HUB_NAMES:
+    if path.name in WEIGHTS:
         return (CONFIG, PREPROCESSOR, PROCESSOR)
     return (CONFIG, PREPROCESSOR, PROCESSOR, OPENCLIP_CONFIG)
 
@@ -126,9 +145,7 @@ def _other_checkpoints(path: Path) -> list[str]:
     for name in names:
         file = path.with_name(name)
         ours = sidecar.sidecar_path(file).name in names
-        if name == path.name or ours or not name.endswith(ENDINGS) or not file.is_file():
-            continue
-        if not name.startswith(_NO_CHECKPOINTS):
+        if name != path.name and not ours and is_weights(name) and file.is_file():
             found.append(name)
     return found
 

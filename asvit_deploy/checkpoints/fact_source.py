@@ -97,6 +97,7 @@ class FactSource:
             option settles the fact.
         notes: what else a user should be told, a line each.
         pictures: the side in pixels that a processor brings pictures to.
+        calls: its word for the network's name, and that name.
     """
 
     name: str
@@ -106,6 +107,7 @@ class FactSource:
     cannot: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pictures: int | None = None
+    calls: tuple[str, str] | None = None
 
     def say(self, name: str, value: Any, word: str | None = None) -> None:
         """Note a fact; None and the empty text say nothing."""
@@ -130,10 +132,19 @@ class FactSource:
             value = (value.get("height"), value.get("width"))
         if isinstance(value, (list, tuple)):
             sides = value[1:] if len(value) == 3 else value
+            if len(sides) == 2 and all(type(side) is int for side in sides):
+                self._square(word, value, *sides)
             value = (
                 sides[0] if len(sides) in (1, 2) and _alike(sides[0], sides[-1]) else list(value)
             )
         self.network("image_size", value, word)
+
+    def _square(self, word: str, value: Any, height: int, width: int) -> None:
+        if height != width:
+            self.cannot["image_size"] = (
+                f"{word} {quoted(value)}, so pictures {height} px high and {width} px wide; only "
+                "square ones are computed: pass a network of square pictures"
+            )
 
     def activation(self, value: Any) -> None:
         """Note the activation, by any of its names."""
@@ -162,18 +173,14 @@ class FactSource:
 
     def named(self, name: str, stands_for: Mapping[str, Any] | None, tag: Any = None) -> None:
         """Note what a model's name stands for; one that is no ViT at all is another network."""
-        from asvit_deploy.checkpoints.names import (
-            other_network,
-            timm_name,
-            trained_with_quick_gelu,
-        )
+        from asvit_deploy.checkpoints.names import timm_name, trained_with_quick_gelu
 
+        self.calls = "the architecture", name
         name, _, own_tag = name.partition(".")
         if isinstance(tag, str) and not own_tag:
             stands_for, own_tag = timm_name(f"{name}.{tag}"), tag
         if stands_for is None:
-            known = name.startswith(("vit_", "deit_", "as_", "lvvit", "flexivit"))
-            if not known or other_network(name):
+            if not name.startswith(("vit_", "deit_", "as_", "lvvit", "flexivit")):
                 self.cannot["architecture"] = f"the architecture {quoted(name)}, no ViT or DeiT"
             return
         if trained_with_quick_gelu(name, own_tag):

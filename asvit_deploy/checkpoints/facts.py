@@ -349,7 +349,7 @@ def _line(config: ArchConfig, origins: Mapping[str, str], loaded: Loaded, ours: 
         "mean": f"mean {_shown(rules.mean)}", "std": f"std {_shown(rules.std)}",
         "crop_pct": f"crop {rules.crop_pct:.4g}", "interpolation": rules.interpolation,
         "crop_mode": {"squash": "squashed"}.get(rules.crop_mode, ""),
-        "heads": f"{config.heads} heads",
+        "heads": f"{config.heads} head{'s' * (config.heads > 1)}",
         "eps": f"eps {config.eps:g}" if config.eps != loaded.config.eps else "",
         "activation": config.activation if _ambiguous(config) else "",
         "pooling": "mean of the tokens" if config.head in ("mean", "mean_norm") else "",

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asvit_deploy.checkpoints import model_types
-from asvit_deploy.checkpoints.configs import CONFIG, PREPROCESSOR, PROCESSOR, sources_beside
-from asvit_deploy.checkpoints.places import WEIGHTS, choose
+from asvit_deploy.checkpoints.configs import (
+    CONFIG,
+    PREPROCESSOR,
+    PROCESSOR,
+    refuse_others,
+    sources_beside,
+)
+from asvit_deploy.checkpoints.places import WEIGHTS, choose, is_weights
+from asvit_deploy.checkpoints.reading import listed, quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.checkpoints.shards import is_index, shards_of
 from asvit_deploy.errors import UserError
@@ -18,8 +25,10 @@ from asvit_deploy.requirements import pip_install
 from asvit_deploy.status import Say, silent
 
 PREFIX = "hf-hub:"
+# What hubs and git take is shorter; huggingface_hub has the rules in full.
 _NAME = re.compile(
-    r"hf-hub:(?P<repo>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<revision>[\w./-]+))?"
+    r"hf-hub:(?P<repo>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)"
+    r"(?:@(?P<revision>[\w./-]{1,255}))?"
 )
 _CONFIGS = (CONFIG, PREPROCESSOR, PROCESSOR, "open_clip_config.json")
 _PATIENCE = 10.0  # seconds for the hub's first answer
@@ -27,7 +36,8 @@ _PATIENCE = 10.0  # seconds for the hub's first answer
 
 def is_name(value: str) -> bool:
     """Whether a text names a repository of the hub and no file."""
-    return value.startswith(PREFIX) and not Path(value).exists()
+    # Not Path.exists, which raises where a name is too long for a file.
+    return value.startswith(PREFIX) and not os.path.exists(value)
 
 
 def folder_of(name: str, say: Say = silent) -> Path:
@@ -43,16 +53,20 @@ def folder_of(name: str, say: Say = silent) -> Path:
     """
     match = _NAME.fullmatch(name)
     if match is None:
-        raise UserError(f"{name[:80]} names no repository; pass hf-hub:OWNER/NAME or "
-                        "hf-hub:OWNER/NAME@REVISION")  # fmt: skip
+        raise _no_repository(name)
     try:
         from huggingface_hub import HfApi, constants, errors
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
     except ModuleNotFoundError as error:
         raise UserError(
             f"{name} needs huggingface_hub; {pip_install('huggingface-hub')}, or download the "
             "repository and name its folder"
         ) from error
     repo, revision = match["repo"], match["revision"] or "main"
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise _no_repository(name) from error
     if constants.HF_HUB_OFFLINE:
         return _cached(name, repo, revision, "HF_HUB_OFFLINE is set", say)
     try:
@@ -66,10 +80,27 @@ def folder_of(name: str, say: Say = silent) -> Path:
             "the name, or log in with `hf auth login`"
         ) from error
     except Exception as error:  # each of its HTTP libraries has exceptions of its own
-        why = f"the hub cannot be reached ({type(error).__name__})"
-        return _cached(name, repo, revision, why, say)
+        return _cached(name, repo, revision, _why(error), say)
     names = [file.rfilename for file in listing.siblings or ()]
     return _downloaded(name, repo, str(listing.sha), names, say)
+
+
+def _no_repository(name: str) -> UserError:
+    shown = name if len(name) <= 40 and name.isprintable() else quoted(name)
+    return UserError(
+        f"{shown} names no repository (letters, digits and single - and ., at most 96 "
+        "characters each); pass hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION"
+    )
+
+
+def _why(error: Exception) -> str:
+    """Why there is no listing of a repository, where it is not that there is none."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):
+        return f"the hub answers with HTTP {status}"
+    if isinstance(error, (ValueError, LookupError, TypeError)):
+        return f"the hub's answer cannot be read ({type(error).__name__})"
+    return f"the hub cannot be reached ({type(error).__name__})"
 
 
 def cached_file(repo: str, revision: str, file: str) -> Path | None:
@@ -85,20 +116,21 @@ def cached_file(repo: str, revision: str, file: str) -> Path | None:
 
 
 def _cached(name: str, repo: str, revision: str, why: str, say: Say) -> Path:
-    for file in (*WEIGHTS, CONFIG):
-        if (found := cached_file(repo, revision, file)) is not None:
-            say(f"{name}: {why}, so its cached copy is taken ({found.parent})")
-            return found.parent
+    """The folder of a repository in the cache, once it has weights: whoever asks for a config
+    alone leaves one without."""
     from huggingface_hub import constants, snapshot_download
 
+    cache, there = f"the cache {constants.HF_HUB_CACHE}", list[str]()
     with contextlib.suppress(Exception):  # whatever it says, there is none
-        # Weights under another name.
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        there = sorted(file.name for file in folder.iterdir() if file.is_file())
+    if any(name in WEIGHTS or is_weights(name) for name in there):
         say(f"{name}: {why}, so its cached copy is taken ({folder})")
         return folder
+    lacks = f"has no weights of it, only {listed(there)}" if there else "holds no copy of it"
     raise UserError(
-        f"{name} cannot be had: {why}, and the cache {constants.HF_HUB_CACHE} holds no copy of it; "
-        "go online, or download it elsewhere and name its folder"
+        f"{name} cannot be had: {why}, and {cache} {lacks}; go online, or download it elsewhere "
+        "and name its folder"
     )
 
 
@@ -112,8 +144,7 @@ def _downloaded(name: str, repo: str, commit: str, names: list[str], say: Say) -
             for file in (file for file in _CONFIGS if file in top):
                 folder = _fetched(name, repo, commit, file).parent
             if folder is not None:  # before a gigabyte of another network is downloaded
-                beside = sources_beside(folder / WEIGHTS[0])
-                model_types.refuse(beside.model_type, beside.architectures, CONFIG)
+                refuse_others(sources_beside(folder / WEIGHTS[0]))
             say(f"{name}: revision {commit[:12]}, {weights}")
             found = _fetched(name, repo, commit, weights)
             if is_index(found):

@@ -8,6 +8,7 @@ files are read, unwrapped and asked for facts stands in `asvit_deploy.checkpoint
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from asvit_deploy import sidecar
 from asvit_deploy.checkpoints import facts, formats, model_types, relatives, unwrapping, within
-from asvit_deploy.checkpoints.configs import CONFIG, Beside, sources_beside
+from asvit_deploy.checkpoints.configs import CONFIG, Beside, refuse_others, sources_beside
 from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Origins
 from asvit_deploy.checkpoints.formats.base import Translated
@@ -46,7 +47,7 @@ from asvit_deploy.checkpoints.ours import (
     stated_config,
 )
 from asvit_deploy.checkpoints.places import content_at, weights_at
-from asvit_deploy.checkpoints.reading import listed, quoted
+from asvit_deploy.checkpoints.reading import listed, quoted, shortened
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
@@ -128,7 +129,7 @@ def load_checkpoint(
         beside = Beside() if ours or recorded else sources_beside(path)
         return _loaded(_Held(path, content, metadata, (*lines, *notes), ours, beside), asked)
     except Refused as refused:
-        raise UserError(f"{path} {refused}") from refused
+        raise UserError(f"{shortened(path)} {refused}") from refused
 
 
 def load_state(
@@ -176,10 +177,12 @@ class _Asked:
 
 def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
     content, metadata, ours = held.content, held.metadata, held.ours
-    model_types.refuse(held.beside.model_type, held.beside.architectures, CONFIG)
+    refuse_others(held.beside)
     options = unwrapping.options_in(content)
     names = within.model_names(content, options)
     relatives.refuse_options(options, names.values())
+    for place, name in names.items():
+        model_types.refuse_name(name, f"{place} is", unlike=False)
     found = unwrapping.select(content, asked.ema)
     relatives.refuse_keys(found.state)
     if ours:
@@ -211,6 +214,7 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
             form.name if form and form.model_types else config.name, translated.resizes,
         )  # fmt: skip
         config, origins = facts.settle(loaded, asked.given, own, inside)
+        lines += held.beside.classes if config.head == "none" else ()
         lines += [*held.beside.lines, *(note for source in inside for note in source.notes)]
     own_size, config = config, at_size(state, config, image_size)
     lines += resized_line(own_size, config)
@@ -257,7 +261,8 @@ def _own_metadata(
     path: Path, content: Any, metadata: dict[str, str]
 ) -> tuple[dict[str, str], bool]:
     """What the file says of itself, once it and its sidecar are whole, and whether it is ours."""
-    ours, beside = metadata.get("format") == FORMAT, sidecar.sidecar_path(path).is_file()
+    # Not Path.is_file, which raises where the sidecar's name would be too long.
+    ours, beside = metadata.get("format") == FORMAT, os.path.isfile(sidecar.sidecar_path(path))
     if beside and (ours or sidecar.describes(path, "checkpoint")):
         sidecar.read(path)  # refuses a sidecar that does not belong to it
     if ours:

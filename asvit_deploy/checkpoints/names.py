@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from asvit_deploy.checkpoints.model_types import named_other
 from asvit_deploy.models.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -21,21 +22,11 @@ _SIZES = {"tiny": (192, 3), "small": (384, 6), "medium": (512, 8), "base": (768,
           "xsmall": (256, 4), "betwixt": (640, 10)}  # fmt: skip
 # A giant that DINOv2 made, and bases a little wider.
 _DINOV2_GIANT, _PLUS = (1536, 24), (896, 14)
-# Other networks whose names begin like a ViT's.
-_OTHER = re.compile(
-    r"vit_.*_(?:rope|rpn|siglip|dinov3|radio|lingbot|sapiens2?|tipsv2|gap|xp|\d+x\d+|r\d+|resnet)"
-    r"(?:_|\.|\d|$)|vit_s?relpos_|vit_pe_|vit_r\d"
-)
 # Tags of CLIPs that were trained with QuickGELU, which timm computes with GELU all the same unless
 # the name has it.
 _QUICK = re.compile(r"(?:openai|dfn\w+|metaclip\w*|laion400m_e32)$")
 # MoCo v3 has twelve heads in the small one too.
 _MOCO = {"vit_small": (384, 12), "vit_base": (768, 12)}
-
-
-def other_network(name: str) -> bool:
-    """Whether a timm name is one of a network that is not computed here, whatever its weights."""
-    return _OTHER.match(name) is not None
 
 
 def trained_with_quick_gelu(name: str, tag: str) -> bool:
@@ -49,7 +40,7 @@ def timm_name(name: str) -> dict[str, Any] | None:
     `vit_*` is augreg's preprocessing unless the rest of the name names other weights.
     """
     match = _NAME.match(name)
-    if match is None or match["size"] not in _SIZES or other_network(name):
+    if match is None or match["size"] not in _SIZES or named_other(name):
         return None
     rest = match["rest"]
     width, heads = _SIZES[match["size"]]

@@ -26,6 +26,8 @@ def openclip_source(content: Mapping[str, Any]) -> FactSource | None:
 
 
 def _tower(model: Mapping[str, Any], tower: Mapping[str, Any], source: FactSource) -> None:
+    if isinstance(tower.get("timm_model_name"), str):
+        source.calls = "timm_model_name", tower["timm_model_name"]
     for key in ("timm_model_name", "attentional_pool", "input_patchnorm"):
         if tower.get(key):
             source.cannot[key] = f"{key} {quoted(tower[key])}"

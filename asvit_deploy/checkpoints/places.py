@@ -12,7 +12,16 @@ import torch
 
 from asvit_deploy import sidecar
 from asvit_deploy.checkpoints import formats, unwrapping
-from asvit_deploy.checkpoints.reading import ENDINGS, listed, read
+from asvit_deploy.checkpoints.openclip_config import OPENCLIP_WEIGHTS
+from asvit_deploy.checkpoints.reading import (
+    ENDINGS,
+    FETCH,
+    POINTER,
+    is_pointer,
+    listed,
+    read,
+    shortened,
+)
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.checkpoints.shards import index_of, is_index, read_shards, shards_of
 from asvit_deploy.errors import UserError
@@ -22,7 +31,7 @@ from asvit_deploy.files import sha256
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.safetensors",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model.pth",
-    "open_clip_model.safetensors", "open_clip_pytorch_model.bin",
+    *OPENCLIP_WEIGHTS,
 )  # fmt: skip
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # What trainers keep in the same folder, and others' weights.
@@ -41,20 +50,17 @@ def weights_at(path: Path) -> tuple[Path, tuple[str, ...]]:
         Refused: a folder without weights, with several that differ, or with a PEFT adapter; or a
             file that is one shard of several.
     """
-    if not path.is_dir():
-        index = index_of(path) if path.is_file() else None
+    if not os.path.isdir(path):  # Path.is_dir raises where a name is too long
+        index = index_of(path) if os.path.isfile(path) else None
         if index is not None:
             raise Refused(f"is one shard of several; name its folder, or the index {index.name}")
         return path, ()
-    found, taken = _known(path), tuple[str, ...]()
-    if not found:
-        only = _only_other(path)
-        return only, (f"the only checkpoint of the folder {path} is taken",)
+    found, lines = _in_folder(path)
     if len(found) > 1:
         _check_same(found)
         rest = listed(file.name for file in found[1:])
-        taken = (f"the same weights lie beside it as {rest}",)
-    return found[0], taken
+        lines = (f"the same weights lie beside it as {rest}", *lines)
+    return found[0], lines
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -64,10 +70,10 @@ def files_of(path: Path) -> tuple[Path, ...]:
         UserError: as `weights_at`, but that several files are not compared.
     """
     try:
-        weights = (_known(path) or [_only_other(path)])[0] if path.is_dir() else path
+        weights = _in_folder(path)[0][0] if os.path.isdir(path) else path
         return (weights, *(shards_of(weights) if is_index(weights) else ()))
     except Refused as refused:
-        raise UserError(f"{path} {refused}") from refused
+        raise UserError(f"{shortened(path)} {refused}") from refused
 
 
 def fingerprint(path: Path) -> str:
@@ -114,7 +120,7 @@ def content_at(weights: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
 def name_of(path: Path) -> str:
     """What outputs made of a checkpoint are called: a folder's own name, that of a repository for
     one in a hub's cache, or a file's without its ending."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         if is_index(path):
             return path.name.split(".", 1)[0]
         ending = next((end for end in ENDINGS if path.name.endswith(end)), "")
@@ -137,9 +143,50 @@ def choose(names: Iterable[str]) -> str:
     return known[0] if known else _only_among(names)
 
 
-def _known(folder: Path) -> list[Path]:
-    """The weights in a folder under the names that hubs give them."""
-    return [folder / name for name in _known_among(_entries(folder))]
+def is_weights(name: str) -> bool:
+    """Whether a file's name is one of weights, and none of what trainers keep beside them."""
+    return name.endswith(ENDINGS) and not name.startswith(_NO_WEIGHTS)
+
+
+def _in_folder(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The weights in a folder, the best first, and lines on what is taken and passed over."""
+    names = _entries(folder)
+    there = set(names)
+    looked_at = (name for name in names if name in WEIGHTS or _is_alone(name, there))
+    odd = {name: found for name in looked_at if (found := _no_weights(folder / name))}
+    lines = [f"{name} beside it is {what}; it is passed over" for name, (what, _) in odd.items()]
+    if known := [folder / name for name in _known_among(names) if name not in odd]:
+        return known, tuple(lines)
+    left = [name for name in names if name not in odd]
+    if odd and not any(_is_alone(name, there) for name in left):
+        name, (what, advice) = next(iter(odd.items()))
+        raise Refused(f"is a folder without weights: its {name} is {what}; {advice}")
+    lines.insert(0, f"the only checkpoint of the folder {folder} is taken")
+    return [_only_other(folder, left)], tuple(lines)
+
+
+def _is_alone(name: str, there: set[str]) -> bool:
+    """Whether a file has the name of weights, and there is no index that it is a shard of."""
+    index = index_of(Path(name))
+    return is_weights(name) and (index is None or index.name not in there)
+
+
+def _no_weights(file: Path) -> tuple[str, str] | None:
+    """What has the name of weights and is something else, and what to do; None for weights."""
+    if file.is_dir():  # others may be a run's, with weights in them
+        return ("a folder", "name the checkpoint in it") if file.name in WEIGHTS else None
+    if not file.is_file():
+        return ("a link to nothing" if file.is_symlink() else "no regular file",
+                "put it back, or download it again")  # fmt: skip
+    if is_index(file):
+        try:
+            shards = shards_of(file)
+        except Refused:  # which whoever reads it says
+            return None
+        pointers = [shard.name for shard in shards if is_pointer(shard)]
+        what = f"an index of shards that Git LFS did not fetch ({listed(pointers)})"
+        return (what, FETCH) if pointers else None
+    return (POINTER, FETCH) if is_pointer(file) else None
 
 
 def _known_among(names: Iterable[str]) -> list[str]:
@@ -167,23 +214,19 @@ def _entries(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _only_other(folder: Path) -> Path:
+def _only_other(folder: Path, names: list[str]) -> Path:
     """The one checkpoint of a folder that has none by a hub's name."""
-    names = _entries(folder)
     runs = [name for name in names if any((folder / name / own).is_file() for own in WEIGHTS)]
-    if runs and not any(name.endswith(ENDINGS) and _is_weights(name) for name in names):
+    if runs and not any(map(is_weights, names)):
         raise Refused(
             f"is a folder without weights of its own; {listed(runs)} in it have some: name one"
         )
-    return folder / _only_among([name for name in names if not (folder / name).is_dir()])
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith(ENDINGS) and not name.startswith(_NO_WEIGHTS)
+    files = [name for name in names if not (folder / name).is_dir()]
+    return folder / _only_among(files or [f"{name}/" for name in names])
 
 
 def _only_among(names: list[str]) -> str:
-    files = [name for name in names if _is_weights(name)]
+    files = [name for name in names if is_weights(name)]
     shards = [name for name in files if index_of(Path(name)) is not None]
     if shards:
         raise Refused(f"holds shards ({listed(shards)}) without their index; download it again")
@@ -202,10 +245,10 @@ def _only_among(names: list[str]) -> str:
 
 def _check_same(found: Iterable[Path]) -> None:
     """Refuse a folder with several sets of weights, unless all are one network's."""
-    first, *others = found
-    mine = _network(first)
+    first, *others = files = list(found)
+    mine = _network(first, files)
     for other in others:
-        theirs = _network(other)
+        theirs = _network(other, files)
         if differ := _difference(mine, theirs):
             raise Refused(
                 f"is a folder with two sets of weights, {first.name} and {other.name}, that differ "
@@ -224,10 +267,13 @@ def _difference(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
     return ""
 
 
-def _network(file: Path) -> dict[str, torch.Tensor]:
+def _network(file: Path, files: list[Path]) -> dict[str, torch.Tensor]:
     """A network under our own names, in the file's own types."""
     try:
         content, _, _ = content_at(file)
         return formats.translate(unwrapping.select(content, False).state)[0].state
     except Refused as refused:
-        raise Refused(f"holds several files of weights, of which {file.name} {refused}") from None
+        names = listed(one.name for one in files)
+        raise Refused(
+            f"holds several files of weights ({names}), of which {file.name} {refused}"
+        ) from None

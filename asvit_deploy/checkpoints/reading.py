@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
 import reprlib
 import warnings
@@ -33,6 +35,12 @@ _UNSUMMED = (
 _TOO_MUCH = "asks for more memory than its size can fill; save it again with torch.save"
 _LONGEST_PATH = 4096  # characters, Linux's own limit
 _LISTED = 3  # keys that a message names before it says how many more there are
+_LONGEST_LISTED, _LONGEST_SHOWN = 100, 300  # characters of one of them, and of a path
+# How a file begins that Git LFS left in the place of another.
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTERS = 2048  # bytes; a pointer has some 130
+POINTER = "a Git-LFS pointer, not the weights"
+FETCH = "run `git lfs pull`, or download it again"
 
 
 class _InertPath(str):
@@ -83,8 +91,15 @@ _SHORT = _Short()
 def listed(names: Any) -> str:
     """The first few names, and how many more there are."""
     names = list(names)
+    shown = (shortened(name, _LONGEST_LISTED) for name in names[:_LISTED])
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    return ", ".join(shown) + more
+
+
+def shortened(name: Any, most: int = _LONGEST_SHOWN) -> str:
+    """A path or a name as a message shows it: of one that no file can have, both ends."""
+    text = str(name)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 4 :]}"
 
 
 def quoted(value: Any) -> str:
@@ -105,24 +120,38 @@ def read(path: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
         Refused: it cannot be read, is damaged, would ask too much of the machine, or is no
             checkpoint.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise Refused("is a folder; name the checkpoint file in it")
     try:
         with open_regular(path, "checkpoint file") as file:
             bounds.check_size(file)
-            head = file.read(9)
-    except FileNotFoundError:
+            head = file.read(len(_POINTER))
+    except (FileNotFoundError, ValueError):  # of a name that holds a zero
         raise Refused("does not exist; check the path") from None
     except OSError as error:
-        raise Refused(f"cannot be read: {error.strerror}; check its permissions") from error
+        what = "the path" if error.errno == errno.ENAMETOOLONG else "its permissions"
+        raise Refused(f"cannot be read: {error.strerror}; check {what}") from error
     if not head:
         raise Refused("is empty; copy or download it again")
+    if head == _POINTER:
+        raise Refused(f"is {POINTER}; {FETCH}")
     # A safetensors file starts with the length of its header, which is JSON.
-    if head[8:] == b"{" and (length := int.from_bytes(head[:8], "little")) < 100_000_000:
+    if head[8:9] == b"{" and (length := int.from_bytes(head[:8], "little")) < 100_000_000:
         if length > bounds.MOST_HEADER:
             raise Refused("holds too many objects for a checkpoint; save only the model's weights")
         return *_read_safetensors(path), ()
     return _read_torch(path)
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether Git LFS has left a pointer in the place of a file, which was not fetched."""
+    try:
+        if os.path.getsize(path) > _POINTERS:
+            return False
+        with open_regular(path) as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except (OSError, UserError):  # which reading it will say
+        return False
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

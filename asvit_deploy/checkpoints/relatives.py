@@ -67,8 +67,13 @@ _KEYS: tuple[tuple[str, str, str], ...] = (
      "merge it first (model.merge_and_unload()) and save the result"),
     (r"(?:.*\.)?layers\.\d+\.blocks\.\d+\.", "is a Swin ({key})",
      "pass a ViT, DeiT or DINOv2"),
-    (r"(?:.*\.)?stages\.\d+\.(?:blocks|layers)\.\d+\.(?:conv_dw|dwconv)\.|.*\.dwconv\.",
-     "is a ConvNeXt ({key})", "pass a ViT, DeiT or DINOv2"),
+    # timm's and transformers' names, the release's, torchvision's.
+    (r"(?:.*\.)?stages\.\d+\.(?:(?:blocks|layers)\.)?\d+\.(?:conv_dw|dwconv|depthwise_conv)\."
+     r"|features\.\d+\.\d+\.layer_scale$",
+     "is a ConvNeXt, or has its blocks ({key})", "pass a ViT, DeiT or DINOv2"),
+    (r"(?:.*\.)?mlp\.dwconv\.",
+     "has convolutions in its blocks, as PVT v2 and SegFormer do ({key})",
+     "pass a ViT, DeiT or DINOv2"),
     (r"(?:.*\.)?layer[1-4]\.\d+\.conv1\.|(?:.*\.)?encoder\.stages\.\d+\.layers\.\d+\.layer\.",
      "is a ResNet ({key})", "pass a ViT, DeiT or DINOv2"),
     (r"(?:model\.)?layer\.\d+\.attention\.o_proj\.|(?:.*\.)?rope_embed(?:dings)?\.",

@@ -12,10 +12,10 @@ from asvit_deploy.checkpoints.reading import listed, quoted, read
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 
-INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # One of one is a whole network.
 _SHARD = re.compile(r".+-\d{5}-of-(?!00001\.)\d{5}\.(?:safetensors|bin)")
 _MOST = 256  # shards; a network that fits into memory has a few
+_LONGEST = 255  # bytes of a file's name
 
 
 def is_index(path: Path) -> bool:
@@ -69,15 +69,17 @@ def read_shards(index: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
                 )
             held[key], state[key] = shard.name, value
     if missing := [key for key, name in places.items() if held.get(key) != name]:
+        key = missing[0]
         raise Refused(
-            f"names tensors that its shards lack, such as {missing[0]} in {places[missing[0]]}; "
+            f"names tensors that its shards lack, such as {quoted(key)[1:-1]} in {places[key]}; "
             "download them again"
         )
     if unknown := [key for key in held if key not in places]:
         raise Refused(
             f"does not name all that its shards hold ({listed(unknown)}); download them again"
         )
-    return state, (f"its weights lie in {len(shards_of(index))} shards", *notes)
+    count = len(shards_of(index))
+    return state, (f"its weights lie in {count} shard{'s' * (count > 1)}", *notes)
 
 
 def _weight_map(index: Path, there: bool = True) -> dict[str, str]:
@@ -92,7 +94,8 @@ def _weight_map(index: Path, there: bool = True) -> dict[str, str]:
         raise Refused("has no weight_map that names shards; download it again")
     for key, name in places.items():
         plain = isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
-        if not plain or "\\" in name or "\0" in name:
+        long = plain and len(name.encode(errors="replace")) > _LONGEST
+        if not plain or long or "\\" in name or "\0" in name:
             raise Refused(f"names {quoted(name)} for {quoted(key)}, no file beside it; correct it")
     names = list(dict.fromkeys(places.values()))
     if len(names) > _MOST:

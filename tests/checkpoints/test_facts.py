@@ -476,6 +476,34 @@ def test_heads_that_do_not_divide(tmp_path):
     )
 
 
+def test_one_head_is_one_head(tmp_path):
+    path = hub_folder(tmp_path, **timm_args(num_heads=1))
+    assert ", 1 head from config.json" in load_checkpoint(path).origins.line
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [(TIMM, "num_classes 7"), ({**HF, "architectures": ["ViTModel"]}, "id2label 7")],
+)
+def test_classes_that_only_the_config_has(config, said, tmp_path):
+    path = hub_folder(tmp_path, config=config)
+    safetensors.torch.save_file(headless(dense_state()), path)
+    line = f"config.json says {said}, for which the weights have no head: the output is the emb"
+    assert any(note.startswith(line) for note in load_checkpoint(path).notes)
+    config = {**config, "num_classes": 0, "id2label": None}
+    path = hub_folder(tmp_path, config=config)
+    assert not any("no head: the output" in note for note in load_checkpoint(path).notes)
+    safetensors.torch.save_file(headless(dense_state()), path)
+    assert not any("no head: the output" in note for note in load_checkpoint(path).notes)
+
+
+@pytest.mark.parametrize("size", [[32, 64], (3, 32, 64), {"height": 32, "width": 64}])
+def test_a_run_on_oblong_pictures(size, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"model": dense_state(), "args": {"input_size": size}}, path)
+    raises_one_line(lambda: load_checkpoint(path), str(path), "args says", "32 px high and 64")
+
+
 def test_an_image_size_that_is_asked_for_settles_the_size(tmp_path):
     path = hub_folder(tmp_path, **cfg(input_size=[3, 64, 64]))
     assert load_checkpoint(path, image_size=64).config.image_size == 64

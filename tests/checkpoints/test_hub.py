@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 from hub_files import CONFIG, cached, sharded, vit_folder
 
+from asvit_deploy.checkpoints.hub import folder_of, is_name
+from asvit_deploy.errors import UserError
+
 pytest.importorskip("huggingface_hub")
 COMMIT = "c" * 40
 
@@ -84,11 +87,36 @@ def test_without_network_and_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["hf-hub:", "hf-hub:a/b/c", "hf-hub:../x", "hf-hub:a b", "hf-hub:a@"]
-)
-def test_names_that_are_none(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["hf-hub:a b", "hf-hub:a--b/c"])
+def test_a_name_that_is_none(name: str, tmp_path: Path) -> None:
     refused(run(tmp_path, "export", "--ckpt", name, "--dense", **NOWHERE), "names no repository")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "a/b/c", "../x", "a b", "a@", "a--b/c", "a/b.git", "-a/b", "a/b.", "a..b/c", "a\nb/c",
+     "a" * 97, f"a/{'b' * 97}", "a" * 5000, f"a/{'b' * 5000}", f"a/b@{'c' * 5000}"],
+)  # fmt: skip
+def test_names_that_are_none(name: str) -> None:
+    name = f"hf-hub:{name}"
+    assert is_name(name)
+    with pytest.raises(UserError, match=r"names no repository .*pass hf-hub:OWNER/NAME") as caught:
+        folder_of(name)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": 1}, NOWHERE])
+def test_a_cache_of_a_config_alone_is_no_copy(environment: dict, tmp_path: Path) -> None:
+    snapshot = cached(tmp_path / "cache", "someone/bird-vit")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../blobs/gone")
+    name = "hf-hub:someone/bird-vit"
+    done = run(tmp_path, "export", "--ckpt", name, "--dense", **environment)
+    refused(done, name, str(tmp_path / "cache"), "has no weights of it, only config.json, ",
+            "go online")  # fmt: skip
+    assert "cached copy is taken" not in done.stderr
 
 
 @pytest.mark.slow
@@ -120,6 +148,8 @@ class _Hub(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         path = self.path.split("?")[0]
         for repository, folder in self.server.repositories.items():
+            if self.server.broken is not None:
+                return self._send(self.server.broken[1], {}, body, self.server.broken[0])
             if path in (f"/api/models/{repository}", f"/api/models/{repository}/revision/main"):
                 names = [{"rfilename": f.name} for f in sorted(folder.iterdir())]
                 listing = {"id": repository, "sha": COMMIT, "siblings": names}
@@ -149,6 +179,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Hub)
         self.repositories: dict[str, Path] = {}
         self.served: list[str] = []
+        self.broken: tuple[int, bytes] | None = None  # what it answers to everything
 
     @property
     def environment(self) -> dict[str, str]:
@@ -190,11 +221,51 @@ def test_online_what_is_needed_is_downloaded(
 
 
 @pytest.mark.slow
-def test_a_repository_of_another_network_costs_no_download(hub: _Server, tmp_path: Path) -> None:
-    config = {**CONFIG, "model_type": "swin"}
-    hub.repositories["someone/swin"] = vit_folder(tmp_path / "remote", config=config)
-    done = run(tmp_path, "export", "--ckpt", "hf-hub:someone/swin", "--dense", **hub.environment)
-    refused(done, "hf-hub:someone/swin", "a Swin")
+def test_online_a_cache_of_a_config_alone_is_filled(hub: _Server, tmp_path: Path) -> None:
+    hub.repositories["someone/bird-vit"] = vit_folder(tmp_path / "remote")
+    (cached(tmp_path / "cache", "someone/bird-vit") / "model.safetensors").unlink()
+    name = "hf-hub:someone/bird-vit"
+    done = run(tmp_path, "export", "--ckpt", name, "--dense", **hub.environment)
+    assert (done.returncode, "model.safetensors" in hub.served) == (0, True), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((403, b""), "the hub answers with HTTP 403"),
+        ((200, b"<html>log in</html>"), "the hub's answer cannot be read (JSONDecodeError)"),
+        ((200, b"[]"), "the hub's answer cannot be read"),
+    ],
+)
+def test_a_hub_that_answers_otherwise(
+    answer: tuple[int, bytes], words: str, hub: _Server, tmp_path: Path
+) -> None:
+    hub.repositories["someone/bird-vit"], hub.broken = tmp_path, answer
+    name = "hf-hub:someone/bird-vit"
+    refused(run(tmp_path, "export", "--ckpt", name, **hub.environment), name, words)
+    cached(tmp_path / "cache", "someone/bird-vit")
+    done = run(tmp_path, "export", "--ckpt", name, "--dense", **hub.environment)
+    assert done.returncode == 0, done.stderr
+    assert f"{name}: {words}" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "swin"}, "a Swin"),
+        ({"model_type": None, "architecture": "vit_base_patch16_siglip_224"}, "a SigLIP"),
+        ({"image_size": [32, 64]}, "only square ones"),
+    ],
+)
+def test_a_repository_of_another_network_costs_no_download(
+    changes: dict, words: str, hub: _Server, tmp_path: Path
+) -> None:
+    config = {**CONFIG, **changes}
+    hub.repositories["someone/other"] = vit_folder(tmp_path / "remote", config=config)
+    done = run(tmp_path, "export", "--ckpt", "hf-hub:someone/other", "--dense", **hub.environment)
+    refused(done, "hf-hub:someone/other", words)
     assert "model.safetensors" not in hub.served
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import raises_one_line
 
 from asvit_deploy.checkpoints.load import load_checkpoint
+from asvit_deploy.checkpoints.model_types import named_other
 from asvit_deploy.checkpoints.names import timm_name
 
 INSTEAD = "pass a ViT, DeiT, DINOv2"
@@ -46,17 +47,31 @@ def other(name):
 @pytest.mark.parametrize(("name", "words"), OTHERS.items(), ids=OTHERS)
 def test_a_network_that_is_no_vit_of_ours(name, words, tmp_path):
     model = other(name)
-    for path in (tmp_path / "weights.pth", tmp_path / "hub" / "model.safetensors"):
-        if path.suffix == ".pth":
-            torch.save(model.state_dict(), path)
-        else:
-            families.timm().models.save_for_hf(model, path.parent, safe_serialization=True)
-        raises_one_line(lambda path=path: load_checkpoint(path), str(path), words, INSTEAD)
+    path, folder = tmp_path / "weights.pth", tmp_path / "hub"
+    torch.save(model.state_dict(), path)
+    raises_one_line(lambda: load_checkpoint(path), str(path), words, INSTEAD)
+    families.timm().models.save_for_hf(model, folder, safe_serialization=True)
+    words = ("gated MLP",) if "giant" in name else (f"says the architecture '{name}', and", "pass")
+    raises_one_line(lambda: load_checkpoint(folder), str(folder / "model.safetensors"), *words)
 
 
-@pytest.mark.parametrize(
-    "name", ["vit_small_patch16_rope_ape_224", "vit_base_patch16_rpn_224", "vit_pe_core_x"]
-)
+NAMES = {
+    "vit_small_patch16_rope_ape_224": ("rotary position embeddings (RoPE)",),
+    "vit_base_patch16_rpn_224": ("normalises what its layers give",),
+    "vit_pe_core_x": ("a Perception Encoder", "(RoPE)"),
+    "vit_base_patch16_siglip_224": ("a SigLIP", "pools its tokens by attention", "no class token"),
+    "vit_base_patch16_siglip_256.webli": ("a SigLIP", "pass a CLIP"),
+    "vit_base_patch16_siglip_gap_224": ("a SigLIP without its head", "no class token"),
+    "eva02_base_patch14_448": ("an EVA-02", "(RoPE) and gated MLPs (SwiGLU)"),
+    "eva_large_patch14_196": ("an EVA", "biases"),
+    "vit_base_patch16_dinov3": ("a DINOv3", "(RoPE)"),
+    "convnext_tiny": ("a ConvNeXt", "convolutions"),
+    "swin_tiny_patch4_window7_224": ("a Swin", "attends in windows"),
+    "cait_s24_224": ("a CaiT", "behind its blocks"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_config_alone_tells_what_the_weights_hide(name, tmp_path):
     """The weights of a plain ViT under the name of another network: those of the first are a
     DeiT-III's, name by name."""
@@ -65,7 +80,18 @@ def test_a_config_alone_tells_what_the_weights_hide(name, tmp_path):
     config = Path(tmp_path) / "config.json"
     config.write_text(config.read_text().replace("vit_small_patch16_224", name))
     path = tmp_path / "model.safetensors"
-    raises_one_line(lambda: load_checkpoint(path), f"architecture '{name}', no ViT or DeiT")
+    raises_one_line(lambda: load_checkpoint(path), f"architecture '{name}'", *NAMES[name])
+
+
+PLAIN = ("vit_base_patch16_224.augreg_in21k", "vit_base_patch14_reg4_dinov2.lvd142m", "lvvit_s",
+         "deit3_small_patch16_224", "vit_base_patch16_clip_224", "deit_base_distilled_patch16_384",
+         "vit_large_patch14_clip_quickgelu_336.openai", "vit_small_patch8_224.dino", "as_vit_tiny",
+         "vit_base_patch16_224.mae", "vit_medium_patch32_clip_224", "flexivit_base")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_no_vit_of_ours_is_another_network_by_its_name(name):
+    assert named_other(name) is None
 
 
 def plain_names():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from PIL import Image
 import asvit_deploy
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.load import load_checkpoint
-from asvit_deploy.checkpoints.places import fingerprint, name_of
+from asvit_deploy.checkpoints.places import files_of, fingerprint, name_of
+from asvit_deploy.errors import UserError
 
 
 def same(path: Path) -> bool:
@@ -87,6 +89,96 @@ def test_two_sets_of_weights_that_differ(tmp_path: Path) -> None:
     assert same(folder / "model.safetensors")
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 88245056\n"
+# What has the name of weights and is none, and how it is called.
+NO_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a dangling link": (lambda file: file.symlink_to("gone"), "a link to nothing"),
+    "a folder": (lambda file: file.mkdir(), "a folder"),
+    "a pointer": (lambda file: file.write_text(POINTER), "a Git-LFS pointer, not the weights"),
+    "a pipe": (lambda file: os.mkfifo(file), "no regular file"),
+}
+
+
+@pytest.mark.parametrize("other", ["pytorch_model.bin", "best.pth"])
+@pytest.mark.parametrize("case", NO_WEIGHTS)
+def test_what_is_no_weights_hides_none(case: str, other: str, tmp_path: Path) -> None:
+    folder, (make, what) = tmp_path / "birds", NO_WEIGHTS[case]
+    folder.mkdir()
+    make(folder / "model.safetensors")
+    torch.save(dense_state(), folder / other)
+    assert same(folder)
+    assert load_checkpoint(folder).path == folder / other
+    assert files_of(folder) == (folder / other,)
+    assert f"model.safetensors beside it is {what}; it is passed over" in notes(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "best.pth"])
+@pytest.mark.parametrize("case", NO_WEIGHTS)
+def test_a_folder_of_what_is_no_weights(case: str, name: str, tmp_path: Path) -> None:
+    folder, (make, what) = tmp_path / "birds", NO_WEIGHTS[case]
+    folder.mkdir()
+    make(folder / name)
+    if (name, case) == ("best.pth", "a folder"):  # a run's, as any other
+        what = "it has best.pth/"
+    raises_one_line(lambda: load_checkpoint(folder), str(folder), "without weights", name, what)
+    raises_one_line(lambda: files_of(folder), str(folder), "without weights", name, what)
+
+
+def test_a_pointer_to_weights(tmp_path: Path) -> None:
+    (tmp_path / "last.pth").write_text(POINTER)
+    torch.save(dense_state(), tmp_path / "best.pth")
+    raises_one_line(lambda: load_checkpoint(tmp_path / "last.pth"), "Git-LFS", "`git lfs pull`")
+    assert same(tmp_path)
+    assert "last.pth beside it is a Git-LFS pointer" in notes(tmp_path)
+
+
+def test_pointers_to_shards(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "birds")
+    (folder / FIRST).write_text(POINTER)
+    raises_one_line(lambda: load_checkpoint(folder), "did not fetch", FIRST, "`git lfs pull`")
+    torch.save(vit_state(), folder / "pytorch_model.bin")
+    assert same(folder)
+    assert f"an index of shards that Git LFS did not fetch ({FIRST})" in notes(folder)
+
+
+def test_two_files_of_which_one_is_damaged(tmp_path: Path) -> None:
+    folder = vit_folder(tmp_path / "birds")
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04 cut")
+    raises_one_line(lambda: load_checkpoint(folder), "(model.safetensors, pytorch_model.bin)",
+                    "of which pytorch_model.bin is truncated")  # fmt: skip
+
+
+LONG = "a" * 5000
+
+
+@pytest.mark.parametrize(
+    "path", [LONG, f"{LONG}/model.safetensors", "a/" * 2500, "model.safetensors.index.json" + LONG]
+)
+def test_paths_that_no_file_can_have(path: str) -> None:
+    for call in (load_checkpoint, asvit_deploy.load):
+        with pytest.raises(UserError) as caught:
+            call(Path(path))
+        assert "check the path" in str(caught.value)
+        assert len(str(caught.value)) < 400
+    assert not name_of(Path(path)).startswith("/")
+
+
+def test_a_path_with_a_zero() -> None:
+    raises_one_line(lambda: load_checkpoint(Path("a\0b")), "does not exist")
+
+
+def test_the_longest_name_that_a_file_can_have(tmp_path: Path) -> None:
+    """Its sidecar's would be too long, so it has none."""
+    path = tmp_path / f"{'a' * 251}.pth"
+    torch.save(dense_state(), path)
+    assert same(path)
+
+
+def test_an_index_of_one_shard(tmp_path: Path) -> None:
+    lines = notes(sharded(tmp_path / "birds", 1)).splitlines()
+    assert any(line.endswith("its weights lie in 1 shard") for line in lines)
+
+
 @pytest.mark.parametrize("name", ["", "model.safetensors.index.json"])
 def test_shards_by_their_folder_or_their_index(name: str, tmp_path: Path) -> None:
     folder = sharded(tmp_path / "birds")
@@ -142,6 +234,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no map": (lambda f: rewrite(f, {"metadata": {}}), "no weight_map"),
     "elsewhere": (lambda f: rewrite(f, {"weight_map": {"a": "../secret.safetensors"}}),
                   "no file beside it"),
+    "a long name": (lambda f: rewrite(f, {"weight_map": {LONG: f"{LONG}.bin"}}),
+                    "no file beside it"),
+    "a name of 300 bytes": (lambda f: rewrite(f, {"weight_map": {"a": 150 * "é"}}),
+                            "no file beside it"),
+    "a long key": (lambda f: rewrite(f, {"weight_map": {**index(f)["weight_map"], LONG: FIRST}}),
+                   "tensors that its shards lack"),
     "a number": (lambda f: rewrite(f, {"weight_map": {"a": 1}}), "no file beside it"),
     "many": (lambda f: rewrite(f, {"weight_map": {str(i): f"{i}.bin" for i in range(999)}}),
              "999 shards"),
@@ -154,6 +252,9 @@ def test_shards_that_do_not_fit_their_index(case: str, tmp_path: Path) -> None:
     change, words = BROKEN[case]
     change(folder)
     raises_one_line(lambda: load_checkpoint(folder), "model.safetensors.index.json", words)
+    with pytest.raises(UserError, match="index") as caught:
+        load_checkpoint(folder)
+    assert len(str(caught.value)) < 600
 
 
 def test_one_shard_is_no_checkpoint(tmp_path: Path) -> None:
@@ -248,6 +349,14 @@ def test_classes_whose_output_is_no_vector(name: str, words: str, tmp_path: Path
 def test_configs_that_lie(lie: dict, words: str, tmp_path: Path) -> None:
     folder = vit_folder(tmp_path / "birds", config={**CONFIG, **lie})
     raises_one_line(lambda: load_checkpoint(folder), "model.safetensors", "config.json", words)
+
+
+@pytest.mark.parametrize("size", [[224, 336], {"height": 448, "width": 112}])
+@pytest.mark.parametrize("asked", [None, 32])
+def test_oblong_pictures(size: object, asked: int | None, tmp_path: Path) -> None:
+    folder = vit_folder(tmp_path / "birds", config={**CONFIG, "image_size": size})
+    raises_one_line(lambda: load_checkpoint(folder, asked), "model.safetensors", "config.json",
+                    "px wide", "only square")  # fmt: skip
 
 
 def test_registers_that_are_not_there(tmp_path: Path) -> None:
