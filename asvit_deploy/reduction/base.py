@@ -62,7 +62,8 @@ class Decision:
         into: int64 [B, M], the row that takes what a leaving row carries; None: it is lost.
         into_margin: float32 [B, M-P], how far the next best row was from that one, in the measure
             that chose it.
-        likeness: float32 [B, M-P, Dh] of length 1, by whose products `destined` chooses.
+        nearness: float32 [B, M-P, M-P], of what leaves (rows) to what may take it (columns), -inf
+            where it may not; `destined` chooses by it among those that stay.
         weight: float32 [B, M], of each row in what leaving rows become part of.
     """
 
@@ -70,7 +71,7 @@ class Decision:
     boundary: Tensor | None = None
     into: Tensor | None = None
     into_margin: Tensor | None = None
-    likeness: Tensor | None = None
+    nearness: Tensor | None = None
     weight: Tensor | None = None
 
 

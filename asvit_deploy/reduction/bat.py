@@ -28,6 +28,7 @@ No sizes and no bias of the attention: nothing published mentions them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asvit_deploy.reduction.base import Decision, Seen
-from asvit_deploy.reduction.matching import pairs
+from asvit_deploy.reduction.matching import nearest_staying, pairs
 from asvit_deploy.reduction.rows import Rows, averaged, filled
 from asvit_deploy.reduction.topk import TopK
 
@@ -49,8 +50,8 @@ class BAT(TopK):
 
     An attentive token's is a_i over the edge between attentive and inattentive, where its place is
     odd; at an even place also 1 + (the similarity at which pairs stop merging, minus its own). An
-    inattentive token's is its rho delta over the edge between centres and others. So fixed counts
-    take exactly (B10)'s tokens, and a near tie is one whose score is near 1.
+    inattentive token's is 1 and how far it is from becoming a centre, or from ceasing to be one. So
+    fixed counts take exactly (B10)'s tokens, and a near tie is one whose score is near 1.
     """
 
     name: ClassVar[str] = "bat"
@@ -85,21 +86,26 @@ class BAT(TopK):
         limit = _edge(cosine, centres)
         matched = found.paired & (cosine > limit)
         # (B2) to (B5)
-        peak, distance = _peaks(x, low, tokens - attentive)
-        ridge = _edge(peak, centres)
-        centre, height = low & (peak > ridge), peak / ridge.clamp_min(_LEAST)
-        # (B6)
-        near, nearest = distance.masked_fill(~centre[:, None, :], _FAR).topk(2, largest=False)
-        doubt = torch.where(high, found.margin, 1 - near[:, :, 0] / near[:, :, 1])
+        peaks = _peaks(x, low, tokens - attentive)
+        ridge = _edge(peaks.height, centres)
+        centre = low & (peaks.height > ridge)
+        doubt = peaks.doubt(ridge, centre)
         score = torch.where(
             high,
             torch.where(found.paired, torch.minimum(a / edge, 1 + (limit - cosine)), a / edge),
-            torch.where(centre, height, torch.maximum(height, a / edge)),
+            torch.where(centre, 1 + doubt, torch.maximum(1 - doubt, a / edge)),
         )
-        goes = torch.where(low & ~centre, nearest[:, :, 0] + prefix, own[:, prefix:])
-        goes = torch.where(matched, found.into[:, prefix:], goes)
-        into = torch.cat([found.into[:, :prefix], goes], 1)
-        return Decision(score, into=into, into_margin=doubt, weight=weight)
+        # (B6) of those that stay; (B8) of attentive tokens that have a partner
+        near = (-peaks.distance).masked_fill(
+            ~low[:, None, :] | found.paired[:, :, None], -torch.inf
+        )
+        return Decision(score, into=found.into, into_margin=found.margin, nearness=near,
+                        weight=weight)  # fmt: skip
+
+    def destined(self, rows: Rows, stay: Tensor, decision: Decision) -> Decision:
+        if decision.nearness is None:
+            return decision
+        return nearest_staying(decision, stay, self.prefix)
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
         assert decision.into is not None
@@ -112,32 +118,69 @@ def _edge(values: Tensor, count: int) -> Tensor:
     return values.topk(count + 1).values[:, count - 1 :].mean(1, keepdim=True)
 
 
-def _peaks(x: Tensor, among: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(B2) to (B4) of the tokens among which clusters are sought.
+@dataclass(frozen=True)
+class _Peaks:
+    """(B2) to (B4).
+
+    Attributes:
+        distance: d [B, N, N] between any two tokens.
+        rho: [B, N].
+        delta: [B, N].
+        height: rho delta [B, N], -1 of tokens that are not among those to cluster.
+        ahead: bool [B, N, N], whether the second has the higher rho of two that are among them.
+        behind: likewise, the lower.
+    """
+
+    distance: Tensor
+    rho: Tensor
+    delta: Tensor
+    height: Tensor
+    ahead: Tensor
+    behind: Tensor
+
+    def doubt(self, ridge: Tensor, centre: Tensor) -> Tensor:
+        """How far a token is from becoming a centre, or from ceasing to be one; [B, N], above 0.
+
+        Heights change as values do, and in leaps where two rho change places: a centre falls when
+        a near token overtakes it, another rises when it overtakes all that are near. So the doubt
+        is the smaller of the height's share of the ridge and of rho's share of its rival's.
+        """
+        ridge, rho = ridge.clamp_min(_LEAST), self.rho.clamp_min(_LEAST)
+        share = (self.rho[:, None, :] / rho[:, :, None] - 1).abs()
+        nearer = self.distance < self.delta[:, :, None]
+        fall = torch.where(self.behind & nearer, share, _FAR).amin(2)
+        within = self.distance * rho[:, :, None] < ridge[:, :, None]
+        rise = torch.where(self.ahead & within, share, 0.0).amax(2)
+        height = self.height / ridge
+        doubt = torch.where(
+            centre, torch.minimum(height - 1, fall), torch.minimum(1 - height, rise)
+        )
+        return doubt.clamp_min(0)
+
+
+def _peaks(x: Tensor, among: Tensor, count: int) -> _Peaks:
+    """Density peaks.
 
     Args:
         x: float32 [B, N, D].
-        among: bool [B, N].
+        among: bool [B, N], the tokens to cluster.
         count: how many they are.
-
-    Returns:
-        rho delta [B, N], -1 of all others; d [B, N, N], far from and to all others.
     """
     square = (x * x).sum(2)
     product = x @ x.transpose(1, 2)
     squared = (square[:, :, None] + square[:, None, :] - 2 * product).clamp_min(0) / x.shape[2]
     both = among[:, :, None] & among[:, None, :]
-    squared = torch.where(both, squared, _FAR)
+    within = torch.where(both, squared, _FAR)
     # A token is its own nearest neighbour, as where this clustering is used elsewhere.
-    near = squared.topk(min(_NEIGHBOURS, count), largest=False).values
+    near = within.topk(min(_NEIGHBOURS, count), largest=False).values
     rho = (-near.mean(2)).exp()
     place = torch.arange(x.shape[1], device=x.device)
     # Of equal densities the first ranks higher, so that no two tokens wait for each other.
-    higher = (rho[:, None, :] > rho[:, :, None]) | (
-        (rho[:, None, :] == rho[:, :, None]) & (place < place[:, None])
-    )
+    mine, other = rho[:, :, None], rho[:, None, :]
+    ahead = both & ((other > mine) | ((other == mine) & (place < place[:, None])))
+    behind = both & ~ahead & (place != place[:, None])
     distance = squared.sqrt()
-    above = distance.masked_fill(~(higher & both), _FAR).amin(2)
+    above = torch.where(ahead, distance, _FAR).amin(2)
     farthest = torch.where(both, distance, 0.0).amax(2)
     delta = torch.where(above < _FAR, above, farthest)
-    return torch.where(among, rho * delta, -1.0), distance
+    return _Peaks(distance, rho, delta, torch.where(among, rho * delta, -1.0), ahead, behind)

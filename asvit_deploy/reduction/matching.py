@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asvit_deploy.reduction.base import Seen
+from asvit_deploy.reduction.base import Decision, Seen
 from asvit_deploy.reduction.rows import Rows
 
 
@@ -82,6 +82,34 @@ def most_similar(likeness: Tensor, among: Tensor) -> tuple[Tensor, Tensor, Tenso
     """
     cosine = (likeness @ likeness.transpose(1, 2)).masked_fill(~among[:, None, :], -2.0)
     best, which = cosine.max(2)
-    places = torch.arange(cosine.shape[2], device=cosine.device)
-    others = cosine.masked_fill(which[:, :, None] == places, -2.0)
-    return best, which, best - others.amax(2)
+    return best, which, best - _next(cosine, which, -2.0)
+
+
+def nearest_staying(decision: Decision, stay: Tensor, prefix: int) -> Decision:
+    """The decision in which each row goes to the nearest that stays, by its `nearness`; to what it
+    says already where nothing that stays may take the row.
+
+    Args:
+        stay: float32 [B, M], 1 or 0.
+    """
+    assert decision.nearness is not None
+    stays = stay[:, None, prefix:] > 0.5
+    near = decision.nearness.masked_fill(~stays, -torch.inf)
+    best, which = near.max(2)
+    own = torch.arange(stay.shape[1], device=stay.device).expand(stay.shape[0], -1)
+    into = own if decision.into is None else decision.into
+    margin = (best - _next(near, which, -torch.inf)) / best.abs().clamp_min(_SMALL)
+    if decision.into_margin is not None:
+        margin = torch.where(best > -torch.inf, margin, decision.into_margin)
+    found = torch.where(best > -torch.inf, which + prefix, into[:, prefix:])
+    found = torch.where(stays[:, 0], own[:, prefix:], found)
+    return replace(decision, into=torch.cat([own[:, :prefix], found], 1), into_margin=margin)
+
+
+_SMALL = 1e-9
+
+
+def _next(values: Tensor, which: Tensor, nothing: float) -> Tensor:
+    """The second highest of each row [B, N, N], given where the highest is."""
+    places = torch.arange(values.shape[2], device=values.device)
+    return values.masked_fill(which[:, :, None] == places, nothing).amax(2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asvit_deploy.reduction.base import Decision, Place, Seen
-from asvit_deploy.reduction.matching import likeness, most_similar
+from asvit_deploy.reduction.matching import likeness, nearest_staying
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.rows import Rows, moved, with_row
 from asvit_deploy.reduction.scoring import token_scores
@@ -68,16 +68,11 @@ class TopKNearest(TopK):
         return every_block(depth)
 
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
-        return replace(super().rank(stage, rows, seen), likeness=likeness(seen, self.prefix))
+        alike = likeness(seen, self.prefix)
+        return replace(super().rank(stage, rows, seen), nearness=alike @ alike.transpose(1, 2))
 
     def destined(self, rows: Rows, stay: Tensor, decision: Decision) -> Decision:
-        assert decision.likeness is not None
-        stays = stay[:, self.prefix :] > 0.5
-        _, into, margin = most_similar(decision.likeness, stays)
-        own = torch.arange(stay.shape[1], device=into.device).expand(into.shape[0], -1)
-        into = torch.where(stays, own[:, self.prefix :], into + self.prefix)
-        into = torch.cat([own[:, : self.prefix], into], 1)
-        return replace(decision, into=into, into_margin=margin)
+        return nearest_staying(decision, stay, self.prefix)
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
         assert decision.into is not None
