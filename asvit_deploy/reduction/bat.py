@@ -84,7 +84,6 @@ class BAT(TopK):
         found = pairs(rows, F.normalize(x, dim=2), prefix, among=high)
         cosine = torch.where(found.paired, found.cosine, -2.0)
         limit = _edge(cosine, centres)
-        matched = found.paired & (cosine > limit)
         # (B2) to (B5)
         peaks = _peaks(x, low, tokens - attentive)
         ridge = _edge(peaks.height, centres)
@@ -96,9 +95,8 @@ class BAT(TopK):
             torch.where(centre, 1 + doubt, torch.maximum(1 - doubt, a / edge)),
         )
         # (B6) of those that stay; (B8) of attentive tokens that have a partner
-        near = (-peaks.distance).masked_fill(
-            ~low[:, None, :] | found.paired[:, :, None], -torch.inf
-        )
+        other = ~low[:, None, :] | found.paired[:, :, None]
+        near = (-peaks.distance).masked_fill(other, -torch.inf)
         return Decision(score, into=found.into, into_margin=found.margin, nearness=near,
                         weight=weight)  # fmt: skip
 
@@ -151,10 +149,8 @@ class _Peaks:
         fall = torch.where(self.behind & nearer, share, _FAR).amin(2)
         within = self.distance * rho[:, :, None] < ridge[:, :, None]
         rise = torch.where(self.ahead & within, share, 0.0).amax(2)
-        height = self.height / ridge
-        doubt = torch.where(
-            centre, torch.minimum(height - 1, fall), torch.minimum(1 - height, rise)
-        )
+        over = self.height / ridge - 1
+        doubt = torch.where(centre, torch.minimum(over, fall), torch.minimum(-over, rise))
         return doubt.clamp_min(0)
 
 
