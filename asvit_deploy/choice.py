@@ -132,7 +132,7 @@ class _Trial:
         dense = self._carried_out(None, every).output
         found = {name: self._carried_out(one, every) for name, one in self.tried.items()}
         apart = {name: distance(self.config, dense, one.output) for name, one in found.items()}
-        name, why = self._chosen(apart)
+        name, why = chosen({other: values[self.choosing] for other, values in apart.items()})
         rows = {
             other: self._row(one, found[other], dense, apart[other], apart[name])
             for other, one in self.tried.items()
@@ -160,21 +160,6 @@ class _Trial:
         if not self.wanted.per_picture:
             reduction = self.tried[name]
         return Choice(reduction, report)
-
-    def _chosen(self, apart: dict[str, NDArray[np.float64]]) -> tuple[str, str]:
-        """The name of the method, and why it is that one."""
-        first, *others = apart
-        if not others:
-            return first, "asked for"
-        better = {}
-        for other in others:
-            gain = (apart[first] - apart[other])[self.choosing]
-            if similarity.mean_interval(gain, _SHARE)[0] > 0:
-                better[other] = float(gain.mean())
-        if not better:
-            return first, f"no other is closer to the dense network beyond chance than {first}"
-        best = max(better, key=lambda other: better[other])
-        return best, f"closer to the dense network than {first} on the pictures that choose"
 
     def _row(
         self, reduction: Ranked, outcome: Outcome, dense: Tensor, apart: NDArray[np.float64],
@@ -212,6 +197,26 @@ class _Trial:
         row["drift"] = row["macs_ratio"] / wanted.budget - 1
         row["values"] = [boundary.item() for boundary in made.boundaries()]
         return made, row
+
+
+def chosen(apart: dict[str, NDArray[np.float64]]) -> tuple[str, str]:
+    """The name of the method, and why it is that one.
+
+    Args:
+        apart: `distance` of each method on the pictures that choose, the first where one starts.
+    """
+    first, *others = apart
+    if not others:
+        return first, "asked for"
+    better = {}
+    for other in others:
+        gain = apart[first] - apart[other]
+        if similarity.mean_interval(gain, _SHARE)[0] > 0:
+            better[other] = float(gain.mean())
+    if not better:
+        return first, f"no other is closer to the dense network beyond chance than {first}"
+    best = max(better, key=lambda other: better[other])
+    return best, f"closer to the dense network than {first} on the pictures that choose"
 
 
 def measure(config: ArchConfig) -> str:
