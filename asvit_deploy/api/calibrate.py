@@ -20,7 +20,7 @@ from asvit_deploy.api.inputs import (
     require_whole,
     say_load,
 )
-from asvit_deploy.api.methods import THRESHOLD, method_for
+from asvit_deploy.api.methods import EXECUTED, RELEASE, THRESHOLD, method_for
 from asvit_deploy.errors import UserError
 from asvit_deploy.status import Say, hide_bar, silent
 
@@ -92,7 +92,7 @@ def calibrate(
     require_at_least(0, skip_limit=skip_limit, seed=seed)
     if seed > LARGEST_SEED:
         raise UserError(f"seed={seed} cannot be used; pass a number up to {LARGEST_SEED}")
-    require_one_of("budget_by", budget_by, ("executed", "release"))
+    require_one_of("budget_by", budget_by, (EXECUTED, RELEASE))
     require_at_least(1, max_kept=max_kept)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     folder, target = optional_path(images), optional_path(output)
@@ -155,7 +155,7 @@ def _calibrated(
     from asvit_deploy.reduction.methods import RANKED
 
     config = checkpoint.config
-    if wanted.budget_by == "release":
+    if wanted.budget_by == RELEASE:
         config = config.released()
     if wanted.method == THRESHOLD and wanted.cuts is not None:
         config = config.with_stages(wanted.cuts)

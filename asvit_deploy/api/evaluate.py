@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,12 +23,14 @@ from asvit_deploy.api.inputs import (
     require_one_of,
     say_load,
 )
+from asvit_deploy.api.methods import EXECUTED, with_method
 from asvit_deploy.api.place import Place
 from asvit_deploy.errors import UserError
 from asvit_deploy.status import Say, first_process, silent
 
 if TYPE_CHECKING:
     from asvit_deploy.checkpoints.facts import Given
+    from asvit_deploy.checkpoints.load import Checkpoint
     from asvit_deploy.classes.network import ClassNames
     from asvit_deploy.data.skips import Skips
     from asvit_deploy.evaluation.accuracy import LabelledArrays
@@ -73,7 +76,9 @@ class Evaluation:
 
 def evaluate(
     model: PathLike, *, data: PathLike, batch_size: int | Sequence[int] = (1,),
-    batch_rule: Literal["exact", "mean-k"] = "exact", dense: bool = False, ema: bool = False,
+    batch_rule: Literal["exact", "mean-k"] = "exact", dense: bool = False,
+    method: str | None = None, budget: float | None = None, cuts: Sequence[int] | None = None,
+    max_kept: int | None = None, ema: bool = False,
     mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
     interpolation: str | None = None, heads: int | None = None,
     activation: str | None = None, classes: PathLike | None = None,
@@ -91,6 +96,7 @@ def evaluate(
         model: an ONNX artefact, or a checkpoint (on a GPU where there is one).
         data: a folder of class folders or of shards, or "digits"; for embeddings any folder of
             pictures.
+        method, budget, cuts, max_kept: of a checkpoint, as `asvit_deploy.export` has them.
         neighbours: k of the k-NN accuracy, by default 5.
         batch_size: images at a time; of several sizes each is a row.
         output: the report is written here too, as JSON.
@@ -111,15 +117,20 @@ def evaluate(
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     names = optional_path(classes)
     path = checkpoint_path(model, say if first_process() else silent)
-    if path.suffix == ".onnx" and (asked := known.options() + ["--ema"] * ema):
+    of_method = {"--method": method, "--budget": budget, "--cuts": cuts, "--max-kept": max_kept}
+    given = [option for option, value in of_method.items() if value is not None]
+    if dense and given:
+        raise UserError(f"--dense has no method; drop it, or {given[0]}")
+    if path.suffix == ".onnx" and (asked := known.options() + ["--ema"] * ema + given):
         raise UserError(
             f"{path} is an ONNX file, whose sidecar says what it was exported with; leave "
             f"{' and '.join(asked)} out, or export its checkpoint again with them"
         )
     written = optional_path(output)
     with _claimed(written, force, checkpoint_files(path), names) as place, _one_thread():
+        change = partial(with_method, method=method, budget=budget, cuts=cuts, max_kept=max_kept)
         opened = _open(path, batch_rule, dense, ema, known, optional_path(library), place, names,
-                       place.first(say))  # fmt: skip
+                       change, place.first(say))  # fmt: skip
         report = _evaluate(path, os.fspath(data), opened, batch_rule, sizes, limit, skip_limit,
                            neighbours, place, say)  # fmt: skip
         if written is not None and not place.rank:
@@ -171,6 +182,7 @@ class _Opened:
         names: of its classes, where they are known.
         cuts: those of its method where they are not before the blocks of the stages.
         twin: the dense one of a network that gives embeddings, or why there is none.
+        aim: the budget that its thresholds were calibrated to, in MACs as they are carried out.
     """
 
     runner: Runner
@@ -178,11 +190,13 @@ class _Opened:
     names: ClassNames | None
     cuts: tuple[int, ...] | None
     twin: Runner | str
+    aim: float | None = None
 
 
 def _open(
     path: Path, batch_rule: BatchRule, dense: bool, ema: bool, known: Given,
-    library: Path | None, place: Place, classes: Path | None, say: Say,
+    library: Path | None, place: Place, classes: Path | None,
+    change: Callable[[Checkpoint], Checkpoint], say: Say,
 ) -> _Opened:  # fmt: skip
     from asvit_deploy.classes.network import of_checkpoint, of_fields
 
@@ -196,17 +210,24 @@ def _open(
         found = of_fields(path, session.fields, classes, say)
         twin = _twin(session.config, session.adaptive, lambda: session.dense_reference, place)
         runner = session.runner(session.library)
-        return _Opened(runner, session.config, found, session.cuts, twin)
+        fields, adapts = session.fields, bool(session.fields["thresholds"])
+        aim = fields.get("budget") if adapts and fields.get("budget_by") == EXECUTED else None
+        return _Opened(runner, session.config, found, session.cuts, twin, aim)
     from asvit_deploy.checkpoints.load import build_model, load_checkpoint
     from asvit_deploy.runners.pytorch import TorchRunner
 
-    checkpoint = load_checkpoint(path, ema=ema, given=known)
+    checkpoint = change(load_checkpoint(path, ema=ema, given=known))
     say_load(checkpoint, say)
     network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(place.device)
     found = of_checkpoint(checkpoint, classes, say)
     cuts = network.cuts if checkpoint.reduction else None
     twin = _twin(checkpoint.config, network.adaptive, lambda: network.with_reduction(None), place)
-    return _Opened(TorchRunner(network, batch_rule), checkpoint.config, found, cuts or None, twin)
+    kept = checkpoint.metadata
+    aim = None
+    if network.threshold_values() and kept.get("budget_by") == EXECUTED and "budget" in kept:
+        aim = float(kept["budget"])
+    eager = TorchRunner(network, batch_rule)
+    return _Opened(eager, checkpoint.config, found, cuts or None, twin, aim)
 
 
 def _twin(
@@ -257,11 +278,24 @@ def _evaluate(
         for _, reasons, _ in parts:
             skips.merge(reasons)
         rows.append({"batch_size": size, **row([part for part, _, _ in parts])})
+        _say_drift(model, rows[-1]["macs_share"], opened.aim, say)
         counts = [per_class for _, _, per_class in parts]
     return Evaluation(
         str(model), data, batch_rule, config.name, config.output, found.origin if found else None,
         place.world, opened.runner.describe(), rows, pictures.account(counts), machine(),
     )  # fmt: skip
+
+
+_DRIFT = 0.02  # of the budget
+
+
+def _say_drift(model: Path, share: float, aim: float | None, say: Say) -> None:
+    """Thresholds keep what their calibration kept on pictures like those alone."""
+    if aim is not None and abs(share / aim - 1) > _DRIFT:
+        say(
+            f"{model} takes {share:.3f} of the dense MACs here and was calibrated to {aim:g}: "
+            "these pictures keep other counts than those that calibrated; calibrate on some of them"
+        )
 
 
 def _class_task(opened: _Opened) -> _Task:

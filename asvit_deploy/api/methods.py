@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from asvit_deploy.checkpoints.load import Checkpoint
 
 AUTO, THRESHOLD = "auto", "threshold"
+EXECUTED, RELEASE = "executed", "release"  # how a budget counts MACs
 
 
 def method_for(checkpoint: Checkpoint, name: str | None) -> str:
@@ -84,7 +85,7 @@ def with_method(
 
     budget = 0.65 if budget is None else budget
     made = fixed_counts(checkpoint.config, RANKED[method], budget, cuts)
-    metadata = {**checkpoint.metadata, "budget": str(budget)}
+    metadata = {**checkpoint.metadata, "budget": str(budget), "budget_by": EXECUTED}
     return replace(checkpoint, adaptive=True, reduction=made.fields(), metadata=metadata)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
               help="Untimed rounds first.")  # fmt: skip
 @click.option("--threads", type=click.Choice(["1", "all", "both"]), default="both",
               show_default=True, help="One thread, every core, or both in turn.")  # fmt: skip
+@click.option("--methods", metavar="A,B,...",
+              help="Also time these methods, fixed counts at the same mean MACs.")  # fmt: skip
 @options.library
 @options.engine_code
 @options.as_json
@@ -40,6 +42,7 @@ def command(
     runs: int,
     warmup: int,
     threads: str,
+    methods: str | None,
     library: Path | None,
     plugin: Path | None,
     allow_engine_code: bool,
@@ -57,8 +60,8 @@ def command(
 
     reports = bench.bench(
         models, images=images, limit=limit, skip_limit=skip_limit, runs=runs, warmup=warmup,
-        threads=threads, library=library, plugin=plugin, allow_engine_code=allow_engine_code,
-        output=output, force=force, say=options.status,
+        threads=threads, methods=methods or (), library=library, plugin=plugin,
+        allow_engine_code=allow_engine_code, output=output, force=force, say=options.status,
     )  # fmt: skip
     if as_json:
         click.echo(bench.as_json(reports))
@@ -101,9 +104,12 @@ def _print_engine(report: EngineBench) -> None:
 
 def _print_agreement(report: ModelBench | EngineBench) -> None:
     """What the tokens that left cost in quality: one line."""
-    agreed = report.agreement
-    if agreed is None:
-        return
+    if report.agreement is not None:
+        said = _agreement(report.agreement)
+        click.echo(f"agreement with dense on {report.image_count} images: {said}")
+
+
+def _agreement(agreed: dict[str, Any]) -> str:
     if "cosine" in agreed:
         said = (f"cosine {agreed['cosine']:.4f} ({agreed['low']:.4f}-{agreed['high']:.4f}), "
                 f"10th percentile {agreed['p10']:.4f}")  # fmt: skip
@@ -113,7 +119,7 @@ def _print_agreement(report: ModelBench | EngineBench) -> None:
         said = f"mean error of the score {agreed['score_error']:.3g}"
     else:
         said = f"top-1 {agreed['top1']:.1%}"
-    click.echo(f"agreement with dense on {report.image_count} images: {said}")
+    return said
 
 
 def _print(report: ModelBench) -> None:
@@ -142,6 +148,9 @@ def _print(report: ModelBench) -> None:
     click.echo(f"kept tokens per stage: {kept} of {macs['image_tokens']}; "
                f"MACs ratio {macs['ratio']:.3f}")  # fmt: skip
     _print_agreement(report)
+    for name, beside in report.methods.items():
+        said = _agreement(beside["agreement"])
+        click.echo(f"{name} at {beside['macs_share']:.4f} of the dense MACs: {said}")
     for share in report.profile:
         click.echo(
             f"of the run ({share['op']}): scoring {share['scoring']:.2%}, "

@@ -28,6 +28,11 @@ _NAMED = 5  # classes without a picture
     help="mean-k is the paper's: a batch shares one count.",
 )  # fmt: skip
 @click.option("--dense", is_flag=True, help="Run the checkpoint without its thresholds.")
+@click.option(
+    "--method", metavar="NAME", help="Of dense weights, as in `export`; counts are fixed."
+)
+@click.option("--budget", type=float, help="Of --method: MACs as a fraction of the dense [0.65].")
+@options.method
 @options.ema
 @options.facts
 @options.classes

@@ -23,6 +23,7 @@ from asvit_deploy.evaluation.arguments import path_of, require_least
 from asvit_deploy.evaluation.engine_bench import EngineBench, bench_engine
 from asvit_deploy.evaluation.model_bench import ModelBench, bench_model
 from asvit_deploy.ops.headers import silent
+from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
 
 _THREADS = {"1": [1], "all": [0], "both": [1, 0]}  # 0: every core
@@ -39,6 +40,7 @@ class _Wanted:
     runs: int
     warmup: int
     threads: list[int]
+    methods: tuple[str, ...]
     say: Callable[[str], None]
 
 
@@ -51,6 +53,7 @@ def bench(
     runs: int = 200,
     warmup: int = 50,
     threads: str = "both",
+    methods: str | Sequence[str] = (),
     library: str | Path | None = None,
     plugin: str | Path | None = None,
     allow_engine_code: bool = False,
@@ -69,6 +72,8 @@ def bench(
         runs: timed rounds, 10 or more; each runs every variant once.
         warmup: untimed rounds first.
         threads: "1", "all" cores or "both" in turn, for ONNX artefacts.
+        methods: names of methods with fixed counts to time beside an ONNX artefact, at its mean
+            MACs; a text names several with commas.
         library: the op's library for ONNX Runtime, or None for the one that `build-plugins` made.
         plugin: the op's TensorRT library, likewise.
         allow_engine_code: run code that an engine brings along.
@@ -90,7 +95,8 @@ def bench(
         raise UserError(f"threads is {threads!r}; give one of {', '.join(_THREADS)}")
     allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
     named, target = paths_of(models), path_of(output)
-    wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _THREADS[threads], say)
+    wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _THREADS[threads],
+                     _methods(methods), say)  # fmt: skip
     with contextlib.ExitStack() as stack:
         if target is not None:
             stack.enter_context(_output(target, force, named))
@@ -99,6 +105,14 @@ def bench(
         if target is not None:
             files.write_text(target, as_json(reports) + "\n")
     return reports
+
+
+def _methods(names: str | Sequence[str]) -> tuple[str, ...]:
+    found = tuple(names.split(",") if isinstance(names, str) else names)
+    for name in found:
+        if name not in RANKED:
+            raise UserError(f"methods has {name!r}; give some of {', '.join(RANKED)}")
+    return found
 
 
 def as_json(reports: Benches) -> str:
@@ -141,7 +155,10 @@ def _bench(artefact: Artefact, wanted: _Wanted) -> Benches:
         return [bench_engine(artefact, _pictures(artefact, wanted), warmup, runs, say)]
     assert isinstance(artefact, OnnxArtefact)
     pictures = _pictures(artefact, wanted)
-    return [bench_model(artefact, pictures, count, warmup, runs, say) for count in wanted.threads]
+    return [
+        bench_model(artefact, pictures, count, warmup, runs, wanted.methods, say)
+        for count in wanted.threads
+    ]
 
 
 def _pictures(artefact: Artefact, wanted: _Wanted) -> ImageSet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.artefacts.artefact import Ways
 from asvit_deploy.artefacts.onnx_file import RUNTIMES, OnnxArtefact
+from asvit_deploy.budget import carried_out, fixed_counts
 from asvit_deploy.calibration import agreement_of
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import UserError
@@ -32,9 +33,14 @@ from asvit_deploy.evaluation.timing import (
     verdict,
 )
 from asvit_deploy.exporting.to_onnx import to_onnx
-from asvit_deploy.models.macs import dense_macs
+from asvit_deploy.models.macs import dense_macs, teacher_macs
+from asvit_deploy.models.vit import ViT
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.reduction.methods import RANKED
+from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.runners.pytorch import TorchRunner
+
+_RUNTIME = "onnxruntime"  # which runs other methods
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class ModelBench(Report):
         rows: one for each variant.
         agreement: of an adaptive network's outputs with the dense twin's on those pictures, as
             `calibration.agreement_of`; None where there is no twin to ask.
+        methods: of each other method that was timed, its `macs_share` and its `agreement`.
         profile: per way what scoring and compaction took; one thread and adaptive only.
         notes: which rows there are not, and why.
         verdict: one sentence on which is the faster.
@@ -72,6 +79,7 @@ class ModelBench(Report):
     macs: Macs
     rows: list[Row]
     agreement: dict[str, Any] | None
+    methods: dict[str, Any]
     profile: list[dict[str, Any]]
     notes: list[str]
     verdict: str
@@ -80,28 +88,35 @@ class ModelBench(Report):
 
 def bench_model(
     artefact: OnnxArtefact, pictures: ImageSet, threads: int, warmup: int, runs: int,
-    say: Callable[[str], None],
+    methods: Sequence[str], say: Callable[[str], None],
 ) -> ModelBench:  # fmt: skip
     """Time every variant of an artefact.
 
     Args:
         pictures: all of them readable.
+        methods: others to time beside it at its mean MACs, names in `RANKED`.
         threads: 0 takes every core.
 
     Raises:
-        UserError: it cannot be run here.
+        UserError: it cannot be run here, or a method does not reach its MACs.
     """
     count = threads or machine()["cores"]
     loaded = [pictures[i] for i in range(len(pictures))]
     config, cuts = artefact.config, artefact.cuts if artefact.adaptive else None
     with _torch_threads(count):
         variants, notes = _variants(artefact, threads)
+        outputs, lengths = _kept(artefact, loaded)
+        share = float(macs_by_round(config, lengths, runs, cuts).mean()) / teacher_macs(config)
+        beside = _beside(artefact, methods, share)
+        for name, network in beside.items():
+            runner = RUNTIMES[_RUNTIME].model(to_onnx(network), threads)
+            variants.append(Variant(f"{_RUNTIME}, {name}", _RUNTIME, True, runner))
         label = f"{count} thread{'s' * (count > 1)}"
         with bar(say, total=warmup + runs, desc=f"bench, {label}") as progress:
             seconds = interleave(
                 variants, loaded, warmup, runs, progress=lambda: progress.update() and None
             )
-    lengths, agreed = _kept(artefact, loaded, notes)
+        agreed, shown = _agreements(artefact, outputs, beside, loaded, notes)
     ratios = dense_macs(config) / macs_by_round(config, lengths, runs, cuts)
     rows = summarise(variants, seconds, ratios)
     profiles = []
@@ -111,7 +126,7 @@ def bench_model(
     return ModelBench(
         str(artefact.path), artefact.fields["arch"], count, warmup, runs, pictures.source,
         len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, agreed,
-        profiles, notes, verdict(rows), machine(),
+        shown, profiles, notes, verdict(rows), machine(),
     )  # fmt: skip
 
 
@@ -126,20 +141,50 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 def _kept(
-    artefact: OnnxArtefact, images: list[NDArray[np.float32]], notes: list[str]
-) -> tuple[NDArray[np.int64], dict[str, Any] | None]:
-    """Rows after each stage, prefix included: int64 [images, stages]; and how the outputs agree
-    with the dense twin's."""
+    artefact: OnnxArtefact, images: list[NDArray[np.float32]]
+) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
+    """Outputs [images, C], of an adaptive artefact, and rows after each stage, prefix included:
+    int64 [images, stages]."""
     config = artefact.config
     if not artefact.adaptive:
-        return np.full((len(images), len(config.stages)), config.rows), None
-    outputs, lengths = run_once(next(iter(artefact.ways().values())), images)
+        return None, np.full((len(images), len(config.stages)), config.rows)
+    return run_once(next(iter(artefact.ways().values())), images)
+
+
+def _beside(artefact: OnnxArtefact, methods: Sequence[str], share: float) -> dict[str, ViT]:
+    """The artefact's network with other methods, by their names, at its share of the MACs."""
+    if not methods:
+        return {}
+    dense = artefact.dense_reference
+    return {
+        name: dense.with_reduction(fixed_counts(artefact.config, RANKED[name], share))
+        for name in methods
+    }
+
+
+def _agreements(
+    artefact: OnnxArtefact, outputs: NDArray[np.float32] | None, beside: dict[str, ViT],
+    images: list[NDArray[np.float32]], notes: list[str],
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:  # fmt: skip
+    """How outputs agree with the dense twin's: the artefact's own, and those of other methods."""
+    config = artefact.config
+    if outputs is None and not beside:
+        return None, {}
     try:
-        dense, _ = run_once(TorchRunner(artefact.dense_reference), images)
-        return lengths, agreement_of(config, torch.from_numpy(dense), torch.from_numpy(outputs))
+        dense = torch.from_numpy(run_once(TorchRunner(artefact.dense_reference), images)[0])
+        own = None
+        if outputs is not None:
+            own = agreement_of(config, dense, torch.from_numpy(outputs))
+        shown = {}
+        for name, network in beside.items():
+            made = torch.from_numpy(run_once(TorchRunner(network), images)[0])
+            assert isinstance(network.reduction, Ranked)
+            share = carried_out(config, network.reduction) / teacher_macs(config)
+            shown[name] = {"macs_share": share, "agreement": agreement_of(config, dense, made)}
+        return own, shown
     except UserError as error:
         notes.append(f"no agreement with the dense network: {error}")
-        return lengths, None
+        return None, {}
 
 
 def _variants(artefact: OnnxArtefact, threads: int) -> tuple[list[Variant], list[str]]:

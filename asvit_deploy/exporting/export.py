@@ -102,6 +102,8 @@ def method_fields(model: ViT, metadata: Mapping[str, str]) -> dict[str, Any]:
         "thresholds": model.threshold_values(),
         "budget": float(budget) if budget and model.adaptive else None,
     }
+    if fields["budget"] is not None and "budget_by" in metadata:
+        fields["budget_by"] = metadata["budget_by"]
     if model.config.prefix > 1:
         fields["prefix"] = model.config.prefix
     if model.reduction is not None and not own:
