@@ -87,7 +87,7 @@ def to_padded(model: onnx.ModelProto, name: str = "model") -> onnx.ModelProto:
         [B, N], -inf where the token was gone before stage s.
 
     Raises:
-        UserError: there is no op node to replace.
+        UserError: there is no op node to replace, or its method needs masks that it lacks.
     """
     if not onnx_op.nodes_of(model.graph):
         raise UserError(
@@ -95,6 +95,11 @@ def to_padded(model: onnx.ModelProto, name: str = "model") -> onnx.ModelProto:
             "padded mode rewrites the file that `asvit-deploy export` makes by default"
         )
     rewrite = _Rewrite(model)
+    if "asvit_reduction" in rewrite.model.metadata_props and not rewrite.masked:
+        raise UserError(
+            f"{name} takes one picture, and its method looks at tokens that padded mode leaves in "
+            "place; export it with --batch dynamic"
+        )
     rewrite.run()
     result = onnx.inliner.inline_local_functions(rewrite.closed())
     graph.keep_standard_opset(result)

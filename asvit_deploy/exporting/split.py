@@ -19,6 +19,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.row_mask import RowMask
 from asvit_deploy.models.config import OUTPUTS
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.reduction.methods import METHODS
 
 _ROWS, _IMAGE_ROWS = "rows", "image_rows"  # symbolic dimensions of a segment's tokens and scores
 
@@ -39,7 +40,8 @@ def split_segments(model: onnx.ModelProto, name: str = "model") -> list[onnx.Mod
         zero); nothing depends on them, and their scores are -inf.
 
     Raises:
-        UserError: there is no op node to cut at, or the batch is not fixed to one image.
+        UserError: there is no op node to cut at, the batch is not fixed to one image, or the method
+            hands more than tokens on.
     """
     stages = len(onnx_op.nodes_of(model.graph))
     if not stages:
@@ -51,6 +53,13 @@ def split_segments(model: onnx.ModelProto, name: str = "model") -> list[onnx.Mod
         raise UserError(
             f"{name} has a dynamic batch, and bucketed mode runs one image at a time; export it "
             "with --batch 1"
+        )
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    method = json.loads(properties.get("asvit_reduction", "{}")).get("name")
+    if method is not None and METHODS[method].hands_on():
+        raise UserError(
+            f"{name} is of the method {method}, whose rows carry more than their tokens, and "
+            "bucketed mode hands on tokens alone; build it dynamic, or with --mode padded"
         )
     known = graph.inferred(model)
     return [_Segment(model, known, number, number == stages).made() for number in range(stages + 1)]

@@ -138,10 +138,10 @@ class Reduction(nn.Module):
         """
         return rows
 
-    @property
-    def combines(self) -> bool:
+    @classmethod
+    def hands_on(cls) -> bool:
         """Whether `combine` does anything."""
-        return type(self).combine is not Reduction.combine
+        return cls.combine is not Reduction.combine
 
     def boundaries(self) -> list[Tensor]:
         """What a score must be above at each cut, its parameters; none where counts are fixed."""

@@ -35,7 +35,7 @@ def remove(
         index = _highest(decision.score, count, reduction.prefix)
     else:
         return _by_op(reduction, stage, rows, decision, padded, keep, into)
-    if reduction.combines:
+    if reduction.hands_on():
         images, kept = index.shape
         nothing = filled(0.0, images, before, index.device)
         stay = nothing.scatter(1, index, filled(1.0, images, kept, index.device))
@@ -105,7 +105,7 @@ def _by_op(
         score = torch.where(keep, 1.0, -torch.inf)
         boundary = score.new_tensor(0.0)
     assert boundary is not None
-    if reduction.combines:
+    if reduction.hands_on():
         images, device = score.shape[0], score.device
         stays = _passing(score, boundary) & rows.living(reduction.prefix)
         first = filled(1.0, images, reduction.prefix, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,68 +99,88 @@ class RunnerBase:
 
 
 def decode(
-    output: NDArray, lengths: Stages, index: Stages, scores: Stages, padded: bool = False,
-    prefix: int = 1, appended: int = 0, into: Stages = (), into_margin: Stages = (),
+    output: NDArray, lengths: Stages, index: Stages, scores: Stages, prefix: int = 1,
+    appended: int = 0, into: Stages = (), into_margin: Stages = (),
 ) -> Prediction:  # fmt: skip
     """Follow the stages' row numbers back to the input's tokens.
+
+    A stage may have removed rows, or kept them all in place and hidden some from then on.
 
     Args:
         output: [B, C].
         lengths: per stage int [B].
-        index: per stage int64 [B, rows], the op's `index`.
-        scores: per stage float32 [B, rows before the stage - P]; those of stage 0 cover the input.
-        padded: nothing was removed: `index` is int64 [B, M] with -1 where the token is gone, and
-            every stage's scores cover the input.
+        index: per stage int64 [B, rows], the op's `index`; -1 where a row is none in use.
+        scores: per stage float32 [B, rows before the stage - P].
         prefix: P.
         appended: rows that each stage adds behind those that stay. They are tokens too, numbered
             from N on in the order in which they come.
         into: per stage int64 [B, rows before the stage], or nothing.
         into_margin: per stage float32 [B, rows before the stage - P], or nothing.
     """
-    batch = output.shape[0]
-    lengths = [np.asarray(length, np.int64) for length in lengths]
-    if padded:
-        return _decode_padded(output, lengths, index, scores, prefix, into)
-    kept: list[list[NDArray[np.int64]]] = []
-    by_token: list[list[NDArray[np.float32]]] = []
-    goes: list[list[NDArray[np.int64]]] = []
-    doubt: list[list[NDArray[np.float32]]] = []
+    batch, found = output.shape[0], _Found([], [], [], [])
     tokens = scores[0].shape[1] if scores else 0
-    before = [np.arange(tokens) for _ in range(batch)]
+    places = [np.arange(tokens) for _ in range(batch)]
     for s, rows in enumerate(index):
-        spread = np.full((batch, tokens + s * appended), np.nan, np.float32)
-        for b, alive in enumerate(before):
-            spread[b, alive] = scores[s][b, : len(alive)]
-        by_token.append(list(spread))
+        width = tokens + s * appended
+        found.scores.append([_spread(p, scores[s][b], width) for b, p in enumerate(places)])
         if len(into):
-            goes.append([_goes(alive, into[s][b], spread.shape[1], prefix)
-                         for b, alive in enumerate(before)])  # fmt: skip
+            found.into.append([_goes(p, into[s][b], width, prefix) for b, p in enumerate(places)])
         if len(into_margin):
-            doubt.append([_spread(alive, into_margin[s][b], spread.shape[1])
-                          for b, alive in enumerate(before)])  # fmt: skip
-        ends = lengths[s] - appended
-        now = [before[b][rows[b, prefix : ends[b]] - prefix] for b in range(batch)]
-        kept.append(now)
-        before = [np.append(one, added_at(s, tokens, appended)) for one in now]
-    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token, prefix,
-                      goes or None, doubt or None)  # fmt: skip
+            found.margin.append(
+                [_spread(p, into_margin[s][b], width) for b, p in enumerate(places)]
+            )
+        added = added_at(s, tokens, appended)
+        places = [_after(p, rows[b, prefix:], prefix, added) for b, p in enumerate(places)]
+        found.kept.append([p[(p >= 0) & (p < width)] for p in places])
+    return Prediction(
+        np.asarray(output, np.float32), [np.asarray(length, np.int64) for length in lengths],
+        found.kept, found.scores, prefix, found.into or None, found.margin or None,
+    )  # fmt: skip
+
+
+class _Found(NamedTuple):
+    """As `Prediction` has them."""
+
+    kept: list[list[NDArray[np.int64]]]
+    scores: list[list[NDArray[np.float32]]]
+    into: list[list[NDArray[np.int64]]]
+    margin: list[list[NDArray[np.float32]]]
+
+
+def _after(
+    places: NDArray[np.int64], rows: NDArray[np.int64], prefix: int, added: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Which token each row is behind a stage, -1 for none.
+
+    Args:
+        places: likewise before the stage.
+        rows: of the stage's input, or -1; those that the stage adds may be among them, at its end.
+    """
+    own = rows - prefix
+    known = np.concatenate([places, added])
+    after = np.where((own >= 0) & (own < len(known)), known[np.clip(own, 0, len(known) - 1)], -1)
+    return after if len(added) == 0 or (own >= len(places)).any() else np.append(after, added)
 
 
 def _goes(
-    alive: NDArray[np.int64], rows: NDArray[np.int64], tokens: int, prefix: int
+    places: NDArray[np.int64], rows: NDArray[np.int64], width: int, prefix: int
 ) -> NDArray[np.int64]:
-    """Rows of a stage's input as tokens; what is no row of it stays where it is."""
-    found, own = np.full(tokens, -1, np.int64), rows[prefix : prefix + len(alive)] - prefix
-    inside = (own >= 0) & (own < len(alive))
-    found[alive] = np.where(inside, alive[np.clip(own, 0, len(alive) - 1)], alive)
+    """Rows of a stage's input as tokens; what goes to no token stays where it is."""
+    alive = places >= 0
+    own = rows[prefix : prefix + len(places)] - prefix
+    target = np.where((own >= 0) & (own < len(places)), own, np.arange(len(places)))
+    goes = np.where(places[target] >= 0, places[target], places)
+    found = np.full(width, -1, np.int64)
+    found[places[alive]] = goes[alive]
     return found
 
 
 def _spread(
-    alive: NDArray[np.int64], values: NDArray[np.float32], tokens: int
+    places: NDArray[np.int64], values: NDArray[np.float32], width: int
 ) -> NDArray[np.float32]:
-    found = np.full(tokens, np.nan, np.float32)
-    found[alive] = values[: len(alive)]
+    """By token; NaN where there is no row of it."""
+    found, alive = np.full(width, np.nan, np.float32), places >= 0
+    found[places[alive]] = values[: len(places)][alive]
     return found
 
 
@@ -206,22 +226,6 @@ def into_rows(
         rows.append(np.concatenate([first, prefix + np.searchsorted(before, target)]))
         before = np.append(now, added_at(stage, tokens, appended))
     return rows
-
-
-def _decode_padded(
-    output: NDArray, lengths: list[NDArray[np.int64]], index: Stages, scores: Stages, prefix: int,
-    into: Stages,
-) -> Prediction:  # fmt: skip
-    kept = [[row[row >= prefix] - prefix for row in rows] for rows in index]
-    before = [np.ones_like(scores[0], bool), *(rows[:, prefix:] >= 0 for rows in index)]
-    by_token = [list(np.where(alive, s, np.nan)) for alive, s in zip(before, scores)]
-    every = np.arange(scores[0].shape[1])
-    goes = [
-        [np.where(alive, _goes(every, row, len(every), prefix), -1)
-         for alive, row in zip(there, rows)]
-        for there, rows in zip(before, into)
-    ]  # fmt: skip
-    return Prediction(np.asarray(output, np.float32), lengths, kept, by_token, prefix, goes or None)
 
 
 def stack(parts: list[Prediction]) -> Prediction:

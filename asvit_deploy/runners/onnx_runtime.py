@@ -253,7 +253,7 @@ class OrtRunner(RunnerBase):
             rest[i * self.stages : (i + 1) * self.stages] for i in range(4)
         )
         if scores:
-            return decode(output, lengths, index, scores, self.padded, *self._rows, into)
+            return decode(output, lengths, index, scores, *self._rows, into)
         return Prediction(np.asarray(output, np.float32), lengths, prefix=self._rows[0])
 
     def replay(

@@ -127,8 +127,7 @@ class TensorRTRunner(RunnerBase):
         if "into_0" in out:
             whole = [np.full(batch, count + prefix) for count in before[: self.stages]]
             into = [_rows(out[f"into_{s}"], batch, rows) for s, rows in enumerate(whole)]
-        padded = self.fields["mode"] == "padded"
-        made = decode(out[self.output], lengths, index, unknown, padded, prefix, appended, into)
+        made = decode(out[self.output], lengths, index, unknown, prefix, appended, into)
         return replace(made, scores=None)
 
     def describe(self) -> dict[str, str]:
