@@ -68,7 +68,6 @@ def build_engine(
     if buckets is not None and mode != "bucketed":
         raise UserError("--buckets needs --mode bucketed")
     from asvit_deploy.engine.build import Options, refuse_misfits
-    from asvit_deploy.ops import onnx_op
     from asvit_deploy.runners.trt_flavour import find_flavour
 
     found = find_flavour(flavour)
@@ -158,7 +157,7 @@ def _build(
         source = open_source(path)
         if source.artefact is None:
             say(f"{path} is not an artefact of ours: built as it is, compared with nothing")
-        if onnx_op.nodes_of(source.model.graph) and wanted.mode == "dynamic":
+        if source.needs_plugin and wanted.mode == "dynamic":
             wanted = _with_plugin(wanted, flavour, say)
         build = build_bucketed if wanted.mode == "bucketed" else build_plan
         with _Bar(say) as bar:

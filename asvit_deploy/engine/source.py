@@ -42,6 +42,11 @@ class Source:
         return self.artefact is not None and self.artefact.adaptive
 
     @property
+    def needs_plugin(self) -> bool:
+        """Whether its graph holds the op."""
+        return bool(onnx_op.nodes_of(self.model.graph))
+
+    @property
     def fields(self) -> dict[str, Any]:
         """The sidecar's fields; empty for a foreign file."""
         return self.artefact.fields if self.artefact else {}
