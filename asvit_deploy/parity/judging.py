@@ -71,7 +71,9 @@ def _flips(
     for stage, cut in enumerate(image.cuts):
         several = [(flip, False) for flip in cut.flips] + [(turn, True) for turn in cut.turns]
         for (token, score, margin, boundary), turned in several:
-            if limits.margin is not None:
+            if turned:  # a share of a similarity, which is off by as much as scores may be
+                allowed = limits.noise * boundary
+            elif limits.margin is not None:
                 allowed = max(1e-6, limits.margin * boundary)
             else:
                 known = [limits.noise] if cut.noise is None else [cut.noise, noise[stage], LEAST]

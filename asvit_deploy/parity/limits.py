@@ -23,7 +23,8 @@ class Limits:
             those the median over the images.
         margin: a flip is borderline within max(1e-6, margin * threshold); None: within `EXPLAINED`
             times the noise of its image or of its stage, whichever is larger, but at most `noise`;
-            `noise` itself where a candidate does not put out its scores.
+            `noise` itself where a candidate does not put out its scores. A leaving token that goes
+            elsewhere is borderline where the reference's next best was within `noise`.
         alike: least share of images without a flip; one image may always have some.
         logits: |logit error| of an image, the largest of its classes, as a share of its largest
             |logit|: the median over the images.
