@@ -43,6 +43,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("artefacts",),
     ("budget",),
     ("calibration",),
+    ("per_picture",),
+    ("choice",),
     ("doctor", "engine", "evaluation", "exporting", "training"),
     ("api",),
     ("__init__",),

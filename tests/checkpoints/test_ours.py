@@ -17,7 +17,7 @@ from asvit_deploy.reduction.methods import METHODS
 from asvit_deploy.reduction.size_passing import SizePassing
 from asvit_deploy.reduction.topk import TopK
 
-CONFIG = arch("as_deit_mini")
+CONFIG = arch("as_deit_mini").saving()
 
 
 @pytest.fixture(params=[TopK, SizePassing], ids=lambda method: method.name)
@@ -52,7 +52,7 @@ def test_versions_that_know_thresholds_alone_refuse_it(model, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [
-    "x", "[]", "{}", '{"name": "tome", "blocks": [1], "kept": [3]}',
+    "x", "[]", "{}", '{"name": "other", "blocks": [1], "kept": [3]}',
     '{"name": "topk", "blocks": [1, 9], "kept": [30, 20]}',
     '{"name": "topk", "blocks": [2, 1], "kept": [30, 20]}',
     '{"name": "topk", "blocks": [2, 3], "kept": [30]}',

@@ -58,8 +58,8 @@ def test_what_is_half_and_what_is_not(exported, precision):
     products = [node for node in graph.node if node.op_type in ("Gemm", "MatMul")]
     inputs = [{kinds[node.input[0]], kinds[node.input[1]]} for node in products]
     assert inputs.count({TensorProto.FLOAT}) == 3  # the class row of each stage's scores
-    # q k, weights v and four layers a block, and the head
-    assert inputs.count({half}) == len(products) - 3 == 6 * 6 + 1
+    # q k, weights v and four layers a block, and the head; the last block's first layer is two
+    assert inputs.count({half}) == len(products) - 3 == 6 * 6 + 2
     islands = [n for n in graph.node if n.op_type in ("Softmax", "LayerNormalization", "Sqrt")]
     assert {kinds[node.input[0]] for node in islands} == {TensorProto.FLOAT}
     convs = {kinds[value] for n in graph.node if n.op_type == "Conv" for value in n.input}
