@@ -80,7 +80,7 @@ class ToMeStages(ToMe):
         tokens = own.shape[1] - prefix if left is None else int(left[0].sum())
         kept = self.counts(stage, tokens)
         assert kept is not None
-        into, doubt = own, filled(torch.inf, *own.shape, own.device)
+        into, doubt = own, filled(torch.inf, len(own), own.shape[1], own.device)
         while True:
             likeness = F.normalize(keys.tokens[:, prefix:], dim=2)
             found = pairs(rows, likeness, prefix, among=left)

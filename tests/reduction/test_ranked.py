@@ -198,6 +198,29 @@ def test_rows_leave_by_the_op_alone_and_in_a_batch(method, monkeypatch):
             assert index.tolist() == trace.index[stage][0, :kept].tolist()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", RANKED.values())
+@pytest.mark.parametrize("kept", [(30, 20, 12), (TOKENS, 30, 29), (TOKENS, TOKENS, TOKENS)])
+def test_where_tokens_go_stands_at_every_cut_or_at_none(method, kept):
+    model = network(method, 1, BLOCKS, kept)
+    _, trace = model(torch.randn(2, 3, 112, 112))
+    assert len(trace.into) == len(trace.into_margin) == (3 if trace.into else 0)
+    assert bool(trace.into) == (method.name in ("size-passing", "tome", "tome-stages",
+                                                "topk-nearest", "bat"))  # fmt: skip
+    for stage, into in enumerate(trace.into):
+        assert into.shape[1] == trace.scores[stage].shape[1] + 1
+        assert not trace.into_margin[stage].isnan().any()
+        # What stays is its own, but for the partner that it would have had.
+        if method.name in ("topk-nearest", "bat", "tome-stages"):
+            stays = trace.index[stage]
+            assert into.gather(1, stays).equal(stays)
+        # What leaves goes into what stays.
+        for picture in range(2):
+            rows = set(range(into.shape[1])) - set(trace.index[stage][picture].tolist())
+            taken = {into[picture, row].item() for row in rows}
+            assert taken <= set(trace.index[stage][picture].tolist())
+
+
 @pytest.mark.parametrize("method", ADAPTIVE)
 @pytest.mark.parametrize("most", [None, (30, 17, 11)])
 def test_it_is_restored_from_its_fields_and_parameters(method, most):
