@@ -80,7 +80,7 @@ class ToMeStages(ToMe):
         tokens = own.shape[1] - prefix if left is None else int(left[0].sum())
         kept = self.counts(stage, tokens)
         assert kept is not None
-        into, doubt = own, filled(torch.inf, len(own), own.shape[1], own.device)
+        into, doubt = own, filled(torch.inf, own.shape[0], own.shape[1], own.device)
         while True:
             likeness = F.normalize(keys.tokens[:, prefix:], dim=2)
             found = pairs(rows, likeness, prefix, among=left)
@@ -92,7 +92,7 @@ class ToMeStages(ToMe):
             goes = torch.where(stays, own[:, prefix:], found.into[:, prefix:])
             goes = torch.cat([own[:, :prefix], goes], 1)
             certain = torch.where(stays, torch.inf, found.margin)
-            certain = torch.cat([filled(torch.inf, len(own), prefix, own.device), certain], 1)
+            certain = torch.cat([filled(torch.inf, own.shape[0], prefix, own.device), certain], 1)
             doubt = torch.minimum(doubt, certain.gather(1, into))  # of each step on the way
             into = goes.gather(1, into)
             if tokens == kept:
