@@ -206,16 +206,18 @@ class ViT(Backbone):
             rows, seen = self.segment(stage, rows, masked=True)
             assert self.reduction is not None
             assert seen is not None
-            decision = self.reduction.decide(stage, rows, seen)
-            alive = masks[-1] if masks else torch.ones_like(decision.score)
-            alive = F.pad(alive, (0, decision.score.shape[1] - alive.shape[1]), value=1.0)
-            if selector is None:
-                mask = self.reduction.mask(stage, decision, alive, temperature)
-            else:
-                mask = selector(stage, decision.score, alive)
-            masks.append(mask)
-            stay = F.pad(mask, (prefix, 0), value=1.0)
-            rows, _ = combined(self.reduction, stage, rows, stay, decision)
+            # Ranks and sizes are float32's, as everywhere, where products are a shorter type's.
+            with torch.autocast(images.device.type, enabled=False):
+                decision = self.reduction.decide(stage, rows, seen)
+                alive = masks[-1] if masks else torch.ones_like(decision.score)
+                alive = F.pad(alive, (0, decision.score.shape[1] - alive.shape[1]), value=1.0)
+                if selector is None:
+                    mask = self.reduction.mask(stage, decision, alive, temperature)
+                else:
+                    mask = selector(stage, decision.score, alive)
+                masks.append(mask)
+                stay = F.pad(mask, (prefix, 0), value=1.0)
+                rows, _ = combined(self.reduction, stage, rows, stay, decision)
             if masking == "activation":
                 rows = replace(rows, tokens=rows.tokens * stay.unsqueeze(2).to(rows.tokens.dtype))
             else:

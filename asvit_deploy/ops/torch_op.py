@@ -32,6 +32,16 @@ def falling_order(scores: Tensor) -> Tensor:
     return falling.gather(1, kind.gather(1, falling).argsort(dim=1, stable=True))
 
 
+def best_places(scores: Tensor, count: int) -> Tensor:
+    """int64 [B, count]: places of the highest scores, the first of equals first.
+
+    In a graph by a top-k, which takes the first of equals there; PyTorch's own takes any.
+    """
+    if torch.compiler.is_exporting():
+        return scores.topk(count).indices
+    return falling_order(scores)[:, :count]
+
+
 @torch.library.custom_op(NAME, mutates_args=())
 def threshold_compact(
     tokens: Tensor, scores: Tensor, threshold: Tensor

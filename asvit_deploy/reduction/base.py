@@ -64,7 +64,7 @@ class Decision:
             that chose it.
         nearness: float32 [B, M-P, M-P], of what leaves (rows) to what may take it (columns), -inf
             where it may not; `destined` chooses by it among those that stay.
-        weight: float32 [B, M], of each row in what leaving rows become part of.
+        weight: float32 [B, M-P], of each image row in what leaving rows become part of.
     """
 
     score: Tensor

@@ -10,7 +10,8 @@ What is known of it, and how:
 - inferred here: (B2) with the k = 5 neighbours of the usual density-peak clustering of tokens; (B6)
   a token joins its nearest centre; (B7), (B9) means weighted by class attention; (B8) the match is
   bipartite over alternating places with cosine similarity; (B10) the numbers: eta = r, the keep
-  rate, K_c = ceil(N / 10) centres and as many matched pairs as there are centres, so that r N stay.
+  rate, K_c = ceil(N / 10) centres and as many matched pairs as there are centres, so that r N stay;
+  of equal values the first ranks higher.
 No sizes and no bias of the attention: nothing published mentions them.
 
     (B1) T_att = the ceil(r N) tokens of the highest a = mean over heads of A[cls]; T_in the rest
@@ -20,10 +21,13 @@ No sizes and no bias of the attention: nothing published mentions them.
     (B5) centres: the K_c highest rho_i delta_i
     (B6) c(i) = the nearest centre
     (B7) centre c becomes sum a_i t_i / sum a_i over its cluster
-    (B8) of pairs (i, j), i of T_att at an even place and j its most similar one at an odd place,
-         the K_c most similar merge
+    (B8) of pairs (i, j), i at an even place of T_att and j its most similar one at an odd place of
+         T_att, the K_c most similar merge
     (B9) j becomes (a_i t_i + a_j t_j) / (a_i + a_j), with all that merge into it
     (B10) what goes on: the prefix, T_att without what merged, the centres
+
+Where tokens are few, K_c is at most |T_in| - 1, |T_att| / 2, and at least 1; where one token is to
+stay, T_in is all and becomes that one.
 """
 
 from __future__ import annotations
@@ -35,14 +39,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asvit_deploy.ops.torch_op import best_places
 from asvit_deploy.reduction.base import Decision, Seen
 from asvit_deploy.reduction.matching import nearest_staying, pairs
-from asvit_deploy.reduction.rows import Rows, averaged, filled
+from asvit_deploy.reduction.rows import Rows, averaged, chosen, filled
 from asvit_deploy.reduction.topk import TopK
 
 _NEIGHBOURS = 5
 _FAR = 1e6  # farther than any two tokens
-_LEAST = 1e-9  # of a class attention that weighs
+_LOW = -1e9  # lower than the logarithm of any rho delta
+_LEAST = 1e-9  # of a class attention that weighs, of a distance
+_MARGIN = 1e-6  # around a score of 1: equal values on both sides of an edge
 
 
 class BAT(TopK):
@@ -57,46 +64,47 @@ class BAT(TopK):
     name: ClassVar[str] = "bat"
     adapts: ClassVar[bool] = False
 
-    def parts(self, stage: int, tokens: int) -> tuple[int, int]:
-        """Centres, which are as many as matched pairs, and attentive tokens."""
+    def parts(self, stage: int, tokens: int) -> tuple[int, int, int]:
+        """Attentive tokens, matched pairs and centres, where some of so many tokens leave."""
         kept = self.counts(stage, tokens)
         assert kept is not None
-        inattentive = tokens - kept
-        # A lone inattentive token is its own cluster; one attentive token has none to match.
-        return max(1, min(-(-tokens // 10), inattentive - 1, kept // 2)), kept
+        if kept == 1:
+            return 0, 0, 1
+        centres = max(1, min(-(-tokens // 10), tokens - kept - 1, kept // 2))
+        return kept, centres, centres
 
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         prefix = self.prefix
         a = seen.class_row().mean(1)[:, prefix:]  # (B, N)
+        weight = a.clamp_min(_LEAST)
         living = rows.living(prefix)
         x = rows.batched[:, prefix:].float()
         tokens = int(living[0].sum()) if rows.keep is not None else x.shape[1]
-        centres, attentive = self.parts(stage, tokens)
-        weight = torch.cat([filled(1.0, len(a), prefix, a.device), a.clamp_min(_LEAST)], 1)
-        own = torch.arange(prefix + a.shape[1], device=a.device).expand(len(a), -1)
-        if attentive == tokens:
-            return Decision(1 + a, into=own, weight=weight)
-        ranked = torch.where(living, a, -1.0)
-        edge = _edge(ranked, attentive)
-        high = ranked > edge
+        if self.counts(stage, tokens) == tokens:
+            own = torch.arange(prefix + a.shape[1], device=a.device).expand(a.shape[0], -1)
+            certain = filled(torch.inf, a.shape[0], a.shape[1], a.device)
+            return Decision(1 + a, into=own, into_margin=certain, weight=weight)
+        attentive, merging, centres = self.parts(stage, tokens)
+        # (B1)
+        high, edge = _highest(torch.where(living, a, -1.0), attentive)
+        above = a / edge.clamp_min(_LEAST)
         low = living & ~high
         # (B8)
         found = pairs(rows, F.normalize(x, dim=2), prefix, among=high)
-        cosine = torch.where(found.paired, found.cosine, -2.0)
-        limit = _edge(cosine, centres)
+        matched, limit = _highest(torch.where(found.paired, found.cosine, -2.0), merging)
+        apart = torch.where(found.paired, 1 + (limit - found.cosine), torch.inf)
         # (B2) to (B5)
         peaks = _peaks(x, low, tokens - attentive)
-        ridge = _edge(peaks.height, centres)
-        centre = low & (peaks.height > ridge)
+        centre, ridge = _highest(peaks.height, centres)
         doubt = peaks.doubt(ridge, centre)
-        score = torch.where(
-            high,
-            torch.where(found.paired, torch.minimum(a / edge, 1 + (limit - cosine)), a / edge),
-            torch.where(centre, 1 + doubt, torch.maximum(1 - doubt, a / edge)),
-        )
+        other = torch.where(centre, 1 + doubt, torch.maximum(1 - doubt, above))
+        score = torch.where(high, torch.minimum(above, apart), other)
+        stays = (high & ~matched) | centre
+        leaves = score.clamp(_MARGIN, 1 - _MARGIN)
+        score = torch.where(stays, score.clamp_min(1 + _MARGIN), leaves)
         # (B6) of those that stay; (B8) of attentive tokens that have a partner
-        other = ~low[:, None, :] | found.paired[:, :, None]
-        near = (-peaks.distance).masked_fill(other, -torch.inf)
+        barred = ~low[:, None, :] | found.paired[:, :, None]
+        near = (-peaks.distance).masked_fill(barred, -torch.inf)
         return Decision(score, into=found.into, into_margin=found.margin, nearness=near,
                         weight=weight)  # fmt: skip
 
@@ -108,12 +116,20 @@ class BAT(TopK):
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
         assert decision.into is not None
         assert decision.weight is not None
-        return averaged(rows, decision.into, rows.leaving(stay, self.prefix), decision.weight)
+        one = filled(1.0, rows.batched.shape[0], self.prefix, rows.tokens.device)
+        weight = torch.cat([one, decision.weight], 1)
+        return averaged(rows, decision.into, rows.leaving(stay, self.prefix), weight)
 
 
-def _edge(values: Tensor, count: int) -> Tensor:
-    """The middle between the `count`-th highest and the next: float32 [B, 1]."""
-    return values.topk(count + 1).values[:, count - 1 :].mean(1, keepdim=True)
+def _highest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest, the first of equals, bool [B, N]; and the middle between the last of
+    them and the next, [B, 1].
+    """
+    best = best_places(values, count + 1)
+    at_edge = values.gather(1, best[:, max(count - 1, 0) :]).mean(1, keepdim=True)
+    if count == 0:
+        return values > torch.inf, at_edge
+    return chosen(values, count), at_edge
 
 
 @dataclass(frozen=True)
@@ -122,9 +138,9 @@ class _Peaks:
 
     Attributes:
         distance: d [B, N, N] between any two tokens.
-        rho: [B, N].
+        rho: its logarithm [B, N]: far tokens' own would all be 0.
         delta: [B, N].
-        height: rho delta [B, N], -1 of tokens that are not among those to cluster.
+        height: log(rho delta) [B, N], lowest of tokens that are not among those to cluster.
         ahead: bool [B, N, N], whether the second has the higher rho of two that are among them.
         behind: likewise, the lower.
     """
@@ -143,13 +159,12 @@ class _Peaks:
         a near token overtakes it, another rises when it overtakes all that are near. So the doubt
         is the smaller of the height's share of the ridge and of rho's share of its rival's.
         """
-        ridge, rho = ridge.clamp_min(_LEAST), self.rho.clamp_min(_LEAST)
-        share = (self.rho[:, None, :] / rho[:, :, None] - 1).abs()
+        share = _more(self.rho[:, None, :] - self.rho[:, :, None]).abs()
         nearer = self.distance < self.delta[:, :, None]
         fall = torch.where(self.behind & nearer, share, _FAR).amin(2)
-        within = self.distance * rho[:, :, None] < ridge[:, :, None]
+        within = _logarithm(self.distance) + self.rho[:, :, None] < ridge[:, :, None]
         rise = torch.where(self.ahead & within, share, 0.0).amax(2)
-        over = self.height / ridge - 1
+        over = _more(self.height - ridge)
         doubt = torch.where(centre, torch.minimum(over, fall), torch.minimum(-over, rise))
         return doubt.clamp_min(0)
 
@@ -166,11 +181,13 @@ def _peaks(x: Tensor, among: Tensor, count: int) -> _Peaks:
     product = x @ x.transpose(1, 2)
     squared = (square[:, :, None] + square[:, None, :] - 2 * product).clamp_min(0) / x.shape[2]
     both = among[:, :, None] & among[:, None, :]
+    place = torch.arange(x.shape[1], device=x.device)
+    # Exactly 0 from itself: of two tokens alone the densities are equal then, and the first wins.
+    squared = squared.masked_fill(place == place[:, None], 0)
     within = torch.where(both, squared, _FAR)
     # A token is its own nearest neighbour, as where this clustering is used elsewhere.
     near = within.topk(min(_NEIGHBOURS, count), largest=False).values
-    rho = (-near.mean(2)).exp()
-    place = torch.arange(x.shape[1], device=x.device)
+    rho = -near.mean(2)
     # Of equal densities the first ranks higher, so that no two tokens wait for each other.
     mine, other = rho[:, :, None], rho[:, None, :]
     ahead = both & ((other > mine) | ((other == mine) & (place < place[:, None])))
@@ -179,4 +196,14 @@ def _peaks(x: Tensor, among: Tensor, count: int) -> _Peaks:
     above = torch.where(ahead, distance, _FAR).amin(2)
     farthest = torch.where(both, distance, 0.0).amax(2)
     delta = torch.where(above < _FAR, above, farthest)
-    return _Peaks(distance, rho, delta, torch.where(among, rho * delta, -1.0), ahead, behind)
+    height = torch.where(among, rho + _logarithm(delta), _LOW)
+    return _Peaks(distance, rho, delta, height, ahead, behind)
+
+
+def _logarithm(distance: Tensor) -> Tensor:
+    return distance.clamp_min(_LEAST).log()
+
+
+def _more(logarithm: Tensor) -> Tensor:
+    """By what share one value is above another, from the difference of their logarithms."""
+    return logarithm.clamp(-30, 30).exp() - 1

@@ -34,17 +34,18 @@ def likeness(seen: Seen, prefix: int) -> Tensor:
     return F.normalize(seen.key[:, :, prefix:].float().mean(1), dim=2)
 
 
-def alternating(rows: Rows, prefix: int) -> tuple[Tensor, Tensor]:
+def alternating(rows: Rows, prefix: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Image rows at even and at odd places, bool [B, N] each.
 
-    Places are ranks among the rows that are there, so that masked and compacted form agree.
+    Places are ranks among the rows that are there, so that masked and compacted form agree; or
+    among others (bool [B, N]).
     """
     count = rows.batched.shape[1] - prefix
-    if rows.keep is None and rows.alive is None:
+    if rows.keep is None and rows.alive is None and among is None:
         even = torch.arange(count, device=rows.tokens.device) % 2 == 0
         even = even.expand(rows.batched.shape[0], count)
         return even, ~even
-    living = rows.living(prefix)
+    living = rows.living(prefix) if among is None else among
     rank = living.long().cumsum(1)
     return living & (rank % 2 == 1), living & (rank % 2 == 0)
 
@@ -54,11 +55,9 @@ def pairs(rows: Rows, likeness: Tensor, prefix: int, among: Tensor | None = None
 
     Args:
         likeness: float32 [B, N, Dh] of length 1.
-        among: bool [B, N], the tokens that may pair; None: all.
+        among: bool [B, N], the tokens that may pair and whose places count; None: all.
     """
-    even, odd = alternating(rows, prefix)
-    if among is not None:
-        even, odd = even & among, odd & among
+    even, odd = alternating(rows, prefix, among)
     own = torch.arange(rows.batched.shape[1], device=even.device).expand(even.shape[0], -1)
     best, into, margin = most_similar(likeness, odd)
     paired = even & (best > _NONE)

@@ -12,13 +12,13 @@ from asvit_deploy.reduction.bat import BAT
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.size_passing import SizePassing
 from asvit_deploy.reduction.threshold import Threshold
-from asvit_deploy.reduction.tome import ToMe
+from asvit_deploy.reduction.tome import ToMe, ToMeStages
 from asvit_deploy.reduction.topk import EViT, TopK, TopKAttention, TopKNearest, TopKScalar
 
 RANKED: dict[str, type[Ranked]] = {
     method.name: method
-    for method in (SizePassing, ToMe, TopKNearest, TopKScalar, TopK, TopKAttention, EViT, BAT, MinK,
-                   Random)
+    for method in (SizePassing, ToMe, ToMeStages, TopKNearest, TopKScalar, TopK, TopKAttention,
+                   EViT, BAT, MinK, Random)
 }  # fmt: skip
 METHODS: dict[str, type[Reduction]] = {Threshold.name: Threshold, **RANKED}
 

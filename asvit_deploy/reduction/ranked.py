@@ -24,7 +24,8 @@ class Ranked(Reduction):
 
     Args:
         kept: image rows that stay at each cut, appended ones not counted; None: by thresholds.
-        most: with thresholds, image rows that any picture keeps at each cut at most; None: all.
+        most: with thresholds, image rows that any picture keeps at each cut at most; None: all. As
+            with counts, a method keeps its `least` in any case.
 
     Raises:
         ValueError: not one number above 0 for each cut, or thresholds where `adapts` is false.
@@ -63,7 +64,10 @@ class Ranked(Reduction):
         ranked = self.rank(stage, rows, seen)
         if self.kept is not None:
             return ranked
-        score = ranked.score if self.most is None else _best(ranked.score, self.most[stage])
+        score = ranked.score
+        if self.most is not None:
+            score = score.masked_fill(~rows.living(self.prefix), -torch.inf)
+            score = _best(score, self.most[stage])
         return replace(ranked, score=score, boundary=self._parameters[str(stage)])
 
     def boundaries(self) -> list[Tensor]:
@@ -110,7 +114,8 @@ def highest(scores: Tensor, alive: Tensor, count: Tensor) -> Tensor:
 
 
 def _best(score: Tensor, most: int) -> Tensor:
-    """Scores [B, N], -inf but for the `most` highest, the first of equals.
+    """Scores [B, N], -inf but for the `most` highest, the first of equals, and for +inf: those rows
+    may not leave.
 
     By counting what ranks higher and not by a top-k, whose k a graph of any N would have to bound.
     """
@@ -118,4 +123,4 @@ def _best(score: Tensor, most: int) -> Tensor:
     ours, others = score[:, :, None], score[:, None, :]
     earlier = (others == ours) & (place < place[:, None])
     ahead = ((others > ours) | earlier).to(torch.float32).sum(2)
-    return torch.where(ahead < most, score, -torch.inf)
+    return torch.where((ahead < most) | (score == torch.inf), score, -torch.inf)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from asvit_deploy.ops.torch_op import falling_order, threshold_compact
+from asvit_deploy.ops.torch_op import best_places, falling_order, threshold_compact
 from asvit_deploy.reduction.base import Decision, Reduction
 from asvit_deploy.reduction.rows import Rows, filled
 
@@ -49,7 +49,8 @@ class Removed:
     """What happened at a cut.
 
     Attributes:
-        index: int64 [B, K] as the op gives it, of rows of the cut's input.
+        index: int64 [B, K] as the op gives it, of rows of the cut's input; where the op removes,
+            appended ones are among them, numbered on.
         length: int64 [B], the rows in use from now on.
         decision: the reduction's own, whatever was given in its place.
     """
@@ -76,7 +77,7 @@ def combined(
 
 def _highest(score: Tensor, count: int, prefix: int) -> Tensor:
     """int64 [B, P+count]: the prefix and the highest scores, in their order."""
-    place = score.topk(count).indices
+    place = best_places(score, count)
     # Brought into order as float32, which runtimes sort and which is exact for them.
     rising = place.float().topk(count, largest=False).values.long() + prefix
     first = torch.arange(prefix, device=score.device).expand(score.shape[0], -1)
@@ -112,6 +113,8 @@ def _by_op(
         stay = torch.cat([first, stays.float()], 1)
         rows, decision = combined(reduction, stage, rows, stay, decision, into)
         if reduction.appends:
+            # The best stays even where it is not above the boundary: what is added outdoes it.
+            score = torch.where(stays, torch.inf, score)
             added = filled(torch.inf, images, reduction.appends, device)
             score = torch.cat([score, added], 1)
     compact, index, length, _ = threshold_compact(rows.batched, score, boundary)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from asvit_deploy.ops.torch_op import best_places
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -89,6 +91,15 @@ def filled(value: float | bool, images: int, rows: int, device: torch.device) ->
     up, see `runners.onnx_bounds`.
     """
     return torch.tensor(value, device=device).expand(images, rows)
+
+
+def chosen(scores: Tensor, count: int) -> Tensor:
+    """bool [B, N], the `count` highest scores, the first of equals."""
+    images, rows = scores.shape
+    best = best_places(scores, count)
+    # As numbers: not every runtime scatters truth values.
+    nothing = filled(0.0, images, rows, scores.device)
+    return nothing.scatter(1, best, filled(1.0, images, count, scores.device)) > 0.5
 
 
 def moved(size: Tensor, into: Tensor, leaving: Tensor) -> Tensor:

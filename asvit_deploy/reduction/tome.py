@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from asvit_deploy.reduction.base import Decision, Place, Seen
 from asvit_deploy.reduction.matching import likeness, pairs
 from asvit_deploy.reduction.ranked import Ranked
-from asvit_deploy.reduction.rows import Rows, averaged, moved
+from asvit_deploy.reduction.rows import Rows, averaged, chosen, filled, moved
 from asvit_deploy.reduction.size_passing import every_block, every_second
 
 _LEAST = 1e-6  # scores are above 0
@@ -50,3 +51,53 @@ class ToMe(Ranked):
         leaving = rows.leaving(stay, self.prefix)
         tokens = averaged(rows, decision.into, leaving, rows.sizes)
         return replace(tokens, size=moved(rows.sizes, decision.into, leaving))
+
+
+class ToMeStages(ToMe):
+    """ToMe at few cuts, where more than half of the tokens may have to leave at once.
+
+    A cut is as many rounds of ToMe as that takes, at one place: a merged token goes into the next
+    round with the size-weighted mean of its tokens' keys. Only the last round merges fewer than all
+    tokens at even places.
+    """
+
+    name: ClassVar[str] = "tome-stages"
+    adapts: ClassVar[bool] = False
+
+    @classmethod
+    def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        return tuple(stage - 1 for stage in stages)
+
+    def least(self, tokens: int) -> int:
+        return 1
+
+    def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
+        prefix = self.prefix
+        own = torch.arange(rows.batched.shape[1], device=rows.tokens.device)
+        own = own.expand(rows.batched.shape[0], -1)
+        keys = replace(rows, tokens=seen.key.float().mean(1), size=rows.sizes)
+        left = None if rows.keep is None and rows.alive is None else rows.living(prefix)
+        tokens = own.shape[1] - prefix if left is None else int(left[0].sum())
+        kept = self.counts(stage, tokens)
+        assert kept is not None
+        into, doubt = own, filled(torch.inf, own.shape[0], own.shape[1], own.device)
+        while True:
+            likeness = F.normalize(keys.tokens[:, prefix:], dim=2)
+            found = pairs(rows, likeness, prefix, among=left)
+            value = torch.where(found.paired, (1 - found.cosine).clamp_min(_LEAST), torch.inf)
+            if left is not None:  # below every score of the last round
+                value = torch.where(left, value, _LEAST / 2)
+            tokens = max(kept, every_second(tokens))
+            stays = chosen(value, tokens)
+            goes = torch.where(stays, own[:, prefix:], found.into[:, prefix:])
+            goes = torch.cat([own[:, :prefix], goes], 1)
+            certain = torch.where(stays, torch.inf, found.margin)
+            certain = torch.cat([filled(torch.inf, own.shape[0], prefix, own.device), certain], 1)
+            doubt = torch.minimum(doubt, certain.gather(1, into))  # of each step on the way
+            into = goes.gather(1, into)
+            if tokens == kept:
+                return Decision(value, into=into, into_margin=doubt[:, prefix:])
+            leaving = (goes != own).float()
+            keys = averaged(keys, goes, leaving, keys.sizes)
+            keys = replace(keys, size=moved(keys.sizes, goes, leaving))
+            left = stays

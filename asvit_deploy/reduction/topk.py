@@ -50,9 +50,13 @@ class EViT(TopKAttention):
     name: ClassVar[str] = "evit"
     appends: ClassVar[int] = 1
 
+    def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
+        found = super().rank(stage, rows, seen)
+        return replace(found, weight=found.score)
+
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
-        leaving = rows.leaving(stay, self.prefix)[:, self.prefix :]
-        weight = leaving * torch.where(leaving > 0, decision.score, 0.0)
+        assert decision.weight is not None
+        weight = rows.leaving(stay, self.prefix)[:, self.prefix :] * decision.weight
         fused = weight.to(rows.tokens.dtype)[:, :, None] * rows.batched[:, self.prefix :]
         return with_row(rows, fused.sum(1))
 
