@@ -170,11 +170,13 @@ def fixed_counts(
     best, macs = min((at(low), at(high)), key=lambda one: abs(one[1] - budget))
     if abs(macs / budget - 1) > TOLERANCE:
         least, most = at(0.0)[1], at(1.0)[1]
+        reached = f"{math.ceil(least * 1000) / 1000:.3f} to {math.floor(most * 1000) / 1000:.3f}"
+        if least < budget < most:  # so few tokens that one of them is over 1 %
+            reached += f", and nearest to it {macs:.3f}"
         raise UserError(
             f"budget {budget:g} is out of reach of {method.name} with "
             f"{len(blocks)} cut{'s' * (len(blocks) != 1)} on {config.name} at "
-            f"{config.image_size} px: it reaches {math.ceil(least * 1000) / 1000:.3f} to "
-            f"{math.floor(most * 1000) / 1000:.3f}; choose another budget or other cuts"
+            f"{config.image_size} px: it reaches {reached}; choose another budget or other cuts"
         )
     return best
 
