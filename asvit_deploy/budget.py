@@ -168,7 +168,7 @@ def fixed_counts(
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle)[1] < budget else (low, middle)
     best, macs = min((at(low), at(high)), key=lambda one: abs(one[1] - budget))
-    if abs(macs / budget - 1) > TOLERANCE:
+    if not 0 < budget < math.inf or abs(macs / budget - 1) > TOLERANCE:  # NaN is not above 0
         least, most = at(0.0)[1], at(1.0)[1]
         reached = f"{math.ceil(least * 1000) / 1000:.3f} to {math.floor(most * 1000) / 1000:.3f}"
         if least < budget < most:  # so few tokens that one of them is over 1 %

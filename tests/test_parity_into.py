@@ -190,7 +190,7 @@ def test_replayed_with_into_it_is_the_candidate_s_output(method, kept, prefix, p
 @pytest.mark.parametrize(
     ("method", "kept", "batch"),
     [(SizePassing, KEPT, "dynamic"), (ToMe, None, "1"), (ToMe, None, "dynamic"),
-     (TopKNearest, KEPT, "1"), (BAT, KEPT, "1"), (BAT, (49, 30), "1")],
+     (TopKNearest, KEPT, "1"), (BAT, KEPT, "1")],
 )  # fmt: skip
 def test_a_graph_says_where_tokens_go(method, kept, batch, pictures):
     model = network(method, kept)
@@ -212,6 +212,14 @@ def test_a_graph_says_where_tokens_go(method, kept, batch, pictures):
     found = compare(reference, graph, pictures, list("abcd"), model.boundaries(), batch=size)
     assert found.passed, found.failures
     assert found.turns == []
+
+
+def test_every_cut_says_where_tokens_go_though_none_leaves(pictures):
+    """BAT with a first cut that keeps all."""
+    prediction = TorchRunner(network(BAT, (49, 30)))(pictures[0][None])
+    assert len(prediction.into) == len(prediction.into_margin) == 2
+    gone = np.setdiff1d(np.arange(49), prediction.kept[1][0])
+    assert np.isin(prediction.into[1][0][gone], prediction.kept[1][0]).all()
 
 
 def test_methods_of_which_nothing_goes_on_say_nothing(pictures):
