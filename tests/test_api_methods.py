@@ -77,8 +77,8 @@ def test_heads_that_average_take_methods_that_carry_sizes(loaded, name):
         return
     able = ", ".join(other for other, made in METHODS.items() if made.carries_sizes)
     assert able.startswith("size-passing, tome")
-    raises_one_line(lambda: method_for(loaded["mean"], name), "mean.safetensors averages its tokens "
-                    f"(mean_norm), and {name} does not say how many each stands for",
+    raises_one_line(lambda: method_for(loaded["mean"], name), "mean.safetensors averages its "
+                    f"tokens (mean_norm), and {name} does not say how many each stands for",
                     f"one of {able}, or --dense")  # fmt: skip
 
 
@@ -117,41 +117,41 @@ def test_max_kept_bounds_thresholds(loaded):
 
 
 REFUSED = [
-    ("dense", dict(method="auto"), ("dense.safetensors is dense", "--method auto is settled on "
+    ("dense", {"method": "auto"}, ("dense.safetensors is dense", "--method auto is settled on "
                                     "pictures", "asvit-deploy calibrate --method auto")),
-    ("dense", dict(method="threshold"), ("asvit-deploy calibrate --method threshold",)),
-    ("dense", dict(method="none"), ("method='none'", "size-passing")),
-    ("dense", dict(budget=0.7), ("--budget is of a method; pass --method too",)),
-    ("dense", dict(cuts=(1, 3)), ("--cuts is of a method; pass --method too",)),
-    ("dense", dict(max_kept=9), ("--max-kept is of a method; pass --method too",)),
-    ("dense", dict(method="tome", max_kept=9), ("--max-kept bounds what pictures keep by thresholds",
+    ("dense", {"method": "threshold"}, ("asvit-deploy calibrate --method threshold",)),
+    ("dense", {"method": "none"}, ("method='none'", "size-passing")),
+    ("dense", {"budget": 0.7}, ("--budget is of a method; pass --method too",)),
+    ("dense", {"cuts": (1, 3)}, ("--cuts is of a method; pass --method too",)),
+    ("dense", {"max_kept": 9}, ("--max-kept is of a method; pass --method too",)),
+    ("dense", {"method": "tome", "max_kept": 9}, ("--max-kept bounds what pictures keep by",
                                                 "calibrate --per-picture")),
-    ("dense", dict(method="tome", budget=0.1), ("budget 0.1 is out of reach of tome with 5 cuts",
+    ("dense", {"method": "tome", "budget": 0.1}, ("budget 0.1 is out of reach of tome with 5 cuts",
                                                 "it reaches 0.479 to 0.925")),
-    ("dense", dict(method="evit", budget=1.5), ("budget 1.5 is out of reach of evit",)),
-    ("dense", dict(method="evit", budget=float("nan")), ("budget nan",)),
-    ("dense", dict(method="evit", budget=0), ("budget 0 is out of reach",)),
-    ("dense", dict(method="evit", budget=-0.65), ("budget -0.65 is out of reach",)),
-    ("dense", dict(method="evit", budget=float("inf")), ("budget inf",)),
-    ("dense", dict(method="evit", budget="0.65"), ("budget='0.65'",)),
-    ("dense", dict(method="tome", cuts=(3, 1)), ("cuts 3,1 do not fit as_deit_mini",
+    ("dense", {"method": "evit", "budget": 1.5}, ("budget 1.5 is out of reach of evit",)),
+    ("dense", {"method": "evit", "budget": float("nan")}, ("budget nan",)),
+    ("dense", {"method": "evit", "budget": 0}, ("budget 0 is out of reach",)),
+    ("dense", {"method": "evit", "budget": -0.65}, ("budget -0.65 is out of reach",)),
+    ("dense", {"method": "evit", "budget": float("inf")}, ("budget inf",)),
+    ("dense", {"method": "evit", "budget": "0.65"}, ("budget='0.65'",)),
+    ("dense", {"method": "tome", "cuts": (3, 1)}, ("cuts 3,1 do not fit as_deit_mini",
                                                  "between 0 and 5")),
-    ("dense", dict(method="tome", cuts=(1, 1)), ("cuts 1,1 do not fit",)),
-    ("dense", dict(method="tome", cuts=(1, 6)), ("cuts 1,6 do not fit",)),
-    ("dense", dict(method="tome", cuts=(-1, 2)), ("cuts -1,2 do not fit",)),
-    ("dense", dict(method="tome", cuts=()), ("cuts  do not fit",)),
-    ("dense", dict(method="tome", cuts=(1.5,)), ("cuts 1.5 do not fit",)),
-    ("mean", dict(method="evit"), ("mean.safetensors averages its tokens",)),
-    ("fixed", dict(budget=0.7), ("fixed.safetensors has its budget and its cuts; drop --budget",)),
-    ("fixed", dict(method="size-passing", cuts=(1, 3)), ("drop --cuts",)),
-    ("threshold", dict(budget=0.7), ("threshold.safetensors has its budget",)),
-    ("per_picture", dict(budget=0.7, max_kept=9), ("drop --budget",)),
-    ("fixed", dict(method="tome"), ("is a checkpoint of the method size-passing",)),
-    ("fixed", dict(max_kept=9), ("is a checkpoint of size-passing, whose counts --max-kept does "
+    ("dense", {"method": "tome", "cuts": (1, 1)}, ("cuts 1,1 do not fit",)),
+    ("dense", {"method": "tome", "cuts": (1, 6)}, ("cuts 1,6 do not fit",)),
+    ("dense", {"method": "tome", "cuts": (-1, 2)}, ("cuts -1,2 do not fit",)),
+    ("dense", {"method": "tome", "cuts": ()}, ("cuts  do not fit",)),
+    ("dense", {"method": "tome", "cuts": (1.5,)}, ("cuts 1.5 do not fit",)),
+    ("mean", {"method": "evit"}, ("mean.safetensors averages its tokens",)),
+    ("fixed", {"budget": 0.7}, ("fixed.safetensors has its budget and its cuts; drop --budget",)),
+    ("fixed", {"method": "size-passing", "cuts": (1, 3)}, ("drop --cuts",)),
+    ("threshold", {"budget": 0.7}, ("threshold.safetensors has its budget",)),
+    ("per_picture", {"budget": 0.7, "max_kept": 9}, ("drop --budget",)),
+    ("fixed", {"method": "tome"}, ("is a checkpoint of the method size-passing",)),
+    ("fixed", {"max_kept": 9}, ("is a checkpoint of size-passing, whose counts --max-kept does "
                                  "not bound",)),
-    ("threshold", dict(max_kept=9), ("is a checkpoint of threshold, whose counts",)),
-    ("per_picture", dict(max_kept=1), ("--max-kept 1 leaves no image token beside the 1 row",)),
-    ("per_picture", dict(max_kept=5), ("--max-kept 5 is out of reach of tome", "13 rows")),
+    ("threshold", {"max_kept": 9}, ("is a checkpoint of threshold, whose counts",)),
+    ("per_picture", {"max_kept": 1}, ("--max-kept 1 leaves no image token beside the 1 row",)),
+    ("per_picture", {"max_kept": 5}, ("--max-kept 5 is out of reach of tome", "13 rows")),
 ]  # fmt: skip
 
 
@@ -217,8 +217,8 @@ def test_so_few_tokens_that_one_is_over_one_per_cent(tmp_path):
     config = replace(MINI, image_size=8)
     path = tmp_path / "few.safetensors"
     save_checkpoint(path, build(config, adaptive=False).eval(), {})
-    raises_one_line(lambda: with_method(load_checkpoint(path), "topk", 0.9, (1,)), "out of reach of "
-                    "topk with 1 cut", "and nearest to it 0.", "choose another budget")  # fmt: skip
+    raises_one_line(lambda: with_method(load_checkpoint(path), "topk", 0.9, (1,)), "out of reach "
+                    "of topk with 1 cut", "and nearest to it 0.", "choose another budget")  # fmt: skip
 
 
 def test_evaluate_of_an_onnx_file_has_its_method(files, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from asvit_deploy.runners.base import decode, into_rows, rows_of
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
-MINI = replace(arch("as_deit_mini"), stem="patch", depth=5, image_size=28).saving()  # 49 tokens in a grid of 7
+MINI = replace(arch("as_deit_mini"), stem="patch", depth=5, image_size=28).saving()  # 7 x 7 tokens
 BLOCKS, KEPT = (1, 3), (35, 26)
 
 
@@ -154,8 +154,9 @@ def test_turns_hide_no_wrong_network(pictures):
 
 
 @pytest.mark.parametrize("prefix", [1, 3])
-@pytest.mark.parametrize(("method", "kept"),
-                         [(SizePassing, KEPT), (ToMe, None), (TopKNearest, KEPT), (BAT, KEPT)])
+@pytest.mark.parametrize(
+    ("method", "kept"), [(SizePassing, KEPT), (ToMe, None), (TopKNearest, KEPT), (BAT, KEPT)]
+)
 def test_replayed_with_into_it_is_the_candidate_s_output(method, kept, prefix, pictures):
     """Of a network that sends every leaving token to the same row."""
     model = network(method, kept, prefix)
@@ -234,7 +235,7 @@ def test_methods_of_which_nothing_goes_on_say_nothing(pictures):
 @pytest.mark.parametrize("prefix", [1, 5])
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_become_tokens_and_rows_again(prefix, appended, seed):
-    """Two images, three cuts; the first that each cut adds is token N, the next N + 1, and so on."""
+    """Two images, three cuts; what cuts add is token N, N + 1 and so on."""
     rng, tokens, stages = np.random.default_rng(seed), 14, 3
     names = [list(range(tokens)) for _ in range(2)]
     index, into, values, lengths, wanted = [], [], [], [], []

@@ -64,9 +64,7 @@ def test_the_budget_is_met_on_what_was_fitted(images, method, budget):
     assert len(set(lengths[:, 0])) > 1, "pictures keep other numbers"
     # Each cut keeps on average what fixed counts of the same budget would.
     plan = fixed_counts(MINI, method, budget)
-    np.testing.assert_allclose(
-        lengths.mean(0) - 1 - made.appends, plan.kept, rtol=0.1, atol=1.0
-    )
+    np.testing.assert_allclose(lengths.mean(0) - 1 - made.appends, plan.kept, rtol=0.1, atol=1.0)
 
 
 @pytest.mark.slow
@@ -156,7 +154,7 @@ def test_pictures_of_two_scores_cannot_meet_every_budget():
         model.pos_embed.zero_()
     with pytest.raises(UserError, match="cannot be met within 1 % with these images"):
         per_picture.fit(model, TopKNearest, flat, 0.63)
-    with pytest.raises(UserError, match="with --max-kept 48 and these images.*pass more"):
+    with pytest.raises(UserError, match=r"with --max-kept 48 and these images.*pass more"):
         per_picture.fit(model, TopKNearest, flat, 0.63, max_kept=48)
 
 

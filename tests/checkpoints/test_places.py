@@ -410,7 +410,9 @@ def test_a_fingerprint_sees_each_shard(tmp_path: Path) -> None:
 def test_commands_take_folders(tmp_path: Path, cli: Callable) -> None:
     """Export, check against the shards, and notice that one has changed."""
     folder = sharded(tmp_path / "birds")
-    made = cli("calibrate", "--ckpt", folder, "--budget", 0.8, "--limit", 8, "--method", "threshold")
+    made = cli(
+        "calibrate", "--ckpt", folder, "--budget", 0.8, "--limit", 8, "--method", "threshold"
+    )
     assert made.code == 0, made.err
     assert Path("birds.calibrated.safetensors").is_file()
     done = cli("export", "--ckpt", folder, "--dense")
@@ -466,7 +468,9 @@ def test_networks_that_average_their_tokens(command: str, tmp_path: Path, cli: C
     arguments = {"calibrate": ("--ckpt", "mean.pth", "--method", "threshold"),
                  "export": ("--ckpt", "mean.pth", "--method", "evit"),
                  "finetune": ("--data", "digits", "--pretrained", "mean.pth")}  # fmt: skip
-    able = "carry sizes" if command == "finetune" else "pass --method with one of size-passing, tome"
+    able = (
+        "carry sizes" if command == "finetune" else "pass --method with one of size-passing, tome"
+    )
     refused(cli(command, *arguments[command]), "mean.pth averages its tokens", able, "--dense")
     if command == "export":
         assert cli("export", "--ckpt", "mean.pth", "--dense").code == 0

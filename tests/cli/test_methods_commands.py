@@ -103,8 +103,8 @@ def test_from_calibrate_to_predict(cli, dense, options, name, mode):
     assert rows[0]["macs_share"] == pytest.approx(rows[1]["macs_share"], rel=1e-3)
     assert rows[0]["macs_share"] == pytest.approx(share(Path("c.safetensors")), rel=1e-3)
 
-    bench = ok(cli("bench", "m.onnx", "--images", "pictures", "--methods", "topk,evit", "--runs", 10,
-                   "--warmup", 0, "--limit", 4, "--threads", 1, "--json"))  # fmt: skip
+    bench = ok(cli("bench", "m.onnx", "--images", "pictures", "--methods", "topk,evit",
+                   "--runs", 10, "--warmup", 0, "--limit", 4, "--threads", 1, "--json"))  # fmt: skip
     (bench_report,) = json.loads(bench.out)
     own = bench_report["macs"]["adaptive_gmacs"] * 1e9 / teacher_macs(MINI)
     assert set(bench_report["methods"]) == {"topk", "evit"}
@@ -184,8 +184,8 @@ def test_evaluate_by_a_method(cli, dense):
     Path("names.txt").write_text("a\nb\n")
     args = ("evaluate", "dense.safetensors", "--data", "data", "--classes", "names.txt", "--json")
     whole = json.loads(ok(cli(*args)).out)["rows"][0]
-    less = json.loads(ok(cli(*args, "--method", "topk-nearest", "--budget", "0.6", "--cuts", "1,2,3")
-                         ).out)["rows"][0]  # fmt: skip
+    options = ("--method", "topk-nearest", "--budget", "0.6", "--cuts", "1,2,3")
+    less = json.loads(ok(cli(*args, *options)).out)["rows"][0]
     assert whole["mean_kept"] == []
     assert less["macs_share"] == pytest.approx(0.6, rel=0.01)
     assert len(less["mean_kept"]) == 3
@@ -224,7 +224,7 @@ def test_evaluate_says_where_counts_leave_the_calibrated_range(cli, dense):
 @pytest.mark.slow
 def test_a_calibrated_checkpoint_keeps_its_method(cli, dense):
     ok(cli(*CALIBRATE, "--method", "topk-nearest"))
-    again = ok(cli("calibrate", "--ckpt", "c.safetensors", "--images", "pictures", "--budget", "0.8",
-                   "-o", "d.safetensors", "--json"))  # fmt: skip
+    again = ok(cli("calibrate", "--ckpt", "c.safetensors", "--images", "pictures",
+                   "--budget", "0.8", "-o", "d.safetensors", "--json"))  # fmt: skip
     assert json.loads(again.out)["method"] == "topk-nearest"
     assert share(Path("d.safetensors")) == pytest.approx(0.8, rel=0.01)

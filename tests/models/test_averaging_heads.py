@@ -81,11 +81,8 @@ def test_the_mean_is_one_over_the_tokens_of_the_input(head, method):
         normed = tokens if head == "mean_norm" else model.norm(tokens)
         repeated = torch.cat([normed[3 + i].expand(int(n), -1) for i, n in enumerate(size)])
         mean = repeated.double().mean(0).float()
-        wanted = {
-            "mean": lambda: model.head(mean),
-            "mean_norm": lambda: model.head(model.norm(mean)),
-            "class_and_mean": lambda: model.head(torch.cat([normed[0], mean])),
-        }[head]()
+        read = {"mean_norm": model.norm(mean), "class_and_mean": torch.cat([normed[0], mean])}
+        wanted = model.head(read.get(head, mean))
         torch.testing.assert_close(model(image[None])[0][0], wanted, rtol=1e-4, atol=1e-5)
         every = normed[3:].mean(0)
         assert (every - mean).abs().max() > 1e-3, "which is another than the plain mean"
@@ -140,7 +137,9 @@ def test_from_export_to_check(cli, tmp_path):
     assert fields["reduction"]["kept"] == list(made.kept)
     made = cli("calibrate", "--ckpt", "mae.safetensors", "--limit", 8, "--per-picture", "--json")
     assert made.code == 0, made.err
-    assert json.loads(made.out)["macs_ratio"] == pytest.approx(0.65, rel=0.1)
+    report = json.loads(made.out)
+    assert report["per_picture"]
+    assert set(report["methods"]) == {"size-passing", "tome", "topk-nearest", "random"}
     done = cli("export", "--ckpt", "mae.calibrated.safetensors", "-o", "c.onnx")
     assert done.code == 0, done.err
     assert cli("check", "c.onnx", "--limit", 6).code == 0
