@@ -103,8 +103,8 @@ def test_from_calibrate_to_predict(cli, dense, options, name, mode):
     assert rows[0]["macs_share"] == pytest.approx(rows[1]["macs_share"], rel=1e-3)
     assert rows[0]["macs_share"] == pytest.approx(share(Path("c.safetensors")), rel=1e-3)
 
-    bench = ok(cli("bench", "m.onnx", "--images", "pictures", "--methods", "topk,evit",
-                   "--runs", 10, "--warmup", 0, "--limit", 4, "--threads", 1, "--json"))  # fmt: skip
+    args = ("--images", "pictures", "--runs", 10, "--warmup", 0, "--limit", 4, "--threads", 1)
+    bench = ok(cli("bench", "m.onnx", "--methods", "topk,evit", *args, "--json"))
     (bench_report,) = json.loads(bench.out)
     own = bench_report["macs"]["adaptive_gmacs"] * 1e9 / teacher_macs(MINI)
     assert set(bench_report["methods"]) == {"topk", "evit"}
