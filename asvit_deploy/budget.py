@@ -37,18 +37,23 @@ def check_budget(config: ArchConfig, budget: float) -> None:
     Raises:
         UserError: it names the range of the arch.
     """
+    _require_tokens(config)
     teacher = teacher_macs(config)
     least, most = unavoidable_macs(config) / teacher, dense_macs(config) / teacher
-    if least >= most:
-        raise UserError(
-            f"{config.name} at {config.image_size} px has nothing to remove: of its "
-            f"{config.image_tokens} image token{'s' * (config.image_tokens != 1)} one always "
-            "stays; choose a larger image size"
-        )
     if not least < budget < most:
         raise UserError(
             f"budget {budget:g} is out of reach for {config.name} at {config.image_size} px; "
             f"choose one between {math.ceil(least * 1000) / 1000:.3f} and {min(most, 1):.3f}"
+        )
+
+
+def _require_tokens(config: ArchConfig) -> None:
+    """Raise UserError where no token can leave."""
+    if unavoidable_macs(config) >= dense_macs(config):
+        raise UserError(
+            f"{config.name} at {config.image_size} px has nothing to remove: of its "
+            f"{config.image_tokens} image token{'s' * (config.image_tokens != 1)} one always "
+            "stays; choose a larger image size"
         )
 
 
@@ -148,8 +153,10 @@ def fixed_counts(
         blocks: where it cuts; by default at its usual ones.
 
     Raises:
-        UserError: blocks that do not fit, or no ratio comes within one per cent of the budget.
+        UserError: blocks that do not fit, a network of one token, or no ratio comes within one per
+            cent of the budget.
     """
+    _require_tokens(config)
     blocks = _fitting(config, method, blocks)
 
     def at(ratio: float) -> tuple[Ranked, float]:
@@ -161,13 +168,15 @@ def fixed_counts(
         middle = (low + high) / 2
         low, high = (middle, high) if at(middle)[1] < budget else (low, middle)
     best, macs = min((at(low), at(high)), key=lambda one: abs(one[1] - budget))
-    if abs(macs / budget - 1) > TOLERANCE:
+    if not 0 < budget < math.inf or abs(macs / budget - 1) > TOLERANCE:  # NaN is not above 0
         least, most = at(0.0)[1], at(1.0)[1]
+        reached = f"{math.ceil(least * 1000) / 1000:.3f} to {math.floor(most * 1000) / 1000:.3f}"
+        if least < budget < most:  # so few tokens that one of them is over 1 %
+            reached += f", and nearest to it {macs:.3f}"
         raise UserError(
             f"budget {budget:g} is out of reach of {method.name} with "
             f"{len(blocks)} cut{'s' * (len(blocks) != 1)} on {config.name} at "
-            f"{config.image_size} px: it reaches {math.ceil(least * 1000) / 1000:.3f} to "
-            f"{math.floor(most * 1000) / 1000:.3f}; choose another budget or other cuts"
+            f"{config.image_size} px: it reaches {reached}; choose another budget or other cuts"
         )
     return best
 

@@ -99,6 +99,7 @@ class _Trial:
         picked = range(0, count, max(2, -(-count // CHOOSING)))
         self.choosing = list(picked)
         self.judging = sorted(set(range(count)) - set(picked))
+        self.out_of_reach: dict[str, str] = {}
         self.tried = self._contenders()
         self.done, self.progress = 0, progress
         # Dense, chance, every contender, and thresholds: fitted on some and carried out on others.
@@ -111,7 +112,12 @@ class _Trial:
         if wanted.method is not None:
             asked = (wanted.method,)
         for method in asked:
-            found[method.name] = fixed_counts(self.config, method, wanted.budget, wanted.blocks)
+            try:
+                found[method.name] = fixed_counts(self.config, method, wanted.budget, wanted.blocks)
+            except UserError as error:
+                self.out_of_reach[method.name] = str(error)
+        if not found:
+            raise UserError(self.out_of_reach[asked[0].name])
         return found
 
     def _tick(self) -> None:
@@ -144,14 +150,21 @@ class _Trial:
             chance, beside, dense, distance(self.config, dense, beside.output), apart[name]
         )
         reduction, thresholds = self.tried[name], None
-        if method.adapts:
-            reduction, thresholds = self._by_thresholds(method, dense, apart[name])
+        self.no_thresholds: str | None = None
+        if method.adapts or self.wanted.per_picture:
+            try:
+                reduction, thresholds = self._by_thresholds(method, dense, apart[name])
+            except UserError as error:
+                if self.wanted.per_picture:
+                    raise
+                self.no_thresholds = str(error)
         report = {
             "method": name, "per_picture": self.wanted.per_picture, "why": why,
             "budget": self.wanted.budget, "images": len(self.images),
             "choosing_images": len(self.choosing), "judging_images": len(self.judging),
             "measure": measure(self.config), "blocks": list(reduction.blocks),
-            "methods": rows, "thresholds": thresholds,
+            "methods": rows, "out_of_reach": self.out_of_reach, "thresholds": thresholds,
+            "no_thresholds": self.no_thresholds,
         }  # fmt: skip
         own = thresholds if self.wanted.per_picture and thresholds else rows[name]
         report |= {key: own[key] for key in ("macs_ratio", "kept_tokens", "agreement")}

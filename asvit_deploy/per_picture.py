@@ -7,12 +7,13 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from asvit_deploy.budget import fixed_counts
+from asvit_deploy.budget import TOLERANCE, carried_out, fixed_counts
 from asvit_deploy.calibration import StageCost, mid_gap_threshold
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.macs import budget_macs, fixed_lengths, part_macs
+from asvit_deploy.models.macs import budget_macs, fixed_lengths, part_macs, teacher_macs
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.removal import remove
@@ -39,7 +40,8 @@ def fit(
         progress: called once for each image.
 
     Raises:
-        UserError: a budget or a bound out of reach, or a method that has no thresholds.
+        UserError: a budget or a bound out of reach, a method that has no thresholds, or a budget
+            that these images cannot meet within 1 %.
     """
     config = model.config
     if not method.adapts:
@@ -66,21 +68,45 @@ def fit(
             scores = [decision.score.numpy()[0] for _, decision in ranked]
             cost = StageCost(config, part, scores, made.appends)
             aim = _AIM * budget_macs(config, budget)
-            theta = mid_gap_threshold(scores, cost, targets[stage] + missed, aim)
-            missed += targets[stage] - cost(theta)
+            theta = _threshold(scores, cost, targets[stage] + missed, aim)
             made.boundaries()[stage].fill_(theta)
+            missed += targets[stage] - cost(theta)
             rows = [remove(made, stage, one, decision, padded=False)[0] for one, decision in ranked]
             if stage == 0:
                 for _ in images:
                     progress()
+    ratio = (carried_out(config, plan) - missed) / teacher_macs(config)
+    if abs(ratio / budget - 1) > TOLERANCE:
+        bound = "" if max_kept is None else f"--max-kept {max_kept} and "
+        raise UserError(
+            f"budget {budget:g} cannot be met within 1 % with {bound}these images (nearest "
+            f"{ratio:.4f}); give other images{', pass more' * bool(bound)} or another budget"
+        )
     return made
+
+
+def _threshold(
+    scores: Sequence[NDArray[np.float32]], cost: StageCost, target: float, aim: float
+) -> float:
+    """As `mid_gap_threshold`; all that may leave does, or nothing, where that is nearer."""
+    finite = np.unique(np.concatenate(scores))
+    finite = finite[np.isfinite(finite) & (finite > 0)]
+    if not len(finite):  # none may leave
+        return 1.0
+    found = [float(np.float32(finite[0] / 2)), float(np.float32(finite[-1] * 2))]
+    if len(finite) > 1:
+        within = mid_gap_threshold(scores, cost, target, aim)
+        if abs(cost(within) - target) <= aim:
+            return within
+        found.insert(0, within)
+    return min(found, key=lambda theta: abs(cost(theta) - target))
 
 
 def bounds(config: ArchConfig, method: Ranked, max_kept: int) -> list[int]:
     """The most image rows behind each cut, of one ratio, so that the last keeps `max_kept` rows.
 
     Raises:
-        UserError: that is not above the prefix.
+        UserError: that is not above the prefix, or less than the method keeps at least.
     """
     cuts = len(method.cuts)
     last, tokens = max_kept - config.prefix - method.appends, config.image_tokens
@@ -93,4 +119,11 @@ def bounds(config: ArchConfig, method: Ranked, max_kept: int) -> list[int]:
     for stage in range(cuts):
         before = max(round(tokens * ratio ** (stage + 1)), method.least(before))
         found.append(before)
+    if found[-1] > last:
+        least = found[-1] + config.prefix + method.appends
+        raise UserError(
+            f"--max-kept {max_kept} is out of reach of {method.name}, which keeps {least} rows "
+            f"behind its last of {cuts} cut{'s' * (cuts != 1)} at least; pass so many or more, or "
+            "other cuts"
+        )
     return found

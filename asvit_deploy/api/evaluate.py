@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -131,6 +131,8 @@ def evaluate(
         change = partial(with_method, method=method, budget=budget, cuts=cuts, max_kept=max_kept)
         opened = _open(path, batch_rule, dense, ema, known, optional_path(library), place, names,
                        change, place.first(say))  # fmt: skip
+        if max_kept is not None:  # then fewer stay than where it was calibrated
+            opened = replace(opened, aim=None)
         report = _evaluate(path, os.fspath(data), opened, batch_rule, sizes, limit, skip_limit,
                            neighbours, place, say)  # fmt: skip
         if written is not None and not place.rank:

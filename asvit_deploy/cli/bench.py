@@ -60,7 +60,7 @@ def command(
 
     reports = bench.bench(
         models, images=images, limit=limit, skip_limit=skip_limit, runs=runs, warmup=warmup,
-        threads=threads, methods=methods or (), library=library, plugin=plugin,
+        threads=threads, methods=methods, library=library, plugin=plugin,
         allow_engine_code=allow_engine_code, output=output, force=force, say=options.status,
     )  # fmt: skip
     if as_json:

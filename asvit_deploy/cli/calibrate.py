@@ -136,6 +136,9 @@ def _methods(report: dict[str, Any], config: ArchConfig) -> str:
     ]
     if thresholds is not None:
         lines += ["", _adaptive_line(thresholds, measure)]
+    if report["no_thresholds"] is not None:
+        lines += ["", f"no thresholds beside it: {report['no_thresholds']}"]
+    lines += [f"not tried: {reason}" for reason in report["out_of_reach"].values()]
     return "\n".join(lines)
 
 

@@ -53,7 +53,7 @@ def bench(
     runs: int = 200,
     warmup: int = 50,
     threads: str = "both",
-    methods: str | Sequence[str] = (),
+    methods: str | Sequence[str] | None = None,
     library: str | Path | None = None,
     plugin: str | Path | None = None,
     allow_engine_code: bool = False,
@@ -107,8 +107,8 @@ def bench(
     return reports
 
 
-def _methods(names: str | Sequence[str]) -> tuple[str, ...]:
-    found = tuple(names.split(",") if isinstance(names, str) else names)
+def _methods(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    found = tuple(names.split(",") if isinstance(names, str) else names or ())
     for name in found:
         if name not in RANKED:
             raise UserError(f"methods has {name!r}; give some of {', '.join(RANKED)}")

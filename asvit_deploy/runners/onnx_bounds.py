@@ -29,13 +29,13 @@ _FOR = onnx.AttributeProto
 # What `export` writes, in its graphs and in the op's function; `tests/runners/test_onnx_bounds.py`
 # compares. No loop among them, and nothing that makes a shape up.
 VOCABULARY = frozenset((
-    "Abs", "Add", "And", "ArgMax", "Cast", "CastLike", "Clip", "Concat", "Constant", "Conv",
-    "CumSum", "Div", "Equal", "Erf", "Exp", "Expand", "Gather", "GatherElements", "GatherND",
-    "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "IsNaN", "LayerNormalization",
-    "Less", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "NonZero", "Not", "Or", "Pow",
-    "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu",
-    "Reshape", "ScatterElements", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt",
-    "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
+    "Abs", "Add", "And", "ArgMax", "ArgMin", "Cast", "CastLike", "Clip", "Concat", "Constant",
+    "Conv", "CumSum", "Div", "Equal", "Erf", "Exp", "Expand", "Gather", "GatherElements",
+    "GatherND", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "IsNaN",
+    "LayerNormalization", "Less", "Log", "MatMul", "Max", "Min", "Mod", "Mul", "Neg", "NonZero",
+    "Not", "Or", "Pow", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin",
+    "ReduceSum", "Relu", "Reshape", "ScatterElements", "Shape", "Sigmoid", "Slice", "Softmax",
+    "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 ))  # fmt: skip
 
 

@@ -410,7 +410,10 @@ def test_a_fingerprint_sees_each_shard(tmp_path: Path) -> None:
 def test_commands_take_folders(tmp_path: Path, cli: Callable) -> None:
     """Export, check against the shards, and notice that one has changed."""
     folder = sharded(tmp_path / "birds")
-    assert cli("calibrate", "--ckpt", folder, "--budget", 0.8, "--limit", 8).code == 0
+    made = cli(
+        "calibrate", "--ckpt", folder, "--budget", 0.8, "--limit", 8, "--method", "threshold"
+    )
+    assert made.code == 0, made.err
     assert Path("birds.calibrated.safetensors").is_file()
     done = cli("export", "--ckpt", folder, "--dense")
     assert (done.code, done.out.strip()) == (0, "birds.dense.onnx"), done.err
@@ -462,10 +465,13 @@ def test_networks_that_average_their_tokens(command: str, tmp_path: Path, cli: C
     state = {k.replace("norm.", "fc_norm.") if k.startswith("norm.") else k: v
              for k, v in dense_state().items()}  # fmt: skip
     torch.save(state, "mean.pth")
-    arguments = {"calibrate": ("--ckpt", "mean.pth"), "export": ("--ckpt", "mean.pth"),
+    arguments = {"calibrate": ("--ckpt", "mean.pth", "--method", "threshold"),
+                 "export": ("--ckpt", "mean.pth", "--method", "evit"),
                  "finetune": ("--data", "digits", "--pretrained", "mean.pth")}  # fmt: skip
-    refused(cli(command, *arguments[command]), "mean.pth averages its tokens", "carry sizes",
-            "--dense")  # fmt: skip
+    able = (
+        "carry sizes" if command == "finetune" else "pass --method with one of size-passing, tome"
+    )
+    refused(cli(command, *arguments[command]), "mean.pth averages its tokens", able, "--dense")
     if command == "export":
         assert cli("export", "--ckpt", "mean.pth", "--dense").code == 0
 

@@ -43,7 +43,8 @@ def load_config():
 
 @pytest.mark.slow
 def test_dense_weights_become_an_adaptive_checkpoint(cli, dense_file, folder):
-    result = cli("calibrate", "--ckpt", "deit.pth", "--images", "pictures", "--budget", "0.7")
+    result = cli("calibrate", "--ckpt", "deit.pth", "--images", "pictures", "--budget", "0.7",
+                 "--method", "threshold")  # fmt: skip
     assert result.code == 0, result.err
     assert result.out.endswith("\n\ndeit.calibrated.safetensors\n")
     assert "11 pictures in pictures" in result.err
@@ -66,7 +67,8 @@ def test_dense_weights_become_an_adaptive_checkpoint(cli, dense_file, folder):
 
 
 def test_json_on_stdout_and_photographs_by_default(cli, dense_file):
-    result = cli("calibrate", "--ckpt", dense_file, "-o", "own.safetensors", "--limit", 9, "--json")
+    result = cli("calibrate", "--ckpt", dense_file, "-o", "own.safetensors", "--limit", 9,
+                 "--method", "threshold", "--json")  # fmt: skip
     assert result.code == 0, result.err
     report = json.loads(result.out)
     assert (report["output"], report["arch"], report["images"]) == (
@@ -76,12 +78,14 @@ def test_json_on_stdout_and_photographs_by_default(cli, dense_file):
     assert abs(report["macs_ratio"] / 0.65 - 1) <= 0.01
     written = load_checkpoint(Path("own.safetensors"))
     assert [written.state[f"thresholds.{i}"].item() for i in range(3)] == report["thresholds"]
+    assert (report["method"], report["budget_by"]) == ("threshold", "executed")
+    assert written.reduction is None, "as AS-ViT's files always were"
 
 
 @pytest.mark.slow
 def test_an_adaptive_checkpoint_of_ours_is_calibrated_anew(cli, dense_file):
     arguments = ("calibrate", "--ckpt", dense_file, "-o", "a.safetensors", "--limit", 8)
-    assert cli(*arguments).code == 0
+    assert cli(*arguments, "--method", "threshold").code == 0
     first = Path("a.safetensors").read_bytes()
     again = cli("calibrate", "--ckpt", "a.safetensors", "--budget", "0.8", "--limit", 8)
     assert again.code == 0, again.err
@@ -108,23 +112,30 @@ def test_a_file_with_the_sidecars_name_needs_force(cli, dense_file):
     assert mine.read_text() == "my own notes"
 
 
+_THRESHOLD = ("--method", "threshold")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--budget", "0.05"), "out of reach for as_deit_mini at 56 px; choose one between"),
-        (("--budget", "1.5"), "choose one between"),
+        (("--budget", "0.05", *_THRESHOLD), "out of reach for as_deit_mini at 56 px; choose one"),
+        (("--budget", "1.5", *_THRESHOLD), "choose one between"),
+        (("--budget", "0.05"), "out of reach of size-passing with 5 cuts on as_deit_mini at 56 px: "
+         "it reaches 0.433 to 0.902; choose another budget or other cuts"),
+        (("--budget", "1.5"), "out of reach of size-passing"),
         (("--limit", "3"), "3 images are too few to calibrate on"),
         (("--images", "gone"), "gone does not exist"),
         (("--image-size", "57"), "not a multiple of the 4-pixel patch"),
         (("--image-size", "400000000"), "image size 400000000 is too large"),
         (("--image-size", "4"), "nothing to remove: of its 1 image token one always stays"),
+        (("--image-size", "4", *_THRESHOLD), "nothing to remove: of its 1 image token one always"),
         (("--seed", "99999999999999999999"), "is not in the range"),
         (("--arch", "as_deit_small"), "holds as_deit_mini, not as_deit_small"),
         (("--ema",), "holds no moving average"),
         (("-o", "own.onnx"), "name in .safetensors"),
         (("-o", "gone/own.safetensors"), "does not exist"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(cli, dense_file, tmp_path, arguments, words):
     result = cli("calibrate", "--ckpt", dense_file, *arguments)
     assert result.code == 2
