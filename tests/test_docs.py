@@ -22,6 +22,8 @@ EXECUTED = {
     "asvit-deploy build-engine --fp16": "tests/cli/test_three_lines.py",
     "asvit-deploy bench": "tests/cli/test_three_lines.py",
     "asvit-deploy doctor": "tests/cli/test_doctor.py",
+    "asvit-deploy calibrate --ckpt deit_small.pth": "tests/cli/test_methods_commands.py",
+    "asvit-deploy export --ckpt deit_small": "tests/cli/test_methods_commands.py",
     "torchrun --standalone": "tests/training/test_documented_paths.py",
     "asvit-deploy evaluate as_deit_s.safetensors": "tests/training/test_documented_paths.py",
     "asvit-deploy export --ckpt as_deit_s.safetensors": "tests/training/test_documented_paths.py",
