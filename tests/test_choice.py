@@ -120,6 +120,7 @@ def test_no_picture_that_chose_judges(images):
         assert choosers["methods"][name]["choosing_distance"] != row["choosing_distance"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "choose_"), [(8, 4), (9, 5), (128, 64), (130, 44), (200, 50)])
 def test_few_choose_and_all_others_judge(count, choose_):
     config = replace(BASE, depth=2, stages=(1,))

@@ -162,6 +162,7 @@ def test_what_is_refused(engine, mini_artifacts, mini_checkpoint, tmp_path):
     raises_one_line(lambda: open_artefact(mini_checkpoint), "is no ONNX file; name one in .onnx")
 
 
+@pytest.mark.slow
 def test_engines_are_found_by_the_file_they_were_built_from(engine, mini_artifacts, tmp_path):
     ours = mini_artifacts["1", "auto"]
     made = [engine("a.engine"), engine("b.bucketed")]

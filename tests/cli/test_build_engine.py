@@ -78,6 +78,7 @@ def test_bucketed_folder(cli, model):
     conftest.refused(cli(*args, "--force"), "as_deit_s.bucketed holds notes.txt")
 
 
+@pytest.mark.slow
 @rtx
 def test_bucketed_needs_one_image_at_a_time_and_op_nodes(cli, tmp_path, mini_artifacts):
     conftest.signed_copy(mini_artifacts["dynamic", "auto"], tmp_path / "d.onnx")

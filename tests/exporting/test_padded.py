@@ -189,6 +189,7 @@ def test_refuses_what_has_no_op_node(mini, mini_artifacts):
         to_padded(to_onnx(build(mini.config, adaptive=False).eval()))
 
 
+@pytest.mark.slow
 def test_metadata_says_so(mini_artifacts):
     model = to_padded(onnx.load(mini_artifacts["1", "auto"]))
     props = {p.key: p.value for p in model.metadata_props}

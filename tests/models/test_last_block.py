@@ -118,6 +118,7 @@ def test_a_dense_vit_b_saves_its_known_share():
     assert share < 0.94
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["1", "dynamic"])
 def test_the_graph_has_it_and_parts_no_weights(batch):
     _, saving = pair()

@@ -65,6 +65,7 @@ def test_says_how_to_run_the_node_alone(mini_artifacts):
         OrtRunner(mini_artifacts["1", "custom"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", ["auto", "standard"])
 def test_describes_what_runs(mini_artifacts, ops):
     description = OrtRunner(mini_artifacts["1", ops], record=False).describe()
@@ -95,6 +96,7 @@ def test_missing_file():
         OrtRunner(__import__("pathlib").Path("nowhere.onnx"))
 
 
+@pytest.mark.slow
 def test_accepts_any_batch_when_dynamic(mini_artifacts, photos):
     runner = OrtRunner(mini_artifacts["dynamic", "auto"])
     single = [runner(photos[i][None]) for i in range(4)]

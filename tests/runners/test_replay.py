@@ -59,6 +59,7 @@ def test_other_decisions_are_those_of_the_masked_form(runner, mini, photos):
     assert [length[0] for length in replayed.lengths] == [1 + len(stage) for stage in path]
 
 
+@pytest.mark.slow
 def test_a_library_is_named_too(op_library, mini_artifacts, photos):
     with_library = OrtRunner(mini_artifacts["1", "custom"], op_library)
     function = OrtRunner(mini_artifacts["1", "auto"])
