@@ -33,7 +33,7 @@ class FixedRows(torch.nn.Module):
 
     def __init__(self, mini) -> None:
         super().__init__()
-        self.inner, self.config, self.adaptive, self.thresholds = mini, mini.config, True, []
+        self.inner, self.config, self.adaptive, self.reduction = mini, mini.config, True, None
 
     def forward(self, images, padded=None):
         x, trace = self.inner.embed(images), Merging()

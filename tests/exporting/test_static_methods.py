@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_another_choice_is_seen_and_replayed(artefact, photos):
         score = decision.score.clone()
         finite = torch.where(score.isinf(), -1.0, score)
         best = finite.argmax(1, keepdim=True)
-        return type(decision)(score.scatter(1, best, -1.0), None, decision.into)
+        return replace(decision, score=score.scatter(1, best, -1.0))
 
     images = [photos[i] for i in range(3)]
     method.decide = other
