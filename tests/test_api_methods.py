@@ -180,6 +180,7 @@ def test_dense_has_no_method(files, option, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [("dense", {"max_kept": 9}, ("--max-kept bounds what each picture keeps by --per-picture",)),

@@ -18,6 +18,7 @@ def saved(mini, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_sidecar_says_what_the_checkpoint_is(mini, saved):
     fields = artifact.read(saved)
     assert fields["kind"] == "checkpoint"

@@ -42,6 +42,7 @@ def adaptive(method, prefix=1, most=None, share=0.4, images=None, **traits):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", [1, 3])
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_each_picture_keeps_its_own_number_in_every_form(method, prefix):
@@ -62,6 +63,7 @@ def test_heads_that_read_all_rows(method, head):
     same_in_all_forms(adaptive(method, head=head), torch.randn(4, 3, 112, 112))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_no_picture_keeps_more_than_the_bound(method):

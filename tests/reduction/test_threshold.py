@@ -59,6 +59,7 @@ def test_higher_thresholds_keep_fewer():
     assert counts[-1] == 8
 
 
+@pytest.mark.slow
 def test_compact_masked_keeps_exactly_the_mask():
     tokens, keep = torch.randn(3, 6, 4), torch.rand(3, 5) > 0.5
     keep[:, 2] = True

@@ -55,6 +55,7 @@ def in_rounds(here, kept):
     return here.x, here.size, index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", [1, 3])
 @pytest.mark.parametrize("head", ["class", "mean_norm"])
 def test_it_is_what_the_paper_says(prefix, head):
