@@ -149,29 +149,27 @@ class _Trial:
         rows[Random.name] = self._row(
             chance, beside, dense, distance(self.config, dense, beside.output), apart[name]
         )
-        reduction, thresholds = self.tried[name], None
-        self.no_thresholds: str | None = None
+        adaptive, thresholds, no_thresholds = None, None, None
         if method.adapts or self.wanted.per_picture:
             try:
-                reduction, thresholds = self._by_thresholds(method, dense, apart[name])
+                adaptive, thresholds = self._by_thresholds(method, dense, apart[name])
             except UserError as error:
                 if self.wanted.per_picture:
                     raise
-                self.no_thresholds = str(error)
+                no_thresholds = str(error)
+        reduction = adaptive if self.wanted.per_picture and adaptive else self.tried[name]
         report = {
             "method": name, "per_picture": self.wanted.per_picture, "why": why,
             "budget": self.wanted.budget, "images": len(self.images),
             "choosing_images": len(self.choosing), "judging_images": len(self.judging),
             "measure": measure(self.config), "blocks": list(reduction.blocks),
             "methods": rows, "out_of_reach": self.out_of_reach, "thresholds": thresholds,
-            "no_thresholds": self.no_thresholds,
+            "no_thresholds": no_thresholds,
         }  # fmt: skip
         own = thresholds if self.wanted.per_picture and thresholds else rows[name]
         report |= {key: own[key] for key in ("macs_ratio", "kept_tokens", "agreement")}
         dense_share = dense_macs(self.config) / teacher_macs(self.config)
         report["macs_ratio_to_dense"] = own["macs_ratio"] / dense_share
-        if not self.wanted.per_picture:
-            reduction = self.tried[name]
         return Choice(reduction, report)
 
     def _row(

@@ -21,14 +21,10 @@ from asvit_deploy.reduction.scoring import token_scores
 _LEAST = 1e-4  # of 1 - cosine: equal tokens still differ by their score
 
 
-class SizePassing(Ranked):
-    """score = S max(1 - cos(k_i, k_j), 1e-4) at even places, j the most similar at odd ones.
+class EverySecond(Ranked):
+    """In every block but the last, behind which nothing is left to save, tokens at even places may
+    leave; a lone one has no partner. Sizes travel."""
 
-    S is AS-ViT's score of the same attention, k a token's key, mean over heads. Tokens at odd
-    places score +inf: they may not leave, so that at least every second stays at each cut.
-    """
-
-    name: ClassVar[str] = "size-passing"
     carries_sizes: ClassVar[bool] = True
     place: ClassVar[Place] = "inside"
 
@@ -39,6 +35,16 @@ class SizePassing(Ranked):
     def least(self, tokens: int) -> int:
         return every_second(tokens)
 
+
+class SizePassing(EverySecond):
+    """score = S max(1 - cos(k_i, k_j), 1e-4) at even places, j the most similar at odd ones.
+
+    S is AS-ViT's score of the same attention, k a token's key, mean over heads. Tokens at odd
+    places score +inf: they may not leave, so that at least every second stays at each cut.
+    """
+
+    name: ClassVar[str] = "size-passing"
+
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         score = token_scores(seen.class_row(), seen.context, self.prefix)
         found = pairs(rows, likeness(seen, self.prefix), self.prefix)
@@ -47,9 +53,14 @@ class SizePassing(Ranked):
         return Decision(score, into=found.into, into_margin=found.margin)
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
-        assert decision.into is not None
-        leaving = rows.leaving(stay, self.prefix)
-        return replace(rows, size=moved(rows.sizes, decision.into, leaving))
+        return with_sizes_passed(rows, stay, decision, self.prefix)
+
+
+def with_sizes_passed(rows: Rows, stay: Tensor, decision: Decision, prefix: int) -> Rows:
+    """Rows of which those that stay stand for what leaves into them too; tokens are as before."""
+    assert decision.into is not None
+    leaving = rows.leaving(stay, prefix)
+    return replace(rows, size=moved(rows.sizes, decision.into, leaving))
 
 
 def every_block(depth: int) -> tuple[int, ...]:

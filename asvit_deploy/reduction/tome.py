@@ -13,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asvit_deploy.reduction.base import Decision, Place, Seen
+from asvit_deploy.reduction.base import Decision, Seen
 from asvit_deploy.reduction.matching import likeness, pairs
-from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.rows import Rows, averaged, chosen, filled, moved
-from asvit_deploy.reduction.size_passing import every_block, every_second
+from asvit_deploy.reduction.size_passing import EverySecond, every_second
 
 _LEAST = 1e-6  # scores are above 0
 
 
-class ToMe(Ranked):
+class ToMe(EverySecond):
     """score = 1 - cos(k_i, k_j) at even places, j the most similar at odd ones, which score +inf.
 
     With fixed counts the r most similar pairs of a block merge, r = what leaves; with thresholds
@@ -30,15 +29,6 @@ class ToMe(Ranked):
     """
 
     name: ClassVar[str] = "tome"
-    carries_sizes: ClassVar[bool] = True
-    place: ClassVar[Place] = "inside"
-
-    @classmethod
-    def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
-        return every_block(depth)
-
-    def least(self, tokens: int) -> int:
-        return every_second(tokens)
 
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         found = pairs(rows, likeness(seen, self.prefix), self.prefix)

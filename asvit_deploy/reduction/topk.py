@@ -11,9 +11,9 @@ from torch import Tensor
 from asvit_deploy.reduction.base import Decision, Place, Seen
 from asvit_deploy.reduction.matching import likeness, nearest_staying
 from asvit_deploy.reduction.ranked import Ranked
-from asvit_deploy.reduction.rows import Rows, moved, with_row
+from asvit_deploy.reduction.rows import Rows, with_row
 from asvit_deploy.reduction.scoring import token_scores
-from asvit_deploy.reduction.size_passing import every_block
+from asvit_deploy.reduction.size_passing import every_block, with_sizes_passed
 
 
 class TopK(Ranked):
@@ -79,9 +79,7 @@ class TopKNearest(TopK):
         return nearest_staying(decision, stay, self.prefix)
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
-        assert decision.into is not None
-        leaving = rows.leaving(stay, self.prefix)
-        return replace(rows, size=moved(rows.sizes, decision.into, leaving))
+        return with_sizes_passed(rows, stay, decision, self.prefix)
 
 
 class TopKScalar(TopK):
