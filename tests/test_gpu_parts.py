@@ -14,9 +14,19 @@ import torch
 from asvit_deploy.data.images import open_images
 from asvit_deploy.models.archs import arch
 from asvit_deploy.ops import trt_library
+from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.runners import torch_stages
 from asvit_deploy.runners.pytorch import TorchRunner
-from gpu_parts import agreement, calls, cut_cost, networks, packed, plugin, speed
+from gpu_parts import (
+    agreement,
+    calls,
+    cut_cost,
+    methods_agreement,
+    networks,
+    packed,
+    plugin,
+    speed,
+)
 from gpu_parts import prepare as preparing
 from gpu_parts import prepare_data as data
 from gpu_parts.child import clean
@@ -223,6 +233,29 @@ def test_batches_keep_what_each_picture_keeps_alone(kit, mini):
     stages = torch_stages.TorchStages(mini.model, buckets, batch=8)
     batch = agreement.Batches(stages, 3, buckets)(mini.pictures[:8])
     assert np.array_equal(np.stack(batch.lengths), mini.kept[:, :8])
+
+
+@pytest.mark.slow
+def test_method_that_keeps_others_fails_its_part(kit, tmp_path, monkeypatch):
+    checkpoint = data._checkpoint(ROOT)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 56, 56, 3), np.uint8)
+    np.save(tmp_path / "pictures.npy", pixels)
+    files = {"checkpoint": checkpoint, "model_pictures": tmp_path / "pictures.npy"}
+    monkeypatch.setattr(Kit, "file", lambda self, role: files[role])
+    monkeypatch.setattr(methods_agreement, "RANKED", {"topk": RANKED["topk"]})
+    monkeypatch.setattr(methods_agreement, "PER_PICTURE", ())
+    assert len(methods_agreement.methods_agreement(kit)["runs"]) == 4
+
+    class Other(methods_agreement.InItsType):
+        def __init__(self, model):
+            lowest = RANKED["min-k"](
+                model.reduction.blocks, model.reduction.kept, model.config.prefix
+            )
+            super().__init__(model.with_reduction(lowest))
+
+    monkeypatch.setattr(methods_agreement, "InItsType", Other)
+    with pytest.raises(FailPart, match=r"topk, float32, B = 1: .* tokens? flipped"):
+        methods_agreement.methods_agreement(kit)
 
 
 def test_packed_attention_with_wrong_borders_fails(kit, monkeypatch):

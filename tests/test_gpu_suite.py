@@ -121,6 +121,7 @@ def test_every_part_ends_by_itself_in_a_bare_environment(folder, bare_python, tm
     assert list(summary["parts"]) == list(PARTS)
     skipped = {"onnxruntime_cuda": "onnxruntime is not installed",
                "training": "not installed: click",
+               "methods_agreement": "safetensors is not installed",
                "tensorrt": "neither TensorRT nor TensorRT-RTX is installed"}  # fmt: skip
     for name, part in summary["parts"].items():
         if "compute-sanitizer" in part.get("reason", "") or name in skipped:

@@ -90,7 +90,7 @@ def filled(value: float | bool, images: int, rows: int, device: torch.device) ->
     """[B, M] of one number, float32 or bool. Expanded, since in a graph nothing else makes a shape
     up, see `runners.onnx_bounds`.
     """
-    return torch.tensor(value, device=device).expand(images, rows)
+    return torch.full((), value, device=device).expand(images, rows)
 
 
 def chosen(scores: Tensor, count: int) -> Tensor:

@@ -70,15 +70,21 @@ def agreement(kit: Kit) -> Report:
             precision = of_name(dtype).option
             parity = compare(reference, runner, pictures, labels,  # type: ignore[arg-type]
                              network.model.threshold_values(), precision, batch)  # fmt: skip
-            said = parity.as_dict()
-            # Hundreds of near ties would bury the figures.
-            lists: Report = {key: said.pop(key) for key in ("flips", "top1_changes") if key in said}
-            counts = {key: len(items) for key, items in lists.items()}
-            firsts = {f"first_{key}": items[:5] for key, items in lists.items()}
-            row = {"network": name, **said, **counts, **firsts, "precision": dtype, "batch": batch}
+            row = {"network": name, **counted(parity.as_dict()), "precision": dtype, "batch": batch}
             result["runs"].append(row)
             kit.save(result)
             failures += [f"{name}, {dtype}, B = {batch}: {words}" for words in parity.failures]
     if failures:
         raise FailPart("; ".join(failures), result)
     return result
+
+
+def counted(said: Report) -> Report:
+    """What parity says, with the number and the first of its flips in place of all of them:
+    hundreds of near ties would bury the figures.
+    """
+    rest = dict(said)
+    lists: Report = {key: rest.pop(key) for key in ("flips", "top1_changes", "turns")
+                     if isinstance(rest.get(key), list)}  # fmt: skip
+    counts = {key: len(items) for key, items in lists.items()}
+    return rest | counts | {f"first_{key}": items[:5] for key, items in lists.items()}

@@ -106,7 +106,7 @@ def _model(kit: Kit, config: ArchConfig) -> ViT:
     return model.to(getattr(torch, kit.half)).eval()
 
 
-def _images(kit: Kit, config: ArchConfig, batch: int) -> Tensor:
+def noise_images(kit: Kit, config: ArchConfig, batch: int) -> Tensor:
     size = config.image_size
     return torch.randn(batch, 3, size, size, device=kit.device, dtype=getattr(torch, kit.half))
 
@@ -138,7 +138,7 @@ def _measure(kit: Kit, model: ViT, batch: int) -> Report:
     if not kit.rehearse:  # which needs a compiler
         fused = torch.compile(plain_score, dynamic=False)
         variants["top_k_fused_score"] = Reduced(model, rows, fused)
-    images = _images(kit, config, batch)
+    images = noise_images(kit, config, batch)
     calls: dict[str, Any] = {}
     notes: dict[str, str] = {}
     for name, function in variants.items():
@@ -171,7 +171,7 @@ def compiled(kit: Kit) -> Report:
         if not (kit.rehearse or config.name in _COMPILED):
             continue
         model, rows, calls = _model(kit, config), rows_of(config), {}
-        images, seconds = _images(kit, config, 1), {}
+        images, seconds = noise_images(kit, config, 1), {}
         for name, how in (("dense", (None, None)), ("top_k", (rows, plain_score)),
                           ("slice", (rows, None))):  # fmt: skip
             start = time.perf_counter()

@@ -35,7 +35,9 @@ PARTS = {
         Part("contexts", "plugin:contexts", "02_correctness", 40),
         Part("agreement", "agreement:agreement", "02_correctness", 90, 25),
         Part("bucketed", "bucketed:bucketed", "03_bucketed", 110, 30),
-        Part("packed", "packed:packed", "04_packed", 50),
+        Part("methods_agreement", "methods_agreement:methods_agreement", "02_correctness", 90, 20),
+        Part("methods", "methods:methods", "04_networks", 150, 30),
+        Part("packed", "packed:packed", "04_networks", 50),
         Part("memcheck", "sanitizers:memcheck", "05_kernel", 45),
         Part("racecheck", "sanitizers:racecheck", "05_kernel", 45),
         Part("synccheck", "sanitizers:synccheck", "05_kernel", 45),
@@ -43,6 +45,7 @@ PARTS = {
         Part("switch", "switch:switch", "03_bucketed", 60, 20),
         Part("training", "training:training", "06_training", 150, 40),
         Part("compiled", "scale:compiled", "01_stage_curve", 180, 60),
+        Part("methods_compiled", "methods:methods_compiled", "04_networks", 300, 60),
         Part("onnxruntime_cuda", "onnxruntime_cuda:onnxruntime_cuda", "07_runtimes", 60),
         Part("tensorrt", "tensorrt:tensorrt", "07_runtimes", 150, 30),
     )
