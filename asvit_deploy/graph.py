@@ -18,6 +18,8 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from asvit_deploy.ops import onnx_op
 
+# The first cut's scores; of methods that add rows, first those with the scores of these.
+_RANKED = ("all_scores_0", "scores_0")
 _LARGEST_SHAPE = 64  # numbers of a constant that can be a shape, axes or bounds
 
 
@@ -92,7 +94,7 @@ def inferred(model: onnx.ModelProto) -> dict[str, ir.Value]:
             del copy.graph.initializers[name]
             copy.graph.inputs.append(weight)
     whole = with_function(closed(copy))
-    return values_of(opened(onnx.shape_inference.infer_shapes(whole)).graph)
+    return values_of(opened(onnx.shape_inference.infer_shapes(whole, data_prop=True)).graph)
 
 
 def prefix_of(values: dict[str, ir.Value]) -> int:
@@ -101,7 +103,7 @@ def prefix_of(values: dict[str, ir.Value]) -> int:
     Args:
         values: from `inferred`.
     """
-    return rows_of(values["tokens_0"]) - rows_of(values["scores_0"])
+    return rows_of(values["tokens_0"]) - rows_of(values.get(_RANKED[0], values[_RANKED[1]]))
 
 
 def rows_of(value: ir.Value) -> int:
@@ -238,9 +240,10 @@ def _stored_prefix(model: onnx.ModelProto) -> int:
     """As `prefix_of`, from the shapes that the file keeps; 1 where it keeps none."""
     rows = {}
     for info in model.graph.value_info:
-        if info.name in ("tokens_0", "scores_0"):
+        if info.name in ("tokens_0", *_RANKED):
             rows[info.name] = info.type.tensor_type.shape.dim[1].dim_value
-    return rows["tokens_0"] - rows["scores_0"] if len(rows) == 2 and all(rows.values()) else 1
+    tokens, ranked = rows.get("tokens_0"), next((rows[name] for name in _RANKED if name in rows), 0)
+    return tokens - ranked if tokens and ranked else 1
 
 
 def without_function(model: onnx.ModelProto) -> onnx.ModelProto:

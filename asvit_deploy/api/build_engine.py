@@ -14,6 +14,7 @@ from asvit_deploy.status import Say, hide_bar, silent
 
 if TYPE_CHECKING:
     from asvit_deploy.engine.build import Built, Options
+    from asvit_deploy.engine.compactions import Wanted
     from asvit_deploy.runners.trt_flavour import Flavour
 
 MODES = ("dynamic", "padded", "bucketed")
@@ -39,7 +40,8 @@ def build_engine(
     onnx: PathLike | None = None, *, output: PathLike | None = None, fp16: bool = False,
     bf16: bool = False, flavour: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto",
     mode: Literal["dynamic", "padded", "bucketed"] = "dynamic",
-    buckets: str | Sequence[int] | None = None, batch: tuple[int, int, int] | None = None,
+    buckets: str | Sequence[int] | None = None,
+    compact_at: str | Sequence[int] | None = None, batch: tuple[int, int, int] | None = None,
     target_sm: str | int | Sequence[str | int] = (), workspace: int | None = None,
     level: int | None = None, plugin: PathLike | None = None, embed_plugin: bool = False,
     layers: PathLike | None = None,
@@ -54,6 +56,8 @@ def build_engine(
     Args:
         onnx: by default the one ONNX artefact of the current folder.
         buckets: "auto", "64,128,197" or those numbers.
+        compact_at: "auto", "all", "3,6,9" or those numbers: blocks at which a dynamic engine's rows
+            really leave; at other cuts they are hidden.
         target_sm: GPU generations, such as ("86", "120").
         say: gets status lines; TensorRT's progress goes with them on a terminal.
 
@@ -76,7 +80,7 @@ def build_engine(
         precision, mode, batch, tuple(map(_capability, targets)), workspace, level,
         optional_path(plugin), embed_plugin, optional_path(layers), version_compatible,
         hardware_compatible, optional_path(images), limit, not no_check, _buckets(buckets),
-        skip_limit,
+        skip_limit, _blocks(compact_at),
     )  # fmt: skip
     refuse_misfits(found, wanted)
     return _build(path, optional_path(output), found, wanted, force, say)
@@ -131,6 +135,14 @@ def _buckets(given: str | Sequence[int] | None) -> tuple[int, ...] | None:
     if given is None:
         return None
     return parse_buckets(given if isinstance(given, str) else ",".join(map(str, given)))
+
+
+def _blocks(given: str | Sequence[int] | None) -> Wanted:
+    from asvit_deploy.engine.compactions import parse_blocks
+
+    if given is None:
+        return None
+    return parse_blocks(given if isinstance(given, str) else ",".join(map(str, given)))
 
 
 def _build(

@@ -33,6 +33,11 @@ from asvit_deploy.cli import options
     help="Rows that bucketed stages take, class token included [default: multiples of 16].",
 )  # fmt: skip
 @click.option(
+    "--compact-at", metavar="auto|all|B,B,...",
+    help="Blocks at which rows of a dynamic engine really leave; hidden at other cuts [default: "
+    "where it pays].",
+)  # fmt: skip
+@click.option(
     "--batch", type=click.IntRange(1), nargs=3, metavar="MIN OPT MAX",
     help="Batch range of a dynamic-batch model [default: 1 4 8].",
 )  # fmt: skip

@@ -14,6 +14,7 @@ import onnx
 
 from asvit_deploy import files, sidecar, trusted
 from asvit_deploy.engine import process
+from asvit_deploy.engine.compactions import Wanted, cut_blocks, physical_stages
 from asvit_deploy.engine.comparison import Comparison, compare_graph
 from asvit_deploy.engine.graphs import make_graph
 from asvit_deploy.engine.job import Job, Profile
@@ -50,6 +51,8 @@ class Options:
         checked: compare the graph before building.
         buckets: rows that segments take, or None for the automatic list; bucketed only.
         skip_limit: so many of the pictures may be unreadable.
+        compact_at: blocks at which rows really leave and are not only hidden, "all", or None for
+            what pays (`engine.compactions`); dynamic only.
     """
 
     precision: Half | None = None
@@ -68,6 +71,7 @@ class Options:
     checked: bool = True
     buckets: tuple[int, ...] | None = None
     skip_limit: int = 0
+    compact_at: Wanted = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ def refuse_misfits(flavour: Flavour, options: Options) -> None:
                 raise UserError(f"{name} does not go with --mode bucketed; leave it out")
     elif options.buckets is not None:
         raise UserError("--buckets needs --mode bucketed")
+    if options.compact_at is not None and options.mode != "dynamic":
+        raise UserError(f"--compact-at does not go with --mode {options.mode}; leave it out")
     if flavour.enterprise:
         if options.target_sms:
             raise UserError(
@@ -170,11 +176,15 @@ def build_engine(
         CheckFailed: the graph does not agree with its reference.
     """
     refuse_misfits(flavour, options)
-    graph = make_graph(source, options.mode, options.precision)
+    physical = None
+    if options.mode == "dynamic":
+        wanted = options.compact_at
+        physical = physical_stages(source, wanted, options.images, options.skip_limit, say)
+    graph = make_graph(source, options.mode, options.precision, physical)
     profile = batch_profile(source, graph, options.batch)
     profiles = [profile] if profile else []
     checked = None
-    changed = options.precision or options.mode == "padded"
+    changed = options.precision or options.mode == "padded" or physical is not None
     if changed and options.checked:
         say(f"comparing the graph on up to {options.limit} images")
         checked = compare_graph(source, graph, options.precision, options.images, options.limit,
@@ -199,6 +209,8 @@ def build_engine(
         **describe(source, flavour, options, outcome, checked, seconds), "profile": profile,
         "plugin": _plugin_fields(options) if outcome.plugin_layers else None,
     }  # fmt: skip
+    if physical is not None:
+        fields["compactions"] = [cut_blocks(source)[stage] for stage in physical]
     sidecar.write(output, plan, fields)
     if layers is not None and options.layers is not None:
         files.write_bytes(options.layers, layers)

@@ -73,7 +73,7 @@ def require_end(source: Source) -> None:
         source.tried = True
 
 
-def _reference(source: Source) -> tuple[Reference, str]:
+def reference_of(source: Source) -> tuple[Reference, str]:
     """What the graphs of an artefact are compared with, and how messages call it."""
     assert source.artefact is not None
     if source.reference is None:
@@ -114,7 +114,7 @@ def compare_graph(
     require_end(source)
     pictures = open_images(images, source.artefact.config, limit, skip_limit, say)
     loaded, names = pictures.loaded()
-    reference, with_what = _reference(source)
+    reference, with_what = reference_of(source)
     if candidate is None and precision:
         candidate = OrtRunner(rounded(with_function(graph)), optimize=False)
     elif candidate is None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx
 
 from asvit_deploy.engine.source import Source
 from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.half import to_half
+from asvit_deploy.exporting.masked import with_masks
 from asvit_deploy.exporting.padded import to_padded
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import Half
 
 
-def make_graph(source: Source, mode: str, precision: Half | None) -> onnx.ModelProto:
+def make_graph(
+    source: Source, mode: str, precision: Half | None, physical: Collection[int] | None = None
+) -> onnx.ModelProto:
     """The graph of that mode and precision; its op nodes still have their function.
+
+    Args:
+        physical: stages at which rows really leave, see `exporting.masked`; None: all.
 
     Raises:
         UserError: the file is foreign, or has not what the mode needs.
@@ -34,4 +42,6 @@ def make_graph(source: Source, mode: str, precision: Half | None) -> onnx.ModelP
             f"{name} was exported with --ops standard, which builds no {mode} engine; "
             "export it with --ops auto"
         )
+    if physical is not None:
+        model = with_masks(model, physical, name)
     return to_half(model, precision, name) if precision else model

@@ -8,6 +8,7 @@ so no checkpoint is needed.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.row_mask import RowMask
 from asvit_deploy.ops import onnx_op
 
-_DOMAIN = "asvit.padded"
+DOMAIN = "asvit.padded"  # of the functions that stand for cuts until they are inlined
 _ALL_ALIVE = "padded_all_alive"
 
 # Dropped tokens carry -inf, which no threshold lets pass. The best is looked up among those alive,
@@ -56,7 +57,9 @@ _BODY = """
 """
 
 
-def _stage_function(tokens: int, opset: int, prefix: int = 1) -> onnx.FunctionProto:
+def _stage_function(
+    tokens: int, opset: int, prefix: int = 1, name: str = "Keep"
+) -> onnx.FunctionProto:
     """Which tokens stay: scores [B, N] -> mask [B, P+N], index [B, P+N], length [B]."""
     rows = prefix + tokens
     body = _BODY.format(
@@ -68,8 +71,8 @@ def _stage_function(tokens: int, opset: int, prefix: int = 1) -> onnx.FunctionPr
         all_rows=", ".join(map(str, range(rows))),
     )
     return onnx.parser.parse_function(
-        f'<domain: "{_DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"Keep (scores, threshold, alive) => (mask, index, length)\n{{{body}}}"
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
+        f"{name} (scores, threshold, alive) => (mask, index, length)\n{{{body}}}"
     )
 
 
@@ -94,7 +97,7 @@ def to_padded(model: onnx.ModelProto, name: str = "model") -> onnx.ModelProto:
             f"{name} has no {onnx_op.OP_TYPE} node (dense, or exported with --ops standard); "
             "padded mode rewrites the file that `asvit-deploy export` makes by default"
         )
-    rewrite = _Rewrite(model)
+    rewrite = Rewrite(model)
     if "asvit_reduction" in rewrite.model.metadata_props and not rewrite.masked:
         raise UserError(
             f"{name} takes one picture, and its method looks at tokens that padded mode leaves in "
@@ -107,8 +110,8 @@ def to_padded(model: onnx.ModelProto, name: str = "model") -> onnx.ModelProto:
     return result
 
 
-class _Rewrite(RowMask):
-    """Replaces each op node, in order; what comes after it sees the mask of the last stage."""
+class Rewrite(RowMask):
+    """Replaces op nodes, in order; what comes after one sees the mask of the last stage."""
 
     def __init__(self, source: onnx.ModelProto) -> None:
         known = graph.inferred(source)
@@ -118,42 +121,59 @@ class _Rewrite(RowMask):
         # A batch of one has no masks in its graph; any other batch masks by `index_s >= 0`.
         self.masked = graph.batch_of(source) is None
         self.tokens = graph.rows_of(known["scores_0"])
-        self.all_alive = self.constant(np.ones((1, self.tokens), bool), _ALL_ALIVE)
+        # Rows that a method adds at each cut are ranked there with the others.
+        ranked = known.get("all_scores_0", known["scores_0"])
+        self.appends = graph.rows_of(ranked) - self.tokens
+        self.functions: dict[str, onnx.FunctionProto] = {}
 
-    def run(self) -> None:
+    def run(self, physical: Collection[int] = ()) -> None:
+        """Replace the op nodes of all stages but those that are `physical`."""
         graph.forget_types(self.graph)
         stage = 0
         for node in list(self.graph):
             self.before = node
             if graph.is_cut(node):
-                self._replace(node, stage)
+                if stage not in physical:
+                    self._replace(node, stage)
                 stage += 1
             elif not self.masked:
                 self.hide(node)
 
+    def keeps(self, stage: int, scores: ir.Value) -> tuple[str, list[ir.Value]]:
+        """The function of a stage, and what it is told beside scores and threshold."""
+        tokens = self.tokens + (stage + 1) * self.appends
+        name = f"Keep{tokens}"
+        self.functions[name] = _stage_function(tokens, self.opset, self.prefix, name)
+        if self.masked or self.mask is None:  # a graph with masks has scores of -inf by itself
+            every = self.constant(np.ones((1, tokens), bool), f"{_ALL_ALIVE}_{tokens}")
+            return name, [every]
+        self.hide_scores(scores)
+        return name, [self.image_mask()]
+
     def closed(self) -> onnx.ModelProto:
-        """The model with the stage's function, standard ops but for that."""
+        """The model with the stages' functions, standard ops but for that."""
         self.model.functions.clear()
         properties = self.model.metadata_props
         properties |= {"asvit_mode": json.dumps("padded"), "asvit_ops": json.dumps("standard")}
-        self.model.opset_imports[_DOMAIN] = 1
+        return self.with_functions()
+
+    def with_functions(self) -> onnx.ModelProto:
+        """The model with the stages' functions beside those that it has."""
+        self.model.opset_imports[DOMAIN] = 1
         result = graph.closed(self.model)
-        result.functions.append(_stage_function(self.tokens, self.opset, self.prefix))
+        result.functions.extend(self.functions.values())
         return result
 
     def _replace(self, cut: ir.Node, stage: int) -> None:
-        alive = self.all_alive
-        if self.mask is not None:
-            alive = self.image_mask()
-            if not self.masked:
-                assert cut.inputs[1] is not None
-                self.hide_scores(cut.inputs[1])
         tokens, scores, threshold = cut.inputs
-        compact, index, length, _ = cut.outputs
         assert tokens is not None
+        assert scores is not None
+        name, alive = self.keeps(stage, scores)
+        compact, index, length, _ = cut.outputs
         names = [f"mask_{stage}", str(index.name), str(length.name)]
-        inputs = [scores, threshold, alive]
-        keep = self.insert(graph.node("Keep", inputs, names, name=cut.name, domain=_DOMAIN))
+        # Read again: what hides scores has taken their place.
+        inputs = [cut.inputs[1], threshold, *alive]
+        keep = self.insert(graph.node(name, inputs, names, name=cut.name, domain=DOMAIN))
         self.mask = keep.outputs[0]
         for old, new in zip((index, length), keep.outputs[1:]):
             graph.redirect(old, new)

@@ -131,12 +131,14 @@ def _cuts(
     thresholds: Sequence[float | None],
 ) -> list[ComparedCut]:  # fmt: skip
     cuts: list[ComparedCut] = []
+    before: NDArray[np.int64] = np.arange(len(path.scores[0][0]) if path.scores else 0)
     for stage, threshold in enumerate(thresholds):
         assert path.scores is not None
         scores = path.scores[stage][0]
-        alive = np.flatnonzero(~np.isnan(scores)) if threshold is None else (
-            kept[stage - 1] if stage else np.arange(len(scores))
-        )  # fmt: skip
+        if stage:  # what the last cut left, and what it added
+            added = np.arange(len(path.scores[stage - 1][0]), len(scores))
+            before = np.append(kept[stage - 1], added)
+        alive = np.flatnonzero(~np.isnan(scores)) if threshold is None else before
         if threshold is None:
             decided, threshold = _highest(scores, alive, len(kept[stage]))
         else:
@@ -144,7 +146,9 @@ def _cuts(
         flipped = np.setxor1d(decided, kept[stage])
         noise = None
         if theirs.scores is not None:
-            noise = _noise(scores[alive], theirs.scores[stage][b][alive])
+            others = theirs.scores[stage][b]
+            same = len(others) == len(scores)
+            noise = _noise(scores[alive], others[alive]) if same else np.inf
         flips = [_flip(int(token), scores[alive], scores, threshold) for token in flipped]
         cuts.append(ComparedCut(len(alive), noise, flips))
     return cuts
@@ -204,7 +208,8 @@ def _counted(
             continue
         scores, kept = ours.scores[stage][0], ours.kept[stage][0]
         alive = scores[np.isfinite(scores)]
-        flipped = _likeliest_flips(scores, kept, int(theirs.lengths[stage][b]) - ours.prefix)
+        others = int(ours.lengths[stage][0]) - len(kept)  # the prefix, and rows that were added
+        flipped = _likeliest_flips(scores, kept, int(theirs.lengths[stage][b]) - others)
         flips = [_flip(int(token), alive, scores, threshold) for token in flipped]
         cuts.append(ComparedCut(len(alive), None, flips))
         if flips:

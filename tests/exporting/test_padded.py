@@ -110,10 +110,10 @@ def test_lvvit_votes_of_kept_tokens_only(batch):
 def _keep_model(tokens):
     """The stage's function by itself, inlined: mask, index, length."""
     model = onnx.parser.parse_model(
-        f'<ir_version: 10, opset_import: ["": 20, "{padded._DOMAIN}": 1]>\n'
+        f'<ir_version: 10, opset_import: ["": 20, "{padded.DOMAIN}": 1]>\n'
         "g (float[B,N] scores, float threshold, bool[B,N] alive)"
         " => (bool[B,M] mask, int64[B,M] index, int64[B] length) {\n"
-        f"mask, index, length = {padded._DOMAIN}.Keep (scores, threshold, alive)\n}}"
+        f"mask, index, length = {padded.DOMAIN}.Keep (scores, threshold, alive)\n}}"
     )
     model.functions.append(padded._stage_function(tokens, 20))
     return onnx.inliner.inline_local_functions(model)

@@ -86,10 +86,10 @@ def test_segments_know_their_prefix_from_the_shapes(image, prefix):
 @pytest.mark.parametrize("prefix", [1, 2, 5])
 def test_padded_selection_keeps_the_prefix(prefix):
     model = onnx.parser.parse_model(
-        f'<ir_version: 10, opset_import: ["": 20, "{padded._DOMAIN}": 1]>\n'
+        f'<ir_version: 10, opset_import: ["": 20, "{padded.DOMAIN}": 1]>\n'
         "g (float[B,N] scores, float threshold, bool[B,N] alive)"
         " => (bool[B,M] mask, int64[B,M] index, int64[B] length) {\n"
-        f"mask, index, length = {padded._DOMAIN}.Keep (scores, threshold, alive)\n}}"
+        f"mask, index, length = {padded.DOMAIN}.Keep (scores, threshold, alive)\n}}"
     )
     model.functions.append(padded._stage_function(TOKENS, 20, prefix))
     scores = np.array([[0.9, 0.1, 0.6, 0.2, 0.7], [0.1, 0.2, 0.3, 0.2, 0.1]], np.float32)
