@@ -2,8 +2,9 @@
 
 What stays float32: the scores from the class row on, where leaving tokens go, every softmax,
 LayerNorm, norm and logarithm, every comparison of what is float32, graph inputs and outputs, and
-what this opset does not define for the half type (at opset 20 that is bfloat16's Conv). A builder that is strongly typed then has no
-say in it, and the same graph can be compared with PyTorch before an engine is built from it.
+what this opset does not define for the half type (at opset 20 that is bfloat16's Conv). A builder
+that is strongly typed then has no say in it, and the same graph can be compared with PyTorch before
+an engine is built from it.
 """
 
 from __future__ import annotations

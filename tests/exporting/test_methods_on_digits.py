@@ -29,7 +29,7 @@ from asvit_deploy.runners.pytorch import TorchRunner
 
 BUDGET, COUNT = 0.65, 16
 FORMS = [
-    pytest.param(method, per_picture, id=f"{name}, {'per picture' if per_picture else 'fixed'}")
+    pytest.param((method, per_picture), id=f"{name}, {'per picture' if per_picture else 'fixed'}")
     for name, method in RANKED.items()
     for per_picture in (False, True)
     if method.adapts or not per_picture
@@ -119,15 +119,14 @@ def test_float16(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", ["86", "120"])
-def test_engines_ahead_of_time(case, rtx, sm, tmp_path):
+def test_engines_ahead_of_time(case, rtx, tmp_path):
     """TensorRT-RTX, whose builder needs no GPU: standard ops, so no plugin."""
     if case.per_picture:
         pytest.skip("its engines want the plugin, see tests/engine")
     output = tmp_path / "m.engine"
     asvit_deploy.build_engine(onnx=case.file("1"), output=output, flavour="tensorrt-rtx",
-                              fp16=True, target_sm=[sm], images=case.folder, limit=8)  # fmt: skip
+                              fp16=True, target_sm=("86", "120"), images=case.folder, limit=8)  # fmt: skip
     fields = open_artefact(output).fields
     assert (fields["mode"], fields["plugin_layers"]) == ("static", 0)
-    assert fields["target_sms"] == [sm]
+    assert fields["target_sms"] == ["86", "120"]
     assert fields["checked"]["passed"]
