@@ -124,8 +124,10 @@ def test_engines_ahead_of_time(case, rtx, tmp_path):
     if case.per_picture:
         pytest.skip("its engines want the plugin, see tests/engine")
     output = tmp_path / "m.engine"
-    asvit_deploy.build_engine(onnx=case.file("1"), output=output, flavour="tensorrt-rtx",
-                              fp16=True, target_sm=("86", "120"), images=case.folder, limit=8)  # fmt: skip
+    asvit_deploy.build_engine(
+        onnx=case.file("1"), output=output, flavour="tensorrt-rtx", fp16=True,
+        target_sm=("86", "120"), images=case.folder, limit=8,
+    )  # fmt: skip
     fields = open_artefact(output).fields
     assert (fields["mode"], fields["plugin_layers"]) == ("static", 0)
     assert fields["target_sms"] == ["86", "120"]
