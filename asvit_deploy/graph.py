@@ -101,7 +101,9 @@ def prefix_of(values: dict[str, ir.Value]) -> int:
     Args:
         values: from `inferred`.
     """
-    return rows_of(values["tokens_0"]) - rows_of(values["scores_0"])
+    # Of a method that adds rows, the op ranks those beside the ones that were scored.
+    scores = values.get("all_scores_0", values["scores_0"])
+    return rows_of(values["tokens_0"]) - rows_of(scores)
 
 
 def rows_of(value: ir.Value) -> int:
@@ -238,9 +240,11 @@ def _stored_prefix(model: onnx.ModelProto) -> int:
     """As `prefix_of`, from the shapes that the file keeps; 1 where it keeps none."""
     rows = {}
     for info in model.graph.value_info:
-        if info.name in ("tokens_0", "scores_0"):
+        if info.name in ("tokens_0", "scores_0", "all_scores_0"):
             rows[info.name] = info.type.tensor_type.shape.dim[1].dim_value
-    return rows["tokens_0"] - rows["scores_0"] if len(rows) == 2 and all(rows.values()) else 1
+    scores = rows.get("all_scores_0", rows.get("scores_0"))  # as in `prefix_of`
+    tokens = rows.get("tokens_0")
+    return tokens - scores if tokens and scores else 1
 
 
 def without_function(model: onnx.ModelProto) -> onnx.ModelProto:
