@@ -189,13 +189,15 @@ def planned_counts(
     Counts that the method raises to what it can do are written as they are carried out.
     """
     kept, exact, tokens = [], float(config.image_tokens), config.image_tokens
-    for _ in blocks:
+    for stage in range(len(blocks)):
         # The share is of what would be there exactly, so that rounding does not add up.
         exact = exact * ratio
         kept.append(max(1, min(round(exact), tokens)))
-        tokens = kept[-1] + method.appends
-    made = method(blocks, kept, config.prefix)
-    return [length - config.prefix - method.appends for length in fixed_lengths(config, made)]
+        made = method(blocks[: stage + 1], kept, config.prefix)
+        counted = made.counts(stage, tokens)
+        assert counted is not None
+        kept[-1], tokens = counted, counted + made.added(tokens, counted)
+    return kept
 
 
 def carried_out(config: ArchConfig, reduction: Ranked) -> float:

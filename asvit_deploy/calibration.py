@@ -307,20 +307,22 @@ class StageCost:
     Args:
         halves: the two cuts.
         scores: float32 [N_p] of each image.
-        appends: rows that are added behind the cut.
+        appends: rows that are added behind the cut where something leaves.
     """
 
     def __init__(
         self, config: ArchConfig, halves: tuple[int, int], scores: Sequence[NDArray],
         appends: int = 0,
     ) -> None:  # fmt: skip
-        self.config, self.halves, self.added = config, halves, config.prefix + appends
+        self.config, self.halves, self.appends = config, halves, appends
         self.ordered = [np.sort(one) for one in scores]
 
     def __call__(self, theta: float) -> float:
         kept = [len(s) - np.searchsorted(s, np.float32(theta), "right") for s in self.ordered]
         tokens = np.maximum(np.array(kept, np.float64), 1)  # the best always stays
-        return float(part_macs(self.config, self.added + tokens, *self.halves).mean())
+        leaves = tokens < [len(s) for s in self.ordered]
+        rows = self.config.prefix + tokens + self.appends * leaves
+        return float(part_macs(self.config, rows, *self.halves).mean())
 
 
 def mid_gap_threshold(

@@ -13,3 +13,9 @@ class CheckFailed(Exception):
 
 class Interrupted(Exception):
     """A training run was asked to stop; its state is saved. Exit code 130."""
+
+
+def shortened(name: object, most: int = 300) -> str:
+    """A path or a name as a message shows it: of one that no file can have, both ends."""
+    text = str(name)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 4 :]}"

@@ -230,3 +230,14 @@ def test_evaluate_of_an_onnx_file_has_its_method(files, tmp_path, monkeypatch):
         raises_one_line(lambda o=option: asvit_deploy.evaluate("x.onnx", data="digits", **o),
                         "x.onnx is an ONNX file",
                         f"--{next(iter(option)).replace('_', '-')}")  # fmt: skip
+
+
+def test_export_names_what_can_be_done_with_a_head_that_averages(files, tmp_path, monkeypatch):
+    """Nothing can be fine-tuned there: thresholds do not carry sizes."""
+    monkeypatch.chdir(tmp_path)
+    able = [name for name, made in METHODS.items() if made.carries_sizes]
+    with pytest.raises(asvit_deploy.UserError) as caught:
+        asvit_deploy.export(files["mean"])
+    assert "finetune" not in str(caught.value)
+    assert f"calibrate` on it, pass --method with one of {', '.join(able)}" in str(caught.value)
+    raises_one_line(lambda: asvit_deploy.export(files["dense"]), "`finetune` on it")

@@ -197,18 +197,27 @@ def reference_model(artefact: Path, fields: dict[str, Any], dense: bool = False)
 
 
 def reference_checkpoint(artefact: Path, fields: dict[str, Any]) -> Checkpoint:
-    """The checkpoint of an artefact, with the facts that the artefact records.
+    """The checkpoint of an artefact, with the facts and the method that the artefact records.
 
     Raises:
         UserError: as `source_file` and `load_checkpoint`.
     """
-    record = fields["source"]
-    path = source_file(artefact, record, "checkpoint", "export")
-    arch = fields["arch"] if fields["arch"] in ARCHS else None
-    checkpoint = load_checkpoint(
-        path, fields["image_size"], arch, ema=record.get("ema", False),
-        recorded=config_of(fields),
-    )  # fmt: skip
+    checkpoint = source_checkpoint(artefact, fields)
     if "reduction" in fields:  # which dense weights do not say, or say without the file's bounds
         checkpoint = replace(checkpoint, adaptive=True, reduction=fields["reduction"])
     return checkpoint
+
+
+def source_checkpoint(artefact: Path, fields: dict[str, Any]) -> Checkpoint:
+    """As `reference_checkpoint`, with what the checkpoint itself says of a method.
+
+    Raises:
+        UserError: likewise.
+    """
+    record = fields["source"]
+    path = source_file(artefact, record, "checkpoint", "export")
+    arch = fields["arch"] if fields["arch"] in ARCHS else None
+    return load_checkpoint(
+        path, fields["image_size"], arch, ema=record.get("ema", False),
+        recorded=config_of(fields),
+    )  # fmt: skip

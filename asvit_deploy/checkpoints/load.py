@@ -47,9 +47,9 @@ from asvit_deploy.checkpoints.ours import (
     stated_config,
 )
 from asvit_deploy.checkpoints.places import content_at, weights_at
-from asvit_deploy.checkpoints.reading import listed, quoted, shortened
+from asvit_deploy.checkpoints.reading import listed, quoted
 from asvit_deploy.checkpoints.refused import Refused
-from asvit_deploy.errors import UserError
+from asvit_deploy.errors import UserError, shortened
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import ARCHS, described, description
 from asvit_deploy.models.config import ArchConfig, HeadName

@@ -20,11 +20,10 @@ from asvit_deploy.checkpoints.reading import (
     is_pointer,
     listed,
     read,
-    shortened,
 )
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.checkpoints.shards import index_of, is_index, read_shards, shards_of
-from asvit_deploy.errors import UserError
+from asvit_deploy.errors import UserError, shortened
 from asvit_deploy.files import sha256
 
 # What hubs call the weights of a folder, the best first.

@@ -20,7 +20,7 @@ from asvit_deploy.bounded import open_regular
 from asvit_deploy.checkpoints import bounds
 from asvit_deploy.checkpoints.damage import check_archive
 from asvit_deploy.checkpoints.refused import Refused
-from asvit_deploy.errors import UserError
+from asvit_deploy.errors import UserError, shortened
 from asvit_deploy.memory import memory
 
 # Endings of checkpoint files, the longer ones first.
@@ -35,7 +35,7 @@ _UNSUMMED = (
 _TOO_MUCH = "asks for more memory than its size can fill; save it again with torch.save"
 _LONGEST_PATH = 4096  # characters, Linux's own limit
 _LISTED = 3  # keys that a message names before it says how many more there are
-_LONGEST_LISTED, _LONGEST_SHOWN = 100, 300  # characters of one of them, and of a path
+_LONGEST_LISTED = 100  # characters of one of them
 # How a file begins that Git LFS left in the place of another.
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTERS = 2048  # bytes; a pointer has some 130
@@ -94,12 +94,6 @@ def listed(names: Any) -> str:
     shown = (shortened(name, _LONGEST_LISTED) for name in names[:_LISTED])
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(shown) + more
-
-
-def shortened(name: Any, most: int = _LONGEST_SHOWN) -> str:
-    """A path or a name as a message shows it: of one that no file can have, both ends."""
-    text = str(name)
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 4 :]}"
 
 
 def quoted(value: Any) -> str:

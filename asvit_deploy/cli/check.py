@@ -27,6 +27,11 @@ _LISTED = 20
 @options.skip_limit
 @click.option("--reference", type=options.PATH,
               help="Another ONNX artefact to compare with [default: PyTorch].")  # fmt: skip
+@click.option(
+    "--method", metavar="NAME",
+    help="Method that MODELS must be of [default: what each says of itself].",
+)  # fmt: skip
+@options.method
 @options.library
 @options.engine_code
 @options.as_json
@@ -36,6 +41,9 @@ def command(
     limit: int,
     skip_limit: int,
     reference: Path | None,
+    method: str | None,
+    cuts: tuple[int, ...] | None,
+    max_kept: int | None,
     library: Path | None,
     plugin: Path | None,
     allow_engine_code: bool,
@@ -52,6 +60,9 @@ def command(
     asvit-deploy check as_deit_s.onnx
     asvit-deploy check --reference as_deit_s.onnx as_deit_s.int8.onnx
 
+    With --method, --cuts or --max-kept, what a model says of itself must be what these make of its
+    checkpoint.
+
     With --reference, a model may be a file that another tool made from it (quantised, simplified,
     without its sidecar): what it does not say is taken from the reference.
     """
@@ -59,7 +70,8 @@ def command(
 
     comparisons = check(
         models, images=images, limit=limit, skip_limit=skip_limit, reference=reference,
-        library=library, plugin=plugin, allow_engine_code=allow_engine_code, say=options.status,
+        method=method, cuts=cuts, max_kept=max_kept, library=library, plugin=plugin,
+        allow_engine_code=allow_engine_code, say=options.status,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps([comparison.as_dict() for comparison in comparisons], indent=2))

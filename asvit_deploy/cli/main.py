@@ -10,7 +10,7 @@ import click
 from click.utils import PacifyFlushWrapper
 
 from asvit_deploy import __version__
-from asvit_deploy.errors import CheckFailed, Interrupted, UserError
+from asvit_deploy.errors import CheckFailed, Interrupted, UserError, shortened
 from asvit_deploy.files import FULL
 from asvit_deploy.status import first_process
 
@@ -61,12 +61,12 @@ def group() -> None:
 def _access_failure(error: OSError) -> str | None:
     """One line for what the system refuses; None where it is a defect of ours."""
     if error.errno in FULL:
-        where = error.filename or "the output, or a temporary file"
+        where = shortened(error.filename or "the output, or a temporary file")
         return f"cannot write {where}: {error.strerror}; free space, or set TMPDIR to another disk"
     if error.filename is None:
         return None
     advice = "; check the permissions on it and its folders" * isinstance(error, PermissionError)
-    return f"cannot access {error.filename}: {error.strerror}{advice}"
+    return f"cannot access {shortened(error.filename)}: {error.strerror}{advice}"
 
 
 def _hides_interrupt(error: BaseException | None) -> bool:

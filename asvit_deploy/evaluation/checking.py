@@ -11,7 +11,9 @@ from asvit_deploy.artefacts.artefact import Artefact, Ways
 from asvit_deploy.artefacts.onnx_file import find_op_library
 from asvit_deploy.artefacts.opening import artefacts_here, open_artefact, paths_of
 from asvit_deploy.data.images import open_images
+from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import bar, path_of, require_least
+from asvit_deploy.evaluation.claimed_method import Claim
 from asvit_deploy.ops.headers import silent
 from asvit_deploy.parity import CHOICE, Parity, compare
 from asvit_deploy.runners.base import Reference
@@ -58,6 +60,9 @@ def check(
     limit: int = 200,
     skip_limit: int = 0,
     reference: str | Path | None = None,
+    method: str | None = None,
+    cuts: Sequence[int] | None = None,
+    max_kept: int | None = None,
     library: str | Path | None = None,
     plugin: str | Path | None = None,
     allow_engine_code: bool = False,
@@ -73,6 +78,11 @@ def check(
         skip_limit: so many of them may be unreadable.
         reference: an ONNX artefact to compare with in place of PyTorch; then a model may be a file
             that another tool made from it.
+        method: of which the artefacts must be; their reference is then what this method makes of
+            their checkpoint, and a sidecar that says otherwise is refused. By default, what each
+            sidecar says.
+        cuts: the blocks at which their tokens must leave.
+        max_kept: the bound that they must have on the rows of any picture.
         library: the op's library for ONNX Runtime, or None for the one that `build-plugins` made.
         plugin: the op's TensorRT library, likewise.
         allow_engine_code: run code that an engine brings along.
@@ -82,16 +92,25 @@ def check(
         one for each artefact, way and batch size; they are good where all have `passed`.
 
     Raises:
-        UserError: an artefact cannot be opened or run, or the pictures cannot be read.
+        UserError: an artefact cannot be opened or run, is of another method, cuts or bound than
+            those named, or the pictures cannot be read.
     """
     require_least(1, limit=limit)
     require_least(0, skip_limit=skip_limit)
+    if max_kept is not None:
+        require_least(1, max_kept=max_kept)
+    claim = Claim(method, cuts, max_kept)
+    if reference is not None and claim.options:
+        raise UserError(
+            f"{claim.options[0]} makes the reference from the checkpoint, and --reference names "
+            "another; drop one of them"
+        )
     allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
     found = find_op_library(path_of(library), say)
     paths = paths_of(models) or artefacts_here("onnx")
 
     def opened(path: Path) -> tuple[Artefact, Reference, Ways]:
-        return _opened(path, found, allowed, path_of(reference), say)
+        return _opened(path, found, allowed, path_of(reference), claim, say)
 
     # A bad one is refused before the first has run for minutes; each is let go again, so that
     # never more than one is in memory.
@@ -105,10 +124,11 @@ def check(
 
 def _opened(
     path: Path, library: Path | None, allowed: Allowed, original: Path | None,
-    say: Callable[[str], None],
+    claim: Claim, say: Callable[[str], None],
 ) -> tuple[Artefact, Reference, Ways]:  # fmt: skip
     """Everything that checking `path` needs, loaded: what cannot be loaded is refused here."""
     artefact = open_artefact(path, library, allowed, original)
+    claim.require(artefact)
     artefact.require_runnable()
     for note in artefact.notes:
         say(note)

@@ -23,6 +23,7 @@ from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.parity import Parity, compare
 from asvit_deploy.precision import FLOAT32
+from asvit_deploy.reduction.methods import METHODS
 from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
@@ -37,12 +38,15 @@ def default_output(checkpoint: Path, dense: bool) -> Path:
 
 
 def require_adaptive(checkpoint: Checkpoint) -> None:
-    """Raise UserError where a checkpoint has no thresholds."""
+    """Raise UserError where a checkpoint has no method."""
     if not checkpoint.adaptive:
+        ways = "run `asvit-deploy calibrate` (no training) or `finetune` on it, pass --method"
+        if checkpoint.config.averages:  # thresholds, which are what trains, do not carry sizes
+            able = ", ".join(name for name, made in METHODS.items() if made.carries_sizes)
+            ways = f"run `asvit-deploy calibrate` on it, pass --method with one of {able}"
         raise UserError(
             f"{checkpoint.path} is a dense {checkpoint.config.name.removeprefix('as_')}, whose "
-            "tokens all stay; run `asvit-deploy calibrate` (no training) or `finetune` on it, pass "
-            "--method, or export it as it is with --dense"
+            f"tokens all stay; {ways}, or export it as it is with --dense"
         )
     if checkpoint.reduction is None:
         require_one_token(checkpoint)

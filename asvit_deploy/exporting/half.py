@@ -1,9 +1,10 @@
 """Half precision written into the graph: half weights and activations, float32 islands.
 
-What stays float32: the scores from the class row on, every softmax, LayerNorm and norm, the
-comparison with the thresholds, graph inputs and outputs, and what this opset does not define for
-the half type (at opset 20 that is bfloat16's Conv). A builder that is strongly typed then has no
-say in it, and the same graph can be compared with PyTorch before an engine is built from it.
+What stays float32: the scores from the class row on, where leaving tokens go, every softmax,
+LayerNorm, norm and logarithm, every comparison of what is float32, graph inputs and outputs, and
+what this opset does not define for the half type (at opset 20 that is bfloat16's Conv). A builder
+that is strongly typed then has no say in it, and the same graph can be compared with PyTorch before
+an engine is built from it.
 """
 
 from __future__ import annotations
@@ -23,29 +24,36 @@ from asvit_deploy.precision import Half, Precision
 
 _HALF_TYPES = {ir.DataType(row.onnx_type): row for row in precision.HALVES}
 
-# Sums of many terms, or quotients of them: rounding each term to half would show.
-_ISLANDS = frozenset(("Softmax", "LayerNormalization", "ReduceL2", "ReduceSum", "ReduceMean"))
+# Sums of many terms, or quotients of them: rounding each term to half would show. And logarithms,
+# whose absolute error is a relative one of what they are added to.
+_ISLANDS = frozenset(
+    ("Softmax", "LayerNormalization", "ReduceL2", "ReduceSum", "ReduceMean", "Log")
+)
 # They move or look at numbers without computing, so they take the type that comes.
 _MOVES = frozenset(
     ("Cast", "CastLike", "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND",
-     "Identity", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+     "Identity", "Reshape", "Shape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+     "ArgMax", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "ReduceMax", "TopK",
+     "Where")
 )  # fmt: skip
 
 
 def _scoring_and_selection(whole: ir.Graph) -> tuple[set[ir.Node], set[ir.Node]]:
-    """Nodes that only the scores need, and nodes between the scores and the next block."""
+    """Nodes that only a cut's decision needs, and nodes between the scores and the next block."""
     values = graph.values_of(whole)
     scoring: set[ir.Node] = set()
     selection: set[ir.Node] = set()
     stop: set[ir.Value] = set()
     stage = 0
     while f"scores_{stage}" in values:
-        tokens, scores, *ends = (
+        before, tokens, scores, into, *ends = (
             [values[name] for name in (f"{kind}_{stage}",) if name in values]
-            for kind in ("tokens", "scores", "compact", "index", "length")
+            for kind in ("before", "tokens", "scores", "into", "compact", "index", "length")
         )
         stop |= {*tokens, *scores}  # padded: a stage's selection asks the one before
-        scoring |= graph.upstream(scores) - graph.upstream(tokens)
+        # What the op takes may be mixed from the scores already, where a method merges.
+        begin = graph.upstream(before or tokens)
+        scoring |= graph.upstream([*scores, *into]) - begin
         selection |= graph.upstream(itertools.chain(*ends), stop)
         stage += 1
     return scoring, selection

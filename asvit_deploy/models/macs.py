@@ -116,7 +116,7 @@ def fixed_lengths(config: ArchConfig, reduction: Reduction) -> list[int]:
         kept = reduction.counts(stage, tokens)
         if kept is None:
             raise ValueError(f"{reduction.name} keeps another number on every picture")
-        tokens = kept + reduction.appends
+        tokens = kept + reduction.added(tokens, kept)
         lengths.append(config.prefix + tokens)
     return lengths
 

@@ -162,6 +162,8 @@ class ViT(Backbone):
         rows, trace = Rows(x.squeeze(0) if single else x), Trace()
         for stage in range(len(self.cuts)):
             rows, decision = self.scored(stage, rows)
+            if torch.compiler.is_exporting():
+                trace.before.append(rows.tokens)
             given = None if decisions is None else decisions[stage]
             keep = None
             if mean_k and decision.boundary is not None:
@@ -202,6 +204,7 @@ class ViT(Backbone):
         """
         rows, prefix = Rows(self.embed(images)), self.config.prefix
         masks: list[Tensor] = []
+        stay = rows.tokens.new_ones(rows.tokens.shape[:2], dtype=torch.float32)
         for stage in range(len(self.cuts)):
             rows, seen = self.segment(stage, rows, masked=True)
             assert self.reduction is not None
@@ -209,23 +212,22 @@ class ViT(Backbone):
             # Ranks and sizes are float32's, as everywhere, where products are a shorter type's.
             with torch.autocast(images.device.type, enabled=False):
                 decision = self.reduction.decide(stage, rows, seen)
-                alive = masks[-1] if masks else torch.ones_like(decision.score)
-                alive = F.pad(alive, (0, decision.score.shape[1] - alive.shape[1]), value=1.0)
+                alive = stay[:, prefix:]
                 if selector is None:
                     mask = self.reduction.mask(stage, decision, alive, temperature)
                 else:
                     mask = selector(stage, decision.score, alive)
                 masks.append(mask)
                 stay = F.pad(mask, (prefix, 0), value=1.0)
+                leaves = rows.leaving(stay.detach(), prefix).amax(1, keepdim=True)
                 rows, _ = combined(self.reduction, stage, rows, stay, decision)
+                # What is added stands for what leaves, and for nothing where nothing does.
+                added = rows.tokens.shape[1] - stay.shape[1]
+                stay = torch.cat([stay, leaves.expand(-1, added)], 1)
             if masking == "activation":
                 rows = replace(rows, tokens=rows.tokens * stay.unsqueeze(2).to(rows.tokens.dtype))
             else:
-                appended = rows.tokens.shape[1] - stay.shape[1]
-                rows = replace(rows, keep=F.pad(stay, (0, appended), value=1.0))
+                rows = replace(rows, keep=stay)
         rows, _ = self.segment(len(self.cuts), rows, masked=True)
-        in_use = None
-        if masks:
-            stay = F.pad(masks[-1].detach(), (prefix, 0), value=1.0)
-            in_use = F.pad(stay, (0, rows.tokens.shape[1] - stay.shape[1]), value=1.0) > 0.5
+        in_use = stay.detach() > 0.5 if masks else None
         return self.classify(replace(rows, alive=in_use)), self.norm(rows.tokens), masks

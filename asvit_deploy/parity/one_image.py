@@ -136,8 +136,7 @@ def _cuts(
         assert path.scores is not None
         scores = path.scores[stage][0]
         if stage:  # what the last cut left, and what it added
-            added = np.arange(len(path.scores[stage - 1][0]), len(scores))
-            before = np.append(kept[stage - 1], added)
+            before = _left(kept[stage - 1], path.scores[stage - 1][0], scores)
         alive = np.flatnonzero(~np.isnan(scores)) if threshold is None else before
         if threshold is None:
             decided, threshold = _highest(scores, alive, len(kept[stage]))
@@ -152,6 +151,14 @@ def _cuts(
         flips = [_flip(int(token), scores[alive], scores, threshold) for token in flipped]
         cuts.append(ComparedCut(len(alive), noise, flips))
     return cuts
+
+
+def _left(
+    kept: NDArray[np.int64], before: NDArray[np.float32], scores: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """The tokens that come to a stage: those that the one before kept, and those that it added."""
+    added = np.arange(len(before), len(scores))
+    return np.append(kept, added[~np.isnan(scores[added])])
 
 
 def _highest(

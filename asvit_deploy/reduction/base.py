@@ -82,7 +82,7 @@ class Reduction(nn.Module):
         name: as commands and files call it.
         slot: the first part of its parameters' names.
         place: where in a block it cuts.
-        appends: rows that `combine` adds at each cut.
+        appends: rows that `combine` adds at each cut where something leaves.
         carries_sizes: whether rows say how many input tokens they stand for, so that a mean over
             tokens is one over those of the input.
     """
@@ -150,6 +150,10 @@ class Reduction(nn.Module):
     def counts(self, stage: int, tokens: int) -> int | None:
         """How many image rows stay of so many, the same for each image; None: each its own."""
         return None
+
+    def added(self, tokens: int, kept: int) -> int:
+        """Rows that a cut adds where so many of so many image rows stay."""
+        return self.appends if kept < tokens else 0
 
     def macs(self, stage: int, rows: Any) -> Any:
         """Multiply-accumulates of its own at a cut with so many rows (M), which are not counted

@@ -81,9 +81,9 @@ class BAT(TopK):
         x = rows.batched[:, prefix:].float()
         tokens = int(living[0].sum()) if rows.keep is not None else x.shape[1]
         if self.counts(stage, tokens) == tokens:
-            own = torch.arange(prefix + a.shape[1], device=a.device).expand(a.shape[0], -1)
-            certain = filled(torch.inf, a.shape[0], a.shape[1], a.device)
-            return Decision(1 + a, into=own, into_margin=certain, weight=weight)
+            # Nothing leaves; where it would go is said as at every cut.
+            found = pairs(rows, F.normalize(x, dim=2), prefix)
+            return Decision(1 + a, into=found.into, into_margin=found.margin, weight=weight)
         attentive, merging, centres = self.parts(stage, tokens)
         # (B1)
         high, edge = _highest(torch.where(living, a, -1.0), attentive)

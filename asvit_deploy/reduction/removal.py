@@ -35,7 +35,7 @@ def remove(
         index = _highest(decision.score, count, reduction.prefix)
     else:
         return _by_op(reduction, stage, rows, decision, padded, keep, into)
-    if reduction.hands_on():
+    if reduction.hands_on() and not (reduction.appends and index.shape[1] == before):
         images, kept = index.shape
         nothing = filled(0.0, images, before, index.device)
         stay = nothing.scatter(1, index, filled(1.0, images, kept, index.device))
@@ -111,11 +111,13 @@ def _by_op(
         stays = _passing(score, boundary) & rows.living(reduction.prefix)
         first = filled(1.0, images, reduction.prefix, device)
         stay = torch.cat([first, stays.float()], 1)
+        leaves = (rows.leaving(stay, reduction.prefix) > 0.5).any(1, keepdim=True)
         rows, decision = combined(reduction, stage, rows, stay, decision, into)
         if reduction.appends:
             # The best stays even where it is not above the boundary: what is added outdoes it.
             score = torch.where(stays, torch.inf, score)
-            added = filled(torch.inf, images, reduction.appends, device)
+            # Where nothing leaves, what is added stands for nothing and goes at once.
+            added = torch.where(leaves, torch.inf, -torch.inf).expand(images, reduction.appends)
             score = torch.cat([score, added], 1)
     compact, index, length, _ = threshold_compact(rows.batched, score, boundary)
     rows = replace(_side_rows(rows, compact, index), alive=index >= 0 if padded else None)
@@ -139,6 +141,8 @@ def _side_rows(rows: Rows, tokens: Tensor, index: Tensor) -> Rows:
 def mean_k_keep_mask(scores: Tensor, threshold: Tensor) -> Tensor:
     """The paper's batch rule: every image keeps the top k, k the batch's mean count, at least 1.
 
+    Rows that may not leave (+inf) stay on every image, so k is no less than their number on any.
+
     An image then depends on its batch mates; use it to reproduce the paper's validation numbers.
 
     Args:
@@ -148,7 +152,8 @@ def mean_k_keep_mask(scores: Tensor, threshold: Tensor) -> Tensor:
         bool [B, N] with the same number of True in every row.
     """
     count = int((scores > threshold).sum()) // scores.shape[0]
-    top = falling_order(scores)[:, : max(count, 1)]
+    fixed = int((scores == torch.inf).sum(1).max())
+    top = falling_order(scores)[:, : max(count, fixed, 1)]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
 
 

@@ -77,6 +77,7 @@ class Trace:
     `index` follows the op's contract (rows of that cut's input, prefix included), `length` counts
     the rows behind it, appended ones too; `scores` are float32 [B, M-P], -inf where a row only pads
     the batch. `into` and `into_margin` are those of the decisions, of methods that have them.
+    `before` are the tokens that came to each cut, in a graph alone: they mark where scoring begins.
     """
 
     scores: list[Tensor] = field(default_factory=list)
@@ -84,6 +85,7 @@ class Trace:
     length: list[Tensor] = field(default_factory=list)
     into: list[Tensor] = field(default_factory=list)
     into_margin: list[Tensor] = field(default_factory=list)
+    before: list[Tensor] = field(default_factory=list)
 
 
 def filled(value: float | bool, images: int, rows: int, device: torch.device) -> Tensor:

@@ -112,8 +112,8 @@ def decode(
         index: per stage int64 [B, rows], the op's `index`; -1 where a row is none in use.
         scores: per stage float32 [B, rows before the stage - P].
         prefix: P.
-        appended: rows that each stage adds behind those that stay. They are tokens too, numbered
-            from N on in the order in which they come.
+        appended: rows that each stage adds where something leaves, behind those that stay. They are
+            tokens too, numbered from N on in the order in which they come.
         into: per stage int64 [B, rows before the stage], or nothing.
         into_margin: per stage float32 [B, rows before the stage - P], or nothing.
     """
@@ -130,7 +130,9 @@ def decode(
                 [_spread(p, into_margin[s][b], width) for b, p in enumerate(places)]
             )
         added = added_at(s, tokens, appended)
-        places = [_after(p, rows[b, prefix:], prefix, added) for b, p in enumerate(places)]
+        more = np.asarray(lengths[s]) - (rows >= 0).sum(1)  # behind what the index says
+        places = [_after(p, rows[b, prefix:], prefix, added, more[b] > 0)
+                  for b, p in enumerate(places)]  # fmt: skip
         found.kept.append([p[(p >= 0) & (p < width)] for p in places])
     return Prediction(
         np.asarray(output, np.float32), [np.asarray(length, np.int64) for length in lengths],
@@ -148,18 +150,20 @@ class _Found(NamedTuple):
 
 
 def _after(
-    places: NDArray[np.int64], rows: NDArray[np.int64], prefix: int, added: NDArray[np.int64]
-) -> NDArray[np.int64]:
+    places: NDArray[np.int64], rows: NDArray[np.int64], prefix: int, added: NDArray[np.int64],
+    behind: bool,
+) -> NDArray[np.int64]:  # fmt: skip
     """Which token each row is behind a stage, -1 for none.
 
     Args:
         places: likewise before the stage.
         rows: of the stage's input, or -1; those that the stage adds may be among them, at its end.
+        behind: whether they come behind these instead.
     """
     own = rows - prefix
     known = np.concatenate([places, added])
     after = np.where((own >= 0) & (own < len(known)), known[np.clip(own, 0, len(known) - 1)], -1)
-    return after if len(added) == 0 or (own >= len(places)).any() else np.append(after, added)
+    return np.append(after, added) if behind else after
 
 
 def _goes(

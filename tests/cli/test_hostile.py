@@ -17,6 +17,8 @@ from conftest import refused
 
 from asvit_deploy import sidecar as artifact
 
+LONG = "a" * 5000
+
 
 @pytest.fixture
 def onnx(mini_artifacts, tmp_path, monkeypatch) -> Path:
@@ -171,3 +173,14 @@ def test_an_unreadable_cache_costs_the_library_and_no_more(
     assert result.code == 0, result.err
     assert "may not be read" in result.err
     assert "function" in result.out
+
+
+@pytest.mark.parametrize("args", [
+    ("calibrate", "--ckpt", LONG), ("check", LONG), ("bench", LONG),
+    ("build-engine", "--onnx", LONG), ("export", "--ckpt", "default", "-o", LONG),
+    ("calibrate", "--ckpt", "default", "--images", LONG),
+])  # fmt: skip
+def test_a_name_that_no_file_can_have_is_not_printed_whole(cli, args):
+    result = cli(*args)
+    refused(result, "aaaa")
+    assert max(map(len, result.err.splitlines())) < 500

@@ -171,6 +171,13 @@ def test_mean_k_keeps_at_least_one():
     assert mean_k_keep_mask(scores, torch.tensor(-1.0)).all()
 
 
+def test_mean_k_keeps_what_may_not_leave():
+    """One image has more of them than the batch keeps on average."""
+    scores = torch.tensor([[torch.inf, 0.1, torch.inf, torch.inf], [0.1, 0.3, 0.2, 0.1]])
+    kept = mean_k_keep_mask(scores, torch.tensor(0.5))
+    assert kept.tolist() == [[True, False, True, True], [True, True, True, False]]
+
+
 def test_unknown_batch_rule(model):
     with pytest.raises(ValueError, match=r"'mean_k' is not one of \('exact', 'mean-k'\)"):
         model(pictures(model.config, 1), batch_rule="mean_k")

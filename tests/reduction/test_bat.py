@@ -161,3 +161,14 @@ def test_it_is_restored_from_its_fields():
     assert (made.blocks, made.kept, made.prefix) == ((1, 3, 4), (30, 15, 7), 3)
     with pytest.raises(ValueError, match="no thresholds"):
         restored({"name": "bat", "blocks": [1, 3], "kept": None}, 1)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_graph_says_where_tokens_go_at_cuts_that_keep_all():
+    """As every method's does: without one stage's, no other's would be compared."""
+    from asvit_deploy.exporting.to_onnx import to_onnx
+    from asvit_deploy.graph import stage_values
+
+    graph = to_onnx(network(BAT, blocks=(1, 3, 4), kept=(49, 49, 20)))
+    assert stage_values(graph, "into") == ["into_0", "into_1", "into_2"]

@@ -53,6 +53,55 @@ def test_the_fused_token_counts_and_may_itself_leave():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kept", [(49, 49, 49), None], ids=["fixed", "per picture"])
+def test_where_nothing_leaves_nothing_is_added(kept):
+    model, images = network(EViT, blocks=STAGES[0], kept=kept), torch.randn(3, 3, 112, 112)
+    for boundary in model.reduction.boundaries():
+        boundary.fill_(0)
+    dense = model.with_reduction(None)(images)[0]
+    for logits, lengths in ((model(images)[0], model(images)[1].length),
+                            (model(images[:1])[0], model(images[:1])[1].length)):  # fmt: skip
+        torch.testing.assert_close(logits, dense[: len(logits)], rtol=0, atol=1e-5)
+        assert [length.tolist() for length in lengths] == [[50] * len(logits)] * 3
+    torch.testing.assert_close(model.forward_masked(images)[0], dense, rtol=0, atol=1e-5)
+    if kept is not None:
+        assert fixed_lengths(model.config, model.reduction) == [50, 50, 50]
+
+
+@torch.no_grad()
+def test_one_picture_of_a_batch_loses_nothing():
+    """It gets no fused row, though its batch mates do; the same alone."""
+    model, images = network(EViT, blocks=STAGES[0], kept=None), torch.randn(4, 3, 112, 112)
+    lowest = [model(image[None])[1].scores[0].min() for image in images]
+    one, other = torch.stack(lowest).topk(2).values
+    for stage, boundary in enumerate(model.reduction.boundaries()):
+        boundary.fill_((one + other) / 2 if stage == 0 else 0)
+    same_in_all_forms_of_one_cut(model, images)
+
+
+def same_in_all_forms_of_one_cut(model, images):
+    logits, trace = model(images)
+    alone = [model(image[None]) for image in images]
+    assert trace.length[0].tolist() == [one.length[0].item() for _, one in alone]
+    assert sum(n == 50 for n in trace.length[0].tolist()) >= 1
+    torch.testing.assert_close(logits, torch.cat([one for one, _ in alone]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.forward_masked(images)[0], logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [STAGES[1], None], ids=["fixed", "per picture"])
+def test_masked_activations_take_what_is_added(kept):
+    """The comparison of the paper's Table 3, where dropped tokens become zero."""
+    model = network(EViT, blocks=STAGES[0], kept=kept)
+    for boundary in model.reduction.boundaries():
+        boundary.fill_(0.02)
+    logits, tokens, masks = model.forward_masked(torch.randn(2, 3, 112, 112), masking="activation")
+    assert logits.isfinite().all()
+    assert tokens.shape[1] == 50 + 3
+    assert 0 < masks[0].mean() < 1
+
+
+@torch.no_grad()
 def test_decisions_of_another_are_carried_out():
     model, image = network(EViT), torch.randn(1, 3, 112, 112)
     logits, trace = model(image)
