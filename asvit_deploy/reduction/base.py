@@ -65,6 +65,8 @@ class Decision:
         nearness: float32 [B, M-P, M-P], of what leaves (rows) to what may take it (columns), -inf
             where it may not; `destined` chooses by it among those that stay.
         weight: float32 [B, M-P], of each image row in what leaving rows become part of.
+        onward, onward_margin: like `into` and its margin, where the row that takes it goes in its
+            turn if that one leaves too.
     """
 
     score: Tensor
@@ -73,6 +75,8 @@ class Decision:
     into_margin: Tensor | None = None
     nearness: Tensor | None = None
     weight: Tensor | None = None
+    onward: Tensor | None = None
+    onward_margin: Tensor | None = None
 
 
 class Reduction(nn.Module):

@@ -56,9 +56,11 @@ class BAT(TopK):
     """The score of a token is how far it is from changing sides: above 1 it stays, below it leaves.
 
     An attentive token's is a_i over the edge between attentive and inattentive, where its place is
-    odd; at an even place also 1 + (the similarity at which pairs stop merging, minus its own). An
-    inattentive token's is 1 and how far it is from becoming a centre, or from ceasing to be one. So
-    fixed counts take exactly (B10)'s tokens, and a near tie is one whose score is near 1.
+    odd; at an even place also 1 + (the similarity at which pairs stop merging, minus its own); and
+    never farther from 1 than a token in front of it is from that edge, which decides whether its
+    place is odd. An inattentive token's is 1 and how far it is from becoming a centre, or from
+    ceasing to be one. So fixed counts take exactly (B10)'s tokens, and a near tie is one whose
+    score is near 1.
     """
 
     name: ClassVar[str] = "bat"
@@ -99,6 +101,9 @@ class BAT(TopK):
         doubt = peaks.doubt(ridge, centre)
         other = torch.where(centre, 1 + doubt, torch.maximum(1 - doubt, above))
         score = torch.where(high, torch.minimum(above, apart), other)
+        # Places in (B8) are those within T_att: a token that enters or leaves it moves all behind.
+        moves = _before(torch.where(living, (above - 1).abs(), _FAR))
+        score = torch.where(high, torch.minimum(torch.maximum(score, 1 - moves), 1 + moves), score)
         stays = (high & ~matched) | centre
         leaves = score.clamp(_MARGIN, 1 - _MARGIN)
         score = torch.where(stays, score.clamp_min(1 + _MARGIN), leaves)
@@ -119,6 +124,12 @@ class BAT(TopK):
         one = filled(1.0, rows.batched.shape[0], self.prefix, rows.tokens.device)
         weight = torch.cat([one, decision.weight], 1)
         return averaged(rows, decision.into, rows.leaving(stay, self.prefix), weight)
+
+
+def _before(values: Tensor) -> Tensor:
+    """The smallest value at the places before each, `_FAR` at the first; [B, N]."""
+    place = torch.arange(values.shape[1], device=values.device)
+    return torch.where(place < place[:, None], values[:, None, :], _FAR).amin(2)
 
 
 def _highest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

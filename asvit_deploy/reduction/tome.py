@@ -78,16 +78,37 @@ class ToMeStages(ToMe):
             if left is not None:  # below every score of the last round
                 value = torch.where(left, value, _LEAST / 2)
             tokens = max(kept, every_second(tokens))
+            if tokens == kept:
+                return Decision(value, into=into, into_margin=doubt[:, prefix:],
+                                onward=found.into, onward_margin=found.margin)  # fmt: skip
             stays = chosen(value, tokens)
             goes = torch.where(stays, own[:, prefix:], found.into[:, prefix:])
             goes = torch.cat([own[:, :prefix], goes], 1)
-            certain = torch.where(stays, torch.inf, found.margin)
-            certain = torch.cat([filled(torch.inf, own.shape[0], prefix, own.device), certain], 1)
+            certain = _whole(torch.where(stays, torch.inf, found.margin), prefix)
             doubt = torch.minimum(doubt, certain.gather(1, into))  # of each step on the way
             into = goes.gather(1, into)
-            if tokens == kept:
-                return Decision(value, into=into, into_margin=doubt[:, prefix:])
             leaving = (goes != own).float()
             keys = averaged(keys, goes, leaving, keys.sizes)
             keys = replace(keys, size=moved(keys.sizes, goes, leaving))
             left = stays
+
+    def destined(self, rows: Rows, stay: Tensor, decision: Decision) -> Decision:
+        """The last round: who took a row is known, and whether that one stays."""
+        if decision.onward is None:
+            return decision
+        assert decision.into is not None
+        assert decision.into_margin is not None
+        assert decision.onward_margin is not None
+        into, prefix = decision.into, self.prefix
+        there = stay.gather(1, into) > 0.5
+        last = _whole(decision.onward_margin, prefix).gather(1, into)
+        last = torch.where(there, torch.inf, last)[:, prefix:]
+        return replace(
+            decision, into=torch.where(there, into, decision.onward.gather(1, into)),
+            into_margin=torch.minimum(decision.into_margin, last),
+        )  # fmt: skip
+
+
+def _whole(margin: Tensor, prefix: int) -> Tensor:
+    """A margin [B, M-P] for all rows [B, M]; those in front go nowhere."""
+    return torch.cat([filled(torch.inf, margin.shape[0], prefix, margin.device), margin], 1)
