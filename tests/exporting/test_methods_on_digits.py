@@ -23,7 +23,9 @@ from asvit_deploy.graph import with_function
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.parity import compare
 from asvit_deploy.per_picture import fit
+from asvit_deploy.reduction.baselines import Random
 from asvit_deploy.reduction.methods import RANKED
+from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -41,6 +43,7 @@ class Case:
     """A checkpoint, its files by batch, and the pictures."""
 
     checkpoint: Path
+    method: type[Ranked]
     per_picture: bool
     folder: Path
 
@@ -71,7 +74,7 @@ def case(request, pictures, tmp_path_factory) -> Case:
         made = fixed_counts(dense.config, method, BUDGET)
     path = tmp_path_factory.mktemp("case") / "m.safetensors"
     save_checkpoint(path, dense.with_reduction(made), {"budget": str(BUDGET)})
-    return Case(path, per_picture, pictures)
+    return Case(path, method, per_picture, pictures)
 
 
 @pytest.mark.slow
@@ -86,7 +89,8 @@ def test_float32(case, batch, op_library):
     for one in found:
         assert one.parity.failures == []
         assert one.parity.images == one.parity.judged == COUNT
-        assert one.parity.noise, "scores are compared"
+        # Chance is no number of the picture: a graph of one holds it as a constant.
+        assert one.parity.noise or case.method is Random, "scores are compared"
 
 
 @pytest.mark.slow
