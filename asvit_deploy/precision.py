@@ -71,6 +71,7 @@ TABLE = (
     Precision(
         "bf16", "bfloat16", "BFLOAT16", "BF16", half=True, missing=frozenset({"onnxruntime"})
     ),
+    Precision("int8", "int8", "INT8", "INT8"),  # linear layers alone, see `exporting.int8`
 )
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from asvit_deploy.parity import Parity
 
 _PICTURES = 16  # to compare on
+_INT8_PICTURES = 32  # half of them to quantise by
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def export(
     cuts: Sequence[int] | None = None, max_kept: int | None = None,
     batch: Literal["1", "dynamic"] = "1",
     ops: Literal["auto", "custom", "standard"] = "auto", opset: int | None = None,
-    stage_outputs: bool = False, dense: bool = False, ema: bool = False,
+    stage_outputs: bool = False, dense: bool = False,
+    int8: Literal["dynamic", "static"] | None = None, ema: bool = False,
     mean: Channels | None = None, std: Channels | None = None, crop_pct: float | None = None,
     interpolation: str | None = None, heads: int | None = None, activation: str | None = None,
     images: PathLike | None = None, skip_limit: int = 0, classes: PathLike | None = None,
@@ -68,6 +70,8 @@ def export(
         budget, cuts: of that method: MACs as a fraction of the dense ones (0.65), and the blocks at
             which tokens leave.
         max_kept: of thresholds, the most rows that any picture keeps behind the last cut.
+        int8: int8 linear layers, rounded by each picture's own ranges ("dynamic", for CPUs) or by
+            those of pictures seen before ("static": QuantizeLinear and DequantizeLinear).
         say: gets a line on every fact that was taken or assumed, and on the comparison.
 
     Raises:
@@ -76,6 +80,8 @@ def export(
     """
     require_one_of("batch", batch, ("1", "dynamic"))
     require_one_of("ops", ops, ("auto", "custom", "standard"))
+    if int8 is not None:
+        require_one_of("int8", int8, ("dynamic", "static"))
     require_at_least(0, skip_limit=skip_limit)
     require_whole(image_size=image_size, opset=opset)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
@@ -99,14 +105,15 @@ def export(
     checkpoint = with_method(checkpoint, method, budget, cuts, max_kept)
     if not dense:
         require_adaptive(checkpoint)
-    target = target or default_output(place, dense)
+    target = target or default_output(place, dense, int8 is not None)
     config, kind = checkpoint.config, "dense" if dense else "adaptive"
     with sidecar.claimed(target, "onnx", force, *checkpoint_files(place), names):
-        pictures = open_images(optional_path(images), config, _PICTURES, skip_limit, say)
+        count = _PICTURES if int8 is None else _INT8_PICTURES
+        pictures = open_images(optional_path(images), config, count, skip_limit, say)
         say_load(checkpoint, say)
         say(f"{place}: {kind} {config.name}, {config.image_size} px ({checkpoint.format})")
         parity = write_checked(
-            checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema, opset
+            checkpoint, target, pictures, batch, ops, dense, stage_outputs, ema, opset, int8, say
         )
     for name, result in parity.items():
         kept = ", ".join(f"{k:.1f}" for k in result.mean_kept)

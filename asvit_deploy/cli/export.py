@@ -35,6 +35,10 @@ from asvit_deploy.cli import options
 )
 @click.option("--stage-outputs", is_flag=True, help="Make index_0, index_1, … graph outputs.")
 @click.option("--dense", is_flag=True, help="Export the dense twin, without the stages.")
+@click.option(
+    "--int8", is_flag=False, flag_value="dynamic", type=click.Choice(["dynamic", "static"]),
+    help="Int8 linear layers: dynamic [the default] for CPUs, static as Q/DQ for other runtimes.",
+)  # fmt: skip
 @options.ema
 @options.facts
 @options.images
@@ -48,6 +52,7 @@ def command(**chosen: Any) -> None:
     asvit-deploy export --ckpt as_deit_s.pt
     asvit-deploy export --ckpt deit_small.pth --dense
     asvit-deploy export --ckpt deit_small.pth --method size-passing --budget 0.65
+    asvit-deploy export --ckpt as_deit_s.pt --int8
     """
     import asvit_deploy
 

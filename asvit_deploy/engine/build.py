@@ -272,6 +272,15 @@ _OF_THE_FILE = ("schema", "sha256", "digest", "source", "tool", "libraries", "py
                 "compared")  # fmt: skip
 
 
+def _precision(source: Source, options: Options) -> str | None:
+    """What was asked for, or the file's own where that is int8; a foreign file's is not known."""
+    if source.artefact is None:
+        return None
+    if source.fields.get("precision") == "int8":
+        return "int8"
+    return of_option(options.precision).name
+
+
 def describe(
     source: Source,
     flavour: Flavour,
@@ -286,8 +295,7 @@ def describe(
         "kind": "engine",
         "flavour": flavour.name,
         "flavour_version": outcome.version,
-        # A foreign file's is not known.
-        "precision": of_option(options.precision).name if source.artefact else None,
+        "precision": _precision(source, options),
         "mode": _mode(source, options),
         "ops": source.fields.get("ops") if options.mode == "dynamic" else "standard",
         "target_sms": list(options.target_sms),

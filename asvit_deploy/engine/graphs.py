@@ -32,6 +32,7 @@ def make_graph(
             f"{name} has no sidecar, so it is built as it is: leave --mode {mode}, --fp16 and "
             "--bf16 out, or name a file that `asvit-deploy export` made"
         )
+    _refuse_int8(source, mode, precision)
     static = source.fields.get("mode") == "static"
     if static and mode != "dynamic":
         raise UserError(f"the rows of {name} are fixed already; leave --mode {mode} out")
@@ -45,3 +46,20 @@ def make_graph(
     if physical is not None:
         model = with_masks(model, physical, name)
     return to_half(model, precision, name) if precision else model
+
+
+def _refuse_int8(source: Source, mode: str, precision: Half | None) -> None:
+    """Raise UserError where an int8 file cannot become that engine."""
+    if source.fields.get("precision") != "int8":
+        return
+    if source.fields.get("quantisation", {}).get("kind") != "static":
+        raise UserError(
+            f"{source.path} is int8 by each picture's own ranges, which TensorRT does not read; "
+            "export it with --int8 static"
+        )
+    if precision:
+        raise UserError(f"{source.path} is int8 already; leave --{precision} out")
+    if mode != "dynamic":
+        raise UserError(
+            f"{source.path} is int8, which is built in dynamic mode alone; leave --mode {mode} out"
+        )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from asvit_deploy import sidecar
 from asvit_deploy.checkpoints.facts import fields_of
@@ -16,6 +18,8 @@ from asvit_deploy.checkpoints.places import name_of, source_of
 from asvit_deploy.classes.network import OWN
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import CheckFailed, UserError
+from asvit_deploy.exporting.int8 import Kind
+from asvit_deploy.exporting.quantised import quantised
 from asvit_deploy.exporting.to_onnx import OPSET, to_onnx
 from asvit_deploy.graph import opset_of, with_function
 from asvit_deploy.models.archs import description
@@ -25,6 +29,7 @@ from asvit_deploy.parity import Parity, compare
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.reduction.methods import METHODS
 from asvit_deploy.reduction.threshold import Threshold
+from asvit_deploy.runners.base import Remembered
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -32,9 +37,9 @@ from asvit_deploy.runners.pytorch import TorchRunner
 _OUTSIDE = ("source", "tool", "libraries", "python", "command")
 
 
-def default_output(checkpoint: Path, dense: bool) -> Path:
-    """`as_deit_s.pt` -> `as_deit_s.onnx` (or `as_deit_s.dense.onnx`) in the current folder."""
-    return Path(name_of(checkpoint) + (".dense.onnx" if dense else ".onnx"))
+def default_output(checkpoint: Path, dense: bool, int8: bool = False) -> Path:
+    """`as_deit_s.pt` -> `as_deit_s.onnx`, or `as_deit_s.dense.int8.onnx`, in the current folder."""
+    return Path(name_of(checkpoint) + ".dense" * dense + ".int8" * int8 + ".onnx")
 
 
 def require_adaptive(checkpoint: Checkpoint) -> None:
@@ -121,14 +126,21 @@ def embed_metadata(proto: onnx.ModelProto, fields: dict[str, Any]) -> None:
     onnx.helper.set_model_props(proto, {f"asvit_{k}": json.dumps(v) for k, v in values.items()})
 
 
-def verify(proto: onnx.ModelProto, model: ViT, images: ImageSet, batch: str) -> dict[str, Parity]:
-    """Compare a float32 model with PyTorch, one image at a time and, if it can, in batches."""
-    runner, reference = OrtRunner(with_function(proto)), TorchRunner(model)
+def verify(
+    proto: onnx.ModelProto, model: ViT, pictures: Sequence[NDArray[np.float32]],
+    names: Sequence[str], batch: str, precision: str = FLOAT32.option,
+) -> dict[str, Parity]:  # fmt: skip
+    """Compare a model with PyTorch, one image at a time and, if it can, in batches.
+
+    Args:
+        pictures, names: as `parity.compare`.
+        precision: a key of `parity.LIMITS`.
+    """
+    runner, reference = OrtRunner(with_function(proto)), Remembered(TorchRunner(model))
     thresholds, output = model.boundaries(), model.config.output
-    pictures, names = images.loaded()
     return {
         f"batch {size}": compare(
-            reference, runner, pictures, names, thresholds, batch=size, output=output
+            reference, runner, pictures, names, thresholds, precision, size, output
         )
         for size in ((1, 4) if batch == "dynamic" else (1,))
     }
@@ -144,6 +156,8 @@ def export(
     stage_outputs: bool = False,
     ema: bool = False,
     opset: int = OPSET,
+    int8: Kind | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Parity]:
     """Export a checkpoint; the file takes its place only once it agrees with PyTorch.
 
@@ -156,9 +170,15 @@ def export(
         stage_outputs: make `index_s` graph outputs too.
         ema: whether `checkpoint` was loaded from the averaged weights; recorded for later.
         opset: version of the standard ops, see `to_onnx`.
+        int8: how linear layers are quantised, see `exporting.int8`; None: not at all.
+        say: gets a line on which were.
+
+    Returns:
+        how what was written agrees, by the size of the batches.
 
     Raises:
-        UserError: a dense checkpoint without `dense`, or an output that cannot be written.
+        UserError: a dense checkpoint without `dense`, an output that cannot be written, or pictures
+            that do not do for int8.
         CheckFailed: the exported model does not agree with PyTorch; nothing was written.
     """
     if not dense:
@@ -171,13 +191,22 @@ def export(
         **sidecar.provenance(),
     }
     embed_metadata(proto, fields)
-    parity = verify(proto, model, images, batch)
+    pictures, names = images.loaded()
+    parity = verify(proto, model, pictures, names, batch)
     for name, result in parity.items():
         if not result.passed:
             raise CheckFailed(
                 f"the exported model does not match PyTorch at {name} "
                 f"({'; '.join(result.failures)}); {output} was not written"
             )
+    if int8 is not None:
+        made = quantised(proto, int8, pictures, names,
+                         lambda one, some, labels: verify(one, model, some, labels, batch, "int8"),
+                         )  # fmt: skip
+        say(made.said())
+        proto, parity = made.model, made.parity
+        fields |= {"precision": "int8", "quantisation": made.fields}
+        embed_metadata(proto, fields)
     fields["compared"] = {"pictures": images.source, **images.account}
     sidecar.write(output, proto.SerializeToString(), fields)
     return parity

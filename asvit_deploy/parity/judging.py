@@ -114,19 +114,29 @@ def _failures(result: Parity, stages: int, limits: Limits) -> list[str]:
         if not noise <= limits.noise
     ]
     far = [flip for flip in (*result.flips, *result.turns) if not flip.borderline]
-    wild = [flip for flip in far if flip.margin > STRAY * flip.allowed]
-    strays = 0 if limits.margin is not None else max(1, STRAYS * n)
-    if wild or n - result.explained > strays:
+    if _too_many(far, result, limits):
         worst = max(far, key=lambda flip: flip.margin)
         failures.append(
             f"{len(far)} tokens flipped beyond rounding on {n - result.explained}/{n} images (the "
             f"worst by {worst.margin:.1e} of a threshold of {worst.threshold:.1e}, "
             f"{worst.allowed:.1e} explained)"
         )
+    if result.decisions_equal < limits.decisions * result.decisions:
+        failures.append(f"{result.decisions_equal / result.decisions:.1%} of the decisions are "
+                        f"alike, {limits.decisions:.0%} needed")  # fmt: skip
     if stages <= FEW_STAGES and n - result.equal_sets > max(1, (1 - limits.alike) * n):
         failures.append(f"{result.equal_sets}/{n} images keep the same tokens, "
                         f"{limits.alike:.0%} needed")  # fmt: skip
     return failures
+
+
+def _too_many(far: Sequence[Flip], result: Parity, limits: Limits) -> bool:
+    """Whether more flips are unexplained than there may be."""
+    if limits.unexplained is not None:
+        return len(far) > max(1, limits.unexplained * result.decisions)
+    wild = any(flip.margin > STRAY * flip.allowed for flip in far)
+    strays = 0 if limits.margin is not None else max(1, STRAYS * result.images)
+    return wild or result.images - result.explained > strays
 
 
 def _logit_failures(result: Parity, limits: Limits) -> list[str]:

@@ -37,6 +37,10 @@ VOCABULARY = frozenset((
     "ReduceSum", "Relu", "Reshape", "ScatterElements", "Shape", "Sigmoid", "Slice", "Softmax",
     "Split", "Sqrt", "Squeeze", "Sub", "Tanh", "TopK", "Transpose", "Unsqueeze", "Where",
 ))  # fmt: skip
+# And those that `exporting.int8` adds.
+QUANTISED = frozenset(
+    ("DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear")
+)  # fmt: skip
 
 
 def read(path: Path, refuse: Refuse) -> onnx.ModelProto:
@@ -172,7 +176,7 @@ def check_runnable(model: onnx.ModelProto, largest: int, refuse: Refuse) -> None
 
 def _macs(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
     """Multiplications of a node as far as shapes show."""
-    if node.op_type not in ("MatMul", "Gemm", "Conv", "Einsum", "ConvTranspose"):
+    if node.op_type not in ("MatMul", "MatMulInteger", "Gemm", "Conv", "Einsum", "ConvTranspose"):
         return 0
     out = math.prod(d or 1 for d in shapes.get(node.output[0], []))
     inputs = [shapes.get(name, []) for name in node.input[:2]]
@@ -191,7 +195,7 @@ def check_ours(model: onnx.ModelProto, refuse: Refuse) -> None:
             refuse(f"holds a function {function.name}, which `export` never writes")
     for body in _bodies(model):
         for node in body.node:
-            if node.domain in ("", "ai.onnx") and node.op_type not in VOCABULARY:
+            if node.domain in ("", "ai.onnx") and node.op_type not in VOCABULARY | QUANTISED:
                 refuse(f"holds an op {node.op_type}, which `export` never writes")
 
 
