@@ -38,6 +38,9 @@ _MOVES = frozenset(
 )  # fmt: skip
 
 
+_STAGE_VALUES = ("before", "tokens", "scores", "into", "weight", "compact", "index", "length")
+
+
 def _scoring_and_selection(whole: ir.Graph) -> tuple[set[ir.Node], set[ir.Node]]:
     """Nodes that only a cut's decision needs, and nodes between the scores and the next block."""
     values = graph.values_of(whole)
@@ -46,14 +49,23 @@ def _scoring_and_selection(whole: ir.Graph) -> tuple[set[ir.Node], set[ir.Node]]
     stop: set[ir.Value] = set()
     stage = 0
     while f"scores_{stage}" in values:
-        before, tokens, scores, into, *ends = (
+        before, tokens, scores, into, weight, *ends = (
             [values[name] for name in (f"{kind}_{stage}",) if name in values]
-            for kind in ("before", "tokens", "scores", "into", "compact", "index", "length")
+            for kind in (
+                "before",
+                "tokens",
+                "scores",
+                "into",
+                "weight",
+                "compact",
+                "index",
+                "length",
+            )
         )
         stop |= {*tokens, *scores}  # padded: a stage's selection asks the one before
         # What the op takes may be mixed from the scores already, where a method merges.
         begin = graph.upstream(before or tokens)
-        scoring |= graph.upstream([*scores, *into]) - begin
+        scoring |= graph.upstream([*scores, *into, *weight]) - begin
         selection |= graph.upstream(itertools.chain(*ends), stop)
         stage += 1
     return scoring, selection

@@ -164,6 +164,7 @@ class ViT(Backbone):
             rows, decision = self.scored(stage, rows)
             if torch.compiler.is_exporting():
                 trace.before.append(rows.tokens)
+                trace.weight += [] if decision.weight is None else [decision.weight]
             given = None if decisions is None else decisions[stage]
             keep = None
             if mean_k and decision.boundary is not None:

@@ -66,7 +66,7 @@ class Decision:
             where it may not; `destined` chooses by it among those that stay.
         weight: float32 [B, M-P], of each image row in what leaving rows become part of.
         onward, onward_margin: like `into` and its margin, where the row that takes it goes in its
-            turn if that one leaves too.
+            turn if that one leaves too; of BAT the margin alone, by which it is attentive or not.
     """
 
     score: Tensor

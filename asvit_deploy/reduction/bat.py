@@ -32,7 +32,7 @@ stay, T_in is all and becomes that one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -102,7 +102,8 @@ class BAT(TopK):
         other = torch.where(centre, 1 + doubt, torch.maximum(1 - doubt, above))
         score = torch.where(high, torch.minimum(above, apart), other)
         # Places in (B8) are those within T_att: a token that enters or leaves it moves all behind.
-        moves = _before(torch.where(living, (above - 1).abs(), _FAR))
+        gap = torch.where(living, (above - 1).abs(), _FAR)
+        moves = _before(gap)
         score = torch.where(high, torch.minimum(torch.maximum(score, 1 - moves), 1 + moves), score)
         stays = (high & ~matched) | centre
         leaves = score.clamp(_MARGIN, 1 - _MARGIN)
@@ -110,13 +111,21 @@ class BAT(TopK):
         # (B6) of those that stay; (B8) of attentive tokens that have a partner
         barred = ~low[:, None, :] | found.paired[:, :, None]
         near = (-peaks.distance).masked_fill(barred, -torch.inf)
-        return Decision(score, into=found.into, into_margin=found.margin, nearness=near,
-                        weight=weight)  # fmt: skip
+        doubted = torch.where(high, torch.minimum(found.margin, moves), found.margin)
+        return Decision(score, into=found.into, into_margin=doubted, nearness=near, weight=weight,
+                        onward_margin=gap)  # fmt: skip
 
     def destined(self, rows: Rows, stay: Tensor, decision: Decision) -> Decision:
+        assert decision.into is not None
         if decision.nearness is None:
-            return decision
-        return nearest_staying(decision, stay, self.prefix)
+            own = torch.arange(stay.shape[1], device=stay.device).expand_as(decision.into)
+            return replace(decision, into=torch.where(stay > 0.5, own, decision.into))
+        found = nearest_staying(decision, stay, self.prefix)
+        # A token that stays as attentive or as a centre, by a hair, takes others or does not.
+        assert found.into_margin is not None
+        assert found.onward_margin is not None
+        hair = found.onward_margin.amin(1, keepdim=True)
+        return replace(found, into_margin=torch.minimum(found.into_margin, hair))
 
     def combine(self, stage: int, rows: Rows, stay: Tensor, decision: Decision) -> Rows:
         assert decision.into is not None

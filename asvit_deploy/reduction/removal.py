@@ -151,8 +151,9 @@ def mean_k_keep_mask(scores: Tensor, threshold: Tensor) -> Tensor:
     Returns:
         bool [B, N] with the same number of True in every row.
     """
-    count = int((scores > threshold).sum()) // scores.shape[0]
-    fixed = int((scores == torch.inf).sum(1).max())
+    passing = scores > threshold
+    count = int(passing.sum()) // scores.shape[0]
+    fixed = int((passing & (scores == torch.inf)).sum(1).max())
     top = falling_order(scores)[:, : max(count, fixed, 1)]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
 

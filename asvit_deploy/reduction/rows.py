@@ -77,7 +77,8 @@ class Trace:
     `index` follows the op's contract (rows of that cut's input, prefix included), `length` counts
     the rows behind it, appended ones too; `scores` are float32 [B, M-P], -inf where a row only pads
     the batch. `into` and `into_margin` are those of the decisions, of methods that have them.
-    `before` are the tokens that came to each cut, in a graph alone: they mark where scoring begins.
+    `before` are the tokens that came to each cut, in a graph alone: they mark where scoring begins;
+    `weight` likewise the decisions', which are numbers of scoring too.
     """
 
     scores: list[Tensor] = field(default_factory=list)
@@ -86,6 +87,7 @@ class Trace:
     into: list[Tensor] = field(default_factory=list)
     into_margin: list[Tensor] = field(default_factory=list)
     before: list[Tensor] = field(default_factory=list)
+    weight: list[Tensor] = field(default_factory=list)
 
 
 def filled(value: float | bool, images: int, rows: int, device: torch.device) -> Tensor:
@@ -126,10 +128,11 @@ def averaged(rows: Rows, into: Tensor, leaving: Tensor, weight: Tensor) -> Rows:
         weight: float32 [B, M], above 0.
     """
     tokens, places = rows.batched, torch.arange(weight.shape[1], device=weight.device)
-    goes = (weight * leaving)[:, :, None] * (into.unsqueeze(2) == places)  # (B, from, to)
-    total = weight + goes.sum(1)
-    share = (goes / total[:, None]).transpose(1, 2).to(tokens.dtype)
-    mixed = tokens * (weight / total)[:, :, None].to(tokens.dtype) + share @ tokens
+    goes = (into.unsqueeze(1) == places[:, None]) & (leaving.unsqueeze(1) > 0.5)  # (B, to, from)
+    own = places[:, None] == places
+    # A softmax, so that no weight is too small for any precision: it is float32's in all of them.
+    share = torch.where(goes | own, weight.log().unsqueeze(1), -torch.inf).softmax(2)
+    mixed = share.to(tokens.dtype) @ tokens
     return replace(rows, tokens=mixed if rows.tokens.dim() == 3 else mixed.squeeze(0))
 
 
