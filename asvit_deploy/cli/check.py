@@ -27,6 +27,7 @@ _LISTED = 20
 @options.skip_limit
 @click.option("--reference", type=options.PATH,
               help="Another ONNX artefact to compare with [default: PyTorch].")  # fmt: skip
+@options.runtimes
 @options.library
 @options.engine_code
 @options.as_json
@@ -36,6 +37,7 @@ def command(
     limit: int,
     skip_limit: int,
     reference: Path | None,
+    runtime: tuple[str, ...],
     library: Path | None,
     plugin: Path | None,
     allow_engine_code: bool,
@@ -59,7 +61,8 @@ def command(
 
     comparisons = check(
         models, images=images, limit=limit, skip_limit=skip_limit, reference=reference,
-        library=library, plugin=plugin, allow_engine_code=allow_engine_code, say=options.status,
+        runtime=runtime, library=library, plugin=plugin, allow_engine_code=allow_engine_code,
+        say=options.status,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps([comparison.as_dict() for comparison in comparisons], indent=2))
