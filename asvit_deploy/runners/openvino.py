@@ -62,11 +62,13 @@ def standard_ops(model: onnx.ModelProto, name: str = "the model") -> onnx.ModelP
     Raises:
         UserError: it holds the op without its function.
     """
-    if not onnx_op.nodes_of(model.graph):
-        return model
-    if not model.functions:
+    from asvit_deploy.graph import with_lengths_from_zero
+
+    if onnx_op.nodes_of(model.graph) and not model.functions:
         raise UserError(f"{name} {LACKS_FUNCTION}")
-    return onnx.inliner.inline_local_functions(model)
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    return with_lengths_from_zero(model)
 
 
 LACKS_FUNCTION = (

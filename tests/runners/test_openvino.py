@@ -231,8 +231,9 @@ def test_fixed_counts(mini_config, photos, name):
 
     network = build(mini_config, adaptive=False).eval()
     network = network.with_reduction(fixed_counts(mini_config, RANKED[name], 0.7))
-    runner = OpenVinoRunner(to_onnx(network))
+    runner = OpenVinoRunner(to_onnx(network), rows=(1, network.reduction.appends))
     agrees(network, runner, photos)
+    assert not runner.learns_shapes
 
 
 def test_missing(exported, monkeypatch):
@@ -242,8 +243,8 @@ def test_missing(exported, monkeypatch):
 
 @here
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["size-passing", "tome"])
-def test_per_picture_counts(mini_config, photos, name):
+@pytest.mark.parametrize(("name", "batch"), [("size-passing", 1), ("size-passing", 8), ("tome", 1)])
+def test_per_picture_counts(mini_config, photos, name, batch):
     from asvit_deploy import per_picture
 
     model = build(mini_config, adaptive=False).eval()
@@ -251,6 +252,6 @@ def test_per_picture_counts(mini_config, photos, name):
         for block in model.blocks:
             block.attn.qkv.weight.mul_(4)
     network = model.with_reduction(per_picture.fit(model, RANKED[name], [*photos], 0.7))
-    runner = OpenVinoRunner(to_onnx(network))
-    assert agrees(network, runner, photos).equal_sets == 8
+    runner = OpenVinoRunner(to_onnx(network, "dynamic" if batch > 1 else "1"))
+    assert agrees(network, runner, photos, batch).equal_sets == 8
     assert runner.learns_shapes
