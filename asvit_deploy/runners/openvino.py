@@ -9,6 +9,7 @@ pays for that before anyone waits.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -47,13 +48,31 @@ def why_not(hint: Hint = "f32") -> str | None:
     return None
 
 
-def _core() -> Any:
+def import_openvino() -> Any:
+    """The module, without its telemetry: on import that keeps an identifier in the home folder.
+
+    OpenVINO does without the package where it is not installed, and looks for it no second time.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
+    absent = object()
+    before = sys.modules.get("openvino_telemetry", absent)
+    if before is absent:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
         import openvino
     except Exception as error:  # one that is damaged may raise anything
         line = " ".join(str(error).split())[:120]
         raise UserError(f"openvino cannot be imported ({line}); install it again") from None
-    return openvino.Core()
+    finally:
+        if before is absent:
+            del sys.modules["openvino_telemetry"]
+    return openvino
+
+
+def _core() -> Any:
+    return import_openvino().Core()
 
 
 def standard_ops(model: onnx.ModelProto, name: str = "the model") -> onnx.ModelProto:
@@ -117,7 +136,8 @@ class OpenVinoRunner(RunnerBase):
         self.padded, self.precision = is_padded(model), precision_of(model)
         self.op = op_of(model, None)
         self._rows = rows_in(model) if rows is None else rows
-        self.batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
+        shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
+        self.batch, self.image_size = shape[0] or None, shape[2]
         if record and self.stages:
             from asvit_deploy.graph import with_stage_outputs
 
@@ -179,11 +199,9 @@ class OpenVinoRunner(RunnerBase):
             self.infer(image[None])
 
     def describe(self) -> dict[str, str]:
-        import openvino
-
         hint = self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         said = {
-            "backend": f"openvino {openvino.__version__.split('-')[0]}",
+            "backend": f"openvino {import_openvino().__version__.split('-')[0]}",
             "provider": "CPU",
             "precision": _TYPES.get(hint, hint) if hint != "f32" else self.precision,
             "device": self._device,
@@ -243,8 +261,10 @@ def _outputs_of(name: str, model: onnx.ModelProto, stages: int, record: bool) ->
 _SECONDS, _WAIT = 60, 240  # of processor time, and in all; DeiT-B compiles and runs in five
 _CODE = """
 import resource, sys, time
-import numpy as np, openvino
+import numpy as np
 from asvit_deploy.memory import memory
+from asvit_deploy.runners.openvino import import_openvino
+openvino = import_openvino()
 most, seconds, hint = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 data = sys.stdin.buffer.read()
 try:

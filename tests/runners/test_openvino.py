@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -256,3 +258,24 @@ def test_per_picture_counts(mini_config, photos, name, batch):
     runner = OpenVinoRunner(to_onnx(network, "dynamic" if batch > 1 else "1"))
     assert agrees(network, runner, photos, batch).equal_sets == 8
     assert runner.learns_shapes
+
+
+@here
+@pytest.mark.slow
+def test_nothing_is_left_in_the_home_folder(exported, tmp_path):
+    """OpenVINO's telemetry keeps an identifier there, as soon as it is imported."""
+    home = tmp_path / "home"
+    home.mkdir()
+    onnx.save(exported, tmp_path / "x.onnx")
+    code = (
+        "import sys, numpy as np; from asvit_deploy.runners.openvino import OpenVinoRunner; "
+        "r = OpenVinoRunner(__import__('pathlib').Path(sys.argv[1]), foreign=True); "
+        "r.infer(np.zeros((1, 3, r.image_size, r.image_size), np.float32)); "
+        "assert not any(name.startswith('openvino_telemetry') for name in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "x.onnx"], capture_output=True, text=True,
+        env={**os.environ, "HOME": str(home)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list(home.iterdir()) == []
