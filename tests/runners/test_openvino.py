@@ -279,3 +279,19 @@ def test_nothing_is_left_in_the_home_folder(exported, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(home.iterdir()) == []
+
+
+@here
+@pytest.mark.slow
+def test_static_shapes_and_one_thread_do_not_end_the_process():
+    """OpenVINO 2026.4.1 generates code for the packaged network's shapes that does."""
+    code = (
+        "import numpy as np; from asvit_deploy.checkpoints import default_checkpoint as d; "
+        "from asvit_deploy.checkpoints.load import build_model, load_checkpoint; "
+        "from asvit_deploy.exporting.to_onnx import to_onnx; "
+        "from asvit_deploy.runners.openvino import OpenVinoRunner; "
+        "r = OpenVinoRunner(to_onnx(build_model(load_checkpoint(d()), dense=True))); "
+        "r.infer(np.zeros((1, 3, r.image_size, r.image_size), np.float32))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
