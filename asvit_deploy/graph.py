@@ -254,6 +254,27 @@ def without_function(model: onnx.ModelProto) -> onnx.ModelProto:
     return closed(copy)
 
 
+def with_lengths_from_zero(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which OpenVINO sees that no length is negative.
+
+    It bounds what is computed of lengths, such as that of all tokens but the prefix, and takes no
+    graph in which one that `Expand` is given might lie below zero.
+    """
+    copy = opened(model)
+    bottom: ir.Value | None = None
+    for cut in tuple(copy.graph):
+        shape = cut.inputs[1] if cut.op_type == "Expand" else None
+        made = shape.producer() if shape is not None else None
+        if shape is None or made is None or made.op_type in ("Constant", "Shape"):
+            continue
+        if bottom is None:
+            bottom = constant(copy.graph, ir.tensor(np.array(0, np.int64), name="no_length_below"))
+        bounded = node("Max", [shape, bottom], f"{cut.outputs[0].name}_lengths")
+        copy.graph.insert_before(cut, bounded)
+        cut.replace_input_with(1, bounded.outputs[0])
+    return closed(copy)
+
+
 def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:
     """A copy that also puts out each stage's `length_s`, `index_s`, `into_s` and `scores_s`.
 

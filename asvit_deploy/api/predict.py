@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from asvit_deploy.api.inputs import PathLike, optional_path, path_of, require_at_least
 from asvit_deploy.errors import UserError
+from asvit_deploy.runtimes import chosen_one
 from asvit_deploy.status import Say, silent
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class Prediction:
 
 def predict(
     model: PathLike, pictures: PathLike | Sequence[PathLike], *, skip_limit: int = 0,
-    classes: PathLike | None = None, library: PathLike | None = None, say: Say = silent,
+    classes: PathLike | None = None, library: PathLike | None = None, runtime: str | None = None,
+    say: Say = silent,
 ) -> list[Prediction]:  # fmt: skip
     """Top-5, or the score of a network with one output, or an embedding and its nearest among the
     pictures; and kept tokens of each picture.
@@ -98,13 +100,15 @@ def predict(
     Args:
         model: an ONNX artefact.
         pictures: files, or one; all are read before the first is looked at.
+        runtime: onnxruntime, openvino, openvino-bf16, or torch, which runs its checkpoint.
         say: gets a line on where the labels come from, and on what was skipped.
 
     Raises:
-        UserError: bad input; more pictures than `skip_limit` cannot be read, or none can; an
-            embedding is not finite.
+        UserError: bad input; the runtime is missing, or cannot run the model; more pictures than
+            `skip_limit` cannot be read, or none can; an embedding is not finite.
     """
     require_at_least(0, skip_limit=skip_limit)
+    chosen = chosen_one(runtime)
     model, named = path_of(model), optional_path(classes)
     several = [pictures] if isinstance(pictures, (str, os.PathLike)) else list(pictures)
     if not several:
@@ -118,7 +122,7 @@ def predict(
     embeds = artefact.config.output == "embedding"
     if not embeds and (found is None or found.firm):  # of others it has said so already
         say(f"labels: {_origin(model, found, named, artefact.config.num_classes)}")
-    runner = artefact.runner(list(artefact.libraries().values())[-1])
+    runner = artefact.in_runtime(chosen)
     labels, tokens = found.names if found else None, artefact.fields["image_tokens"]
     predictions = [
         Prediction(str(path), tokens, skipped=image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,19 @@ class Ways(Mapping[str, Runner]):
     Args:
         openers: of each way, in the order of their rows.
         runtimes: what runs each way, by its name.
+        parity: which of `parity.LIMITS` holds for a way, where it is not the artefact's own.
 
     Raises:
         UserError: on a look-up, where the runner cannot be opened.
     """
 
-    def __init__(self, openers: Mapping[str, Opener], runtimes: Mapping[str, str]) -> None:
-        self.runtimes = dict(runtimes)
+    def __init__(
+        self,
+        openers: Mapping[str, Opener],
+        runtimes: Mapping[str, str],
+        parity: Mapping[str, str] | None = None,
+    ) -> None:
+        self.runtimes, self.parity = dict(runtimes), dict(parity or {})
         self._openers, self._open = dict(openers), dict[str, Runner]()
 
     def __getitem__(self, way: str) -> Runner:
@@ -136,13 +142,17 @@ class Artefact(ABC):
         """
 
     @abstractmethod
-    def ways(self, threads: int = 1, record: bool = True) -> Ways:
+    def ways(
+        self, threads: int = 1, record: bool = True, runtimes: Sequence[str] = ()
+    ) -> Ways:  # fmt: skip
         """The ways to run it here, by the names that `check` and `bench` call them.
 
         Args:
             threads: of a runtime on the CPU; 0 leaves the choice to it.
             record: also return kept tokens and scores, where a runtime has to be asked for them.
+            runtimes: only theirs, names in `runtimes.NAMES`; none stands for all that are installed
+                and keep to the file's own precision.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none; or one of the runtimes named is not installed.
         """

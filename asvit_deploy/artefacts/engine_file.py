@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ from asvit_deploy.artefacts.artefact import Artefact, Opener, Ways
 from asvit_deploy.artefacts.reference import check_fields, source_file
 from asvit_deploy.errors import UserError
 from asvit_deploy.runners.trt_plan import NOTHING, Allowed, require_allowed, require_gpu
+from asvit_deploy.runtimes import of_kind
 
 if TYPE_CHECKING:
     from asvit_deploy.runners.bucketed import BucketedRunner
@@ -103,8 +105,11 @@ class EngineArtefact(Artefact):
 
         return TensorRTRunner(self.path, self.fields, graph, allowed=self.allowed)
 
-    def ways(self, threads: int = 1, record: bool = True) -> Ways:
+    def ways(
+        self, threads: int = 1, record: bool = True, runtimes: Sequence[str] = ()
+    ) -> Ways:  # fmt: skip
         """With and without CUDA graphs where the mode allows both; threads are the GPU's own."""
+        of_kind(self.path, "engine", runtimes)
         self.require_runnable()
         openers: dict[str, Opener] = {"engine": self.runner}
         if self.graphs:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import onnx
 
@@ -19,12 +19,15 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models.archs import DESCRIBED
 from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
 from asvit_deploy.ops import onnx_op
-from asvit_deploy.runners import onnx_bounds
+from asvit_deploy.precision import FLOAT32
+from asvit_deploy.runners import onnx_bounds, openvino
 from asvit_deploy.runners.base import Reference, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
+from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO, OPENVINO_BF16, TORCH, of_kind
 
 # Sidecar fields that two artefacts share if they can be compared token by token.
 _OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages", "reduction")
+_Runner = TypeVar("_Runner", bound=Runner)
 
 
 @dataclass
@@ -158,23 +161,71 @@ class OnnxArtefact(Artefact):
 
     def runner(self, library: Path | None, threads: int = 1, record: bool = True) -> OrtRunner:
         """The artefact in ONNX Runtime."""
+        return self._opened(partial(OrtRunner, library=library), threads, record)
+
+    def openvino_runner(
+        self, hint: openvino.Hint = "f32", threads: int = 1, record: bool = True
+    ) -> openvino.OpenVinoRunner:
+        """The artefact in OpenVINO."""
+        return self._opened(partial(openvino.OpenVinoRunner, hint=hint), threads, record)
+
+    def _opened(self, make: Callable[..., _Runner], threads: int, record: bool) -> _Runner:
+        """A runner that knows what the sidecar says; the first of all is tried in a child."""
         stages = len(self.boundaries) if self.adaptive else 0
         rows = self.fields.get("prefix", 1), self.fields.get("appended", 0)
-        runner = OrtRunner(
-            self.model, library, threads=threads, record=record, name=str(self.path),
-            stages=stages, foreign=not self._tried, rows=rows,
+        runner = make(
+            self.model, threads=threads, record=record, name=str(self.path), stages=stages,
+            foreign=not self._tried, rows=rows,
         )  # fmt: skip
         self._tried = True
         return runner
 
-    def ways(self, threads: int = 1, record: bool = True) -> Ways:
+    def in_runtime(self, runtime: str | None = None) -> Runner:
+        """It in one runtime, recording: in ONNX Runtime with the op's library, where there is one,
+        unless another is named.
+
+        Raises:
+            UserError: that runtime is missing, or cannot run it.
+        """
+        if runtime in (None, ONNXRUNTIME):
+            return self.runner(list(self.libraries().values())[-1])
+        return next(iter(self.ways(runtimes=(runtime,)).values()))
+
+    def ways(
+        self, threads: int = 1, record: bool = True, runtimes: Sequence[str] = ()
+    ) -> Ways:  # fmt: skip
+        wanted = of_kind(self.path, "onnx", runtimes)
         openers: dict[str, Opener] = {}
-        runtimes: dict[str, str] = {}
+        of_ways: dict[str, str] = {}
+        parity: dict[str, str] = {}
         for name, runtime in RUNTIMES.items():
+            if name not in wanted and (wanted or not runtime.usual):
+                continue
+            if lacking := runtime.lacks(self):
+                if wanted:
+                    raise UserError(lacking)
+                continue
             own = runtime.ways(self, threads, record)
             openers |= own
-            runtimes |= dict.fromkeys(own, name)
-        return Ways(openers, runtimes)
+            of_ways |= dict.fromkeys(own, name)
+            if (limits := runtime.parity(self)) != self.parity:
+                parity |= dict.fromkeys(own, limits)
+        if TORCH in wanted:
+            openers[TORCH], of_ways[TORCH], parity[TORCH] = self._eager, TORCH, FLOAT32.option
+        return Ways(openers, of_ways, parity)
+
+    def _eager(self) -> Runner:
+        from asvit_deploy.runners.pytorch import TorchRunner
+
+        return TorchRunner(self.reference)
+
+
+def _nothing(artefact: OnnxArtefact) -> str | None:
+    return None
+
+
+def _own_parity(artefact: OnnxArtefact) -> str:
+    return artefact.parity
 
 
 @dataclass(frozen=True)
@@ -182,13 +233,19 @@ class Runtime:
     """What runs ONNX models.
 
     Attributes:
-        ways: of an artefact, with so many threads and recording or not: none where the runtime is
-            not installed; their names are no other runtime's.
+        ways: of an artefact, with so many threads and recording or not; their names are no other
+            runtime's.
         model: any ONNX model of ours, such as a dense twin, with so many threads, not recording.
+        lacks: why it cannot run an artefact, in one line; None where it can.
+        parity: which of `parity.LIMITS` holds for an artefact there.
+        usual: it is run where nobody names a runtime.
     """
 
     ways: Callable[[OnnxArtefact, int, bool], dict[str, Opener]]
     model: Callable[[onnx.ModelProto, int], Runner]
+    lacks: Callable[[OnnxArtefact], str | None] = _nothing
+    parity: Callable[[OnnxArtefact], str] = _own_parity
+    usual: bool = True
 
 
 def _ort_ways(artefact: OnnxArtefact, threads: int, record: bool) -> dict[str, Opener]:
@@ -202,9 +259,37 @@ def _ort_model(model: onnx.ModelProto, threads: int) -> OrtRunner:
     return OrtRunner(model, threads=threads, record=False)
 
 
+def _openvino(hint: openvino.Hint) -> Runtime:
+    """OpenVINO, in one precision; its only way bears its own name."""
+    name = OPENVINO if hint == "f32" else OPENVINO_BF16
+
+    def parity(artefact: OnnxArtefact) -> str:
+        return artefact.parity if hint == "f32" or artefact.parity == "int8" else hint
+
+    def lacks(artefact: OnnxArtefact) -> str | None:
+        if lacking := openvino.why_not(hint):
+            return lacking
+        bare = onnx_op.nodes_of(artefact.model.graph) and not artefact.model.functions
+        return f"{artefact.path} {openvino.LACKS_FUNCTION}" if bare else None
+
+    return Runtime(
+        lambda artefact, threads, record: {
+            name: partial(artefact.openvino_runner, hint, threads, record)
+        },
+        lambda model, threads: openvino.OpenVinoRunner(model, threads, record=False, hint=hint),
+        lacks,
+        parity,
+        usual=hint == "f32",
+    )
+
+
 # By the name that rows of `bench` call it. A further runtime is a row here: `check` and `bench`
 # find it, and whatever else asks an artefact for its ways.
-RUNTIMES = {"onnxruntime": Runtime(_ort_ways, _ort_model)}
+RUNTIMES = {
+    ONNXRUNTIME: Runtime(_ort_ways, _ort_model),
+    OPENVINO: _openvino("f32"),
+    OPENVINO_BF16: _openvino("bf16"),
+}
 
 
 def _largest(config: ArchConfig) -> int:

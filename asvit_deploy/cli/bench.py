@@ -29,6 +29,7 @@ if TYPE_CHECKING:
               show_default=True, help="One thread, every core, or both in turn.")  # fmt: skip
 @click.option("--methods", metavar="A,B,...",
               help="Also time these methods, fixed counts at the same mean MACs.")  # fmt: skip
+@options.runtimes
 @options.library
 @options.engine_code
 @options.as_json
@@ -43,6 +44,7 @@ def command(
     warmup: int,
     threads: str,
     methods: str | None,
+    runtime: tuple[str, ...],
     library: Path | None,
     plugin: Path | None,
     allow_engine_code: bool,
@@ -60,7 +62,7 @@ def command(
 
     reports = bench.bench(
         models, images=images, limit=limit, skip_limit=skip_limit, runs=runs, warmup=warmup,
-        threads=threads, methods=methods, library=library, plugin=plugin,
+        threads=threads, methods=methods, runtime=runtime, library=library, plugin=plugin,
         allow_engine_code=allow_engine_code, output=output, force=force, say=options.status,
     )  # fmt: skip
     if as_json:
@@ -156,6 +158,10 @@ def _print(report: ModelBench) -> None:
             f"of the run ({share['op']}): scoring {share['scoring']:.2%}, "
             f"compaction {share['compaction']:.2%}, together {share['both']:.2%}"
         )
+    for row in report.rows:
+        if "first_ms" in row:
+            click.echo(f"{row['name']}: {row['first_ms']:.2f} ms at p50 on images that it had not "
+                       f"seen, before the rounds above")  # fmt: skip
     for note in report.notes:
         click.echo(f"note: {note}")
     click.echo(f"verdict: {report.verdict}")

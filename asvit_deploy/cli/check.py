@@ -32,6 +32,7 @@ _LISTED = 20
     help="Method that MODELS must be of [default: what each says of itself].",
 )  # fmt: skip
 @options.method
+@options.runtimes
 @options.library
 @options.engine_code
 @options.as_json
@@ -44,6 +45,7 @@ def command(
     method: str | None,
     cuts: tuple[int, ...] | None,
     max_kept: int | None,
+    runtime: tuple[str, ...],
     library: Path | None,
     plugin: Path | None,
     allow_engine_code: bool,
@@ -70,8 +72,8 @@ def command(
 
     comparisons = check(
         models, images=images, limit=limit, skip_limit=skip_limit, reference=reference,
-        method=method, cuts=cuts, max_kept=max_kept, library=library, plugin=plugin,
-        allow_engine_code=allow_engine_code, say=options.status,
+        method=method, cuts=cuts, max_kept=max_kept, runtime=runtime, library=library,
+        plugin=plugin, allow_engine_code=allow_engine_code, say=options.status,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps([comparison.as_dict() for comparison in comparisons], indent=2))

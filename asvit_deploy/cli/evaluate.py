@@ -40,6 +40,7 @@ _NAMED = 5  # classes without a picture
               help="k of the k-NN accuracy of embeddings [default: 5].")  # fmt: skip
 @options.limit
 @options.skip_limit
+@options.one_runtime
 @options.library
 @options.as_json
 @click.option("-o", "--output", "output", type=options.PATH, help="Also write the JSON here.")

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import click
 
 from asvit_deploy.models.config import Activation, Interpolation
+from asvit_deploy.runtimes import NAMES, OF_KIND
 
 
 class CheckpointPath(click.ParamType):
@@ -135,6 +136,15 @@ _ENGINE_CODE = (
 classes = click.option(
     "--classes", type=PATH,
     help="Names of the network's outputs in their order: text, one a line, or JSON (id2label).",
+)  # fmt: skip
+_RUNTIMES = ", ".join(NAMES)
+runtimes = click.option(
+    "--runtime", multiple=True, metavar="A,B,...",
+    help=f"Only in these [default: what is installed, but for openvino-bf16]: {_RUNTIMES}.",
+)  # fmt: skip
+one_runtime = click.option(
+    "--runtime", metavar="NAME", help=f"What runs an ONNX file [default: {NAMES[0]}]: "
+    f"{', '.join(OF_KIND['onnx'])}.",
 )  # fmt: skip
 models = click.argument("models", nargs=-1, type=PATH)
 

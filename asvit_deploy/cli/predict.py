@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.argument("pictures", metavar="IMAGE...", nargs=-1, required=True, type=options.PATH)
 @options.skip_limit
 @options.classes
+@options.one_runtime
 @options.library
 @options.as_json
 def command(as_json: bool, **chosen: Any) -> None:

@@ -222,7 +222,9 @@ def polygraphy(site: Installation) -> list[Finding]:
 
 
 _ASK_OPENVINO = """
-import json, openvino
+import json
+from asvit_deploy.runners.openvino import import_openvino
+openvino = import_openvino()
 print(json.dumps({"devices": "devices " + ", ".join(openvino.Core().available_devices)}))
 """
 

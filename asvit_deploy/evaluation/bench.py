@@ -15,7 +15,13 @@ from asvit_deploy import files, sidecar, trusted
 from asvit_deploy.artefacts.artefact import Artefact
 from asvit_deploy.artefacts.engine_file import EngineArtefact
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
-from asvit_deploy.artefacts.opening import artefacts_here, engines_of, open_artefact, paths_of
+from asvit_deploy.artefacts.opening import (
+    artefacts_here,
+    engines_of,
+    kind_of,
+    open_artefact,
+    paths_of,
+)
 from asvit_deploy.claims import claimed
 from asvit_deploy.data.images import ImageSet, open_images
 from asvit_deploy.errors import UserError
@@ -25,6 +31,7 @@ from asvit_deploy.evaluation.model_bench import ModelBench, bench_model
 from asvit_deploy.ops.headers import silent
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
+from asvit_deploy.runtimes import chosen, of_kind, require_used
 
 _THREADS = {"1": [1], "all": [0], "both": [1, 0]}  # 0: every core
 Benches = list[ModelBench | EngineBench]
@@ -41,6 +48,7 @@ class _Wanted:
     warmup: int
     threads: list[int]
     methods: tuple[str, ...]
+    runtimes: tuple[str, ...]
     say: Callable[[str], None]
 
 
@@ -59,6 +67,7 @@ def bench(
     allow_engine_code: bool = False,
     output: str | Path | None = None,
     force: bool = False,
+    runtime: str | Sequence[str] | None = None,
     say: Callable[[str], None] = silent,
 ) -> Benches:
     """Time artefacts one picture at a time, every variant in turn, in one process.
@@ -79,6 +88,8 @@ def bench(
         allow_engine_code: run code that an engine brings along.
         output: also write the reports there as JSON.
         force: replace a file that is there.
+        runtime: only rows of these, of `runtimes.NAMES`; a text names several with commas. Without
+            it, all that are installed and compute in the file's own precision.
         say: gets status lines; a progress bar is shown only where this is given.
 
     Returns:
@@ -86,7 +97,8 @@ def bench(
 
     Raises:
         UserError: an artefact that was named, or every one that was found, cannot be opened or run;
-            the pictures cannot be read; or `output` cannot be written.
+            a runtime that was named is missing, or runs none of them; the pictures cannot be read;
+            or `output` cannot be written.
     """
     require_least(1, limit=limit)
     require_least(0, skip_limit=skip_limit, warmup=warmup)
@@ -96,7 +108,8 @@ def bench(
     allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
     named, target = paths_of(models), path_of(output)
     wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _THREADS[threads],
-                     _methods(methods), say)  # fmt: skip
+                     _methods(methods), chosen(runtime), say)  # fmt: skip
+    require_used(wanted.runtimes, [kind_of(path) or "onnx" for path in named])
     with contextlib.ExitStack() as stack:
         if target is not None:
             stack.enter_context(_output(target, force, named))
@@ -150,13 +163,15 @@ def _bench(artefact: Artefact, wanted: _Wanted) -> Benches:
     """The report on each way of benching this kind of artefact."""
     runs, warmup, say = wanted.runs, wanted.warmup, wanted.say
     if isinstance(artefact, EngineArtefact):
+        of_kind(artefact.path, "engine", wanted.runtimes)
         trusted.require_temporary()  # engines are built there, and run
         artefact.require_runnable()
         return [bench_engine(artefact, _pictures(artefact, wanted), warmup, runs, say)]
     assert isinstance(artefact, OnnxArtefact)
+    of_kind(artefact.path, "onnx", wanted.runtimes)
     pictures = _pictures(artefact, wanted)
     return [
-        bench_model(artefact, pictures, count, warmup, runs, wanted.methods, say)
+        bench_model(artefact, pictures, count, warmup, runs, wanted.methods, say, wanted.runtimes)
         for count in wanted.threads
     ]
 

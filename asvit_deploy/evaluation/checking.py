@@ -9,7 +9,7 @@ from typing import Any
 
 from asvit_deploy.artefacts.artefact import Artefact, Ways
 from asvit_deploy.artefacts.onnx_file import find_op_library
-from asvit_deploy.artefacts.opening import artefacts_here, open_artefact, paths_of
+from asvit_deploy.artefacts.opening import artefacts_here, kind_of, open_artefact, paths_of
 from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import bar, path_of, require_least
@@ -18,6 +18,7 @@ from asvit_deploy.ops.headers import silent
 from asvit_deploy.parity import CHOICE, Parity, compare
 from asvit_deploy.runners.base import Reference
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
+from asvit_deploy.runtimes import CHECKED, TORCH, chosen, require_used
 
 _BATCH = 8  # what a dynamic-batch model is also run with
 
@@ -66,6 +67,7 @@ def check(
     library: str | Path | None = None,
     plugin: str | Path | None = None,
     allow_engine_code: bool = False,
+    runtime: str | Sequence[str] | None = None,
     say: Callable[[str], None] = silent,
 ) -> list[Comparison]:
     """Compare artefacts with PyTorch, in every way that they can run here.
@@ -86,6 +88,8 @@ def check(
         library: the op's library for ONNX Runtime, or None for the one that `build-plugins` made.
         plugin: the op's TensorRT library, likewise.
         allow_engine_code: run code that an engine brings along.
+        runtime: only in these, of `runtimes.NAMES`, by default in `runtimes.CHECKED`; a text names
+            several with commas.
         say: gets status lines; a progress bar is shown only where this is given.
 
     Returns:
@@ -93,12 +97,19 @@ def check(
 
     Raises:
         UserError: an artefact cannot be opened or run, is of another method, cuts or bound than
-            those named, or the pictures cannot be read.
+            those named, a runtime named is missing or runs none of them, or the pictures cannot be
+            read.
     """
     require_least(1, limit=limit)
     require_least(0, skip_limit=skip_limit)
     if max_kept is not None:
         require_least(1, max_kept=max_kept)
+    runtimes = chosen(runtime)
+    if TORCH in runtimes and reference is None:
+        raise UserError(
+            "artefacts are compared with PyTorch, so runtime torch would be compared with itself; "
+            "name another runtime, or an ONNX artefact as the reference"
+        )
     claim = Claim(method, cuts, max_kept)
     if reference is not None and claim.options:
         raise UserError(
@@ -108,9 +119,10 @@ def check(
     allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
     found = find_op_library(path_of(library), say)
     paths = paths_of(models) or artefacts_here("onnx")
+    require_used(runtimes, [kind_of(path) or "onnx" for path in paths])
 
     def opened(path: Path) -> tuple[Artefact, Reference, Ways]:
-        return _opened(path, found, allowed, path_of(reference), claim, say)
+        return _opened(path, found, allowed, path_of(reference), claim, runtimes, say)
 
     # A bad one is refused before the first has run for minutes; each is let go again, so that
     # never more than one is in memory.
@@ -124,7 +136,7 @@ def check(
 
 def _opened(
     path: Path, library: Path | None, allowed: Allowed, original: Path | None,
-    claim: Claim, say: Callable[[str], None],
+    claim: Claim, runtimes: Sequence[str], say: Callable[[str], None],
 ) -> tuple[Artefact, Reference, Ways]:  # fmt: skip
     """Everything that checking `path` needs, loaded: what cannot be loaded is refused here."""
     artefact = open_artefact(path, library, allowed, original)
@@ -132,7 +144,7 @@ def _opened(
     artefact.require_runnable()
     for note in artefact.notes:
         say(note)
-    judge, ways = artefact.judge(), artefact.ways()
+    judge, ways = artefact.judge(), artefact.ways(runtimes=runtimes or CHECKED)
     for way in ways:
         ways[way]
     return artefact, judge, ways
@@ -153,8 +165,8 @@ def _compared(
     with bar(say, desc="check", total=len(runs)) as progress:
         for way, batch in runs:
             parity = compare(
-                judge, ways[way], loaded, names, artefact.boundaries, artefact.parity,
-                batch, artefact.config.output,
+                judge, ways[way], loaded, names, artefact.boundaries,
+                ways.parity.get(way, artefact.parity), batch, artefact.config.output,
             )  # fmt: skip
             found = Comparison(
                 str(artefact.path), f"{way}, batch {batch}", pictures.source, pictures.account,

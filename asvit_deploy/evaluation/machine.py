@@ -18,7 +18,8 @@ def _version(name: str) -> str | None:
 
 def machine() -> dict[str, Any]:
     """CPU, usable cores, system and the versions that matter."""
-    packages = ("asvit-deploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
+    packages = ("asvit-deploy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino",
+                "numpy")  # fmt: skip
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),

@@ -39,8 +39,7 @@ from asvit_deploy.ops import onnx_op
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.runners.pytorch import TorchRunner
-
-_RUNTIME = "onnxruntime"  # which runs other methods
+from asvit_deploy.runtimes import ONNXRUNTIME, TORCH
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class ModelBench(Report):
 
 def bench_model(
     artefact: OnnxArtefact, pictures: ImageSet, threads: int, warmup: int, runs: int,
-    methods: Sequence[str], say: Callable[[str], None],
+    methods: Sequence[str], say: Callable[[str], None], runtimes: Sequence[str] = (),
 ) -> ModelBench:  # fmt: skip
     """Time every variant of an artefact.
 
@@ -96,6 +95,7 @@ def bench_model(
         pictures: all of them readable.
         methods: others to time beside it at its mean MACs, names in `RANKED`.
         threads: 0 takes every core.
+        runtimes: only their rows, names in `runtimes.NAMES`; none stands for all that are usual.
 
     Raises:
         UserError: it cannot be run here, or a method does not reach its MACs.
@@ -104,23 +104,26 @@ def bench_model(
     loaded = [pictures[i] for i in range(len(pictures))]
     config, cuts = artefact.config, artefact.cuts if artefact.adaptive else None
     with _torch_threads(count):
-        variants, notes = _variants(artefact, threads)
-        outputs, lengths = _kept(artefact, loaded)
+        variants, notes = _variants(artefact, threads, runtimes)
+        outputs, lengths = _kept(artefact, loaded, runtimes)
         share = float(macs_by_round(config, lengths, runs, cuts).mean()) / teacher_macs(config)
         beside = _beside(artefact, methods, share)
         for name, network in beside.items():
-            runner = RUNTIMES[_RUNTIME].model(to_onnx(network), threads)
-            variants.append(Variant(f"{_RUNTIME}, {name}", _RUNTIME, True, runner))
-        label = f"{count} thread{'s' * (count > 1)}"
+            variants.append(_with_method(name, network, threads, runtimes))
+        warmup = _warmup(variants, len(loaded), warmup, notes)
+        label, first = f"{count} thread{'s' * (count > 1)}", dict[str, NDArray[np.float64]]()
         with bar(say, total=warmup + runs, desc=f"bench, {label}") as progress:
             seconds = interleave(
-                variants, loaded, warmup, runs, progress=lambda: progress.update() and None
-            )
+                variants, loaded, warmup, runs, progress=lambda: progress.update() and None,
+                first=first,
+            )  # fmt: skip
         agreed, shown = _agreements(artefact, outputs, beside, loaded, notes)
     ratios = dense_macs(config) / macs_by_round(config, lengths, runs, cuts)
     rows = summarise(variants, seconds, ratios)
+    _add_first(rows, variants, first, len(loaded))
     profiles = []
-    if threads == 1 and artefact.adaptive and artefact.fields["mode"] != "static":
+    profiled = not runtimes or ONNXRUNTIME in runtimes
+    if threads == 1 and profiled and artefact.adaptive and artefact.fields["mode"] != "static":
         libraries = artefact.libraries().values()
         profiles = [profile.shares(artefact.path, loaded, library) for library in libraries]
     return ModelBench(
@@ -140,15 +143,53 @@ def _torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _with_method(
+    name: str, network: ViT, threads: int, runtimes: Sequence[str]
+) -> Variant:  # fmt: skip
+    """Another method's row, in the first runtime that was named, or ONNX Runtime."""
+    runtime = next((name for name in runtimes if name in RUNTIMES), ONNXRUNTIME)
+    if runtimes == (TORCH,):
+        return Variant(f"torch eager, {name}", TORCH, True, TorchRunner(network))
+    runner = RUNTIMES[runtime].model(to_onnx(network), threads)
+    return Variant(f"{runtime}, {name}", runtime, True, runner)
+
+
+def _warmup(variants: Sequence[Variant], images: int, warmup: int, notes: list[str]) -> int:
+    """Rounds that do not count: each picture has one where a runtime compiles for new counts."""
+    learning = [v.name for v in variants if getattr(v.runner, "learns_shapes", False)]
+    if learning and warmup < images:
+        notes.append(
+            f"{images} warm-up rounds, one for each image: kernels for counts that it has not seen "
+            f"are compiled by {', '.join(learning)}"
+        )
+        return images
+    return warmup
+
+
+def _add_first(
+    rows: Sequence[Row], variants: Sequence[Variant], first: dict[str, NDArray[np.float64]],
+    images: int,
+) -> None:  # fmt: skip
+    """To rows of a runtime that compiles for new counts, what pictures take that it first sees.
+
+    Warm-up began with as many images as it had rounds; the first round of all does more than that.
+    """
+    for row, variant in zip(rows, variants):
+        if getattr(variant.runner, "learns_shapes", False):
+            new = first[variant.name][1:images]
+            if len(new):
+                row["first_ms"] = float(np.median(new) * 1e3)
+
+
 def _kept(
-    artefact: OnnxArtefact, images: list[NDArray[np.float32]]
+    artefact: OnnxArtefact, images: list[NDArray[np.float32]], runtimes: Sequence[str]
 ) -> tuple[NDArray[np.float32] | None, NDArray[np.int64]]:
     """Outputs [images, C], of an adaptive artefact, and rows after each stage, prefix included:
     int64 [images, stages]."""
     config = artefact.config
     if not artefact.adaptive:
         return None, np.full((len(images), len(config.stages)), config.rows)
-    return run_once(next(iter(artefact.ways().values())), images)
+    return run_once(next(iter(artefact.ways(runtimes=runtimes).values())), images)
 
 
 def _beside(artefact: OnnxArtefact, methods: Sequence[str], share: float) -> dict[str, ViT]:
@@ -187,35 +228,47 @@ def _agreements(
         return None, {}
 
 
-def _variants(artefact: OnnxArtefact, threads: int) -> tuple[list[Variant], list[str]]:
+def _variants(
+    artefact: OnnxArtefact, threads: int, runtimes: Sequence[str]
+) -> tuple[list[Variant], list[str]]:
     """The rows that can be run here, and why the others cannot."""
     notes: list[str] = []
-    ways = artefact.ways(threads, record=False)
+    ways = artefact.ways(threads, record=False, runtimes=runtimes)
     try:
-        variants = _references(artefact, ways, threads)
+        variants = _references(artefact, ways, threads, runtimes)
     except UserError as error:
+        if runtimes == (TORCH,):
+            raise
         variants = []
         notes.append(f"no torch and no dense rows: {error}")
-    for way, runner in ways.items():
-        runtime = ways.runtimes[way]
-        name = f"{runtime}, dense" if way == "dense" else f"{runtime}, adaptive ({way})"
-        variants.append(Variant(name, runtime, artefact.adaptive, runner))
-    if artefact.library is None and onnx_op.nodes_of(artefact.model.graph):
+    for way, runtime in ways.runtimes.items():
+        if runtime == TORCH:  # among the references
+            continue
+        name = f"{runtime}, {'adaptive' if artefact.adaptive else 'dense'}"
+        if way not in ("dense", runtime):
+            name += f" ({way})"
+        variants.append(Variant(name, runtime, artefact.adaptive, ways[way]))
+    ran = ONNXRUNTIME in ways.runtimes.values()
+    if ran and artefact.library is None and onnx_op.nodes_of(artefact.model.graph):
         notes.append("no row with the op's library: `asvit-deploy build-plugins ort` makes it")
     return variants, notes
 
 
-def _references(artefact: OnnxArtefact, ways: Ways, threads: int) -> list[Variant]:
+def _references(
+    artefact: OnnxArtefact, ways: Ways, threads: int, runtimes: Sequence[str]
+) -> list[Variant]:
     """PyTorch, and the dense twin in each runtime."""
-    dense = artefact.dense_reference
-    variants = [Variant("torch eager, dense", "torch", False, TorchRunner(dense))]
+    dense, variants = artefact.dense_reference, list[Variant]()
+    if not runtimes or TORCH in runtimes:
+        variants.append(Variant("torch eager, dense", TORCH, False, TorchRunner(dense)))
+        if artefact.adaptive:
+            eager = TorchRunner(artefact.reference)
+            variants.append(Variant("torch eager, adaptive", TORCH, True, eager))
     if not artefact.adaptive:
         return variants
-    variants.append(
-        Variant("torch eager, adaptive", "torch", True, TorchRunner(artefact.reference))
-    )
     twin = to_onnx(dense)
     for runtime in dict.fromkeys(ways.runtimes.values()):
-        runner = RUNTIMES[runtime].model(twin, threads)
-        variants.append(Variant(f"{runtime}, dense", runtime, False, runner))
+        if runtime != TORCH:
+            runner = RUNTIMES[runtime].model(twin, threads)
+            variants.append(Variant(f"{runtime}, dense", runtime, False, runner))
     return variants

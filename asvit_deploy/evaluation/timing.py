@@ -40,10 +40,12 @@ class _Timed(TypedDict):
 
 
 class Row(_Timed, total=False):
-    """A variant's latency; the ratios are there where its runtime has a dense row too."""
+    """A variant's latency; the ratios are there where its runtime has a dense row too, and
+    `first_ms`, the median over pictures as it first sees them, where new counts take it time."""
 
     speedup: Interval
     share_of_macs_ratio: Interval
+    first_ms: float
 
 
 class Macs(TypedDict):
@@ -83,29 +85,32 @@ def interleave(
     runs: int,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
+    first: dict[str, NDArray[np.float64]] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Time every variant on the same image, round after round.
 
     Args:
         images: float32 [3, H, W] each; round r takes image r modulo their number.
-        warmup: untimed rounds first.
+        warmup: rounds that do not count first.
         runs: timed rounds.
+        first: gets the seconds [warmup] of those, by variant name.
 
     Returns:
         Seconds [runs] by variant name.
     """
     order, rng = list(variants), random.Random(seed)
-    seconds = {variant.name: np.zeros(runs) for variant in variants}
+    seconds = {variant.name: np.zeros(warmup + runs) for variant in variants}
     for r in range(-warmup, runs):
         image = images[r % len(images)][None]
         rng.shuffle(order)
         for variant in order:
             start = time.perf_counter()
             variant.runner.infer(image)
-            if r >= 0:
-                seconds[variant.name][r] = time.perf_counter() - start
+            seconds[variant.name][warmup + r] = time.perf_counter() - start
         progress()
-    return seconds
+    if first is not None:
+        first.update({name: timed[:warmup] for name, timed in seconds.items()})
+    return {name: timed[warmup:] for name, timed in seconds.items()}
 
 
 def ratio_of_medians(

@@ -45,7 +45,7 @@ _BODY = """
     rank = Add (place, offset)
     first, first_place = TopK <axis = 1, largest = 0, sorted = 1> (rank, axis_1)
     is_best = Equal (rank, first)
-    above = Greater (scores, threshold)
+    above = Less (threshold, scores)
     keep = Or (above, is_best)
     class_row = GreaterOrEqual (first, none)
     mask = Concat <axis = 1> ({prefix}, keep)

@@ -42,7 +42,7 @@ def schema() -> onnx.defs.OpSchema:
 # number > NaN > -inf: a NaN becomes the lowest finite number, and what equals the top is raised
 # above all, which a NaN never does: it loses against a true lowest number too. TopK, not ReduceMax:
 # ONNX Runtime's symbolic shape inference, which its quantiser begins with, knows no axes that are
-# an input.
+# an input. Less, not Greater: to OpenVINO NaN is greater than anything, and not less.
 _KEEP = """
     lowest = Constant <value = float {-3.4028234663852886e38}> ()
     is_nan = IsNaN (scores)
@@ -53,7 +53,7 @@ _KEEP = """
     above_all = Constant <value = float {inf}> ()
     rank = Where (is_top, above_all, number)
     best = ArgMax <axis = 1, keepdims = 1, select_last_index = 0> (rank)
-    above = Greater (scores, threshold)
+    above = Less (threshold, scores)
     yes = Constant <value = bool[1] {1}> ()
     shape = Shape (best)
     every = Expand (yes, shape)

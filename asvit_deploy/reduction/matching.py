@@ -99,13 +99,15 @@ def nearest_staying(decision: Decision, stay: Tensor, prefix: int) -> Decision:
     into = own if decision.into is None else decision.into
     margin = (best - _next(near, which, -torch.inf)) / best.abs().clamp_min(_SMALL)
     if decision.into_margin is not None:
-        margin = torch.where(best > -torch.inf, margin, decision.into_margin)
-    found = torch.where(best > -torch.inf, which + prefix, into[:, prefix:])
+        margin = torch.where(best > _LOWEST, margin, decision.into_margin)
+    found = torch.where(best > _LOWEST, which + prefix, into[:, prefix:])
     found = torch.where(stays[:, 0], own[:, prefix:], found)
     return replace(decision, into=torch.cat([own[:, :prefix], found], 1), into_margin=margin)
 
 
 _SMALL = 1e-9
+# The maximum of nothing but -inf is this number to OpenVINO.
+_LOWEST = torch.finfo(torch.float32).min
 
 
 def _next(values: Tensor, which: Tensor, nothing: float) -> Tensor:

@@ -92,7 +92,13 @@ class Remembered:
 
 
 class RunnerBase:
-    """The part that all runners share."""
+    """The part that all runners share.
+
+    Attributes:
+        learns_shapes: a picture that keeps a count not seen before takes longer.
+    """
+
+    learns_shapes = False
 
     def infer(self, images: NDArray[np.float32]) -> Any:
         raise NotImplementedError

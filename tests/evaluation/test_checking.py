@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import onnx
 import pytest
@@ -21,8 +22,8 @@ from asvit_deploy.runners.onnx_runtime import OrtRunner
 def test_the_same_as_the_command(cli, mini_artifacts):
     paths = [mini_artifacts["dynamic", "auto"], mini_artifacts["1", "standard"]]
     lines: list[str] = []
-    found = check([str(path) for path in paths], limit=3, say=lines.append)
-    result = cli("check", *paths, "--limit", 3, "--json")
+    found = check([str(path) for path in paths], limit=3, runtime="onnxruntime", say=lines.append)
+    result = cli("check", *paths, "--limit", 3, "--runtime", "onnxruntime", "--json")
     assert json.loads(result.out) == json.loads(json.dumps([c.as_dict() for c in found]))
     assert lines == result.err.splitlines()
     runs = [(c.model, c.run) for c in found if "library" not in c.run]
@@ -41,7 +42,7 @@ def test_silent_by_default_and_the_folder_s_artefacts(mini_artifacts, tmp_path, 
     for path in (source, source.with_name(source.name + ".json")):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
-    (comparison,) = check(limit=1)
+    (comparison,) = check(limit=1, runtime="onnxruntime")
     assert (comparison.model, comparison.passed) == (source.name, True)
     assert capfd.readouterr() == ("", "")
 
@@ -90,6 +91,7 @@ def test_a_further_runtime_is_one_row(mini_artifacts, monkeypatch):
         model=lambda model, threads: plain(model),
     )
     monkeypatch.setitem(onnx_file.RUNTIMES, "other", further)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     path = mini_artifacts["1", "standard"]
     found = {comparison.run: comparison.passed for comparison in check(path, limit=2)}
     assert found == {"function, batch 1": True, "plain, batch 1": True}

@@ -123,7 +123,8 @@ print(json.dumps(results))
 @pytest.mark.slow
 def test_an_unchanged_library_runs(ort_library, mini_artifacts, photos, cli, tmp_path):
     photos.views[0].picture().save(tmp_path / "x.png")
-    result = cli("check", mini_artifacts["1", "auto"], "--limit", 1, "--json")
+    args = ("--limit", 1, "--runtime", "onnxruntime", "--json")
+    result = cli("check", mini_artifacts["1", "auto"], *args)
     assert [run["run"] for run in json.loads(result.out)] == ["function, batch 1",
                                                               "library, batch 1"]  # fmt: skip
 
