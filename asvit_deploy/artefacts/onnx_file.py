@@ -19,7 +19,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models.archs import DESCRIBED
 from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
 from asvit_deploy.ops import onnx_op
-from asvit_deploy.precision import FLOAT32
+from asvit_deploy.precision import FLOAT32, NAMES, of_name
 from asvit_deploy.runners import onnx_bounds, openvino
 from asvit_deploy.runners.base import Reference, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
@@ -110,6 +110,9 @@ class OnnxArtefact(Artefact):
         model, own = load_model(self.path), "fields" in vars(self)
         if own:
             onnx_bounds.check_ours(model, refuse)
+            said, found = self.fields["precision"], arithmetic_of(model)
+            if said not in NAMES or of_name(said).option != found:
+                refuse(f"computes in {found} and its sidecar says {said[:40]!r}")
         config = self.config if own or self.original is None else self.original.config
         onnx_bounds.check_runnable(model, _largest(config), refuse)
         return model

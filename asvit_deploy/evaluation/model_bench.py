@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 
@@ -32,10 +33,12 @@ from asvit_deploy.evaluation.timing import (
     summarise,
     verdict,
 )
+from asvit_deploy.exporting.int8 import to_int8
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models.macs import dense_macs, teacher_macs
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.precision import FLOAT32
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.runners.pytorch import TorchRunner
@@ -109,7 +112,7 @@ def bench_model(
         share = float(macs_by_round(config, lengths, runs, cuts).mean()) / teacher_macs(config)
         beside = _beside(artefact, methods, share)
         for name, network in beside.items():
-            variants.append(_with_method(name, network, threads, runtimes))
+            variants.append(_with_method(artefact, name, network, threads, runtimes))
         warmup = _warmup(variants, len(loaded), warmup, notes)
         label, first = f"{count} thread{'s' * (count > 1)}", dict[str, NDArray[np.float64]]()
         with bar(say, total=warmup + runs, desc=f"bench, {label}") as progress:
@@ -144,14 +147,26 @@ def _torch_threads(count: int) -> Iterator[None]:
 
 
 def _with_method(
-    name: str, network: ViT, threads: int, runtimes: Sequence[str]
-) -> Variant:  # fmt: skip
+    artefact: OnnxArtefact, name: str, network: ViT, threads: int, runtimes: Sequence[str]
+) -> Variant:
     """Another method's row, in the first runtime that was named, or ONNX Runtime."""
     runtime = next((name for name in runtimes if name in RUNTIMES), ONNXRUNTIME)
     if runtimes == (TORCH,):
         return Variant(f"torch eager, {name}", TORCH, True, TorchRunner(network))
-    runner = RUNTIMES[runtime].model(to_onnx(network), threads)
-    return Variant(f"{runtime}, {name}", runtime, True, runner)
+    runner = RUNTIMES[runtime].model(_as_precise(artefact, to_onnx(network)), threads)
+    return Variant(f"{runtime}, {name}", runtime, True, runner, artefact.fields["precision"])
+
+
+def _as_precise(artefact: OnnxArtefact, model: onnx.ModelProto) -> onnx.ModelProto:
+    """A float32 model in the artefact's precision, quantised as that was.
+
+    Its ranges are those of a picture of noise: they change what it computes, not how long.
+    """
+    made = artefact.fields.get("quantisation")
+    if made is None:
+        return model
+    noise = np.random.default_rng(0).standard_normal((3, *2 * (artefact.config.image_size,)))
+    return to_int8(model, made["kind"], made["float32_layers"], [noise.astype(np.float32)])
 
 
 def _warmup(variants: Sequence[Variant], images: int, warmup: int, notes: list[str]) -> int:
@@ -247,7 +262,9 @@ def _variants(
         name = f"{runtime}, {'adaptive' if artefact.adaptive else 'dense'}"
         if way not in ("dense", runtime):
             name += f" ({way})"
-        variants.append(Variant(name, runtime, artefact.adaptive, ways[way]))
+        precision = artefact.fields["precision"]
+        name += f", {precision}" if precision != FLOAT32.name else ""
+        variants.append(Variant(name, runtime, artefact.adaptive, ways[way], precision))
     ran = ONNXRUNTIME in ways.runtimes.values()
     if ran and artefact.library is None and onnx_op.nodes_of(artefact.model.graph):
         notes.append("no row with the op's library: `asvit-deploy build-plugins ort` makes it")
@@ -257,7 +274,7 @@ def _variants(
 def _references(
     artefact: OnnxArtefact, ways: Ways, threads: int, runtimes: Sequence[str]
 ) -> list[Variant]:
-    """PyTorch, and the dense twin in each runtime."""
+    """PyTorch, and the dense twin in each runtime, in float32 and in the artefact's precision."""
     dense, variants = artefact.dense_reference, list[Variant]()
     if not runtimes or TORCH in runtimes:
         variants.append(Variant("torch eager, dense", TORCH, False, TorchRunner(dense)))
@@ -271,4 +288,8 @@ def _references(
         if runtime != TORCH:
             runner = RUNTIMES[runtime].model(twin, threads)
             variants.append(Variant(f"{runtime}, dense", runtime, False, runner))
+            if (precision := artefact.fields["precision"]) != FLOAT32.name:
+                runner = RUNTIMES[runtime].model(_as_precise(artefact, twin), threads)
+                name = f"{runtime}, dense, {precision}"
+                variants.append(Variant(name, runtime, False, runner, precision))
     return variants

