@@ -176,14 +176,20 @@ class _Segment:
         """What comes to the cut beside them: sizes that are used behind it, and `into`."""
         if not self.masked:
             return []
-        sizes, into = _sizes_of(cut), graph.values_of(self.graph).get(f"into_{self.number}")
-        found = [(SIZES, sizes and sizes[0], ir.DataType.FLOAT), (INTO, into, ir.DataType.INT64)]
-        ends = []
-        for name, value, kind in found:
-            if value is not None:
-                value.name, value.dtype, value.shape = name, kind, ir.Shape(shape)
-                ends.append(value)
-        return ends
+        ends, into = [], graph.values_of(self.graph).get(f"into_{self.number}")
+        if (sizes := _sizes_of(cut)) is not None:
+            end = sizes[0]
+            # float32 in every precision, whatever half graphs make of it
+            if self.kinds.get(str(end.name), ir.DataType.FLOAT) != ir.DataType.FLOAT:
+                cast = graph.cast(end, SIZES, ir.DataType.FLOAT)
+                self.graph.append(cast)
+                end = cast.outputs[0]
+            ends.append((end, SIZES, ir.DataType.FLOAT))
+        if into is not None:
+            ends.append((into, INTO, ir.DataType.INT64))
+        for value, name, kind in ends:
+            value.name, value.dtype, value.shape = name, kind, ir.Shape(shape)
+        return [value for value, *_ in ends]
 
     def _begin(self, cut: ir.Node) -> None:
         """Take what the cut leaves as inputs of the segment."""
@@ -207,7 +213,11 @@ class _Segment:
                          shape=ir.Shape([1, _ROWS]))  # fmt: skip
         self.graph.inputs.append(given)
         one = mask.constant(np.float32(1), "rows_size")  # nothing divides by it, or takes its log
-        graph.redirect(sizes[1], mask.add("Where", [in_use, given, one], "sizes_in_use"))
+        in_place = mask.add("Where", [in_use, given, one], "sizes_in_use")
+        kind = self.kinds.get(str(sizes[1].name), ir.DataType.FLOAT)
+        if kind != ir.DataType.FLOAT:
+            in_place = mask.insert(graph.cast(in_place, "sizes_rounded", kind)).outputs[0]
+        graph.redirect(sizes[1], in_place)
 
     def _take_one_picture(self) -> None:
         """Make a graph of any batch one of a single picture."""
