@@ -129,7 +129,7 @@ def smallest(buckets: Sequence[int], rows: int) -> int:
     raise ValueError(f"no bucket of {list(buckets)} holds {rows} rows")
 
 
-# Of one image at a compaction: length [1], index, scores and into, as `decode` takes them.
+# At a compaction: length, index, scores and into, as `decode` takes them.
 Traced = tuple[NDArray, NDArray, NDArray, NDArray | None]
 
 
@@ -177,7 +177,7 @@ class BucketedRunner(RunnerBase):
             rows = kept.rows
             if trace is not None:
                 into = None if cut.into is None else host(cut.into)
-                trace.append((np.array([rows]), host(kept.index), host(cut.scores), into))
+                trace.append((host(kept.length), host(kept.index), host(cut.scores), into))
             bucket = smallest(self.buckets, rows)
             self.executed.append((kept.tokens.shape[0], bucket, kept.tokens.shape[2]))
             output = self.backend.run(stage + 1, bucket, kept)
