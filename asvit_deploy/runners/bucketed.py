@@ -162,7 +162,8 @@ class BucketedRunner(RunnerBase):
         trace: list[Traced] = []
         result = self._run(image, trace)
         lengths, index, scores, into = zip(*trace)
-        goes = into if into[0] is not None else ()
+        # At a cut behind which nothing asks for sizes a graph does not say where rows go.
+        goes = () if any(stage is None for stage in into) else into
         return decode(result, lengths, index, scores, prefix=self.prefix, into=goes)
 
     def _run(self, image: NDArray[np.float32], trace: list[Traced] | None) -> NDArray:

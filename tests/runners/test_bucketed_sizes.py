@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +34,7 @@ from asvit_deploy.runners.torch_stages import TorchStages
 SIZED = ["size-passing", "tome", "topk-nearest", "topk-scalar"]
 BUCKETS = (8, 16, 24, 32, 40)
 PICTURES = 8
+NEAR_TIE = 1e-5  # of cosines: rounding decides which of two rows takes what a leaving one carries
 
 
 _normal = np.random.default_rng(0).normal(size=(PICTURES, 3, 28, 28))
@@ -59,8 +61,11 @@ def fitted(name, prefix=1, head="class", blocks=(0, 1, 2), most=None, budget=0.7
 
 
 @functools.cache
-def exported(model, ops="auto"):
-    return to_onnx(model, "dynamic", ops)
+def exported(model):
+    graph = to_onnx(model, "dynamic")
+    said = {"asvit_reduction": json.dumps(model.reduction.fields())}  # as an exported file has it
+    onnx.helper.set_model_props(graph, said)
+    return graph
 
 
 @functools.cache
@@ -82,9 +87,14 @@ def agrees(model, runner, pictures, batch=1):
     assert found.equal_sets == found.images == len(pictures)
     for picture in pictures:
         ours, theirs = runner(picture[None]), reference(picture[None])
-        assert (ours.into is None) == (theirs.into is None)
-        for mine, right in zip(ours.into or [], theirs.into or []):
-            np.testing.assert_array_equal(mine[0], right[0])
+        # Where a row goes at a cut behind which nothing asks for sizes is not recorded.
+        recorded = theirs.into is not None and 2 * model.config.depth - 1 not in model.cuts
+        assert recorded <= (ours.into is not None)
+        for stage in range(len(theirs.into or []) if recorded else 0):
+            certain = theirs.into_margin[stage][0] > NEAR_TIE
+            assert certain.any()
+            right = theirs.into[stage][0][certain]
+            np.testing.assert_array_equal(ours.into[stage][0][certain], right)
     return found
 
 
@@ -241,7 +251,9 @@ def test_a_batch_keeps_what_each_picture_keeps_alone(trained, digits):
             alone = TorchRunner(trained)(picture[None])
             for stage in range(cuts):
                 np.testing.assert_array_equal(together.kept[stage][b], alone.kept[stage][0])
-                np.testing.assert_array_equal(together.into[stage][b], alone.into[stage][0])
+                certain = alone.into_margin[stage][0] > NEAR_TIE
+                np.testing.assert_array_equal(together.into[stage][b][certain],
+                                              alone.into[stage][0][certain])  # fmt: skip
                 assert together.lengths[stage][b] == alone.lengths[stage][0]
             error = np.abs(together.output[b] - alone.output[0]).max()
             assert error <= 1e-4 * np.abs(alone.output).max()
