@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,6 +13,7 @@ from asvit_deploy.artefacts import bundle
 from asvit_deploy.artefacts.artefact import Artefact, Opener, Ways
 from asvit_deploy.artefacts.reference import check_fields, source_file
 from asvit_deploy.errors import UserError
+from asvit_deploy.reduction.methods import method_of
 from asvit_deploy.runners.trt_plan import NOTHING, Allowed, require_allowed, require_gpu
 from asvit_deploy.runtimes import of_kind
 
@@ -124,6 +126,24 @@ class BundleArtefact(EngineArtefact):
     Raises:
         UserError: as `EngineArtefact`.
     """
+
+    def __post_init__(self) -> None:
+        from asvit_deploy.runners.bucketed import side_rows_of
+
+        super().__post_init__()
+        buckets, config = self.fields.get("buckets"), self.config
+        if (
+            type(buckets) is not list
+            or not all(type(rows) is int for rows in buckets)
+            or not all(a < b for a, b in pairwise([config.prefix, *buckets]))
+            or buckets[-1:] != [config.rows]
+        ):
+            self._refuse("buckets")
+        # A method that adds rows has no bundles, and one whose rows carry sizes hands these on.
+        if self.fields.get("appended"):
+            self._refuse("appended")
+        if self.fields.get("side_rows", []) != list(side_rows_of(method_of(self.fields))):
+            self._refuse("side_rows")
 
     def _read(self) -> dict[str, Any]:
         return bundle.read(self.path)

@@ -20,7 +20,8 @@ from asvit_deploy.engine.source import Source
 from asvit_deploy.engine.warnings import unexpected
 from asvit_deploy.exporting.split import prefix_of, rows_of, split_segments, thresholds_of
 from asvit_deploy.precision import of_option
-from asvit_deploy.runners.bucketed import BucketedRunner, OrtStages
+from asvit_deploy.reduction.methods import method_of
+from asvit_deploy.runners.bucketed import BucketedRunner, OrtStages, side_rows_of
 from asvit_deploy.runners.trt_flavour import Flavour
 
 # The cut moves no number: where another check judges the precision, a few pictures show a mistake.
@@ -63,6 +64,8 @@ def build_bucketed(
         "buckets": list(buckets),
         "thresholds": thresholds_of(graph),
     }
+    if side := side_rows_of(method_of(fields)):
+        fields["side_rows"] = list(side)
     fields = bundle.write(output, plans, fields)
     return Built(checked, unexpected(outcome.warnings), fields, seconds)
 

@@ -62,10 +62,17 @@ def choose_buckets(
 
 def profiles_of(segment: onnx.ModelProto, buckets: Sequence[int]) -> list[Profile]:
     """One profile per bucket in which nothing varies; none where the shapes are fixed anyway."""
-    profiles = []
+    varying = {}
     for info in segment.graph.input:
         dims = [dim.dim_value for dim in info.type.tensor_type.shape.dim]
         if not all(dims):
-            shapes = [tuple(dim or bucket for dim in dims) for bucket in buckets]
-            profiles += [{info.name: (shape, shape, shape)} for shape in shapes]
-    return profiles
+            varying[info.name] = dims
+    if not varying:
+        return []
+
+    def fixed(dims: list[int], bucket: int) -> tuple[int, ...]:
+        return tuple(dim or bucket for dim in dims)
+
+    return [
+        {name: (fixed(dims, bucket),) * 3 for name, dims in varying.items()} for bucket in buckets
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,12 @@ RANKED: dict[str, type[Ranked]] = {
                    EViT, BAT, MinK, Random)
 }  # fmt: skip
 METHODS: dict[str, type[Reduction]] = {Threshold.name: Threshold, **RANKED}
+
+
+def method_of(fields: Mapping[str, Any]) -> type[Reduction] | None:
+    """The method that a sidecar names, once checked; None where it names none, as AS-ViT's own."""
+    reduction = fields.get("reduction")
+    return None if reduction is None else METHODS[reduction["name"]]
 
 
 def restored(fields: dict[str, Any], prefix: int) -> Reduction:

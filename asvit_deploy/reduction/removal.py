@@ -106,22 +106,40 @@ def _by_op(
         score = torch.where(keep, 1.0, -torch.inf)
         boundary = score.new_tensor(0.0)
     assert boundary is not None
-    if reduction.hands_on():
-        images, device = score.shape[0], score.device
-        stays = _passing(score, boundary) & rows.living(reduction.prefix)
-        first = filled(1.0, images, reduction.prefix, device)
-        stay = torch.cat([first, stays.float()], 1)
-        leaves = (rows.leaving(stay, reduction.prefix) > 0.5).any(1, keepdim=True)
-        rows, decision = combined(reduction, stage, rows, stay, decision, into)
-        if reduction.appends:
-            # The best stays even where it is not above the boundary: what is added outdoes it.
-            score = torch.where(stays, torch.inf, score)
-            # Where nothing leaves, what is added stands for nothing and goes at once.
-            added = torch.where(leaves, torch.inf, -torch.inf).expand(images, reduction.appends)
-            score = torch.cat([score, added], 1)
+    rows, decision, score = before_op(reduction, stage, rows, decision, score, boundary, into)
     compact, index, length, _ = threshold_compact(rows.batched, score, boundary)
     rows = replace(_side_rows(rows, compact, index), alive=index >= 0 if padded else None)
     return rows, Removed(index, length, decision)
+
+
+def before_op(
+    reduction: Reduction, stage: int, rows: Rows, decision: Decision, score: Tensor,
+    boundary: Tensor, into: Tensor | None = None,
+) -> tuple[Rows, Decision, Tensor]:  # fmt: skip
+    """What the op is given: rows that have handed on what they carry, and the scores of all.
+
+    Args:
+        score, boundary: what decides, float32 [B, M-P] and scalar.
+        into: as `remove`.
+
+    Returns:
+        the rows, appended ones too; the decision with what `destined` says; and the scores.
+    """
+    if not reduction.hands_on():
+        return rows, decision, score
+    images, device = score.shape[0], score.device
+    stays = _passing(score, boundary) & rows.living(reduction.prefix)
+    first = filled(1.0, images, reduction.prefix, device)
+    stay = torch.cat([first, stays.float()], 1)
+    leaves = (rows.leaving(stay, reduction.prefix) > 0.5).any(1, keepdim=True)
+    rows, decision = combined(reduction, stage, rows, stay, decision, into)
+    if reduction.appends:
+        # The best stays even where it is not above the boundary: what is added outdoes it.
+        score = torch.where(stays, torch.inf, score)
+        # Where nothing leaves, what is added stands for nothing and goes at once.
+        added = torch.where(leaves, torch.inf, -torch.inf).expand(images, reduction.appends)
+        score = torch.cat([score, added], 1)
+    return rows, decision, score
 
 
 def _passing(score: Tensor, boundary: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ padding (`exporting.split`); the order of events is the same on every backend an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import onnx
@@ -20,8 +20,44 @@ from asvit_deploy.precision import of_tensor_type
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 from asvit_deploy.runners.onnx_runtime import import_onnxruntime, session_options
 
+if TYPE_CHECKING:
+    from asvit_deploy.reduction.base import Reduction
+
 # An array where the backend computes: NumPy's on a CPU, a CUDA tensor of PyTorch on a GPU.
 Array = Any
+
+# What stage models call what they put out of each row beside its token and score: its size, which
+# moves on with it, and the row that takes what it carries where it leaves; and how inputs begin.
+SIZES, INTO, KEPT = "sizes", "into", "kept_"
+# What of a row moves on with its token: arrays [B, M] that a compaction gathers as it does tokens.
+SIDE_ROWS = (SIZES,)
+
+
+class Cut(NamedTuple):
+    """What a stage puts out in front of a compaction, in the backend's own memory.
+
+    Attributes:
+        tokens: T [1, M, D].
+        scores: float32 [1, M-P].
+        side: of `SIDE_ROWS`, by name, those that the stage behind takes: sizes float32 [1, M].
+        into: int64 [1, M], of methods that have it.
+    """
+
+    tokens: Array
+    scores: Array
+    side: Mapping[str, Array] = {}
+    into: Array | None = None
+
+    @classmethod
+    def of(cls, found: Mapping[str, Array]) -> Cut:
+        """From a stage model's outputs by name."""
+        side = {name: found[name] for name in SIDE_ROWS if name in found}
+        return cls(found["tokens"], found["scores"], side, found.get(INTO))
+
+
+def side_rows_of(method: type[Reduction] | None) -> tuple[str, ...]:
+    """Which of `SIDE_ROWS` rows of that method have; None is AS-ViT's own, which has none."""
+    return (SIZES,) if method is not None and method.carries_sizes else ()
 
 
 @dataclass(frozen=True)
@@ -34,12 +70,14 @@ class Kept:
         index: int64 [1, at least rows], each kept row's place in the input.
         length: int64 [1], the same number as `rows`, where a stage can read it.
         rows: rows in use, class token included, known to the host.
+        side: `Cut.side` of the kept rows; zero behind them, as tokens are.
     """
 
     tokens: Array
     index: Array
     length: Array
     rows: int
+    side: Mapping[str, Array] = field(default_factory=dict)
 
 
 class StageBackend(Protocol):
@@ -48,31 +86,25 @@ class StageBackend(Protocol):
     What a call returns may be overwritten by the next image's calls.
     """
 
-    def start(self, images: NDArray[np.float32]) -> tuple[Array, Array]:
+    def start(self, images: NDArray[np.float32]) -> Cut:
         """Stage 0: images [1, 3, H, W] -> tokens T [1, M, D], scores float32 [1, M-P]."""
         ...
 
-    def compact(self, stage: int, tokens: Array, scores: Array, rows: int) -> Kept:
+    def compact(self, stage: int, cut: Cut, rows: int) -> Kept:
         """Keep what passes the threshold of stage `stage` (0-based) among the first `rows` rows.
 
         The one place where the host waits for the device: to read how many rows stay.
 
         Args:
-            tokens: T [1, b, D].
-            scores: float32 [1, b-P], -inf from `rows` - P on.
+            cut: of b rows; scores are -inf from `rows` - P on.
         """
         ...
 
-    def run(self, stage: int, tokens: Array, length: Array) -> tuple[Array, ...]:
-        """Stage `stage` (1-based, after the compaction of stage - 1) on one bucket.
-
-        Args:
-            tokens: T [1, b, D], b a bucket; zero from `length` on.
-            length: `Kept.length`.
+    def run(self, stage: int, bucket: int, kept: Kept) -> Cut | tuple[Array, ...]:
+        """Stage `stage` (1-based, after the compaction of stage - 1) on the first `bucket` rows.
 
         Returns:
-            tokens T [1, b, D] and scores float32 [1, b-P]; of the last stage the network's output,
-            float32 [1, C].
+            of `bucket` rows; of the last stage the network's output, float32 [1, C].
         """
         ...
 
@@ -95,6 +127,10 @@ def smallest(buckets: Sequence[int], rows: int) -> int:
         if bucket >= rows:
             return bucket
     raise ValueError(f"no bucket of {list(buckets)} holds {rows} rows")
+
+
+# At a compaction: length, index, scores and into, as `decode` takes them.
+Traced = tuple[NDArray, NDArray, NDArray, NDArray | None]
 
 
 class BucketedRunner(RunnerBase):
@@ -123,28 +159,29 @@ class BucketedRunner(RunnerBase):
         return stack([self._predict(image[None]) for image in images])
 
     def _predict(self, image: NDArray[np.float32]) -> Prediction:
-        trace: list[tuple[NDArray, NDArray, NDArray]] = []
+        trace: list[Traced] = []
         result = self._run(image, trace)
-        lengths, index, scores = zip(*trace)
-        return decode(result, lengths, index, scores, prefix=self.prefix)
+        lengths, index, scores, into = zip(*trace)
+        # At a cut behind which nothing asks for sizes a graph does not say where rows go.
+        goes = () if any(stage is None for stage in into) else into
+        return decode(result, lengths, index, scores, prefix=self.prefix, into=goes)
 
-    def _run(
-        self, image: NDArray[np.float32], trace: list[tuple[NDArray, NDArray, NDArray]] | None
-    ) -> NDArray:
+    def _run(self, image: NDArray[np.float32], trace: list[Traced] | None) -> NDArray:
         host = self.backend.host
         self.executed = []
-        output: tuple[Array, ...] = self.backend.start(image)
+        output: Cut | tuple[Array, ...] = self.backend.start(image)
         rows = output[0].shape[1]
-        self.prefix = rows - output[1].shape[1]
         for stage in range(self.stages):
-            tokens, scores = output
-            kept = self.backend.compact(stage, tokens, scores, rows)
+            cut = Cut(*output)
+            self.prefix = cut.tokens.shape[1] - cut.scores.shape[1]
+            kept = self.backend.compact(stage, cut, rows)
             rows = kept.rows
             if trace is not None:
-                trace.append((np.array([rows]), host(kept.index), host(scores)))
-            bucket = kept.tokens[:, : smallest(self.buckets, rows)]
-            self.executed.append(tuple(bucket.shape))
-            output = self.backend.run(stage + 1, bucket, kept.length)
+                into = None if cut.into is None else host(cut.into)
+                trace.append((host(kept.length), host(kept.index), host(cut.scores), into))
+            bucket = smallest(self.buckets, rows)
+            self.executed.append((kept.tokens.shape[0], bucket, kept.tokens.shape[2]))
+            output = self.backend.run(stage + 1, bucket, kept)
         return host(output[0])
 
     def describe(self) -> dict[str, str]:
@@ -174,21 +211,35 @@ class OrtStages:
             for stage in stages
         ]
 
-    def start(self, images: NDArray[np.float32]) -> tuple[NDArray, NDArray]:
-        tokens, scores = self.sessions[0].run(["tokens", "scores"], {"images": images})
-        return tokens, scores
+    def _named(self, stage: int, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
+        session = self.sessions[stage]
+        names = [value.name for value in session.get_outputs()]
+        given = {value.name: feeds[value.name] for value in session.get_inputs()}
+        return dict(zip(names, session.run(names, given)))
 
-    def compact(self, stage: int, tokens: NDArray, scores: NDArray, rows: int) -> Kept:
+    def start(self, images: NDArray[np.float32]) -> Cut:
+        return Cut.of(self._named(0, {"images": images}))
+
+    def compact(self, stage: int, cut: Cut, rows: int) -> Kept:
+        tokens, scores = cut.tokens, cut.scores
         threshold, prefix = self.thresholds[stage], tokens.shape[1] - scores.shape[1]
         compacted = threshold_compact(tokens[:, :rows], scores[:, : rows - prefix], threshold)
         kept = int(compacted.length[0])
         most = self.sessions[0].get_outputs()[0].shape[1]
-        padded = np.zeros((1, most, tokens.shape[2]), tokens.dtype)
-        padded[:, :kept] = compacted.compact
-        return Kept(padded, compacted.index, compacted.length, kept)
 
-    def run(self, stage: int, tokens: NDArray, length: NDArray) -> tuple[NDArray, ...]:
-        return tuple(self.sessions[stage].run(None, {"kept": tokens, "length": length}))
+        def padded(values: NDArray) -> NDArray:
+            whole = np.zeros((1, most, *values.shape[2:]), values.dtype)
+            whole[:, :kept] = values
+            return whole
+
+        side = {name: padded(rows[:, compacted.index[0]]) for name, rows in cut.side.items()}
+        return Kept(padded(compacted.compact), compacted.index, compacted.length, kept, side)
+
+    def run(self, stage: int, bucket: int, kept: Kept) -> Cut | tuple[NDArray, ...]:
+        side = {KEPT + name: values[:, :bucket] for name, values in kept.side.items()}
+        given = {"kept": kept.tokens[:, :bucket], "length": kept.length, **side}
+        found = self._named(stage, given)
+        return Cut.of(found) if "scores" in found else tuple(found.values())
 
     def host(self, array: NDArray) -> NDArray:
         return np.array(array)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
+from asvit_deploy.runners.bucketed import KEPT, SIDE_ROWS, Cut
 from asvit_deploy.runners.place import Place
 from asvit_deploy.runners.torch_stages import Captured, DeviceStages, Outputs
 from asvit_deploy.runners.trt_buffers import Bound, Scratch
@@ -164,6 +167,30 @@ def timed(copy_in: Any, execute: Any, copy_out: Any) -> Times:
     return Times(first.elapsed_time(last), (enqueued - before) * 1e3, (end - start) * 1e3)
 
 
+def require_side_rows(engines: Sequence[Engine], side: Sequence[str]) -> None:
+    """Refuse stage engines that do not hand on what their manifest says.
+
+    Args:
+        side: which of `SIDE_ROWS` the manifest names; behind the last compaction nothing may need
+            them.
+
+    Raises:
+        UserError: it names the engine.
+    """
+    for before, after in pairwise(engines):
+        made = {name for name in SIDE_ROWS if name in before.outputs}
+        taken = {name for name in SIDE_ROWS if KEPT + name in after.inputs}
+        if made != taken or not (taken == set(side) or (after is engines[-1] and not taken)):
+            raise UserError(
+                f"{after.name} takes {_listed(taken)} of each row beside its token, {before.name} "
+                f"makes {_listed(made)} and the manifest says {_listed(side)}; build it again"
+            )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ",".join(sorted(names)) or "nothing"
+
+
 class TensorRTStages(DeviceStages):
     """The stage engines of bucketed mode, a context for every (stage, bucket), one scratch for all.
 
@@ -175,7 +202,7 @@ class TensorRTStages(DeviceStages):
         allowed: as `Engine`.
 
     Raises:
-        UserError: see `Engine`.
+        UserError: see `Engine`; or they do not hand on what the manifest says.
     """
 
     def __init__(
@@ -188,12 +215,14 @@ class TensorRTStages(DeviceStages):
         self.engines = [
             Engine(path.read_bytes(), fields, str(path), place, allowed) for path in files
         ]
+        side = tuple(fields.get("side_rows", ()))
+        require_side_rows(self.engines, side)
         self.scratch = Scratch(self.engines)
         first = self.engines[0]
         shape = tuple(first.engine.get_tensor_shape("tokens"))
         super().__init__(
             fields["thresholds"], fields["buckets"], shape[2], fields["image_size"], 1,
-            first.dtype("tokens"), first.dtype("images"), place,
+            first.dtype("tokens"), first.dtype("images"), place, side,
         )  # fmt: skip
         self.fields, self.wanted = fields, graphs
         self.capture(self._function(0, 0), lambda s, bucket: self._function(s, bucket), graphs)
@@ -204,7 +233,9 @@ class TensorRTStages(DeviceStages):
         if stage == 0:
             given = {"images": self.images}
         else:
-            given = {"kept": self.inputs[bucket], "length": self.length}
+            side = {KEPT + name: values for name, values in self.side[bucket].items()}
+            given = {"kept": self.inputs[bucket], "length": self.length, **side}
+        given = {name: tensor for name, tensor in given.items() if name in engine.inputs}
         profile = self.buckets.index(bucket) if stage else 0
         shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
         bound = Bound(engine, engine.context(self.scratch, profile), shapes)
@@ -213,11 +244,11 @@ class TensorRTStages(DeviceStages):
         if self.wanted:
             bound.require_capturable()
         last = stage == len(self.engines) - 1
-        names = (self.fields.get("output", "logits"),) if last else ("tokens", "scores")
+        output = self.fields.get("output", "logits")
 
         def execute(*_: Tensor) -> Outputs:
             bound.enqueue()
-            return tuple(bound.tensors[name] for name in names)
+            return (bound.tensors[output],) if last else Cut.of(bound.tensors)
 
         return execute
 

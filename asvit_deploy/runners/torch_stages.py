@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,13 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asvit_deploy.errors import UserError
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.ops.kernel import Counted, Kernel, build_kernel
+from asvit_deploy.reduction.removal import before_op
 from asvit_deploy.reduction.rows import Rows
-from asvit_deploy.runners.bucketed import Kept, smallest
+from asvit_deploy.runners.bucketed import SIZES, Cut, Kept, side_rows_of, smallest
 from asvit_deploy.runners.place import Place
 
-Outputs = tuple[Tensor, ...]
+Outputs = tuple[Any, ...]  # tensors, or a `Cut`
 
 
 @contextlib.contextmanager
@@ -107,6 +110,7 @@ class DeviceStages:
         dtype: T.
         image_dtype: of the images that stage 0 takes.
         device: "cpu", or a CUDA device, on which all of it happens whichever is current.
+        side: which of `SIDE_ROWS` stages hand on.
 
     Raises:
         UserError: there is no such device.
@@ -115,6 +119,7 @@ class DeviceStages:
     def __init__(
         self, thresholds: Sequence[float], buckets: Sequence[int], width: int, image_size: int,
         batch: int, dtype: torch.dtype, image_dtype: torch.dtype, device: str | Place,
+        side: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.place = device if isinstance(device, Place) else Place(device)
         place = self.place.device
@@ -131,6 +136,9 @@ class DeviceStages:
         self.inputs = {b: empty(batch, b, width) for b in self.buckets}
         self.index = {b: integers((batch, b), -1) for b in self.buckets}
         self.stride = {b: integers((), b) for b in self.buckets}
+        # Side rows are all of one float32 number so far, which the kernel moves as tokens 1 wide.
+        numbers = functools.partial(torch.zeros, dtype=torch.float32, device=place)
+        self.side = {b: {name: numbers(batch, b) for name in side} for b in self.buckets}
 
     @torch.no_grad()
     def capture(
@@ -140,8 +148,9 @@ class DeviceStages:
         """Capture every stage in every bucket.
 
         Args:
-            first: images -> tokens, scores.
-            later: (stage, bucket) -> function of (tokens, length) -> tokens, scores or the output.
+            first: images -> `Cut`.
+            later: (stage, bucket) -> function of (tokens, length, side rows) -> `Cut` or the
+                output.
             graphs: False calls the functions each time.
         """
         self.graphs = graphs and self.place.cuda
@@ -151,27 +160,28 @@ class DeviceStages:
             )
             self.first = captured(first, (self.images,))
             self.later = {
-                (stage, bucket): captured(later(stage, bucket), (tokens, self.length))
+                (stage, bucket): captured(
+                    later(stage, bucket), (tokens, self.length, *self.side[bucket].values())
+                )
                 for stage in range(1, len(self.thresholds) + 1)
                 for bucket, tokens in self.inputs.items()
             }
 
     @torch.no_grad()
-    def start(self, images: NDArray[np.float32] | Tensor) -> tuple[Tensor, Tensor]:
+    def start(self, images: NDArray[np.float32] | Tensor) -> Cut:
         with self.place.current():
             self.images.copy_(torch.as_tensor(images), non_blocking=True)
-        tokens, scores = self.first()
-        return tokens, scores
+        return Cut(*self.first())
 
-    def compact(self, stage: int, tokens: Tensor, scores: Tensor, rows: int) -> Kept:
+    def compact(self, stage: int, cut: Cut, rows: int) -> Kept:
         with self.place.current():
-            return self._compact(stage, tokens, scores)
+            return self._compact(stage, cut)
 
-    def _compact(self, stage: int, tokens: Tensor, scores: Tensor) -> Kept:
+    def _compact(self, stage: int, cut: Cut) -> Kept:
         # All rows of the bucket: those that only pad have scores of -inf and never come back.
-        batch, rows, width = tokens.shape
+        batch, rows, _ = cut.tokens.shape
         stream = self.place.stream()
-        tokens, scores = tokens.contiguous(), scores.contiguous()
+        tokens, scores = cut.tokens.contiguous(), cut.scores.contiguous()
         counted = Counted(
             batch, rows, scores.data_ptr(), self.thresholds[stage].data_ptr(),
             self.length.data_ptr(), self.size.data_ptr(), self.workspace.data_ptr(),
@@ -181,16 +191,19 @@ class DeviceStages:
         kept = int(self.size.item())  # waits for the device
         bucket = smallest(self.buckets, kept)
         compacted, index = self.inputs[bucket], self.index[bucket]
+        side = {name: self.side[bucket][name] for name in cut.side}
+        moves = [(tokens, compacted), *((cut.side[name].contiguous(), side[name]) for name in side)]
         # A stage's input is another buffer than its output, so nothing is overwritten in reading.
-        self.kernel.gather(
-            counted, tokens.data_ptr(), width, tokens.element_size(), compacted.data_ptr(),
-            index.data_ptr(), self.stride[bucket].data_ptr(), stream,
-        )  # fmt: skip
-        return Kept(compacted, index, self.length, kept)
+        for source, target in moves:
+            self.kernel.gather(
+                counted, source.data_ptr(), math.prod(source.shape[2:]), source.element_size(),
+                target.data_ptr(), index.data_ptr(), self.stride[bucket].data_ptr(), stream,
+            )  # fmt: skip
+        return Kept(compacted, index, self.length, kept, side)
 
     @torch.no_grad()
-    def run(self, stage: int, tokens: Tensor, length: Tensor) -> Outputs:
-        return self.later[stage, tokens.shape[1]]()
+    def run(self, stage: int, bucket: int, kept: Kept) -> Outputs:
+        return self.later[stage, bucket]()
 
     def host(self, array: Tensor) -> NDArray:
         with self.place.current():
@@ -218,26 +231,46 @@ class TorchStages(DeviceStages):
         self, model: ViT, buckets: Sequence[int], batch: int = 1,
         dtype: torch.dtype = torch.float32, device: str | Place = "cpu",
     ) -> None:  # fmt: skip
-        config = model.config
-        super().__init__(model.threshold_values(), buckets, config.dim, config.image_size, batch,
-                         dtype, dtype, device)  # fmt: skip
+        config, method = model.config, model.reduction
+        assert method is not None
+        thresholds = model.threshold_values()
+        if method.appends or not thresholds:
+            what = "adds rows at each cut" if method.appends else "keeps as many of each picture"
+            raise UserError(f"stages in buckets are of methods that thresholds decide and that add "
+                            f"no rows; {method.name} {what}, so run it whole")  # fmt: skip
+        super().__init__(thresholds, buckets, config.dim, config.image_size, batch, dtype, dtype,
+                         device, side_rows_of(type(method)))  # fmt: skip
         self.model = copy.deepcopy(model).to(self.place.device, dtype).eval()
         self.capture(
             lambda images: self._stage(0, self.model.embed(images), None),
             lambda stage, _: functools.partial(self._padded_stage, stage),
         )
 
-    def _padded_stage(self, stage: int, tokens: Tensor, length: Tensor) -> Outputs:
+    def _padded_stage(
+        self, stage: int, tokens: Tensor, length: Tensor, sizes: Tensor | None = None
+    ) -> Outputs:
         rows = torch.arange(tokens.shape[1], device=tokens.device)
-        return self._stage(stage, tokens, rows < length[:, None])
+        return self._stage(stage, tokens, rows < length[:, None], sizes)
 
-    def _stage(self, stage: int, x: Tensor, mask: Tensor | None) -> Outputs:
-        rows = Rows(x, alive=mask)
-        if stage < len(self.thresholds):
-            rows, decision = self.model.scored(stage, rows)
-            return rows.tokens, decision.score
-        rows, _ = self.model.segment(stage, rows)
-        return (self.model.classify(rows).float(),)
+    def _stage(
+        self, stage: int, x: Tensor, mask: Tensor | None, sizes: Tensor | None = None
+    ) -> Outputs:
+        if mask is not None and sizes is not None:
+            sizes = torch.where(mask, sizes, 1.0)  # nothing divides by it, or takes its log
+        rows = Rows(x, alive=mask, size=sizes)
+        if stage == len(self.thresholds):
+            rows, _ = self.model.segment(stage, rows)
+            return (self.model.classify(rows).float(),)
+        method = self.model.reduction
+        assert method is not None
+        rows, decision = self.model.scored(stage, rows)
+        # Not the model's own thresholds, which are of T.
+        threshold = self.thresholds[stage]
+        rows, decision, scores = before_op(
+            method, stage, rows, decision, decision.score, threshold
+        )  # fmt: skip
+        side = {} if rows.size is None else {SIZES: rows.size}
+        return Cut(rows.tokens, scores, side, decision.into)
 
 
 class StaticModel:

@@ -33,12 +33,11 @@ class Batches:
         rows = output[0].shape[1]
         for stage in range(self.stages):
             scores.append(host(output[1]))
-            kept = self.backend.compact(stage, *output, rows)
+            kept = self.backend.compact(stage, output, rows)
             rows = kept.rows
             lengths.append(host(kept.length))
             index.append(host(kept.index))
-            bucket = kept.tokens[:, : smallest(self.buckets, rows)]
-            output = self.backend.run(stage + 1, bucket, kept.length)
+            output = self.backend.run(stage + 1, smallest(self.buckets, rows), kept)
         return decode(host(output[0]), lengths, index, scores)
 
     def describe(self) -> dict[str, str]:

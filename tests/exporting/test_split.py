@@ -105,9 +105,9 @@ def entering(stages, thresholds, image, number):
     output = backend.start(image[None])
     rows = output[0].shape[1]
     for stage in range(number):
-        kept = backend.compact(stage, *output, rows)
+        kept = backend.compact(stage, output, rows)
         rows = kept.rows
-        output = backend.run(stage + 1, kept.tokens[:, :rows], kept.length)
+        output = backend.run(stage + 1, rows, kept)
     return kept.tokens[:, :rows]
 
 

@@ -31,7 +31,7 @@ class Watched(BucketedRunner):
     def _run(self, image, trace):
         logits = super()._run(image, trace)
         if trace is not None:
-            lengths = [int(length[0]) for length, _, _ in trace]
+            lengths = [int(length[0]) for length, *_ in trace]
             assert len(self.executed) == len(lengths) == self.stages
             for shape, length in zip(self.executed, lengths):
                 fitting = [bucket for bucket in self.buckets if bucket >= length]
@@ -103,8 +103,8 @@ def test_one_or_all_tokens_stay(model, photos, stage, threshold):
 class Dirty(OrtStages):
     """Leaves anything but zeros behind the rows in use."""
 
-    def compact(self, stage, tokens, scores, rows):
-        kept = super().compact(stage, tokens, scores, rows)
+    def compact(self, stage, cut, rows):
+        kept = super().compact(stage, cut, rows)
         kept.tokens[:, kept.rows :] = 25 * np.random.default_rng(1).standard_normal(
             kept.tokens[:, kept.rows :].shape
         )

@@ -10,7 +10,7 @@ from conftest import sharpened
 from asvit_deploy.data.images import open_images
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.parity import compare
-from asvit_deploy.runners.bucketed import BucketedRunner, smallest
+from asvit_deploy.runners.bucketed import BucketedRunner, Cut, smallest
 from asvit_deploy.runners.pytorch import TorchRunner
 from asvit_deploy.runners.torch_stages import DeviceStages, StaticModel, TorchStages
 
@@ -120,7 +120,7 @@ def test_rows_that_fill_a_bucket_never_come_back(scores, kept):
     """Three rows in a bucket of five; the runner hands over the whole bucket."""
     stages = DeviceStages([0.5], [2, 5], 4, 8, 1, torch.float32, torch.float32, "cpu")
     tokens = torch.arange(20.0).reshape(1, 5, 4)
-    found = stages.compact(0, tokens, torch.tensor([scores]), 3)
+    found = stages.compact(0, Cut(tokens, torch.tensor([scores])), 3)
     assert (found.rows, found.index[0, : found.rows].tolist()) == (2, kept)
     assert found.tokens[0, : found.rows].equal(tokens[0, kept])
 
