@@ -100,13 +100,16 @@ def smoothed(model: onnx.ModelProto, pictures: Sequence[NDArray[np.float32]]) ->
         rows = np.maximum.reduce([np.abs(layers[reader.name].matrix).max(1) for reader in readers])
         scale = np.maximum(peaks, _TINY) ** _SHIFT / np.maximum(rows, _TINY) ** (1 - _SHIFT)
         scale = (scale / np.exp(np.log(scale).mean())).clip(1 / _MOST, _MOST).astype(np.float32)
-        for name in node.input[1:3]:
-            _replace(stored[name], numpy_helper.to_array(stored[name]) / scale)
+        for i in (1, 2):
+            _give(result, node, i, numpy_helper.to_array(stored[node.input[i]]) / scale)
         for reader in readers:
-            layer = layers[reader.name]
-            wide = layer.matrix * scale[:, None]
+            wide = layers[reader.name].matrix * scale[:, None]
             turned = any(entry.name == "transB" and entry.i for entry in reader.attribute)
-            _replace(stored[layer.name], wide.T if turned else wide)
+            _give(result, reader, 1, wide.T if turned else wide)
+    used = {name for node in result.graph.node for name in node.input}
+    kept = [tensor for tensor in result.graph.initializer if tensor.name in used]
+    del result.graph.initializer[:]
+    result.graph.initializer.extend(kept)
     return result
 
 
@@ -122,9 +125,20 @@ def _readers(model: onnx.ModelProto, name: str) -> list[onnx.NodeProto]:
     return found
 
 
-def _replace(tensor: onnx.TensorProto, values: NDArray[np.float32]) -> None:
-    made = numpy_helper.from_array(np.ascontiguousarray(values, np.float32), tensor.name)
-    tensor.CopyFrom(made)
+def _give(
+    model: onnx.ModelProto, node: onnx.NodeProto, place: int, values: NDArray[np.float32]
+) -> None:
+    """Weights of a node's own, under the name of those that it had where nobody else has them:
+    what is equal, such as the weights of fresh norms, is stored once."""
+    name = node.input[place]
+    sharing = sum(list(other.input).count(name) for other in model.graph.node)
+    own = name if sharing == 1 else f"{name}_of_{node.output[0]}"
+    made = numpy_helper.from_array(np.ascontiguousarray(values, np.float32), own)
+    if own == name:
+        next(t for t in model.graph.initializer if t.name == name).CopyFrom(made)
+    else:
+        model.graph.initializer.append(made)
+        node.input[place] = own
 
 
 def layer_errors(

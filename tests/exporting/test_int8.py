@@ -23,6 +23,8 @@ from asvit_deploy.exporting import quantised as ladder
 from asvit_deploy.exporting.int8 import layer_errors, linear_layers, smoothed, to_int8
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.graph import with_function
+from asvit_deploy.models import build
+from asvit_deploy.models.archs import arch
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of
 
 FC2 = "model.blocks.1.mlp.fc2.weight"
@@ -115,6 +117,24 @@ def test_smoothing_changes_no_output(proto, pictures):
         ours, theirs = before(picture[None]), after(picture[None])
         np.testing.assert_allclose(theirs.output, ours.output, rtol=0, atol=2e-4)
         assert all(np.array_equal(a[0], b[0]) for a, b in zip(ours.kept, theirs.kept))
+
+
+@pytest.mark.slow
+def test_smoothing_parts_weights_that_are_stored_once():
+    """Fresh norms are all alike, and one array in the file serves them all."""
+    torch.manual_seed(0)
+    fresh = build(arch("as_deit_mini")).eval()
+    for name, weights in fresh.named_parameters():
+        if "fc1" in name or "qkv" in name:
+            torch.nn.init.normal_(weights)
+    graph, size = to_onnx(fresh.with_reduction(None)), fresh.config.image_size
+    stored = [tensor.name for tensor in graph.graph.initializer if "norm" in tensor.name]
+    assert len(stored) < 4 * fresh.config.depth, "some are shared"
+    noise = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
+    before, after = OrtRunner(graph), OrtRunner(smoothed(graph, list(noise)))
+    wanted = before(noise[:1]).output
+    np.testing.assert_allclose(after(noise[:1]).output, wanted, rtol=0,
+                               atol=1e-4 * np.abs(wanted).max())  # fmt: skip
 
 
 @pytest.mark.slow
