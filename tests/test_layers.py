@@ -24,6 +24,7 @@ LAYERS: list[tuple[str, ...]] = [
         "memory",
         "processor",
         "requirements",
+        "runtimes",
         "similarity",
         "status",
         "trusted",

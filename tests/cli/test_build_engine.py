@@ -207,7 +207,7 @@ def test_batch_that_does_not_rise(cli, tmp_path, mini_artifacts):
 @rtx
 def test_half_of_a_half_graph(cli, tmp_path, mini_artifacts):
     conftest.signed_copy(mini_artifacts["1", "auto"], tmp_path / "half.onnx",
-          lambda proto: proto.CopyFrom(to_half(proto, "fp16")))  # fmt: skip
+          lambda proto: proto.CopyFrom(to_half(proto, "fp16")), precision="float16")  # fmt: skip
     refused(cli("build-engine", "--fp16", "--plugin", "half.onnx"), "half.onnx",
             "half precision already")  # fmt: skip
 
