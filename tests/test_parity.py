@@ -281,3 +281,17 @@ def test_counts_stand_in_for_kept_tokens(mini, altered, photos):
     assert not guessed.passed
     # Raising a threshold drops exactly the lowest of what was kept, so the guess is right here.
     assert sorted(guessed.flips, key=str) == sorted(known.flips, key=str)
+
+
+def test_int8_does_not_excuse_what_cannot_be():
+    """A share of the decisions may be unexplained; tokens that come back, or none, may not."""
+    from asvit_deploy.parity.judging import _too_many
+    from asvit_deploy.parity.limits import LIMITS
+    from asvit_deploy.parity.report import Flip, Parity
+
+    result = Parity("int8", 100, "logits")
+    result.decisions, result.explained = 100_000, 99
+    far = Flip("a", 0, 1, 1.0, 0.5, 0.5, 0.1, False)
+    assert not _too_many([far] * 100, result, LIMITS["int8"])
+    assert _too_many([far] * 101, result, LIMITS["int8"])
+    assert _too_many([Flip("a", 0, 1, 1.0, 0.5, float("inf"), 0.1, False)], result, LIMITS["int8"])

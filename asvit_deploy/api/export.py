@@ -70,8 +70,9 @@ def export(
         budget, cuts: of that method: MACs as a fraction of the dense ones (0.65), and the blocks at
             which tokens leave.
         max_kept: of thresholds, the most rows that any picture keeps behind the last cut.
-        int8: int8 linear layers, rounded by each picture's own ranges ("dynamic", for CPUs) or by
-            those of pictures seen before ("static": QuantizeLinear and DequantizeLinear).
+        int8: int8 linear layers of a file for one picture, rounded by its own ranges ("dynamic",
+            for CPUs) or by those of pictures seen before ("static": QuantizeLinear and
+            DequantizeLinear).
         say: gets a line on every fact that was taken or assumed, and on the comparison.
 
     Raises:
@@ -82,6 +83,16 @@ def export(
     require_one_of("ops", ops, ("auto", "custom", "standard"))
     if int8 is not None:
         require_one_of("int8", int8, ("dynamic", "static"))
+        if batch != "1":
+            raise UserError(
+                "--int8 makes files of --batch 1: in a batch, ranges of one picture would round "
+                "the others; leave --batch or --int8 out"
+            )
+        if ops == "custom":
+            raise UserError(
+                "--int8 runs the model to measure it, and --ops custom leaves out the function "
+                "that runs it; take --ops auto or standard"
+            )
     require_at_least(0, skip_limit=skip_limit)
     require_whole(image_size=image_size, opset=opset)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)

@@ -140,7 +140,8 @@ classes = click.option(
 _RUNTIMES = ", ".join(NAMES)
 runtimes = click.option(
     "--runtime", multiple=True, metavar="A,B,...",
-    help=f"Only in these [default: what is installed, but for openvino-bf16]: {_RUNTIMES}.",
+    help="Only in these [default: bench what is installed but openvino-bf16, check onnxruntime "
+    f"and tensorrt]: {_RUNTIMES}.",
 )  # fmt: skip
 one_runtime = click.option(
     "--runtime", metavar="NAME", help=f"What runs an ONNX file [default: {NAMES[0]}]: "

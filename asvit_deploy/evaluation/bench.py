@@ -168,10 +168,10 @@ def _bench(artefact: Artefact, wanted: _Wanted) -> Benches:
         artefact.require_runnable()
         return [bench_engine(artefact, _pictures(artefact, wanted), warmup, runs, say)]
     assert isinstance(artefact, OnnxArtefact)
-    of_kind(artefact.path, "onnx", wanted.runtimes)
+    runtimes = of_kind(artefact.path, "onnx", wanted.runtimes)
     pictures = _pictures(artefact, wanted)
     return [
-        bench_model(artefact, pictures, count, warmup, runs, wanted.methods, say, wanted.runtimes)
+        bench_model(artefact, pictures, count, warmup, runs, wanted.methods, say, runtimes)
         for count in wanted.threads
     ]
 

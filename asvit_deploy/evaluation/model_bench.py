@@ -132,7 +132,7 @@ def bench_model(
     return ModelBench(
         str(artefact.path), artefact.fields["arch"], count, warmup, runs, pictures.source,
         len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, agreed,
-        shown, profiles, notes, verdict(rows), machine(),
+        shown, profiles, notes, verdict(rows[: len(rows) - len(beside)]), machine(),
     )  # fmt: skip
 
 

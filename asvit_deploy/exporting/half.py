@@ -51,16 +51,7 @@ def _scoring_and_selection(whole: ir.Graph) -> tuple[set[ir.Node], set[ir.Node]]
     while f"scores_{stage}" in values:
         before, tokens, scores, into, weight, *ends = (
             [values[name] for name in (f"{kind}_{stage}",) if name in values]
-            for kind in (
-                "before",
-                "tokens",
-                "scores",
-                "into",
-                "weight",
-                "compact",
-                "index",
-                "length",
-            )
+            for kind in _STAGE_VALUES
         )
         stop |= {*tokens, *scores}  # padded: a stage's selection asks the one before
         # What the op takes may be mixed from the scores already, where a method merges.

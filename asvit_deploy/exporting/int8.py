@@ -2,8 +2,9 @@
 
 Quantised are the products with constant matrices: the linear layers of the blocks and the head.
 Weights have one scale per output channel. Dynamic: each layer's input is rounded to 8 bits by its
-own range, picture by picture, as CPUs like it. Static: by ranges that calibration pictures showed,
-as QuantizeLinear and DequantizeLinear, which TensorRT and OpenVINO read.
+own range, as CPUs like it; files take one picture, since in a batch one range would serve all.
+Static: by ranges that calibration pictures showed, as QuantizeLinear and DequantizeLinear, which
+TensorRT and OpenVINO read.
 
 What stays float32: the patches' convolution, LayerNorm, softmax, the products of the attention,
 scores, norms and the comparison with thresholds; and layers whose own rounding moves their output
@@ -158,7 +159,7 @@ def layer_errors(
             for name, x in given.items():
                 low, high = ranges.get(name, (0.0, 0.0))
                 ranges[name] = (min(low, float(x.min())), max(high, float(x.max())))
-    moved, whole = dict.fromkeys(ranges, 0.0), dict.fromkeys(ranges, 0.0)
+    moved, whole = dict[str, float](), dict[str, float]()
     for given in _inputs_of(model, layers, pictures):
         for layer in layers:
             x = given[layer.given]
@@ -236,9 +237,8 @@ def to_int8(
         _quantise(bare, output, kind, others, pictures)
         result = onnx.load(str(output))
     _keep_opsets(result, model)
-    for entry in result.metadata_props:
-        if entry.key == "asvit_precision":
-            entry.value = '"int8"'
+    props = {entry.key: entry.value for entry in result.metadata_props}
+    onnx.helper.set_model_props(result, {**props, "asvit_precision": '"int8"'})
     onnx.checker.check_model(result)
     return result
 

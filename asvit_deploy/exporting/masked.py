@@ -42,7 +42,7 @@ _BODY = """
     rank = Add (place, offset)
     first, first_place = TopK <axis = 1, largest = 0, sorted = 1> (rank, axis_1)
     is_best = Equal (rank, first)
-    above = Greater (scores, threshold)
+    above = Less (threshold, scores)
     keep = Or (above, is_best)
     class_row = GreaterOrEqual (first, none)
     mask = Concat <axis = 1> ({prefix}, keep)
@@ -78,12 +78,12 @@ def with_masks(
     cuts = len(graph.cuts_of(graph.opened(model).graph))
     if not set(physical) <= set(range(cuts)):
         raise ValueError(f"{sorted(physical)} are not among {cuts} cuts")
+    if len(set(physical)) == cuts:
+        return model
     if graph.batch_of(model) is not None:
         raise UserError(
             f"{name} takes one picture, so its graph hides no rows; export it with --batch dynamic"
         )
-    if len(set(physical)) == cuts:
-        return model
     # With its function, which tells P by shapes that the rewrite forgets.
     rewrite = _Rewrite(graph.with_function(model))
     rewrite.run(physical)

@@ -59,7 +59,7 @@ def quantised(
         UserError: too few pictures, or all are alike.
         CheckFailed: no form agrees.
     """
-    _refuse_alike(pictures)
+    pictures, names = _different(pictures, names)
     choosing, judging, labels = pictures[::2], pictures[1::2], names[1::2]
     even = smoothed(model, choosing)
     errors = layer_errors(even, kind, choosing)
@@ -83,19 +83,26 @@ def quantised(
         tried.append({"float32_layers": len(kept), "failures": failures})
     last = tried[-1]["failures"][0] if tried else "every layer would stay float32"
     other = "leave --int8 out" if kind == "dynamic" else "take --int8 dynamic, or leave it out"
-    raise CheckFailed(f"no int8 ({kind}) form of the model agrees with PyTorch ({last}); {other}")
+    raise CheckFailed(
+        f"no int8 ({kind}) form of the model agrees with PyTorch ({last}); nothing was written: "
+        f"{other}"
+    )
 
 
-def _refuse_alike(pictures: Pictures) -> None:
-    """Raise UserError where pictures say nothing on others."""
-    if len(pictures) < FEWEST:
+def _different(pictures: Pictures, names: Sequence[str]) -> tuple[Pictures, list[str]]:
+    """Each picture once, so that none that quantises judges under another name.
+
+    Raises:
+        UserError: too few are left to say anything on others.
+    """
+    firsts: dict[bytes, int] = {}
+    for i, picture in enumerate(pictures):
+        firsts.setdefault(picture.tobytes(), i)
+    if len(firsts) < FEWEST:
         raise UserError(
-            f"--int8 takes {FEWEST} pictures or more, half of them to judge; there "
-            f"{'is' if len(pictures) == 1 else 'are'} {len(pictures)}: give more with --images"
+            f"--int8 takes {FEWEST} different pictures or more, half of them to judge; of the "
+            f"{len(pictures)} given {len(firsts)} differ{'s' * (len(firsts) == 1)}: give more with "
+            "--images"
         )
-    different = {picture.tobytes() for picture in pictures}
-    if len(different) < FEWEST:
-        raise UserError(
-            f"of the {len(pictures)} pictures {len(different)} differ: ranges that they show hold "
-            f"for no others; give {FEWEST} different ones or more with --images"
-        )
+    kept = list(firsts.values())
+    return [pictures[i] for i in kept], [names[i] for i in kept]

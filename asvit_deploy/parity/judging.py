@@ -131,7 +131,9 @@ def _failures(result: Parity, stages: int, limits: Limits) -> list[str]:
 
 
 def _too_many(far: Sequence[Flip], result: Parity, limits: Limits) -> bool:
-    """Whether more flips are unexplained than there may be."""
+    """Whether more flips are unexplained than there may be; what cannot be is never explained."""
+    if not all(np.isfinite(flip.margin) for flip in far):
+        return True
     if limits.unexplained is not None:
         return len(far) > max(1, limits.unexplained * result.decisions)
     wild = any(flip.margin > STRAY * flip.allowed for flip in far)

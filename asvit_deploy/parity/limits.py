@@ -56,7 +56,7 @@ class Limits:
         return math.acos(1 - self.cosine)
 
 
-# Noise and logit errors as measured with `exporting.precision.rounded` on up to 200 pictures of the
+# Noise and logit errors as measured with `exporting.half.rounded` on up to 200 pictures of the
 # default checkpoint, a trained ViT-S and random DeiT-T, DeiT-S and LV-ViT-S with and without
 # sharpened attention: noise at most 1.4e-3 (fp16) and 1.0e-2 (bf16), the median of logit errors
 # 1.5e-3 and 1.2e-2, the largest 5.6e-3 and 3.8e-2. The limits of noise are eight roundings.

@@ -128,7 +128,7 @@ def averaged(rows: Rows, into: Tensor, leaving: Tensor, weight: Tensor) -> Rows:
         weight: float32 [B, M], above 0.
     """
     tokens, places = rows.batched, torch.arange(weight.shape[1], device=weight.device)
-    goes = (into.unsqueeze(1) == places[:, None]) & (leaving.unsqueeze(1) > 0.5)  # (B, to, from)
+    goes = (into.unsqueeze(1) == places[:, None]) & leaving.unsqueeze(1).bool()  # (B, to, from)
     own = places[:, None] == places
     # A softmax, so that no weight is too small for any precision: it is float32's in all of them.
     share = torch.where(goes | own, weight.log().unsqueeze(1), -torch.inf).softmax(2)

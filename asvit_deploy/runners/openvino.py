@@ -299,8 +299,8 @@ def _require_end(data: bytes, name: str, config: dict[str, Any]) -> None:
     done = child.tried(_CODE, str(most), str(_SECONDS), json.dumps(config), given=data, wait=_WAIT)
     if isinstance(done, str):
         raise UserError(
-            f"{name} cannot be run by OpenVINO within {_SECONDS} s and the memory of its network; "
-            "export it again"
+            f"{name} cannot be run by OpenVINO within {_SECONDS} s and the memory of its network "
+            f"({done}); export it again"
         )
     code, out, err = done
     if code:

@@ -265,6 +265,21 @@ def test_file_of_another_precision_than_its_sidecar_says(files, tmp_path, cli):
     assert "computes in int8 and its sidecar says 'float32'" in done.err
 
 
+@pytest.mark.parametrize("options", [("--batch", "dynamic"), ("--ops", "custom")])
+def test_what_int8_cannot_be_written_with(cli, tmp_path, options):
+    done = cli("export", "--ckpt", "default", "--int8", *options, "-o", tmp_path / "x.onnx")
+    assert done.code == 2
+    assert f"leave {options[0]}" in done.err or "--ops auto" in done.err
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_picture_given_twice_does_not_judge_itself(pictures):
+    given = [picture for picture in pictures[:4] for _ in range(2)]
+    kept, names = ladder._different(given, list("abcdefgh"))
+    assert [picture.tobytes() for picture in kept] == [one.tobytes() for one in pictures[:4]]
+    assert names == list("aceg")
+
+
 def test_words_of_the_option(cli, tmp_path):
     done = cli(
         "export", "--ckpt", default_checkpoint(), "--int8", "fast", "-o", tmp_path / "x.onnx"
