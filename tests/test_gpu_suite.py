@@ -122,6 +122,7 @@ def test_every_part_ends_by_itself_in_a_bare_environment(folder, bare_python, tm
     skipped = {"onnxruntime_cuda": "onnxruntime is not installed",
                "training": "not installed: click",
                "methods_agreement": "safetensors is not installed",
+               "methods_bucketed": "safetensors is not installed",
                "tensorrt": "neither TensorRT nor TensorRT-RTX is installed"}  # fmt: skip
     for name, part in summary["parts"].items():
         if "compute-sanitizer" in part.get("reason", "") or name in skipped:

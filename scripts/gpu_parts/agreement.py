@@ -28,17 +28,18 @@ class Batches:
         from asvit_deploy.runners.base import decode
         from asvit_deploy.runners.bucketed import smallest
 
-        host, lengths, index, scores = self.backend.host, [], [], []
+        host, lengths, index, scores, into = self.backend.host, [], [], [], []
         output = self.backend.start(images)
         rows = output[0].shape[1]
         for stage in range(self.stages):
             scores.append(host(output[1]))
+            into += [] if output.into is None else [host(output.into)]
             kept = self.backend.compact(stage, output, rows)
             rows = kept.rows
             lengths.append(host(kept.length))
             index.append(host(kept.index))
             output = self.backend.run(stage + 1, smallest(self.buckets, rows), kept)
-        return decode(host(output[0]), lengths, index, scores)
+        return decode(host(output[0]), lengths, index, scores, into=into)
 
     def describe(self) -> dict[str, str]:
         return self.backend.describe()

@@ -36,6 +36,7 @@ PARTS = {
         Part("agreement", "agreement:agreement", "02_correctness", 90, 25),
         Part("bucketed", "bucketed:bucketed", "03_bucketed", 110, 30),
         Part("methods_agreement", "methods_agreement:methods_agreement", "02_correctness", 90, 20),
+        Part("methods_bucketed", "methods_agreement:methods_bucketed", "02_correctness", 90, 20),
         Part("methods", "methods:methods", "04_networks", 150, 30),
         Part("packed", "packed:packed", "04_networks", 50),
         Part("memcheck", "sanitizers:memcheck", "05_kernel", 45),
