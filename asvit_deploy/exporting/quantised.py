@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.exporting.int8 import Kind, layer_errors, linear_layers, smoothed, to_int8
+from asvit_deploy.exporting.int8 import Kind, layer_errors, smoothed, to_int8
 from asvit_deploy.parity import Parity
 
 # A layer whose rounding moves its output by more stays float32; the first that agrees is taken.
@@ -74,7 +74,7 @@ def quantised(
         parity = judge(made, judging, labels)
         failures = [line for one in parity.values() for line in one.failures]
         if not failures:
-            layers = [layer.name for layer in linear_layers(model) if layer.name in kept]
+            layers = [name for name in errors if name in kept]
             return Quantised(made, parity, {
                 "kind": kind, "layers": len(errors), "float32_layers": layers,
                 "pictures": {"quantised_by": len(choosing), "judged_by": len(judging)},
