@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -316,6 +317,6 @@ def _require_end(data: bytes, name: str, config: dict[str, Any]) -> None:
 
 def _failure(name: str, error: str) -> str:
     """One line for what OpenVINO said: its own place in whose sources is of no use."""
-    lines = [line.strip() for line in error.splitlines()]
-    said = [line for line in lines if line and not line.startswith(("Exception from", "Check '"))]
+    lines = [line.strip() for line in re.sub(r"Exception from \S+:\d+:", "", error).splitlines()]
+    said = [line for line in lines if line and not line.startswith("Check '")]
     return f"{name} cannot be run by OpenVINO ({' '.join(said)[:160]}); export it again"
