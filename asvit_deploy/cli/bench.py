@@ -29,6 +29,8 @@ if TYPE_CHECKING:
               show_default=True, help="One thread, every core, or both in turn.")  # fmt: skip
 @click.option("--methods", metavar="A,B,...",
               help="Also time these methods, fixed counts at the same mean MACs.")  # fmt: skip
+@click.option("--memory", is_flag=True,
+              help="Also measure what each ONNX model takes, in a process of its own.")  # fmt: skip
 @options.runtimes
 @options.library
 @options.engine_code
@@ -44,6 +46,7 @@ def command(
     warmup: int,
     threads: str,
     methods: str | None,
+    memory: bool,
     runtime: tuple[str, ...],
     library: Path | None,
     plugin: Path | None,
@@ -62,8 +65,9 @@ def command(
 
     reports = bench.bench(
         models, images=images, limit=limit, skip_limit=skip_limit, runs=runs, warmup=warmup,
-        threads=threads, methods=methods, runtime=runtime, library=library, plugin=plugin,
-        allow_engine_code=allow_engine_code, output=output, force=force, say=options.status,
+        threads=threads, methods=methods, memory=memory, runtime=runtime, library=library,
+        plugin=plugin, allow_engine_code=allow_engine_code, output=output, force=force,
+        say=options.status,
     )  # fmt: skip
     if as_json:
         click.echo(bench.as_json(reports))
@@ -124,6 +128,22 @@ def _agreement(agreed: dict[str, Any]) -> str:
     return said
 
 
+def _print_details(report: ModelBench) -> None:
+    """Latency over kept tokens, and memory: one line for each row that has it."""
+    for row in report.rows:
+        if "over_kept" in row:
+            line = row["over_kept"]
+            click.echo(
+                f"{row['name']}: {line['ms_at_none']:.2f} ms and {1e3 * line['ms_per_token']:.1f} "
+                f"us a kept token, as a mean over the blocks (r2 {line['r2']:.3f})"
+            )
+    for row in report.rows:
+        if "memory_mib" in row:
+            taken = row["memory_mib"]
+            click.echo(f"memory of {row['name']}: {taken['peak']:.0f} MiB at most as it runs, "
+                       f"{taken['opened']:.0f} once open")  # fmt: skip
+
+
 def _print(report: ModelBench) -> None:
     from asvit_deploy.evaluation.report import table
 
@@ -158,10 +178,13 @@ def _print(report: ModelBench) -> None:
             f"of the run ({share['op']}): scoring {share['scoring']:.2%}, "
             f"compaction {share['compaction']:.2%}, together {share['both']:.2%}"
         )
+        staged = ", ".join(f"{ms:.2f}" for ms in share["stages_ms"])
+        click.echo(f"kernel time between cuts ({share['op']}), ms: {staged}")
+    _print_details(report)
     for row in report.rows:
         if "first_ms" in row:
             click.echo(f"{row['name']}: {row['first_ms']:.2f} ms at p50 on images that it had not "
                        f"seen, before the rounds above")  # fmt: skip
-    for note in report.notes:
+    for note in [*report.notes, *([report.busy] if report.busy else [])]:
         click.echo(f"note: {note}")
     click.echo(f"verdict: {report.verdict}")

@@ -49,6 +49,7 @@ class _Wanted:
     threads: list[int]
     methods: tuple[str, ...]
     runtimes: tuple[str, ...]
+    memory: bool
     say: Callable[[str], None]
 
 
@@ -68,6 +69,7 @@ def bench(
     output: str | Path | None = None,
     force: bool = False,
     runtime: str | Sequence[str] | None = None,
+    memory: bool = False,
     say: Callable[[str], None] = silent,
 ) -> Benches:
     """Time artefacts one picture at a time, every variant in turn, in one process.
@@ -90,6 +92,7 @@ def bench(
         force: replace a file that is there.
         runtime: only rows of these, of `runtimes.NAMES`; a text names several with commas. Without
             it, all that are installed and compute in the file's own precision.
+        memory: also measure what each ONNX model takes, in a process of its own (Linux).
         say: gets status lines; a progress bar is shown only where this is given.
 
     Returns:
@@ -108,7 +111,7 @@ def bench(
     allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
     named, target = paths_of(models), path_of(output)
     wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _THREADS[threads],
-                     _methods(methods), chosen(runtime), say)  # fmt: skip
+                     _methods(methods), chosen(runtime), memory, say)  # fmt: skip
     require_used(wanted.runtimes, [kind_of(path) or "onnx" for path in named])
     with contextlib.ExitStack() as stack:
         if target is not None:
@@ -171,7 +174,9 @@ def _bench(artefact: Artefact, wanted: _Wanted) -> Benches:
     runtimes = of_kind(artefact.path, "onnx", wanted.runtimes)
     pictures = _pictures(artefact, wanted)
     return [
-        bench_model(artefact, pictures, count, warmup, runs, wanted.methods, say, runtimes)
+        bench_model(
+            artefact, pictures, count, warmup, runs, wanted.methods, say, runtimes, wanted.memory
+        )
         for count in wanted.threads
     ]
 

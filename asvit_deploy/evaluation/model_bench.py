@@ -21,16 +21,20 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation import profile
 from asvit_deploy.evaluation.arguments import bar
 from asvit_deploy.evaluation.machine import machine
+from asvit_deploy.evaluation.memory_use import memory_use
 from asvit_deploy.evaluation.report import Report
 from asvit_deploy.evaluation.timing import (
     Macs,
     Row,
     Variant,
+    busy,
     interleave,
+    line_over_kept,
     macs_by_round,
     macs_summary,
     run_once,
     summarise,
+    tokens_by_image,
     verdict,
 )
 from asvit_deploy.exporting.int8 import to_int8
@@ -64,6 +68,7 @@ class ModelBench(Report):
         methods: of each other method that was timed, its `macs_share` and its `agreement`.
         profile: per way what scoring and compaction took; one thread and adaptive only.
         notes: which rows there are not, and why.
+        busy: that equal work took unequal time, where it did.
         verdict: one sentence on which is the faster.
         machine: what it ran on.
     """
@@ -84,6 +89,7 @@ class ModelBench(Report):
     methods: dict[str, Any]
     profile: list[dict[str, Any]]
     notes: list[str]
+    busy: str | None
     verdict: str
     machine: dict[str, Any]
 
@@ -91,6 +97,7 @@ class ModelBench(Report):
 def bench_model(
     artefact: OnnxArtefact, pictures: ImageSet, threads: int, warmup: int, runs: int,
     methods: Sequence[str], say: Callable[[str], None], runtimes: Sequence[str] = (),
+    memory: bool = False,
 ) -> ModelBench:  # fmt: skip
     """Time every variant of an artefact.
 
@@ -99,6 +106,7 @@ def bench_model(
         methods: others to time beside it at its mean MACs, names in `RANKED`.
         threads: 0 takes every core.
         runtimes: only their rows, names in `runtimes.NAMES`; none stands for all that are usual.
+        memory: also measure what each row's model takes, where it can be had, see `memory_use`.
 
     Raises:
         UserError: it cannot be run here, or a method does not reach its MACs.
@@ -124,6 +132,9 @@ def bench_model(
     ratios = dense_macs(config) / macs_by_round(config, lengths, runs, cuts)
     rows = summarise(variants, seconds, ratios)
     _add_first(rows, variants, first, len(loaded))
+    _add_lines(rows, seconds, tokens_by_image(config, lengths, cuts))
+    if memory:
+        _add_memory(artefact, rows, variants, loaded, threads, notes, say)
     profiles = []
     profiled = not runtimes or ONNXRUNTIME in runtimes
     if threads == 1 and profiled and artefact.adaptive and artefact.fields["mode"] != "static":
@@ -132,7 +143,8 @@ def bench_model(
     return ModelBench(
         str(artefact.path), artefact.fields["arch"], count, warmup, runs, pictures.source,
         len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, agreed,
-        shown, profiles, notes, verdict(rows[: len(rows) - len(beside)]), machine(),
+        shown, profiles, notes, busy(variants, seconds),
+        verdict(rows[: len(rows) - len(beside)]), machine(),
     )  # fmt: skip
 
 
@@ -153,8 +165,9 @@ def _with_method(
     runtime = next((name for name in runtimes if name in RUNTIMES), ONNXRUNTIME)
     if runtimes == (TORCH,):
         return Variant(f"torch eager, {name}", TORCH, True, TorchRunner(network))
-    runner = RUNTIMES[runtime].model(_as_precise(artefact, to_onnx(network)), threads)
-    return Variant(f"{runtime}, {name}", runtime, True, runner, artefact.fields["precision"])
+    model = _as_precise(artefact, to_onnx(network))
+    runner, precision = RUNTIMES[runtime].model(model, threads), artefact.fields["precision"]
+    return Variant(f"{runtime}, {name}", runtime, True, runner, precision, model)
 
 
 def _as_precise(artefact: OnnxArtefact, model: onnx.ModelProto) -> onnx.ModelProto:
@@ -194,6 +207,34 @@ def _add_first(
             new = first[variant.name][1:images]
             if len(new):
                 row["first_ms"] = float(np.median(new) * 1e3)
+
+
+def _add_lines(
+    rows: Sequence[Row], seconds: dict[str, NDArray[np.float64]], tokens: NDArray[np.float64]
+) -> None:
+    """To adaptive rows, latency as a line over kept tokens, where those vary."""
+    for row in rows:
+        if row["adaptive"] and (line := line_over_kept(seconds[row["name"]], tokens)):
+            row["over_kept"] = line
+
+
+def _add_memory(
+    artefact: OnnxArtefact, rows: Sequence[Row], variants: Sequence[Variant],
+    images: list[NDArray[np.float32]], threads: int, notes: list[str], say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """To rows that run an ONNX model, what it takes in a process of its own."""
+    for row, variant in zip(rows, variants):
+        if variant.model is None:
+            continue
+        say(f"memory of {variant.name}")
+        library = artefact.library if row["runner"].get("op") == "library" else None
+        found = memory_use(variant.runtime, variant.model, library, images, threads)
+        if isinstance(found, str):
+            notes.append(f"no memory of {variant.name}: {found}")
+        else:
+            row["memory_mib"] = found
+    if without := [v.name for v in variants if v.model is None]:
+        notes.append(f"memory is not measured of {', '.join(without)}")
 
 
 def _kept(
@@ -264,7 +305,9 @@ def _variants(
             name += f" ({way})"
         precision = artefact.fields["precision"]
         name += f", {precision}" if precision != FLOAT32.name else ""
-        variants.append(Variant(name, runtime, artefact.adaptive, ways[way], precision))
+        variants.append(
+            Variant(name, runtime, artefact.adaptive, ways[way], precision, artefact.model)
+        )
     ran = ONNXRUNTIME in ways.runtimes.values()
     if ran and artefact.library is None and onnx_op.nodes_of(artefact.model.graph):
         notes.append("no row with the op's library: `asvit-deploy build-plugins ort` makes it")
@@ -287,9 +330,10 @@ def _references(
     for runtime in dict.fromkeys(ways.runtimes.values()):
         if runtime != TORCH:
             runner = RUNTIMES[runtime].model(twin, threads)
-            variants.append(Variant(f"{runtime}, dense", runtime, False, runner))
+            variants.append(Variant(f"{runtime}, dense", runtime, False, runner, model=twin))
             if (precision := artefact.fields["precision"]) != FLOAT32.name:
-                runner = RUNTIMES[runtime].model(_as_precise(artefact, twin), threads)
+                model = _as_precise(artefact, twin)
+                runner = RUNTIMES[runtime].model(model, threads)
                 name = f"{runtime}, dense, {precision}"
-                variants.append(Variant(name, runtime, False, runner, precision))
+                variants.append(Variant(name, runtime, False, runner, precision, model))
     return variants

@@ -7,7 +7,7 @@ belongs where is read off the optimised graph itself, by the stage values' names
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,21 @@ def classify_nodes(model: onnx.ModelProto, stages: int) -> dict[str, str]:
     return {name: kind for name, kind in kinds.items() if name}
 
 
+def stages_of_nodes(model: onnx.ModelProto, stages: int) -> dict[str, int]:
+    """Node name -> how many cuts lie in front of it, with what the tokens of those cuts need.
+
+    Scoring and compaction are in the stage that they end. Of a node that no cut needs it is
+    `stages`: what follows the last one.
+    """
+    opened = graph.opened(model).graph
+    values = graph.values_of(opened)
+    found = {node.name: stages for node in opened if node.name}
+    for s in reversed(range(stages)):
+        ends = [values[name] for name in (f"compact_{s}", f"length_{s}") if name in values]
+        found |= {node.name: s for node in graph.upstream(ends) if node.name}
+    return found
+
+
 def shares(
     source: Path | onnx.ModelProto,
     images: Sequence[NDArray[np.float32]],
@@ -54,7 +69,8 @@ def shares(
 
     Returns:
         `scoring`, `compaction` and `both` as fractions and `kernel_ms`, each the median over the
-        images, so that a run that the machine disturbed does not count; `op`, how the op ran.
+        images, so that a run that the machine disturbed does not count; `op`, how the op ran;
+        `stages_ms`, kernel time up to the first cut, between two cuts, and behind the last one.
     """
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "profile"
@@ -63,22 +79,40 @@ def shares(
             runner.infer(images[i % len(images)][None])
         events = runner.end_profiling()
         optimised = onnx.load(f"{prefix}.optimized.onnx")
-    medians = _medians(events, classify_nodes(optimised, runner.stages), warmup)
-    return {**medians, "op": "library" if library else "function"}
+    spent = _spent(events, classify_nodes(optimised, runner.stages), _KINDS, "network", warmup)
+    parts = range(runner.stages + 1)
+    staged = _spent(
+        events, stages_of_nodes(optimised, runner.stages), parts, runner.stages, warmup
+    )  # fmt: skip
+    return {
+        **_medians(spent), "stages_ms": (np.median(staged, axis=0) / 1e3).tolist(),
+        "op": "library" if library else "function",
+    }  # fmt: skip
 
 
-def _medians(
-    events: Sequence[dict[str, Any]], kinds: dict[str, str], warmup: int
-) -> dict[str, float]:
-    """Shares and kernel time of each run after the first `warmup`, then their medians."""
+def _spent(
+    events: Sequence[dict[str, Any]], parts: Mapping[str, Any], columns: Sequence[Any], rest: Any,
+    warmup: int,
+) -> NDArray[np.float64]:  # fmt: skip
+    """Microseconds of each run after the first `warmup` by part: [runs, parts].
+
+    Args:
+        parts: a node's part, by its name; that of others is `rest`.
+        columns: the parts in order.
+    """
     runs = sorted(e["ts"] for e in events if e["cat"] == "Session" and e["name"] == "model_run")
-    spent = np.zeros((len(runs), len(_KINDS)))  # microseconds
+    place = {part: column for column, part in enumerate(columns)}
+    spent = np.zeros((len(runs), len(columns)))
     for event in events:
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-            kind = kinds.get(event["name"].removesuffix("_kernel_time"), "network")
+            part = parts.get(event["name"].removesuffix("_kernel_time"), rest)
             run = np.searchsorted(runs, event["ts"], "right") - 1
-            spent[run, _KINDS.index(kind)] += event["dur"]
-    spent = spent[warmup:]
+            spent[run, place[part]] += event["dur"]
+    return spent[warmup:]
+
+
+def _medians(spent: NDArray[np.float64]) -> dict[str, float]:
+    """Medians of shares and kernel time over runs: microseconds [runs, kinds]."""
     whole = spent.sum(1)
     scoring, compaction, _ = spent.T / whole
     return {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from asvit_deploy.models.config import ArchConfig
@@ -41,6 +42,19 @@ class _Timed(TypedDict):
     min_ms: float
 
 
+class Line(TypedDict):
+    """A least-squares line through one point for each picture; `r2` is its share of the variance.
+
+    The points are medians of a picture's rounds over the image tokens that its blocks saw, as a
+    mean over the blocks.
+    """
+
+    ms_per_token: float
+    ms_at_none: float
+    r2: float
+    pictures: int
+
+
 class Row(_Timed, total=False):
     """A variant's latency; the ratios are there where its runtime has a dense row too, and
     `first_ms`, the median over pictures as it first sees them, where new counts take it time."""
@@ -48,6 +62,16 @@ class Row(_Timed, total=False):
     speedup: Interval
     share_of_macs_ratio: Interval
     first_ms: float
+    over_kept: Line
+    memory_mib: Memory
+
+
+class Memory(TypedDict):
+    """MiB that a process of its own holds beside the libraries: `opened` once the model is open,
+    `peak` at most while pictures run through it."""
+
+    opened: float
+    peak: float
 
 
 class Macs(TypedDict):
@@ -73,6 +97,7 @@ class Variant:
         adaptive: False for the dense row.
         runner: must not record, so that only the inference itself is timed.
         precision: of one runtime, rows of one precision are compared.
+        model: what the runner runs, where that is an ONNX model.
     """
 
     name: str
@@ -80,6 +105,7 @@ class Variant:
     adaptive: bool
     runner: Runner
     precision: str = FLOAT32.name
+    model: onnx.ModelProto | None = None
 
     @property
     def peers(self) -> tuple[str, str]:
@@ -176,6 +202,65 @@ def macs_by_round(
     """
     shown = lengths[np.arange(runs) % len(lengths)].astype(np.float64)
     return np.asarray(model_macs(config, list(shown.T), cuts), np.float64)
+
+
+def tokens_by_image(
+    config: ArchConfig, lengths: NDArray[np.int64], cuts: Sequence[int] | None = None
+) -> NDArray[np.float64]:
+    """Image tokens that the blocks see, as a mean over the blocks: [images].
+
+    Args:
+        lengths: int64 [images, stages], prefix included.
+        cuts: as `model_macs`.
+    """
+    cuts = [2 * stage for stage in config.stages] if cuts is None else cuts
+    halves = np.diff([0, *cuts, 2 * config.depth])
+    rows = np.concatenate([np.full((len(lengths), 1), config.rows), lengths], axis=1)
+    return np.asarray((rows - config.prefix) @ halves / halves.sum(), np.float64)
+
+
+def line_over_kept(
+    seconds: NDArray[np.float64], tokens: NDArray[np.float64]
+) -> Line | None:  # fmt: skip
+    """Latency as a line over kept tokens; None where fewer than three numbers of tokens were seen.
+
+    Args:
+        seconds: [runs]; round r ran image r modulo their number.
+        tokens: [images], as `tokens_by_image`.
+    """
+    image = np.arange(len(seconds)) % len(tokens)
+    seen = np.unique(image)
+    if len(np.unique(tokens[seen])) < 3:
+        return None
+    x = tokens[seen]
+    y = np.array([np.median(seconds[image == i]) * 1e3 for i in seen])
+    slope, offset = np.polyfit(x, y, 1)
+    spread = float(((y - y.mean()) ** 2).sum())
+    left = float(((y - slope * x - offset) ** 2).sum())
+    return {
+        "ms_per_token": float(slope), "ms_at_none": float(offset),
+        "r2": 1 - left / spread if spread else 0.0, "pictures": len(seen),
+    }  # fmt: skip
+
+
+# p90 over median of rounds that all do the same work: 1.01 to 1.08 on quiet machines.
+_BUSY = 1.15
+
+
+def busy(
+    variants: Sequence[Variant], seconds: dict[str, NDArray[np.float64]]
+) -> str | None:  # fmt: skip
+    """One line where rounds of equal work, those of dense rows, took unequal time; else None."""
+    spreads = {
+        v.name: float(np.percentile(seconds[v.name], 90) / np.median(seconds[v.name]))
+        for v in variants if not v.adaptive
+    }  # fmt: skip
+    if not spreads or (calmest := min(spreads.values())) < _BUSY:
+        return None
+    return (
+        f"the machine was busy: one round in ten of the dense network took {calmest:.2f} times the "
+        "median or more; trust ratios and their intervals, not milliseconds, or run it again"
+    )
 
 
 def macs_summary(

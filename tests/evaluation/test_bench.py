@@ -36,7 +36,7 @@ def test_a_report_and_its_file(cli, model, tmp_path):
     assert list(own) == list(printed)
     assert list(own)[:8] == ["kind", "model", "arch", "threads", "warmup", "runs", "images",
                              "image_count"]  # fmt: skip
-    measured = ("rows", "profile", "verdict")
+    measured = ("rows", "profile", "busy", "verdict")
     for name in own.keys() - set(measured):
         assert own[name] == printed[name], name
     assert [row["name"] for row in own["rows"]] == [row["name"] for row in printed["rows"]]

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from asvit_deploy.artefacts.onnx_file import find_op_library
 from asvit_deploy.evaluation import profile, timing
 from asvit_deploy.models.macs import dense_macs, model_macs
 from asvit_deploy.runners.onnx_runtime import OrtRunner
@@ -116,7 +117,8 @@ def test_a_disturbed_run_does_not_move_the_shares():
             event = {"cat": "Node", "ts": start + begin, "dur": dur}
             events += [{**event, "name": f"{name}_kernel_time"}, {**event, "name": f"{name}_fence"}]
     events = events[::-1]  # the runs come after their nodes in a real file too
-    shares = profile._medians(events, {"s": "scoring", "c": "compaction"}, warmup=2)
+    kinds = {"s": "scoring", "c": "compaction"}
+    shares = profile._medians(profile._spent(events, kinds, profile._KINDS, "network", warmup=2))
     assert shares == pytest.approx(
         {"scoring": 0.1, "compaction": 0.2, "both": 0.3, "kernel_ms": 0.1}
     )
@@ -133,3 +135,54 @@ def test_only_score_work_counts_as_scoring(mini_artifacts):
     assert scoring.count("Softmax") == 3
     assert scoring.count("Sqrt") == 3
     assert scoring.count("MatMul") == 3
+
+
+def test_time_between_cuts_is_all_of_it_and_each_stage_has_its_blocks(
+    mini_artifacts, mini_config, photos
+):
+    images = [photos[i] for i in range(4)]
+    for library in (None, find_op_library(None)):
+        shares = profile.shares(mini_artifacts["1", "auto"], images, library, warmup=1)
+        assert len(shares["stages_ms"]) == 4
+        assert min(shares["stages_ms"]) > 0
+    model = onnx.load(mini_artifacts["1", "auto"])
+    stages = profile.stages_of_nodes(model, 3)
+    assert set(stages.values()) == {0, 1, 2, 3}
+    ops = {node.name: node.op_type for node in model.graph.node}
+    ends = [stages[name] for name, op in ops.items() if op == "ThresholdCompact"]
+    assert ends == [0, 1, 2]
+    assert {stages[name] for name, op in ops.items() if op == "Conv"} == {0}
+    blocks = [sum(op == "Gelu" and stages[name] == s for name, op in ops.items()) for s in range(4)]
+    assert blocks == np.diff([0, *mini_config.stages, mini_config.depth]).tolist()
+
+
+def test_latency_as_a_line_over_kept_tokens():
+    tokens = np.array([50.0, 100.0, 150.0, 80.0])
+    rounds = np.arange(40) % 4
+    line = timing.line_over_kept((2 + 0.01 * tokens[rounds]) / 1e3, tokens)
+    assert line["ms_per_token"] == pytest.approx(0.01)
+    assert line["ms_at_none"] == pytest.approx(2)
+    assert (line["r2"], line["pictures"]) == (pytest.approx(1), 4)
+    noise = np.random.default_rng(0).normal(1, 0.1, 40)  # which tokens do not explain
+    assert timing.line_over_kept(noise, tokens)["r2"] < 0.9
+    assert timing.line_over_kept(noise[:2], tokens) is None, "two points are always on a line"
+    assert timing.line_over_kept(noise, np.full(4, 50.0)) is None, "fixed counts"
+
+
+def test_kept_tokens_are_those_that_the_blocks_see(mini_config):
+    p, n, depth = mini_config.prefix, mini_config.image_tokens, mini_config.depth
+    dense = np.full((2, len(mini_config.stages)), mini_config.rows)
+    assert timing.tokens_by_image(mini_config, dense).tolist() == [n, n]
+    half = np.array([[p + n // 2]])
+    cut = 2 * depth - 1  # rows leave in the middle of the last block
+    seen = timing.tokens_by_image(mini_config, half, [cut])
+    assert seen.tolist() == [pytest.approx((cut * n + n // 2) / (2 * depth))]
+
+
+def test_rounds_of_equal_work_that_take_unequal_time_are_said():
+    rows, rng = variants(), np.random.default_rng(0)
+    calm = rng.normal(1, 0.02, 200)
+    assert timing.busy(rows, {"dense": calm, "adaptive": calm * rng.uniform(0.5, 2, 200)}) is None
+    said = timing.busy(rows, {"dense": calm * rng.uniform(1, 2, 200), "adaptive": calm})
+    assert said.startswith("the machine was busy: one round in ten of the dense network took 1.")
+    assert timing.busy(rows[1:], {"adaptive": calm}) is None, "nothing does equal work"
