@@ -115,6 +115,10 @@ def _print_agreement(report: ModelBench | EngineBench) -> None:
         click.echo(f"agreement with dense on {report.image_count} images: {said}")
 
 
+def _interval(estimate: Interval) -> str:
+    return f"{estimate['value']:.2f} ({estimate['low']:.2f}-{estimate['high']:.2f})"
+
+
 def _agreement(agreed: dict[str, Any]) -> str:
     if "cosine" in agreed:
         said = (f"cosine {agreed['cosine']:.4f} ({agreed['low']:.4f}-{agreed['high']:.4f}), "
@@ -129,7 +133,13 @@ def _agreement(agreed: dict[str, Any]) -> str:
 
 
 def _print_details(report: ModelBench) -> None:
-    """Latency over kept tokens, and memory: one line for each row that has it."""
+    """What the fastest row gains over dense ones elsewhere; latency over kept tokens, and memory:
+    one line for each row that has it."""
+    ahead = [row for row in report.rows if "over_others" in row]
+    if ahead:
+        fastest = min(ahead, key=lambda row: row["p50_ms"])
+        said = "; ".join(f"{_interval(r)} over {n}" for n, r in fastest["over_others"].items())
+        click.echo(f"{fastest['name']}: {said}")
     for row in report.rows:
         if "over_kept" in row:
             line = row["over_kept"]
@@ -147,17 +157,14 @@ def _print_details(report: ModelBench) -> None:
 def _print(report: ModelBench) -> None:
     from asvit_deploy.evaluation.report import table
 
-    def interval(estimate: Interval) -> str:
-        return f"{estimate['value']:.2f} ({estimate['low']:.2f}-{estimate['high']:.2f})"
-
     macs, rows = report.macs, []
     for row in report.rows:
         gain = row.get("speedup")
         rows.append([
             row["name"], f"{row['p50_ms']:.2f}", f"{row['p90_ms']:.2f}", f"{row['p99_ms']:.2f}",
             f"{macs['adaptive_gmacs' if row['adaptive'] else 'dense_gmacs']:.3f}",
-            interval(gain) if gain else "1",
-            interval(row["share_of_macs_ratio"]) if gain else "-",
+            _interval(gain) if gain else "1",
+            _interval(row["share_of_macs_ratio"]) if gain else "-",
         ])  # fmt: skip
     plural = "s" * (report.threads > 1)
     click.echo(f"\n{report.model}: batch 1, {report.threads} thread{plural}, "

@@ -56,11 +56,16 @@ class Line(TypedDict):
 
 
 class Row(_Timed, total=False):
-    """A variant's latency; the ratios are there where its runtime has a dense row too, and
-    `first_ms`, the median over pictures as it first sees them, where new counts take it time."""
+    """A variant's latency.
+
+    The ratios are there where its runtime has a dense row too, `over_others` where other runtimes
+    or precisions have one, by its name; and `first_ms`, the median over pictures as it first sees
+    them, where new counts take it time.
+    """
 
     speedup: Interval
     share_of_macs_ratio: Interval
+    over_others: dict[str, Interval]
     first_ms: float
     over_kept: Line
     memory_mib: Memory
@@ -157,6 +162,11 @@ def ratio_of_medians(
     ratios = np.median(slow[pick], axis=1) / np.median(fast[pick], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])
     return float(np.median(slow) / np.median(fast)), float(low), float(high)
+
+
+def _ratio(slow: NDArray[np.float64], fast: NDArray[np.float64]) -> Interval:
+    value, low, high = ratio_of_medians(slow, fast)
+    return {"value": value, "low": low, "high": high}
 
 
 def run_once(
@@ -306,9 +316,11 @@ def summarise(
             "min_ms": float(times.min() * 1e3),
         }
         if variant.adaptive and variant.peers in dense:
-            ratio, low, high = ratio_of_medians(dense[variant.peers], times)
-            row["speedup"] = {"value": ratio, "low": low, "high": high}
+            row["speedup"] = _ratio(dense[variant.peers], times)
             row["share_of_macs_ratio"] = share_of_macs_ratio(dense[variant.peers], times, ratios)
+        others = [v for v in variants if not v.adaptive and v.peers != variant.peers]
+        if variant.adaptive and others:
+            row["over_others"] = {v.name: _ratio(seconds[v.name], times) for v in others}
         rows.append(row)
     return rows
 

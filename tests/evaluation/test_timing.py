@@ -186,3 +186,18 @@ def test_rounds_of_equal_work_that_take_unequal_time_are_said():
     said = timing.busy(rows, {"dense": calm * rng.uniform(1, 2, 200), "adaptive": calm})
     assert said.startswith("the machine was busy: one round in ten of the dense network took 1.")
     assert timing.busy(rows[1:], {"adaptive": calm}) is None, "nothing does equal work"
+
+
+def test_rows_stand_beside_dense_ones_of_other_runtimes_and_precisions_too():
+    rows = [
+        timing.Variant("eager, dense", "torch", False, Sleeper(0)),
+        timing.Variant("dense", "sleep", False, Sleeper(0)),
+        timing.Variant("dense, int8", "sleep", False, Sleeper(0), "int8"),
+        timing.Variant("adaptive, int8", "sleep", True, Sleeper(0), "int8"),
+    ]
+    seconds = {v.name: np.full(20, s) for v, s in zip(rows, (8.0, 4.0, 2.0, 1.0))}
+    *dense, adaptive = timing.summarise(rows, seconds, np.full(20, 2.0))
+    assert adaptive["speedup"]["value"] == 2
+    found = {name: ratio["value"] for name, ratio in adaptive["over_others"].items()}
+    assert found == {"eager, dense": 8, "dense": 4}
+    assert not any("over_others" in row for row in dense)
