@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from asvit_deploy.cli import options
+from asvit_deploy.cli.sweeps import sweep_text
 
 if TYPE_CHECKING:
     from asvit_deploy.evaluation.engine_bench import EngineBench
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
               show_default=True, help="One thread, every core, or both in turn.")  # fmt: skip
 @click.option("--methods", metavar="A,B,...",
               help="Also time these methods, fixed counts at the same mean MACs.")  # fmt: skip
+@click.option("--sweep-batch", metavar="B,B,...",
+              help="Also time these batches, beside dense and fixed counts.")  # fmt: skip
+@click.option("--sweep-budget", metavar="F,F,...",
+              help="Likewise these shares of the dense MACs.")  # fmt: skip
+@click.option("--sweep-size", metavar="PX,PX,...", help="Likewise these image sizes.")
 @options.runtimes
 @options.library
 @options.engine_code
@@ -44,6 +50,9 @@ def command(
     warmup: int,
     threads: str,
     methods: str | None,
+    sweep_batch: str | None,
+    sweep_budget: str | None,
+    sweep_size: str | None,
     runtime: tuple[str, ...],
     library: Path | None,
     plugin: Path | None,
@@ -62,7 +71,8 @@ def command(
 
     reports = bench.bench(
         models, images=images, limit=limit, skip_limit=skip_limit, runs=runs, warmup=warmup,
-        threads=threads, methods=methods, runtime=runtime, library=library, plugin=plugin,
+        threads=threads, methods=methods, sweep_batch=sweep_batch, sweep_budget=sweep_budget,
+        sweep_size=sweep_size, runtime=runtime, library=library, plugin=plugin,
         allow_engine_code=allow_engine_code, output=output, force=force, say=options.status,
     )  # fmt: skip
     if as_json:
@@ -165,3 +175,5 @@ def _print(report: ModelBench) -> None:
     for note in report.notes:
         click.echo(f"note: {note}")
     click.echo(f"verdict: {report.verdict}")
+    for sweep in report.sweeps:
+        click.echo(sweep_text(sweep))
