@@ -223,6 +223,7 @@ def _entries(
             batch = "dynamic" if point.batch > 1 and not singly else "1"
             runner = made.runner(runtime, reduction, batch, threads)
             runner = OneAtATime(runner) if singly else runner
+            runner.infer(batches[0])  # what cannot run says so here
             name = f"{'torch eager' if runtime == TORCH else runtime}, {kind}"
             name += ", one at a time" * singly
             name += f", {precision}" if precision != FLOAT32.name else ""
