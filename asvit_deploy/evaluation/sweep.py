@@ -113,6 +113,7 @@ def run_sweep(
         for point in plan.points:
             if made is None or made.network.config.image_size != point.config.image_size:
                 made = _Exports(artefact, pictures, point)
+            say(f"{artefact.path}: sweep over {plan.over}, {point.at:g}")
             points.append(_timed(made, point, plan.over, ran, threads, rounds, say))
     return {"over": plan.over, "points": points, "notes": notes,
             "verdict": verdicts(plan.over, points)}  # fmt: skip

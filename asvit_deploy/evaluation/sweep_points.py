@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -39,7 +39,7 @@ from asvit_deploy.runners.pytorch import TorchRunner
 MOST_BATCH, MOST_POINTS = 256, 16
 Say = Callable[[str], None]
 Number = TypeVar("Number", int, float)
-Given = str | float | Sequence[Any] | None
+Given = str | float | Iterable[Any] | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _values(
     if isinstance(given, str):
         items: list[Any] = given.split(",")
     else:
-        items = list(given) if isinstance(given, Sequence | np.ndarray) else [given]
+        items = list(given) if isinstance(given, Iterable) else [given]
     found = set()
     for item in items:
         try:
