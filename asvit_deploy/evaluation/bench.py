@@ -71,9 +71,9 @@ def bench(
     output: str | Path | None = None,
     force: bool = False,
     runtime: str | Sequence[str] | None = None,
-    sweep_batch: Given = (),
-    sweep_budget: Given = (),
-    sweep_size: Given = (),
+    sweep_batch: Given = None,
+    sweep_budget: Given = None,
+    sweep_size: Given = None,
     say: Callable[[str], None] = silent,
 ) -> Benches:
     """Time artefacts one picture at a time, every variant in turn, in one process.
