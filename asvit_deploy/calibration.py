@@ -101,11 +101,7 @@ def calibrate(
         UserError: too few images, or a budget that these images cannot meet within 1 %.
     """
     config = model.config
-    check_budget(config, budget)
-    if len(images) < MIN_IMAGES:
-        raise UserError(
-            f"{len(images)} images are too few to calibrate on; give at least {MIN_IMAGES}"
-        )
+    _require(config, images, budget)
     splits = candidate_splits(len(config.stages))
     count = len(images)
     chosen = [i * count // min(count, CHOOSING) for i in range(min(count, CHOOSING))]
@@ -135,6 +131,31 @@ def calibrate(
         "candidates": figures,
     }
     return CalibrationResult(best.thresholds, report)
+
+
+def on_budget(
+    model: ViT, images: Sequence[np.ndarray], budget: float, split: tuple[float, ...]
+) -> Candidate:
+    """Thresholds of one split, as `candidate_splits` has them, without a search for the best.
+
+    Raises:
+        UserError: as `calibrate`.
+    """
+    _require(model.config, images, budget)
+    work = _Work(model, lambda done, total: None)
+    with torch.inference_mode():
+        found = work.candidate(work.prefix(images), split, budget)
+    _check_met(model.config, found, budget)
+    return found
+
+
+def _require(config: ArchConfig, images: Sequence[np.ndarray], budget: float) -> None:
+    """Raise UserError for a budget out of reach, or too few images."""
+    check_budget(config, budget)
+    if len(images) < MIN_IMAGES:
+        raise UserError(
+            f"{len(images)} images are too few to calibrate on; give at least {MIN_IMAGES}"
+        )
 
 
 def with_thresholds(checkpoint: Checkpoint, thresholds: Sequence[float]) -> ViT:

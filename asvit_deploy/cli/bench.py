@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from asvit_deploy.cli import options
+from asvit_deploy.cli.sweeps import sweep_text
 
 if TYPE_CHECKING:
     from asvit_deploy.evaluation.engine_bench import EngineBench
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
               help="Also time these methods, fixed counts at the same mean MACs.")  # fmt: skip
 @click.option("--memory", is_flag=True,
               help="Also measure what each ONNX model takes, in a process of its own.")  # fmt: skip
+@click.option("--sweep-batch", metavar="B,B,...",
+              help="Also time these batches, beside dense and fixed counts.")  # fmt: skip
+@click.option("--sweep-budget", metavar="F,F,...",
+              help="Likewise these shares of the dense MACs.")  # fmt: skip
+@click.option("--sweep-size", metavar="PX,PX,...", help="Likewise these image sizes.")
 @options.runtimes
 @options.library
 @options.engine_code
@@ -47,6 +53,9 @@ def command(
     threads: str,
     methods: str | None,
     memory: bool,
+    sweep_batch: str | None,
+    sweep_budget: str | None,
+    sweep_size: str | None,
     runtime: tuple[str, ...],
     library: Path | None,
     plugin: Path | None,
@@ -65,7 +74,8 @@ def command(
 
     reports = bench.bench(
         models, images=images, limit=limit, skip_limit=skip_limit, runs=runs, warmup=warmup,
-        threads=threads, methods=methods, memory=memory, runtime=runtime, library=library,
+        threads=threads, methods=methods, memory=memory, sweep_batch=sweep_batch,
+        sweep_budget=sweep_budget, sweep_size=sweep_size, runtime=runtime, library=library,
         plugin=plugin, allow_engine_code=allow_engine_code, output=output, force=force,
         say=options.status,
     )  # fmt: skip
@@ -195,3 +205,5 @@ def _print(report: ModelBench) -> None:
     for note in [*report.notes, *([report.busy] if report.busy else [])]:
         click.echo(f"note: {note}")
     click.echo(f"verdict: {report.verdict}")
+    for sweep in report.sweeps:
+        click.echo(sweep_text(sweep))

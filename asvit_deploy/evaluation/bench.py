@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import path_of, require_least
 from asvit_deploy.evaluation.engine_bench import EngineBench, bench_engine
 from asvit_deploy.evaluation.model_bench import ModelBench, bench_model
+from asvit_deploy.evaluation.sweep import Rounds, run_sweep
+from asvit_deploy.evaluation.sweep_points import Asked, Given, asked, plans
 from asvit_deploy.ops.headers import silent
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
-from asvit_deploy.runtimes import chosen, of_kind, require_used
+from asvit_deploy.runtimes import OF_KIND, chosen, of_kind, require_used
 
 _THREADS = {"1": [1], "all": [0], "both": [1, 0]}  # 0: every core
 Benches = list[ModelBench | EngineBench]
@@ -51,6 +53,7 @@ class _Wanted:
     runtimes: tuple[str, ...]
     memory: bool
     say: Callable[[str], None]
+    sweeps: Asked
 
 
 def bench(
@@ -70,6 +73,9 @@ def bench(
     force: bool = False,
     runtime: str | Sequence[str] | None = None,
     memory: bool = False,
+    sweep_batch: Given = None,
+    sweep_budget: Given = None,
+    sweep_size: Given = None,
     say: Callable[[str], None] = silent,
 ) -> Benches:
     """Time artefacts one picture at a time, every variant in turn, in one process.
@@ -93,6 +99,10 @@ def bench(
         runtime: only rows of these, of `runtimes.NAMES`; a text names several with commas. Without
             it, all that are installed and compute in the file's own precision.
         memory: also measure what each ONNX model takes, in a process of its own (Linux).
+        sweep_batch: also time an adaptive ONNX artefact at these batches, beside its dense twin and
+            fixed counts at its MACs; numbers, or a text of several with commas.
+        sweep_budget: likewise, its method fitted to these shares of the dense MACs.
+        sweep_size: likewise, its checkpoint at these image sizes, fitted to its own share.
         say: gets status lines; a progress bar is shown only where this is given.
 
     Returns:
@@ -101,7 +111,7 @@ def bench(
     Raises:
         UserError: an artefact that was named, or every one that was found, cannot be opened or run;
             a runtime that was named is missing, or runs none of them; the pictures cannot be read;
-            or `output` cannot be written.
+            a sweep is asked for that cannot be made; or `output` cannot be written.
     """
     require_least(1, limit=limit)
     require_least(0, skip_limit=skip_limit, warmup=warmup)
@@ -111,7 +121,10 @@ def bench(
     allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
     named, target = paths_of(models), path_of(output)
     wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _THREADS[threads],
-                     _methods(methods), chosen(runtime), memory, say)  # fmt: skip
+                     _methods(methods), chosen(runtime), memory, say,
+                     asked(sweep_batch, sweep_budget, sweep_size))  # fmt: skip
+    if wanted.sweeps:
+        _require_onnx(named)
     require_used(wanted.runtimes, [kind_of(path) or "onnx" for path in named])
     with contextlib.ExitStack() as stack:
         if target is not None:
@@ -129,6 +142,15 @@ def _methods(names: str | Sequence[str] | None) -> tuple[str, ...]:
         if name not in RANKED:
             raise UserError(f"methods has {name!r}; give some of {', '.join(RANKED)}")
     return found
+
+
+def _require_onnx(named: Sequence[Path]) -> None:
+    """Raise UserError where a sweep is asked for and an engine was named."""
+    for path in named:
+        if kind_of(path) in OF_KIND and kind_of(path) != "onnx":
+            raise UserError(
+                f"{path} is an engine, built for one size and budget; sweeps take its ONNX file"
+            )
 
 
 def as_json(reports: Benches) -> str:
@@ -169,16 +191,22 @@ def _bench(artefact: Artefact, wanted: _Wanted) -> Benches:
         of_kind(artefact.path, "engine", wanted.runtimes)
         trusted.require_temporary()  # engines are built there, and run
         artefact.require_runnable()
+        if wanted.sweeps:  # and nobody named it
+            say(f"{artefact.path}: no sweeps, which take ONNX files")
         return [bench_engine(artefact, _pictures(artefact, wanted), warmup, runs, say)]
     assert isinstance(artefact, OnnxArtefact)
     runtimes = of_kind(artefact.path, "onnx", wanted.runtimes)
     pictures = _pictures(artefact, wanted)
-    return [
-        bench_model(
+    planned = plans(artefact, pictures, wanted.sweeps, say)
+    reports: Benches = []
+    for count in wanted.threads:
+        report = bench_model(
             artefact, pictures, count, warmup, runs, wanted.methods, say, runtimes, wanted.memory
         )
-        for count in wanted.threads
-    ]
+        sweeps = [run_sweep(artefact, pictures, plan, count, Rounds(warmup, runs), runtimes, say)
+                  for plan in planned]  # fmt: skip
+        reports.append(replace(report, sweeps=sweeps))
+    return reports
 
 
 def _pictures(artefact: Artefact, wanted: _Wanted) -> ImageSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from asvit_deploy.evaluation.arguments import bar
 from asvit_deploy.evaluation.machine import machine
 from asvit_deploy.evaluation.memory_use import memory_use
 from asvit_deploy.evaluation.report import Report
+from asvit_deploy.evaluation.sweep_types import Sweep
 from asvit_deploy.evaluation.timing import (
     Macs,
     Row,
@@ -71,6 +72,7 @@ class ModelBench(Report):
         busy: that equal work took unequal time, where it did.
         verdict: one sentence on which is the faster.
         machine: what it ran on.
+        sweeps: over batch, budget and image size, those that were asked for.
     """
 
     kind: ClassVar[str] = "model"
@@ -92,6 +94,7 @@ class ModelBench(Report):
     busy: str | None
     verdict: str
     machine: dict[str, Any]
+    sweeps: list[Sweep] = field(default_factory=list)
 
 
 def bench_model(
@@ -114,7 +117,7 @@ def bench_model(
     count = threads or machine()["cores"]
     loaded = [pictures[i] for i in range(len(pictures))]
     config, cuts = artefact.config, artefact.cuts if artefact.adaptive else None
-    with _torch_threads(count):
+    with torch_threads(count):
         variants, notes = _variants(artefact, threads, runtimes)
         outputs, lengths = _kept(artefact, loaded, runtimes)
         share = float(macs_by_round(config, lengths, runs, cuts).mean()) / teacher_macs(config)
@@ -149,7 +152,8 @@ def bench_model(
 
 
 @contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """PyTorch with so many threads, and with its own number again after."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -165,12 +169,12 @@ def _with_method(
     runtime = next((name for name in runtimes if name in RUNTIMES), ONNXRUNTIME)
     if runtimes == (TORCH,):
         return Variant(f"torch eager, {name}", TORCH, True, TorchRunner(network))
-    model = _as_precise(artefact, to_onnx(network))
+    model = as_precise(artefact, to_onnx(network))
     runner, precision = RUNTIMES[runtime].model(model, threads), artefact.fields["precision"]
     return Variant(f"{runtime}, {name}", runtime, True, runner, precision, model)
 
 
-def _as_precise(artefact: OnnxArtefact, model: onnx.ModelProto) -> onnx.ModelProto:
+def as_precise(artefact: OnnxArtefact, model: onnx.ModelProto) -> onnx.ModelProto:
     """A float32 model in the artefact's precision, quantised as that was.
 
     Its ranges are those of a picture of noise: they change what it computes, not how long.
@@ -178,7 +182,8 @@ def _as_precise(artefact: OnnxArtefact, model: onnx.ModelProto) -> onnx.ModelPro
     made = artefact.fields.get("quantisation")
     if made is None:
         return model
-    noise = np.random.default_rng(0).standard_normal((3, *2 * (artefact.config.image_size,)))
+    shape = [side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim[1:]]
+    noise = np.random.default_rng(0).standard_normal(shape)
     return to_int8(model, made["kind"], made["float32_layers"], [noise.astype(np.float32)])
 
 
@@ -332,7 +337,7 @@ def _references(
             runner = RUNTIMES[runtime].model(twin, threads)
             variants.append(Variant(f"{runtime}, dense", runtime, False, runner, model=twin))
             if (precision := artefact.fields["precision"]) != FLOAT32.name:
-                model = _as_precise(artefact, twin)
+                model = as_precise(artefact, twin)
                 runner = RUNTIMES[runtime].model(model, threads)
                 name = f"{runtime}, dense, {precision}"
                 variants.append(Variant(name, runtime, False, runner, precision, model))

@@ -130,7 +130,8 @@ def interleave(
     """Time every variant on the same image, round after round.
 
     Args:
-        images: float32 [3, H, W] each; round r takes image r modulo their number.
+        images: float32 [3, H, W] each, or batches [B, 3, H, W]; round r takes the one of number r
+            modulo their number.
         warmup: rounds that do not count first.
         runs: timed rounds.
         first: gets the seconds [warmup] of those, by variant name.
@@ -141,7 +142,8 @@ def interleave(
     order, rng = list(variants), random.Random(seed)
     seconds = {variant.name: np.zeros(warmup + runs) for variant in variants}
     for r in range(-warmup, runs):
-        image = images[r % len(images)][None]
+        image = images[r % len(images)]
+        image = image[None] if image.ndim == 3 else image
         rng.shuffle(order)
         for variant in order:
             start = time.perf_counter()
