@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 @options.engine_code
 @options.as_json
 @click.option("-o", "--output", type=options.PATH, help="Also write the JSON report here.")
+@click.option("--save-choice", metavar="FILE", type=options.PATH,
+              help="Write what ran fastest; `--runtime auto` reads MODEL.choice.json.")  # fmt: skip
 @options.force
 def command(
     models: tuple[Path, ...],
@@ -50,6 +52,7 @@ def command(
     allow_engine_code: bool,
     as_json: bool,
     output: Path | None,
+    save_choice: Path | None,
     force: bool,
 ) -> None:
     """Latency at batch 1, MACs and kept tokens, beside the dense model.
@@ -63,7 +66,8 @@ def command(
     reports = bench.bench(
         models, images=images, limit=limit, skip_limit=skip_limit, runs=runs, warmup=warmup,
         threads=threads, methods=methods, runtime=runtime, library=library, plugin=plugin,
-        allow_engine_code=allow_engine_code, output=output, force=force, say=options.status,
+        allow_engine_code=allow_engine_code, output=output, save_choice=save_choice, force=force,
+        say=options.status,
     )  # fmt: skip
     if as_json:
         click.echo(bench.as_json(reports))

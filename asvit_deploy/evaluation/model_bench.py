@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,7 +40,7 @@ from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.reduction.ranked import Ranked
-from asvit_deploy.runners.pytorch import TorchRunner
+from asvit_deploy.runners.pytorch import TorchRunner, torch_threads
 from asvit_deploy.runtimes import ONNXRUNTIME, TORCH
 
 
@@ -106,7 +105,7 @@ def bench_model(
     count = threads or machine()["cores"]
     loaded = [pictures[i] for i in range(len(pictures))]
     config, cuts = artefact.config, artefact.cuts if artefact.adaptive else None
-    with _torch_threads(count):
+    with torch_threads(count):
         variants, notes = _variants(artefact, threads, runtimes)
         outputs, lengths = _kept(artefact, loaded, runtimes)
         share = float(macs_by_round(config, lengths, runs, cuts).mean()) / teacher_macs(config)
@@ -125,7 +124,7 @@ def bench_model(
     rows = summarise(variants, seconds, ratios)
     _add_first(rows, variants, first, len(loaded))
     profiles = []
-    profiled = not runtimes or ONNXRUNTIME in runtimes
+    profiled = any(variant.runtime == ONNXRUNTIME for variant in variants)
     if threads == 1 and profiled and artefact.adaptive and artefact.fields["mode"] != "static":
         libraries = artefact.libraries().values()
         profiles = [profile.shares(artefact.path, loaded, library) for library in libraries]
@@ -134,16 +133,6 @@ def bench_model(
         len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, agreed,
         shown, profiles, notes, verdict(rows[: len(rows) - len(beside)]), machine(),
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _with_method(
@@ -264,7 +253,9 @@ def _variants(
             name += f" ({way})"
         precision = artefact.fields["precision"]
         name += f", {precision}" if precision != FLOAT32.name else ""
-        variants.append(Variant(name, runtime, artefact.adaptive, ways[way], precision))
+        variants.append(Variant(name, runtime, artefact.adaptive, ways[way], precision, way))
+    if not runtimes:
+        notes += [f"no {name} rows: {line}" for name, line in artefact.lacking().items()]
     ran = ONNXRUNTIME in ways.runtimes.values()
     if ran and artefact.library is None and onnx_op.nodes_of(artefact.model.graph):
         notes.append("no row with the op's library: `asvit-deploy build-plugins ort` makes it")
@@ -277,10 +268,13 @@ def _references(
     """PyTorch, and the dense twin in each runtime, in float32 and in the artefact's precision."""
     dense, variants = artefact.dense_reference, list[Variant]()
     if not runtimes or TORCH in runtimes:
-        variants.append(Variant("torch eager, dense", TORCH, False, TorchRunner(dense)))
+        # Of a file in another precision it runs the checkpoint, and not what the file computes.
+        way = TORCH if artefact.fields["precision"] == FLOAT32.name else None
+        eager, own = TorchRunner(dense), None if artefact.adaptive else way
+        variants.append(Variant("torch eager, dense", TORCH, False, eager, way=own))
         if artefact.adaptive:
             eager = TorchRunner(artefact.reference)
-            variants.append(Variant("torch eager, adaptive", TORCH, True, eager))
+            variants.append(Variant("torch eager, adaptive", TORCH, True, eager, way=way))
     if not artefact.adaptive:
         return variants
     twin = to_onnx(dense)

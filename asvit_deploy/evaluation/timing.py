@@ -43,11 +43,13 @@ class _Timed(TypedDict):
 
 class Row(_Timed, total=False):
     """A variant's latency; the ratios are there where its runtime has a dense row too, and
-    `first_ms`, the median over pictures as it first sees them, where new counts take it time."""
+    `first_ms`, the median over pictures as it first sees them, where new counts take it time.
+    `way` is how the file that was benched is run itself, and not a twin or another method."""
 
     speedup: Interval
     share_of_macs_ratio: Interval
     first_ms: float
+    way: str
 
 
 class Macs(TypedDict):
@@ -73,6 +75,7 @@ class Variant:
         adaptive: False for the dense row.
         runner: must not record, so that only the inference itself is timed.
         precision: of one runtime, rows of one precision are compared.
+        way: of the artefact itself, see `Row`.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Variant:
     adaptive: bool
     runner: Runner
     precision: str = FLOAT32.name
+    way: str | None = None
 
     @property
     def peers(self) -> tuple[str, str]:
@@ -220,6 +224,8 @@ def summarise(
             "p99_ms": float(p99),
             "min_ms": float(times.min() * 1e3),
         }
+        if variant.way is not None:
+            row["way"] = variant.way
         if variant.adaptive and variant.peers in dense:
             ratio, low, high = ratio_of_medians(dense[variant.peers], times)
             row["speedup"] = {"value": ratio, "low": low, "high": high}
