@@ -224,6 +224,7 @@ class OnnxArtefact(Artefact):
     def _eager(self, threads: int) -> Runner:
         from asvit_deploy.runners.pytorch import TorchRunner
 
+        self.model  # noqa: B018  # which must be what its sidecar says, though its checkpoint runs
         return TorchRunner(self.reference, threads=threads)
 
     def lacking(self) -> dict[str, str]:
