@@ -190,6 +190,22 @@ def test_predict_and_evaluate_say_the_same_in_each(cli, model):
             assert report["rows"][0][key] == usual["rows"][0][key]
 
 
+@pytest.mark.parametrize("command", ["check", "bench", "predict", "evaluate"])
+@pytest.mark.parametrize("names", ["openvino", "torch", "openvino,torch"])
+def test_a_library_that_nothing_would_load(cli, model, command, names, tmp_path):
+    if names == "openvino,torch" and command in ("predict", "evaluate"):
+        return
+    library = tmp_path / "lib.so"
+    options = ("--reference", model) if command == "check" else ()
+    refused(cli(command, model, *more(command), *options, "--runtime", names, "--library", library),
+            f"--library {library} is for onnxruntime alone", names.split(",")[0])  # fmt: skip
+
+
+def test_a_library_for_a_checkpoint(cli, mini_checkpoint):
+    refused(cli("evaluate", mini_checkpoint, "--data", "digits", "--library", "lib.so"),
+            "--library lib.so is for onnxruntime alone", "leave it out")  # fmt: skip
+
+
 def test_from_python(model, missing):
     for call in (
         lambda: asvit_deploy.check(model, runtime="openvino"),
