@@ -332,18 +332,18 @@ def test_what_int8_cannot_be_written_with(cli, tmp_path, options):
     assert not list(tmp_path.glob("x.*"))
 
 
-def flat(value: float, size: int = 64) -> np.ndarray:
+def flat(value: float, size: int) -> np.ndarray:
     return np.full((3, size, size), value, np.float32)
 
 
 def test_pictures_of_one_colour_say_nothing(pictures):
     """Eight colours differ, and none has more than one value for a range."""
-    colours = [flat(value) for value in np.linspace(-2, 2, 8)]
-    noisy = [colour + 0.005 * picture[:, :64, :64] for colour, picture in zip(colours, pictures)]
+    size = pictures[0].shape[1]
+    colours = [flat(value, size) for value in np.linspace(-2, 2, 8)]
+    noisy = [colour + 0.005 * picture for colour, picture in zip(colours, pictures)]
     for given in (colours, noisy):
         raises_one_line(lambda given=given: ladder._different(given, [""] * 8),
                         "of the 8 given 0 differ, 8 being of one colour", "--images")  # fmt: skip
-    size = pictures[0].shape[1]
     kept, names = ladder._different([flat(0, size), *pictures[:4], flat(1, size)], list("abcdef"))
     assert (len(kept), names) == (4, list("bcde"))
 
