@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 
+from asvit_deploy.errors import UserError
+
 
 def cpu_name() -> str:
     """As the system calls it."""
@@ -21,3 +23,16 @@ def usable_cores() -> int:
     """Cores that this process may run on."""
     usable = getattr(os, "sched_getaffinity", None)
     return len(usable(0)) if usable else os.cpu_count() or 1
+
+
+def require_threads(threads: int) -> int:
+    """The number itself, once so many threads have a core each; 0 leaves the choice to a runtime.
+
+    Raises:
+        UserError: it is negative, or there are fewer cores.
+    """
+    cores = usable_cores()
+    if not 0 <= threads <= cores:
+        has = f"this machine has {cores} core{'s' * (cores > 1)} for this process"
+        raise UserError(f"threads is {threads}; {has}: give 1 to {cores}, or 0 for all")
+    return threads

@@ -26,10 +26,11 @@ from asvit_deploy.api.inputs import (
 from asvit_deploy.api.methods import EXECUTED, with_method
 from asvit_deploy.api.place import Place
 from asvit_deploy.errors import UserError
-from asvit_deploy.runtimes import TORCH, chosen_one
+from asvit_deploy.runtimes import AUTO, TORCH, chosen_one, require_auto, require_library_used
 from asvit_deploy.status import Say, first_process, silent
 
 if TYPE_CHECKING:
+    from asvit_deploy.artefacts.onnx_file import OnnxArtefact
     from asvit_deploy.checkpoints.facts import Given
     from asvit_deploy.checkpoints.load import Checkpoint
     from asvit_deploy.classes.network import ClassNames
@@ -85,7 +86,7 @@ def evaluate(
     activation: str | None = None, classes: PathLike | None = None,
     neighbours: int | None = None, limit: int | None = None, skip_limit: int = 0,
     library: PathLike | None = None, output: PathLike | None = None, force: bool = False,
-    runtime: str | None = None, say: Say = silent,
+    runtime: str | None = None, choice: PathLike | None = None, say: Say = silent,
 ) -> Evaluation:  # fmt: skip
     """Top-1 and top-5, MACs and kept tokens over labelled pictures; of embeddings, agreement with
     the dense twin, and k-NN accuracy where the pictures are labelled.
@@ -102,7 +103,8 @@ def evaluate(
         batch_size: images at a time; of several sizes each is a row.
         output: the report is written here too, as JSON.
         runtime: what runs an ONNX artefact: onnxruntime, openvino, openvino-bf16, or torch, which
-            runs its checkpoint.
+            runs its checkpoint; or auto, what `bench(save_choice=...)` found fastest.
+        choice: what auto reads, by default `MODEL.choice.json`.
         say: gets status lines; a progress bar goes with them.
 
     Raises:
@@ -119,11 +121,14 @@ def evaluate(
     require_at_least(0, skip_limit=skip_limit)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     names = optional_path(classes)
-    chosen = chosen_one(runtime)
+    chosen, chosen_by = chosen_one(runtime), optional_path(choice)
+    require_auto(chosen_by, (chosen or "",))
+    require_library_used(library, (chosen,) if chosen else ())
     path = checkpoint_path(model, say if first_process() else silent)
     if path.suffix != ".onnx" and chosen not in (None, TORCH):
         raise UserError(f"{path} is no ONNX file, and {chosen} runs nothing else here; name one "
                         "that `asvit-deploy export` made, or runtime torch")  # fmt: skip
+    require_library_used(library, () if path.suffix == ".onnx" else (TORCH,))
     of_method = {"--method": method, "--budget": budget, "--cuts": cuts, "--max-kept": max_kept}
     given = [option for option, value in of_method.items() if value is not None]
     if dense and given:
@@ -137,7 +142,7 @@ def evaluate(
     with _claimed(written, force, checkpoint_files(path), names) as place, _one_thread():
         change = partial(with_method, method=method, budget=budget, cuts=cuts, max_kept=max_kept)
         opened = _open(path, batch_rule, dense, ema, known, optional_path(library), place, names,
-                       change, place.first(say), chosen)  # fmt: skip
+                       change, place.first(say), chosen, chosen_by)  # fmt: skip
         if max_kept is not None:  # then fewer stay than where it was calibrated
             opened = replace(opened, aim=None)
         report = _evaluate(path, os.fspath(data), opened, batch_rule, sizes, limit, skip_limit,
@@ -206,6 +211,7 @@ def _open(
     path: Path, batch_rule: BatchRule, dense: bool, ema: bool, known: Given,
     library: Path | None, place: Place, classes: Path | None,
     change: Callable[[Checkpoint], Checkpoint], say: Say, runtime: str | None,
+    choice: Path | None,
 ) -> _Opened:  # fmt: skip
     from asvit_deploy.classes.network import of_checkpoint, of_fields
 
@@ -218,7 +224,7 @@ def _open(
         session = OnnxArtefact(path, find_op_library(library))
         found = of_fields(path, session.fields, classes, say)
         twin = _twin(session.config, session.adaptive, lambda: session.dense_reference, place)
-        runner = session.in_runtime(runtime)
+        runner = _runner(session, runtime, choice, say)
         fields, adapts = session.fields, bool(session.fields["thresholds"])
         aim = fields.get("budget") if adapts and fields.get("budget_by") == EXECUTED else None
         return _Opened(runner, session.config, found, session.cuts, twin, aim)
@@ -237,6 +243,17 @@ def _open(
         aim = float(kept["budget"])
     eager = TorchRunner(network, batch_rule)
     return _Opened(eager, checkpoint.config, found, cuts or None, twin, aim)
+
+
+def _runner(
+    artefact: OnnxArtefact, runtime: str | None, choice: Path | None, say: Say
+) -> Runner:  # fmt: skip
+    if runtime != AUTO:
+        return artefact.in_runtime(runtime)
+    from asvit_deploy.artefacts.runtime_choice import run_as_chosen
+
+    (runner,) = run_as_chosen(artefact, choice, say).values()
+    return runner
 
 
 def _twin(

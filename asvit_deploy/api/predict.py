@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from asvit_deploy.api.inputs import PathLike, optional_path, path_of, require_at_least
 from asvit_deploy.errors import UserError
-from asvit_deploy.runtimes import chosen_one
+from asvit_deploy.runtimes import AUTO, chosen_one, require_auto, require_library_used
 from asvit_deploy.status import Say, silent
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Prediction:
 def predict(
     model: PathLike, pictures: PathLike | Sequence[PathLike], *, skip_limit: int = 0,
     classes: PathLike | None = None, library: PathLike | None = None, runtime: str | None = None,
-    say: Say = silent,
+    choice: PathLike | None = None, say: Say = silent,
 ) -> list[Prediction]:  # fmt: skip
     """Top-5, or the score of a network with one output, or an embedding and its nearest among the
     pictures; and kept tokens of each picture.
@@ -100,7 +100,9 @@ def predict(
     Args:
         model: an ONNX artefact.
         pictures: files, or one; all are read before the first is looked at.
-        runtime: onnxruntime, openvino, openvino-bf16, or torch, which runs its checkpoint.
+        runtime: onnxruntime, openvino, openvino-bf16, or torch, which runs its checkpoint; or auto,
+            which is what `bench(save_choice=...)` found fastest.
+        choice: what auto reads, by default `MODEL.choice.json`.
         say: gets a line on where the labels come from, and on what was skipped.
 
     Raises:
@@ -108,7 +110,9 @@ def predict(
             `skip_limit` cannot be read, or none can; an embedding is not finite.
     """
     require_at_least(0, skip_limit=skip_limit)
-    chosen = chosen_one(runtime)
+    chosen, chosen_by = chosen_one(runtime), optional_path(choice)
+    require_auto(chosen_by, (chosen or "",))
+    require_library_used(library, (chosen,) if chosen else ())
     model, named = path_of(model), optional_path(classes)
     several = [pictures] if isinstance(pictures, (str, os.PathLike)) else list(pictures)
     if not several:
@@ -122,7 +126,12 @@ def predict(
     embeds = artefact.config.output == "embedding"
     if not embeds and (found is None or found.firm):  # of others it has said so already
         say(f"labels: {_origin(model, found, named, artefact.config.num_classes)}")
-    runner = artefact.in_runtime(chosen)
+    if chosen == AUTO:
+        from asvit_deploy.artefacts.runtime_choice import run_as_chosen
+
+        (runner,) = run_as_chosen(artefact, chosen_by, say).values()
+    else:
+        runner = artefact.in_runtime(chosen)
     labels, tokens = found.names if found else None, artefact.fields["image_tokens"]
     predictions = [
         Prediction(str(path), tokens, skipped=image)

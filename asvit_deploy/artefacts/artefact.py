@@ -47,6 +47,15 @@ class Ways(Mapping[str, Runner]):
             self._open[way] = self._openers[way]()
         return self._open[way]
 
+    def only(self, way: str) -> Ways:
+        """One of them.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        parity = {way: self.parity[way]} if way in self.parity else {}
+        return Ways({way: self._openers[way]}, {way: self.runtimes[way]}, parity)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._openers)
 

@@ -20,7 +20,7 @@ from asvit_deploy.models.archs import DESCRIBED
 from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import FLOAT32, NAMES, of_name
-from asvit_deploy.runners import onnx_bounds, openvino
+from asvit_deploy.runners import onnx_bounds, onnx_runtime, openvino
 from asvit_deploy.runners.base import Reference, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
 from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO, OPENVINO_BF16, TORCH, of_kind
@@ -214,17 +214,27 @@ class OnnxArtefact(Artefact):
             if (limits := runtime.parity(self)) != self.parity:
                 parity |= dict.fromkeys(own, limits)
         if TORCH in wanted:
-            openers[TORCH], of_ways[TORCH], parity[TORCH] = self._eager, TORCH, FLOAT32.option
+            eager = partial(self._eager, threads)
+            openers[TORCH], of_ways[TORCH], parity[TORCH] = eager, TORCH, FLOAT32.option
+        if not openers:
+            lines = "; ".join(self.lacking().values())
+            raise UserError(f"nothing that is installed here runs {self.path}: {lines}")
         return Ways(openers, of_ways, parity)
 
-    def _eager(self) -> Runner:
+    def _eager(self, threads: int) -> Runner:
         from asvit_deploy.runners.pytorch import TorchRunner
 
-        return TorchRunner(self.reference)
+        self.model  # noqa: B018  # which must be what its sidecar says, though its checkpoint runs
+        return TorchRunner(self.reference, threads=threads)
+
+    def lacking(self) -> dict[str, str]:
+        """Why runtimes that are usual do not run it here, one line each, by their names."""
+        usual = {name: one.lacks(self) for name, one in RUNTIMES.items() if one.usual}
+        return {name: line for name, line in usual.items() if line}
 
 
-def _nothing(artefact: OnnxArtefact) -> str | None:
-    return None
+def _no_ort(artefact: OnnxArtefact) -> str | None:
+    return onnx_runtime.why_not()
 
 
 def _own_parity(artefact: OnnxArtefact) -> str:
@@ -246,7 +256,7 @@ class Runtime:
 
     ways: Callable[[OnnxArtefact, int, bool], dict[str, Opener]]
     model: Callable[[onnx.ModelProto, int], Runner]
-    lacks: Callable[[OnnxArtefact], str | None] = _nothing
+    lacks: Callable[[OnnxArtefact], str | None]
     parity: Callable[[OnnxArtefact], str] = _own_parity
     usual: bool = True
 
@@ -289,7 +299,7 @@ def _openvino(hint: openvino.Hint) -> Runtime:
 # By the name that rows of `bench` call it. A further runtime is a row here: `check` and `bench`
 # find it, and whatever else asks an artefact for its ways.
 RUNTIMES = {
-    ONNXRUNTIME: Runtime(_ort_ways, _ort_model),
+    ONNXRUNTIME: Runtime(_ort_ways, _ort_model, _no_ort),
     OPENVINO: _openvino("f32"),
     OPENVINO_BF16: _openvino("bf16"),
 }

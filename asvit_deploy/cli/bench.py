@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 @options.engine_code
 @options.as_json
 @click.option("-o", "--output", type=options.PATH, help="Also write the JSON report here.")
+@click.option("--save-choice", metavar="FILE", type=options.PATH,
+              help="Write what ran fastest; `--runtime auto` reads MODEL.choice.json.")  # fmt: skip
 @options.force
 def command(
     models: tuple[Path, ...],
@@ -62,6 +64,7 @@ def command(
     allow_engine_code: bool,
     as_json: bool,
     output: Path | None,
+    save_choice: Path | None,
     force: bool,
 ) -> None:
     """Latency at batch 1, MACs and kept tokens, beside the dense model.
@@ -76,7 +79,8 @@ def command(
         models, images=images, limit=limit, skip_limit=skip_limit, runs=runs, warmup=warmup,
         threads=threads, methods=methods, memory=memory, sweep_batch=sweep_batch,
         sweep_budget=sweep_budget, sweep_size=sweep_size, runtime=runtime, library=library,
-        plugin=plugin, allow_engine_code=allow_engine_code, output=output, force=force,
+        plugin=plugin, allow_engine_code=allow_engine_code, output=output,
+        save_choice=save_choice, force=force,
         say=options.status,
     )  # fmt: skip
     if as_json:

@@ -32,7 +32,8 @@ _LISTED = 20
     help="Method that MODELS must be of [default: what each says of itself].",
 )  # fmt: skip
 @options.method
-@options.runtimes
+@options.checked_runtimes
+@options.choice
 @options.library
 @options.engine_code
 @options.as_json
@@ -46,6 +47,7 @@ def command(
     cuts: tuple[int, ...] | None,
     max_kept: int | None,
     runtime: tuple[str, ...],
+    choice: Path | None,
     library: Path | None,
     plugin: Path | None,
     allow_engine_code: bool,
@@ -72,8 +74,8 @@ def command(
 
     comparisons = check(
         models, images=images, limit=limit, skip_limit=skip_limit, reference=reference,
-        method=method, cuts=cuts, max_kept=max_kept, runtime=runtime, library=library,
-        plugin=plugin, allow_engine_code=allow_engine_code, say=options.status,
+        method=method, cuts=cuts, max_kept=max_kept, runtime=runtime, choice=choice,
+        library=library, plugin=plugin, allow_engine_code=allow_engine_code, say=options.status,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps([comparison.as_dict() for comparison in comparisons], indent=2))

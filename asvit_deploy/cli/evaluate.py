@@ -41,6 +41,7 @@ _NAMED = 5  # classes without a picture
 @options.limit
 @options.skip_limit
 @options.one_runtime
+@options.choice
 @options.library
 @options.as_json
 @click.option("-o", "--output", "output", type=options.PATH, help="Also write the JSON here.")

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import click
 
 from asvit_deploy.models.config import Activation, Interpolation
-from asvit_deploy.runtimes import NAMES, OF_KIND
+from asvit_deploy.runtimes import AUTO, NAMES, OF_KIND
 
 
 class CheckpointPath(click.ParamType):
@@ -140,13 +140,20 @@ classes = click.option(
 _RUNTIMES = ", ".join(NAMES)
 runtimes = click.option(
     "--runtime", multiple=True, metavar="A,B,...",
-    help="Only in these [default: bench what is installed but openvino-bf16, check onnxruntime "
-    f"and tensorrt]: {_RUNTIMES}.",
+    help=f"Only in these [default: what is installed but openvino-bf16]: {_RUNTIMES}.",
+)  # fmt: skip
+checked_runtimes = click.option(
+    "--runtime", multiple=True, metavar="A,B,...",
+    help=f"Only in these [default: onnxruntime and tensorrt]: {_RUNTIMES}; or {AUTO}, what "
+    "`bench --save-choice` found.",
 )  # fmt: skip
 one_runtime = click.option(
     "--runtime", metavar="NAME", help=f"What runs an ONNX file [default: {NAMES[0]}]: "
-    f"{', '.join(OF_KIND['onnx'])}.",
+    f"{', '.join(OF_KIND['onnx'])}; or {AUTO}, what `bench --save-choice` found.",
 )  # fmt: skip
+choice = click.option(
+    "--choice", type=PATH, help=f"What --runtime {AUTO} reads [default: MODEL.choice.json]."
+)
 models = click.argument("models", nargs=-1, type=PATH)
 
 

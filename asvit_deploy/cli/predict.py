@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @options.skip_limit
 @options.classes
 @options.one_runtime
+@options.choice
 @options.library
 @options.as_json
 def command(as_json: bool, **chosen: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,13 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import path_of, require_least
 from asvit_deploy.evaluation.engine_bench import EngineBench, bench_engine
 from asvit_deploy.evaluation.model_bench import ModelBench, bench_model
+from asvit_deploy.evaluation.saved_choice import candidates, choose
 from asvit_deploy.evaluation.sweep import Rounds, run_sweep
 from asvit_deploy.evaluation.sweep_points import Asked, Given, asked, plans
 from asvit_deploy.ops.headers import silent
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
-from asvit_deploy.runtimes import OF_KIND, chosen, of_kind, require_used
+from asvit_deploy.runtimes import OF_KIND, chosen, of_kind, require_library_used, require_used
 
 _THREADS = {"1": [1], "all": [0], "both": [1, 0]}  # 0: every core
 Benches = list[ModelBench | EngineBench]
@@ -70,6 +73,7 @@ def bench(
     plugin: str | Path | None = None,
     allow_engine_code: bool = False,
     output: str | Path | None = None,
+    save_choice: str | Path | None = None,
     force: bool = False,
     runtime: str | Sequence[str] | None = None,
     memory: bool = False,
@@ -95,6 +99,8 @@ def bench(
         plugin: the op's TensorRT library, likewise.
         allow_engine_code: run code that an engine brings along.
         output: also write the reports there as JSON.
+        save_choice: write there which runtime, way and number of threads ran the ONNX files, all of
+            one network, fastest; runtime "auto" reads `MODEL.choice.json` beside MODEL.
         force: replace a file that is there.
         runtime: only rows of these, of `runtimes.NAMES`; a text names several with commas. Without
             it, all that are installed and compute in the file's own precision.
@@ -111,7 +117,8 @@ def bench(
     Raises:
         UserError: an artefact that was named, or every one that was found, cannot be opened or run;
             a runtime that was named is missing, or runs none of them; the pictures cannot be read;
-            a sweep is asked for that cannot be made; or `output` cannot be written.
+            a sweep is asked for that cannot be made; `output` or `save_choice` cannot be written,
+            or there is nothing to choose.
     """
     require_least(1, limit=limit)
     require_least(0, skip_limit=skip_limit, warmup=warmup)
@@ -119,21 +126,38 @@ def bench(
     if threads not in _THREADS:
         raise UserError(f"threads is {threads!r}; give one of {', '.join(_THREADS)}")
     allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
-    named, target = paths_of(models), path_of(output)
+    named, target, saved = paths_of(models), path_of(output), path_of(save_choice)
     wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _THREADS[threads],
                      _methods(methods), chosen(runtime), memory, say,
                      asked(sweep_batch, sweep_budget, sweep_size))  # fmt: skip
     if wanted.sweeps:
         _require_onnx(named)
     require_used(wanted.runtimes, [kind_of(path) or "onnx" for path in named])
+    require_library_used(library, wanted.runtimes)
+    paths = named or _here(say)
     with contextlib.ExitStack() as stack:
-        if target is not None:
-            stack.enter_context(_output(target, force, named))
+        for file in _outputs(target, saved):
+            stack.enter_context(_output(file, force, paths))
+        files_of_one = {} if saved is None else candidates(paths, wanted.runtimes)
         found = find_op_library(path_of(library), say)
-        reports = _all(named, lambda path: open_artefact(path, found, allowed), wanted)
+        opened = partial(open_artefact, library=found, allowed=allowed)
+        reports = _all(paths, bool(named), opened, wanted)
+        choice = None if saved is None else choose(reports, files_of_one)
         if target is not None:
             files.write_text(target, as_json(reports) + "\n")
+        if saved is not None and choice is not None:
+            files.write_text(saved, choice.text)
+            for line in choice.lines:
+                say(f"{saved}: {line}")
     return reports
+
+
+def _outputs(target: Path | None, saved: Path | None) -> list[Path]:
+    """The files to write, which are not one."""
+    both = [path for path in (target, saved) if path is not None]
+    if len({os.path.realpath(path) for path in both}) < len(both):
+        raise UserError(f"--output and --save-choice both name {saved}; name two files")
+    return both
 
 
 def _methods(names: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -167,11 +191,13 @@ def _output(
     return claimed(target, force, lambda: files.check_writable(target, force, *inputs))
 
 
-def _all(named: list[Path], opened: Callable[[Path], Artefact], wanted: _Wanted) -> Benches:
+def _all(
+    paths: list[Path], named: bool, opened: Callable[[Path], Artefact], wanted: _Wanted
+) -> Benches:
     """The reports; of artefacts that nobody named, one that cannot run costs a line."""
     reports: Benches = []
     failures: list[UserError] = []
-    for path in named or _here(wanted.say):
+    for path in paths:
         try:
             reports += _bench(opened(path), wanted)
         except UserError as error:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy.artefacts.artefact import Artefact, Ways
-from asvit_deploy.artefacts.onnx_file import find_op_library
+from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
 from asvit_deploy.artefacts.opening import artefacts_here, kind_of, open_artefact, paths_of
+from asvit_deploy.artefacts.runtime_choice import run_as_chosen
 from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import bar, path_of, require_least
@@ -18,7 +19,15 @@ from asvit_deploy.ops.headers import silent
 from asvit_deploy.parity import CHOICE, Parity, compare
 from asvit_deploy.runners.base import Reference
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
-from asvit_deploy.runtimes import CHECKED, TORCH, chosen, require_used
+from asvit_deploy.runtimes import (
+    AUTO,
+    CHECKED,
+    TORCH,
+    chosen,
+    require_auto,
+    require_library_used,
+    require_used,
+)
 
 _BATCH = 8  # what a dynamic-batch model is also run with
 
@@ -68,6 +77,7 @@ def check(
     plugin: str | Path | None = None,
     allow_engine_code: bool = False,
     runtime: str | Sequence[str] | None = None,
+    choice: str | Path | None = None,
     say: Callable[[str], None] = silent,
 ) -> list[Comparison]:
     """Compare artefacts with PyTorch, in every way that they can run here.
@@ -89,7 +99,8 @@ def check(
         plugin: the op's TensorRT library, likewise.
         allow_engine_code: run code that an engine brings along.
         runtime: only in these, of `runtimes.NAMES`, by default in `runtimes.CHECKED`; a text names
-            several with commas.
+            several with commas. "auto" is the one that `bench(save_choice=...)` found fastest.
+        choice: what runtime "auto" reads, by default `MODEL.choice.json`.
         say: gets status lines; a progress bar is shown only where this is given.
 
     Returns:
@@ -104,12 +115,11 @@ def check(
     require_least(0, skip_limit=skip_limit)
     if max_kept is not None:
         require_least(1, max_kept=max_kept)
-    runtimes = chosen(runtime)
+    runtimes, chosen_by = chosen(runtime, auto=True), path_of(choice)
+    require_auto(chosen_by, runtimes)
+    require_library_used(library, runtimes)
     if TORCH in runtimes and reference is None:
-        raise UserError(
-            "artefacts are compared with PyTorch, so runtime torch would be compared with itself; "
-            "name another runtime, or an ONNX artefact as the reference"
-        )
+        raise _with_itself()
     claim = Claim(method, cuts, max_kept)
     if reference is not None and claim.options:
         raise UserError(
@@ -121,8 +131,27 @@ def check(
     paths = paths_of(models) or artefacts_here("onnx")
     require_used(runtimes, [kind_of(path) or "onnx" for path in paths])
 
+    said = set[str]()
+
+    def once(line: str) -> None:  # all but the first are opened twice
+        if line not in said:
+            say(line)
+        said.add(line)
+
     def opened(path: Path) -> tuple[Artefact, Reference, Ways]:
-        return _opened(path, found, allowed, path_of(reference), claim, runtimes, say)
+        """Everything that checking `path` needs: what cannot be loaded is refused here."""
+        artefact = _artefact(path, found, allowed, path_of(reference), claim, once)
+        if runtimes != (AUTO,):
+            ways = artefact.ways(runtimes=runtimes or CHECKED)
+        else:
+            assert isinstance(artefact, OnnxArtefact)  # `require_used` refused engines
+            ways = run_as_chosen(artefact, chosen_by, once)
+            if TORCH in ways.runtimes.values() and reference is None:
+                raise _with_itself()
+        judge = artefact.judge()
+        for way in ways:
+            ways[way]
+        return artefact, judge, ways
 
     # A bad one is refused before the first has run for minutes; each is let go again, so that
     # never more than one is in memory.
@@ -134,20 +163,24 @@ def check(
     return comparisons
 
 
-def _opened(
-    path: Path, library: Path | None, allowed: Allowed, original: Path | None,
-    claim: Claim, runtimes: Sequence[str], say: Callable[[str], None],
-) -> tuple[Artefact, Reference, Ways]:  # fmt: skip
-    """Everything that checking `path` needs, loaded: what cannot be loaded is refused here."""
+def _with_itself() -> UserError:
+    return UserError(
+        "artefacts are compared with PyTorch, so runtime torch would be compared with itself; "
+        "name another runtime, or an ONNX artefact as the reference"
+    )
+
+
+def _artefact(
+    path: Path, library: Path | None, allowed: Allowed, original: Path | None, claim: Claim,
+    say: Callable[[str], None],
+) -> Artefact:  # fmt: skip
+    """The artefact, once it is what it is claimed to be and may run here."""
     artefact = open_artefact(path, library, allowed, original)
     claim.require(artefact)
     artefact.require_runnable()
     for note in artefact.notes:
         say(note)
-    judge, ways = artefact.judge(), artefact.ways(runtimes=runtimes or CHECKED)
-    for way in ways:
-        ways[way]
-    return artefact, judge, ways
+    return artefact
 
 
 def _compared(

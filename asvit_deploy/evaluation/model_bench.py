@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -46,7 +45,7 @@ from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.reduction.ranked import Ranked
-from asvit_deploy.runners.pytorch import TorchRunner
+from asvit_deploy.runners.pytorch import TorchRunner, torch_threads
 from asvit_deploy.runtimes import ONNXRUNTIME, TORCH
 
 
@@ -139,7 +138,7 @@ def bench_model(
     if memory:
         _add_memory(artefact, rows, variants, loaded, threads, notes, say)
     profiles = []
-    profiled = not runtimes or ONNXRUNTIME in runtimes
+    profiled = any(variant.runtime == ONNXRUNTIME for variant in variants)
     if threads == 1 and profiled and artefact.adaptive and artefact.fields["mode"] != "static":
         libraries = artefact.libraries().values()
         profiles = [profile.shares(artefact.path, loaded, library) for library in libraries]
@@ -149,17 +148,6 @@ def bench_model(
         shown, profiles, notes, busy(variants, seconds),
         verdict(rows[: len(rows) - len(beside)]), machine(),
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """PyTorch with so many threads, and with its own number again after."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _with_method(
@@ -311,8 +299,10 @@ def _variants(
         precision = artefact.fields["precision"]
         name += f", {precision}" if precision != FLOAT32.name else ""
         variants.append(
-            Variant(name, runtime, artefact.adaptive, ways[way], precision, artefact.model)
+            Variant(name, runtime, artefact.adaptive, ways[way], precision, artefact.model, way)
         )
+    if not runtimes:
+        notes += [f"no {name} rows: {line}" for name, line in artefact.lacking().items()]
     ran = ONNXRUNTIME in ways.runtimes.values()
     if ran and artefact.library is None and onnx_op.nodes_of(artefact.model.graph):
         notes.append("no row with the op's library: `asvit-deploy build-plugins ort` makes it")
@@ -325,10 +315,13 @@ def _references(
     """PyTorch, and the dense twin in each runtime, in float32 and in the artefact's precision."""
     dense, variants = artefact.dense_reference, list[Variant]()
     if not runtimes or TORCH in runtimes:
-        variants.append(Variant("torch eager, dense", TORCH, False, TorchRunner(dense)))
+        # Of a file in another precision it runs the checkpoint, and not what the file computes.
+        way = TORCH if artefact.fields["precision"] == FLOAT32.name else None
+        eager, own = TorchRunner(dense), None if artefact.adaptive else way
+        variants.append(Variant("torch eager, dense", TORCH, False, eager, way=own))
         if artefact.adaptive:
             eager = TorchRunner(artefact.reference)
-            variants.append(Variant("torch eager, adaptive", TORCH, True, eager))
+            variants.append(Variant("torch eager, adaptive", TORCH, True, eager, way=way))
     if not artefact.adaptive:
         return variants
     twin = to_onnx(dense)

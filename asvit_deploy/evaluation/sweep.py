@@ -22,7 +22,7 @@ from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import bar
 from asvit_deploy.evaluation.machine import machine
-from asvit_deploy.evaluation.model_bench import as_precise, torch_threads
+from asvit_deploy.evaluation.model_bench import as_precise
 from asvit_deploy.evaluation.sweep_points import Plan, Point, at_size, macs_of
 from asvit_deploy.evaluation.sweep_types import Kind, Sweep, SweepPoint, SweepRow
 from asvit_deploy.evaluation.sweep_verdict import verdicts
@@ -43,7 +43,7 @@ from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.runners.base import Prediction, Runner, RunnerBase, stack
 from asvit_deploy.runners.onnx_runtime import OrtRunner
-from asvit_deploy.runners.pytorch import TorchRunner
+from asvit_deploy.runners.pytorch import TorchRunner, torch_threads
 from asvit_deploy.runtimes import ONNXRUNTIME, TORCH
 
 FEWEST = 10  # rounds

@@ -60,13 +60,15 @@ class Row(_Timed, total=False):
 
     The ratios are there where its runtime has a dense row too, `over_others` where other runtimes
     or precisions have one, by its name; and `first_ms`, the median over pictures as it first sees
-    them, where new counts take it time.
+    them, where new counts take it time. `way` is how the file that was benched is run itself, and
+    not a twin or another method.
     """
 
     speedup: Interval
     share_of_macs_ratio: Interval
     over_others: dict[str, Interval]
     first_ms: float
+    way: str
     over_kept: Line
     memory_mib: Memory
 
@@ -103,6 +105,7 @@ class Variant:
         runner: must not record, so that only the inference itself is timed.
         precision: of one runtime, rows of one precision are compared.
         model: what the runner runs, where that is an ONNX model.
+        way: of the artefact itself, see `Row`.
     """
 
     name: str
@@ -111,6 +114,7 @@ class Variant:
     runner: Runner
     precision: str = FLOAT32.name
     model: onnx.ModelProto | None = None
+    way: str | None = None
 
     @property
     def peers(self) -> tuple[str, str]:
@@ -317,6 +321,8 @@ def summarise(
             "p99_ms": float(p99),
             "min_ms": float(times.min() * 1e3),
         }
+        if variant.way is not None:
+            row["way"] = variant.way
         if variant.adaptive and variant.peers in dense:
             row["speedup"] = _ratio(dense[variant.peers], times)
             row["share_of_macs_ratio"] = share_of_macs_ratio(dense[variant.peers], times, ratios)

@@ -202,7 +202,7 @@ def export(
     if int8 is not None:
         made = quantised(proto, int8, pictures, names,
                          lambda one, some, labels: verify(one, model, some, labels, batch, "int8"),
-                         )  # fmt: skip
+                         str(checkpoint.path))  # fmt: skip
         say(made.said())
         proto, parity = made.model, made.parity
         fields |= {"precision": "int8", "quantisation": made.fields}

@@ -32,7 +32,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from asvit_deploy import graph
-from asvit_deploy.runners.onnx_runtime import import_onnxruntime, session_options
+from asvit_deploy.errors import UserError
+from asvit_deploy.precision import FLOAT32, HALVES
+from asvit_deploy.runners.onnx_runtime import arithmetic_of, import_onnxruntime, session_options
 
 Kind = Literal["dynamic", "static"]
 _PRODUCTS = ("Gemm", "MatMul")
@@ -208,6 +210,18 @@ def _rounded(
     return ((np.clip(np.round(x / step) + zero, 0, 255) - zero) * step).astype(np.float32)
 
 
+def require_float32(model: onnx.ModelProto, name: str = "the model") -> None:
+    """Raise UserError where a graph holds half precision or int8 already."""
+    holds = arithmetic_of(model)
+    ends = {info.type.tensor_type.elem_type for info in (*model.graph.input, *model.graph.output)}
+    holds = next((half.option for half in HALVES if half.onnx_type in ends), holds)
+    if holds != FLOAT32.option:
+        raise UserError(
+            f"{name} is in {holds} already, and int8 is made from float32; name the checkpoint, or "
+            "the float32 file that `asvit-deploy export` wrote"
+        )
+
+
 def to_int8(
     model: onnx.ModelProto, kind: Kind, float32: Iterable[str] = (),
     pictures: Sequence[NDArray[np.float32]] = (),
@@ -222,7 +236,11 @@ def to_int8(
 
     Returns:
         The model with the same inputs and outputs.
+
+    Raises:
+        UserError: it is in half precision or int8 already.
     """
+    require_float32(model)
     kept = set(float32)
     chosen = {layer.node for layer in linear_layers(model) if layer.name not in kept}
     others = [node.name for node in model.graph.node

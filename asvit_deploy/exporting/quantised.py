@@ -12,12 +12,20 @@ import onnx
 from numpy.typing import NDArray
 
 from asvit_deploy.errors import CheckFailed, UserError
-from asvit_deploy.exporting.int8 import Kind, layer_errors, smoothed, to_int8
+from asvit_deploy.exporting.int8 import (
+    Kind,
+    layer_errors,
+    require_float32,
+    smoothed,
+    to_int8,
+)
 from asvit_deploy.parity import Parity
 
 # A layer whose rounding moves its output by more stays float32; the first that agrees is taken.
 LIMITS = (math.inf, 0.08, 0.03, 0.015)
 FEWEST = 4  # pictures: two to quantise by, two to judge
+_PLAIN = 0.02  # standard deviation over a normalised picture; a grey level is 0.004 to 0.02
+_ALIKE = 0.05  # of two pictures' difference, over that of the first
 
 Pictures = Sequence[NDArray[np.float32]]
 
@@ -42,24 +50,32 @@ class Quantised:
         line = f"int8 ({self.fields['kind']}): {layers - len(kept)} of {layers} linear layers"
         if kept:
             line += f"; in float32 stay {', '.join(kept)}"
+        if out := self.fields["pictures"].get("left_out"):
+            line += f"; {out} pictures of one colour, or like another, left out"
         return line
 
 
 def quantised(
     model: onnx.ModelProto, kind: Kind, pictures: Pictures, names: Sequence[str],
     judge: Callable[[onnx.ModelProto, Pictures, Sequence[str]], dict[str, Parity]],
+    name: str = "the model",
 ) -> Quantised:  # fmt: skip
     """Quantise a float32 model by every second picture; the others judge.
 
     Args:
         pictures: float32 [3, H, W] each.
         judge: compares a model with PyTorch on pictures.
+        name: how messages call the model.
 
     Raises:
-        UserError: too few pictures, or all are alike.
+        UserError: the model is in half precision or int8 already; or the pictures are too few, or
+            too much alike.
         CheckFailed: no form agrees.
     """
+    require_float32(model, name)
+    given = len(pictures)
     pictures, names = _different(pictures, names)
+    left_out = given - len(pictures)
     choosing, judging, labels = pictures[::2], pictures[1::2], names[1::2]
     even = smoothed(model, choosing)
     errors = layer_errors(even, kind, choosing)
@@ -77,14 +93,15 @@ def quantised(
             layers = [name for name in errors if name in kept]
             return Quantised(made, parity, {
                 "kind": kind, "layers": len(errors), "float32_layers": layers,
-                "pictures": {"quantised_by": len(choosing), "judged_by": len(judging)},
+                "pictures": {"quantised_by": len(choosing), "judged_by": len(judging)}
+                | ({"left_out": left_out} if left_out else {}),
                 "refused": tried,
             })  # fmt: skip
         tried.append({"float32_layers": len(kept), "failures": failures})
     last = tried[-1]["failures"][0] if tried else "every layer would stay float32"
     other = "leave --int8 out" if kind == "dynamic" else "take --int8 dynamic, or leave it out"
     raise CheckFailed(
-        f"no int8 ({kind}) form of the model agrees with PyTorch ({last}); nothing was written: "
+        f"no int8 ({kind}) form of {name} agrees with PyTorch ({last}); nothing was written: "
         f"{other}"
     )
 
@@ -92,17 +109,24 @@ def quantised(
 def _different(pictures: Pictures, names: Sequence[str]) -> tuple[Pictures, list[str]]:
     """Each picture once, so that none that quantises judges under another name.
 
+    Those of one colour show no range that others have, and are left out too.
+
     Raises:
         UserError: too few are left to say anything on others.
     """
-    firsts: dict[bytes, int] = {}
+    kept: list[int] = []
+    spreads = [float(picture.std(axis=(1, 2)).max()) for picture in pictures]
     for i, picture in enumerate(pictures):
-        firsts.setdefault(picture.tobytes(), i)
-    if len(firsts) < FEWEST:
+        if spreads[i] > _PLAIN and not any(
+            np.sqrt(np.square(picture - pictures[k]).mean()) < _ALIKE * spreads[k] for k in kept
+        ):
+            kept.append(i)
+    if len(kept) < FEWEST:
+        plain = sum(spread <= _PLAIN for spread in spreads)
         raise UserError(
             f"--int8 takes {FEWEST} different pictures or more, half of them to judge; of the "
-            f"{len(pictures)} given {len(firsts)} differ{'s' * (len(firsts) == 1)}: give more with "
-            "--images"
+            f"{len(pictures)} given {len(kept)} differ{'s' * (len(kept) == 1)}"
+            + (f", {plain} being of one colour" if plain else "")
+            + ": give more with --images"
         )
-    kept = list(firsts.values())
     return [pictures[i] for i in kept], [names[i] for i in kept]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from asvit_deploy.memory import memory
 from asvit_deploy.models.config import OUTPUTS
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import FLOAT32, HALVES
+from asvit_deploy.processor import require_threads
 from asvit_deploy.requirements import pip_install
 from asvit_deploy.runners import onnx_bounds, onnx_trial
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
@@ -37,21 +39,32 @@ _SPARE, _PER_PICTURE = 512 << 20, 128 << 20
 PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 
+def why_not() -> str | None:
+    """Why it cannot run here, with what to do; None where it can."""
+    return _missing() if importlib.util.find_spec("onnxruntime") is None else None
+
+
+def _missing() -> str:
+    return f"onnxruntime is not installed; {pip_install('onnxruntime')} (CUDA: onnxruntime-gpu)"
+
+
 def import_onnxruntime():
     """The module, or a line that says how to get it."""
     try:
         import onnxruntime
     except ImportError:
-        raise UserError(
-            f"onnxruntime is not installed; {pip_install('onnxruntime')} (CUDA: onnxruntime-gpu)"
-        ) from None
+        raise UserError(_missing()) from None
     return onnxruntime
 
 
 def session_options(threads: int):
-    """Options that every session of ours has; 0 threads leave the choice to ONNX Runtime."""
+    """Options that every session of ours has; 0 threads leave the choice to ONNX Runtime.
+
+    Raises:
+        UserError: onnxruntime is missing, or there are fewer cores than `threads`.
+    """
     options = import_onnxruntime().SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = require_threads(threads)
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # failures come back as exceptions; warnings are not ours
     # Spinning threads burn the core that a neighbour would use.
@@ -146,7 +159,8 @@ class OrtRunner(RunnerBase):
         foreign: it is first run elsewhere, see `onnx_trial`.
 
     Raises:
-        UserError: onnxruntime is missing, or model or library cannot be loaded.
+        UserError: onnxruntime is missing, model or library cannot be loaded, or there are fewer
+            cores than `threads`.
     """
 
     def __init__(

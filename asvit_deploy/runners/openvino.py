@@ -26,7 +26,7 @@ from asvit_deploy import child
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import OUTPUTS
 from asvit_deploy.ops import onnx_op
-from asvit_deploy.processor import usable_cores
+from asvit_deploy.processor import require_threads
 from asvit_deploy.requirements import pip_install
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
 from asvit_deploy.runners.onnx_runtime import (
@@ -137,8 +137,7 @@ class OpenVinoRunner(RunnerBase):
     ) -> None:
         if lacking := why_not(hint):
             raise UserError(lacking)
-        if not 0 <= threads <= usable_cores():
-            raise UserError(f"threads is {threads}; this machine has {usable_cores()} cores")
+        require_threads(threads)
         model = load_model(source)
         name = str(source) if isinstance(source, Path) else name
         self.stages = count_stages(model) if stages is None else stages

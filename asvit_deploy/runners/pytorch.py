@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from asvit_deploy.models.stem import exact_convolutions
 from asvit_deploy.models.vit import BatchRule, Trace, ViT
+from asvit_deploy.processor import require_threads, usable_cores
 from asvit_deploy.runners.base import Prediction, RunnerBase, decode, into_rows, rows_of
 
 
@@ -25,18 +27,43 @@ def _decoded(output: Tensor, trace: Trace, prefix: int, appended: int) -> Predic
     )  # fmt: skip
 
 
-class TorchRunner(RunnerBase):
-    """An `ViT` in eval mode, in true float32; tokens are really removed."""
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """PyTorch computes in so many threads meanwhile; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    def __init__(self, model: ViT, batch_rule: BatchRule = "exact") -> None:
+
+class TorchRunner(RunnerBase):
+    """An `ViT` in eval mode, in true float32; tokens are really removed.
+
+    Args:
+        threads: on the CPU, while it runs; 0 takes every core, None those that PyTorch has.
+
+    Raises:
+        UserError: there are fewer cores than `threads`.
+    """
+
+    def __init__(
+        self, model: ViT, batch_rule: BatchRule = "exact", threads: int | None = None
+    ) -> None:  # fmt: skip
         exact_convolutions()
+        self._threads = None if threads is None else require_threads(threads) or usable_cores()
         self.model = model.eval()
         self.batch_rule = batch_rule
 
     @torch.inference_mode()
     def infer(self, images: NDArray[np.float32]) -> tuple[Tensor, Trace]:
         device = self.model.pos_embed.device
-        return self.model(torch.from_numpy(images).to(device), batch_rule=self.batch_rule)
+        with torch_threads(self._threads):
+            return self.model(torch.from_numpy(images).to(device), batch_rule=self.batch_rule)
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
         """images float32 [B, 3, H, W] -> everything, scores included."""
@@ -61,7 +88,9 @@ class TorchRunner(RunnerBase):
         if into is not None:
             found = into_rows(into, kept, tokens, *self._rows)
             goes = [torch.from_numpy(stage)[None].to(device) for stage in found]
-        output, trace = self.model(torch.from_numpy(images).to(device), decisions=rows, into=goes)
+        with torch_threads(self._threads):
+            given = torch.from_numpy(images).to(device)
+            output, trace = self.model(given, decisions=rows, into=goes)
         return _decoded(output, trace, *self._rows)
 
     def describe(self) -> dict[str, str]:

@@ -111,7 +111,8 @@ def test_a_file_without_the_function(cli, mini_artifacts, op_library):
 @pytest.mark.slow
 def test_check_judges_each_way(cli, mini_artifacts):
     path = mini_artifacts["dynamic", "auto"]
-    found = json.loads(cli("check", path, "--limit", 8, "--json").out)
+    both = ("--runtime", "onnxruntime,openvino")
+    found = json.loads(cli("check", path, "--limit", 8, *both, "--json").out)
     assert [c["run"] for c in found if "library" not in c["run"]] == [
         "function, batch 1", "function, batch 8", "openvino, batch 1", "openvino, batch 8"
     ]  # fmt: skip
@@ -188,6 +189,22 @@ def test_predict_and_evaluate_say_the_same_in_each(cli, model):
         assert report["runner"]["backend"].startswith(name if name != "torch" else "torch")
         for key in ("top1", "mean_kept", "macs_share"):
             assert report["rows"][0][key] == usual["rows"][0][key]
+
+
+@pytest.mark.parametrize("command", ["check", "bench", "predict", "evaluate"])
+@pytest.mark.parametrize("names", ["openvino", "torch", "openvino,torch"])
+def test_a_library_that_nothing_would_load(cli, model, command, names, tmp_path):
+    if names == "openvino,torch" and command in ("predict", "evaluate"):
+        return
+    library = tmp_path / "lib.so"
+    options = ("--reference", model) if command == "check" else ()
+    refused(cli(command, model, *more(command), *options, "--runtime", names, "--library", library),
+            f"--library {library} is for onnxruntime alone", names.split(",")[0])  # fmt: skip
+
+
+def test_a_library_for_a_checkpoint(cli, mini_checkpoint):
+    refused(cli("evaluate", mini_checkpoint, "--data", "digits", "--library", "lib.so"),
+            "--library lib.so is for onnxruntime alone", "leave it out")  # fmt: skip
 
 
 def test_from_python(model, missing):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import raises_one_line, refused
 from onnx import numpy_helper
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import asvit_deploy
 from asvit_deploy import sidecar
@@ -20,6 +22,7 @@ from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint
 from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.exporting import quantised as ladder
+from asvit_deploy.exporting.half import to_half
 from asvit_deploy.exporting.int8 import layer_errors, linear_layers, smoothed, to_int8
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.graph import with_function
@@ -185,8 +188,8 @@ def test_no_form_that_agrees_is_an_error(proto, pictures):
     def judge(made, some, names):
         return {"batch 1": type("P", (), {"failures": ["too far"]})()}
 
-    with pytest.raises(CheckFailed, match=r"no int8 \(dynamic\) form .* \(too far\)"):
-        ladder.quantised(proto, "dynamic", pictures[:4], list("abcd"), judge)
+    with pytest.raises(CheckFailed, match=r"no int8 \(dynamic\) form of net\.pt .* \(too far\)"):
+        ladder.quantised(proto, "dynamic", pictures[:4], list("abcd"), judge, "net.pt")
 
 
 @pytest.mark.parametrize(("count", "different"), [(1, 1), (3, 3), (8, 1), (8, 3)])
@@ -251,18 +254,74 @@ def test_engines_of_int8(files, rtx, tmp_path, cli):
     assert open_artefact(output).fields["precision"] == "int8"
 
 
+@pytest.fixture(scope="module")
+def by_precision(files, proto) -> dict[str, onnx.ModelProto]:
+    """The same network by its name in sidecars."""
+    return {
+        "float32": proto, "float16": to_half(proto, "fp16"), "bfloat16": to_half(proto, "bf16"),
+        "int8": onnx.load(files["dynamic"]), "static": onnx.load(files["static"]),
+    }  # fmt: skip
+
+
+_SAID = {"float32": "float32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8",
+         "static": "int8"}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_file_of_another_precision_than_its_sidecar_says(files, tmp_path, cli):
-    path = tmp_path / "lies.onnx"
-    shutil.copyfile(files["dynamic"], path)
-    fields = json.loads(sidecar.sidecar_path(files["dynamic"]).read_text())
-    own = {"schema", "sha256", "digest"}
-    sidecar.write(path, path.read_bytes(), {
-        **{key: value for key, value in fields.items() if key not in own}, "precision": "float32",
-    })  # fmt: skip
-    done = cli("check", path, "--limit", 1)
-    assert done.code == 2
-    assert "computes in int8 and its sidecar says 'float32'" in done.err
+@pytest.mark.parametrize("made", _SAID)
+def test_file_of_another_precision_than_its_sidecar_says(by_precision, files, tmp_path, cli, made):
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+    for says in ("float32", "float16", "bfloat16", "int8", "float7"):
+        if _SAID.get(says) == _SAID[made]:
+            continue
+        path = tmp_path / f"{says}.onnx"
+        fields = sidecar.read(files["dynamic"])
+        kept = {k: v for k, v in fields.items() if k not in ("schema", "sha256", "digest")}
+        sidecar.write(path, by_precision[made].SerializeToString(), {**kept, "precision": says})
+        for command in (
+            ("check", path, "--limit", 1),
+            ("bench", path, "--runs", 10, "--limit", 1),
+            ("predict", path, picture),
+            ("predict", path, picture, "--runtime", "torch"),
+            ("evaluate", path, "--data", "digits", "--limit", 1),
+            ("build-engine", "--onnx", path, "-o", tmp_path / "x.engine"),
+        ):
+            refused(cli(*command), str(path),
+                    f"computes in {_SAID[made]} and its sidecar says '{says}'")  # fmt: skip
+    assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["float16", "bfloat16", "int8", "static"])
+def test_int8_of_what_is_no_float32_graph(by_precision, pictures, made):
+    """Half already, or int8 already: it would be rounded twice, or not at all."""
+    model = by_precision[made]
+    for call in (
+        lambda: ladder.quantised(model, "dynamic", pictures, list("abcdefgh"), None, "net.pt"),
+        lambda: to_int8(model, "dynamic"),
+        lambda: to_int8(model, "static", (), pictures[:1]),
+    ):
+        raises_one_line(call, f"in {_SAID[made]} already", "int8 is made from float32")
+    with pytest.raises(UserError, match=r"^net\.pt is in "):
+        ladder.quantised(model, "static", pictures, list("abcdefgh"), None, "net.pt")
+
+
+@pytest.mark.slow
+def test_int8_of_a_half_checkpoint_is_made_from_float32(tmp_path):
+    """Weights that were saved as halves are float32 in the graph."""
+    state = {name: weights.half() if weights.is_floating_point() else weights
+             for name, weights in load_file(default_checkpoint()).items()}  # fmt: skip
+    with safe_open(default_checkpoint(), "pt") as file:
+        save_file(state, tmp_path / "half.safetensors", file.metadata())
+    output = tmp_path / "half.int8.onnx"
+    asvit_deploy.export(tmp_path / "half.safetensors", output=output, int8="dynamic")
+    assert arithmetic_of(open_artefact(output).model) == "int8"
+
+
+def test_an_onnx_file_is_no_checkpoint_to_quantise(cli, mini_artifacts):
+    refused(cli("export", "--ckpt", mini_artifacts["1", "auto"], "--int8", "-o", "x.onnx"),
+            str(mini_artifacts["1", "auto"]))  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [("--batch", "dynamic"), ("--ops", "custom")])
@@ -271,6 +330,60 @@ def test_what_int8_cannot_be_written_with(cli, tmp_path, options):
     assert done.code == 2
     assert f"leave {options[0]}" in done.err or "--ops auto" in done.err
     assert not list(tmp_path.glob("x.*"))
+
+
+def flat(value: float, size: int) -> np.ndarray:
+    return np.full((3, size, size), value, np.float32)
+
+
+def test_pictures_of_one_colour_say_nothing(pictures):
+    """Eight colours differ, and none has more than one value for a range."""
+    size = pictures[0].shape[1]
+    colours = [flat(value, size) for value in np.linspace(-2, 2, 8)]
+    noisy = [colour + 0.005 * picture for colour, picture in zip(colours, pictures)]
+    for given in (colours, noisy):
+        raises_one_line(lambda given=given: ladder._different(given, [""] * 8),
+                        "of the 8 given 0 differ, 8 being of one colour", "--images")  # fmt: skip
+    kept, names = ladder._different([flat(0, size), *pictures[:4], flat(1, size)], list("abcdef"))
+    assert (len(kept), names) == (4, list("bcde"))
+
+
+def test_pictures_that_are_nearly_one_judge_nothing(pictures):
+    """A film of one scene, or one picture saved anew: a little noise makes no other picture."""
+    rng = np.random.default_rng(1)
+    like = [pictures[0] + 0.01 * rng.standard_normal(pictures[0].shape, np.float32)
+            for _ in range(8)]  # fmt: skip
+    raises_one_line(lambda: ladder._different(like, [""] * 8), "of the 8 given 1 differs:")
+    kept, names = ladder._different([*like, *pictures[1:4]], list("abcdefghijk"))
+    assert (len(kept), names) == (4, ["a", "i", "j", "k"])
+
+
+@pytest.mark.slow
+def test_a_folder_of_one_colour_is_one_line(cli, tmp_path):
+    folder = tmp_path / "colours"
+    folder.mkdir()
+    for i in range(8):
+        Image.new("RGB", (80, 80), (30 * i, 255 - 30 * i, 10 * i)).save(folder / f"{i}.jpg")
+    for kind in ("dynamic", "static"):
+        refused(cli("export", "--ckpt", "default", "--int8", kind, "--images", folder, "-o",
+                    "x.onnx"), "of the 8 given 0 differ", "of one colour", "--images")  # fmt: skip
+    assert not list(tmp_path.glob("x.onnx*"))
+
+
+@pytest.mark.slow
+def test_what_was_left_out_is_said(cli, tmp_path):
+    skimage = pytest.importorskip("skimage")
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for name in ("astronaut", "cat", "coffee", "rocket"):
+        Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.png")
+    Image.fromarray(skimage.data.cat()).save(folder / "the same.jpg", quality=95)
+    Image.new("RGB", (80, 80), (9, 9, 9)).save(folder / "plain.png")
+    done = cli("export", "--ckpt", "default", "--int8", "--images", folder, "-o", "x.onnx")
+    assert done.code == 0, done.err
+    assert "2 pictures of one colour, or like another, left out" in done.err
+    said = sidecar.read(tmp_path / "x.onnx")["quantisation"]["pictures"]
+    assert said == {"quantised_by": 2, "judged_by": 2, "left_out": 2}
 
 
 def test_a_picture_given_twice_does_not_judge_itself(pictures):
