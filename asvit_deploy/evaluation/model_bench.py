@@ -159,7 +159,8 @@ def _with_method(
         return Variant(f"torch eager, {name}", TORCH, True, TorchRunner(network))
     model = as_precise(artefact, to_onnx(network))
     runner, precision = RUNTIMES[runtime].model(model, threads), artefact.fields["precision"]
-    return Variant(f"{runtime}, {name}", runtime, True, runner, precision, model)
+    name = f"{runtime}, {name}" + f", {precision}" * (precision != FLOAT32.name)
+    return Variant(name, runtime, True, runner, precision, model)
 
 
 def as_precise(artefact: OnnxArtefact, model: onnx.ModelProto) -> onnx.ModelProto:

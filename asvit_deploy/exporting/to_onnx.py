@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -48,6 +49,19 @@ def _named(trace: Trace, thresholds: Iterable[Tensor]) -> dict[str, Tensor]:
     lists = {name: values for name, values in lists.items() if isinstance(values, list)}
     lists["threshold"] = list(thresholds)
     return {f"{name}_{s}": v for name, values in lists.items() for s, v in enumerate(values)}
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the cycle collector: the exporter makes millions of objects that stay, and looking
+    through them again and again is a sixth of its time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -132,7 +146,7 @@ def _traced(model: ViT, dynamic: bool, opset: int) -> ir.Model:
     size = model.config.image_size
     # A batch of one would be baked into the graph, so a dynamic one is traced with two.
     example = torch.zeros(2 if dynamic else 1, 3, size, size)
-    with _quiet(), torch.no_grad():
+    with _quiet(), _uncollected(), torch.no_grad():
         program = torch.onnx.export(
             _Traced(folded(model), dynamic).eval(),
             (example,),
