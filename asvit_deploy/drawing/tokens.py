@@ -114,7 +114,7 @@ def panel(picture: NDArray[np.uint8], fate: Fate) -> NDArray[np.uint8]:
     lost, merged = ~fate.stays & (fate.group < 0), ~fate.stays & (fate.group >= 0)
     luma = cells @ _LUMA  # [N, cell, cell]
     cells[lost] = np.round(0.2 * luma[lost][..., None] + 0.8 * _MIST)
-    light = 0.5 + 0.5 * luma[merged] / 255
+    light = 0.7 + 0.3 * luma[merged] / 255
     theirs = colours[fate.group[merged]]
     cells[merged] = np.round(light[..., None] * theirs[:, None, None])
     _frame(cells, lost, np.full((lost.sum(), 3), _GRID, np.uint8), 1)
