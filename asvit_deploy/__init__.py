@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from asvit_deploy.api.load import load
     from asvit_deploy.api.predict import predict
     from asvit_deploy.api.save import save
+    from asvit_deploy.api.visualize import visualize
     from asvit_deploy.errors import CheckFailed, Interrupted, UserError
     from asvit_deploy.evaluation.bench import bench  # type: ignore[attr-defined]
     from asvit_deploy.evaluation.checking import check
@@ -52,6 +53,7 @@ __all__ = [
     "load",
     "predict",
     "save",
+    "visualize",
 ]
 
 # ONNX Runtime's telemetry keeps an identifier and a database in the home folder. It looks at this
@@ -72,6 +74,7 @@ _MODULES = {
     "load": "api.load",
     "predict": "api.predict",
     "save": "api.save",
+    "visualize": "api.visualize",
 }
 
 

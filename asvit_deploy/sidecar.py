@@ -173,14 +173,17 @@ def describes(artefact: Path, kind: str) -> bool:
         return False
 
 
-def signed(fields: dict[str, Any]) -> str:
+def signed(fields: dict[str, Any], indent: int | None = 2) -> str:
     """The fields as JSON, with the schema and a digest of them all.
+
+    Args:
+        indent: as `json.dumps`; None keeps long lists of numbers short.
 
     Raises:
         UserError: they are too long to be read again.
     """
     fields = {"schema": SCHEMA, **fields}
-    text = json.dumps({**fields, "digest": _digest(fields)}, indent=2) + "\n"
+    text = json.dumps({**fields, "digest": _digest(fields)}, indent=indent) + "\n"
     if len(text) > MOST_TEXT:  # which `read_signed` would refuse
         raise UserError(
             f"what is to be said of the file takes {len(text):,} bytes, more than {MOST_TEXT:,}; "

@@ -35,6 +35,7 @@ FUNCTIONS = (
     "load",
     "predict",
     "save",
+    "visualize",
 )
 WITHOUT_COMMAND = ("load", "save")  # fmt: skip
 LATER = {"bench": "asvit_deploy.evaluation.bench", "check": "asvit_deploy.evaluation.checking"}

@@ -46,7 +46,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("calibration",),
     ("per_picture",),
     ("choice",),
-    ("doctor", "engine", "evaluation", "exporting", "training"),
+    ("doctor", "drawing", "engine", "evaluation", "exporting", "training"),
     ("api",),
     ("__init__",),
     ("cli",),

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asvit_deploy.api.inputs import PathLike, optional_path, path_of, require_at_least
+from asvit_deploy.api.runner import runner_of
 from asvit_deploy.errors import UserError
-from asvit_deploy.runtimes import AUTO, chosen_one, require_auto, require_library_used
+from asvit_deploy.runtimes import chosen_one, require_auto, require_library_used
 from asvit_deploy.status import Say, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from asvit_deploy.artefacts.onnx_file import OnnxArtefact
     from asvit_deploy.classes.network import ClassNames
+    from asvit_deploy.data.skips import Skips
+    from asvit_deploy.drawing.album import Album, Answer
     from asvit_deploy.models.config import ArchConfig
-    from asvit_deploy.runners.base import Runner
+    from asvit_deploy.runners import base
 
 _BEST = 5
 
@@ -55,6 +60,7 @@ class Prediction:
         nearest: by that; None where no other picture was read, or its norm is 0.
         kept: the image tokens that each stage kept, by their number among all of them.
         skipped: why the picture could not be read; everything else is empty then.
+        drawn: the picture of which tokens stay, where these were to be saved.
     """
 
     image: str
@@ -66,31 +72,44 @@ class Prediction:
     nearest: Near | None = None
     kept: tuple[tuple[int, ...], ...] = ()
     skipped: str | None = None
+    drawn: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What `asvit-deploy predict --json` prints."""
         if self.skipped is not None:
             return {"image": self.image, "skipped": self.skipped}
+        drawn = {} if self.drawn is None else {"drawn": self.drawn}
         if self.embedding is not None:
             return {
                 "image": self.image, "embedding": list(self.embedding), "norm": self.norm,
                 "nearest": asdict(self.nearest) if self.nearest else None,
-                "kept": [list(stage) for stage in self.kept],
+                "kept": [list(stage) for stage in self.kept], **drawn,
             }  # fmt: skip
         alone = {} if self.score is None else {"score": self.score, "label": self.label}
         top, kept = [asdict(guess) for guess in self.top], [list(stage) for stage in self.kept]
-        return {"image": self.image, "top": top, **alone, "kept": kept}
+        return {"image": self.image, "top": top, **alone, "kept": kept, **drawn}
 
     @property
     def norm(self) -> float | None:
         """Of the embedding, Euclidean."""
         return None if self.embedding is None else math.hypot(*self.embedding)
 
+    @property
+    def answer(self) -> Answer | None:
+        """The best class, or the one output, as drawings have it."""
+        from asvit_deploy.drawing.album import Answer
+
+        if self.score is not None:
+            return Answer(self.label or "", score=self.score)
+        best = self.top[0] if self.top else None
+        return Answer(best.label, best.index, best.probability) if best else None
+
 
 def predict(
     model: PathLike, pictures: PathLike | Sequence[PathLike], *, skip_limit: int = 0,
     classes: PathLike | None = None, library: PathLike | None = None, runtime: str | None = None,
-    choice: PathLike | None = None, say: Say = silent,
+    choice: PathLike | None = None, save: PathLike | None = None, force: bool = False,
+    say: Say = silent,
 ) -> list[Prediction]:  # fmt: skip
     """Top-5, or the score of a network with one output, or an embedding and its nearest among the
     pictures; and kept tokens of each picture.
@@ -103,11 +122,14 @@ def predict(
         runtime: onnxruntime, openvino, openvino-bf16, or torch, which runs its checkpoint; or auto,
             which is what `bench(save_choice=...)` found fastest.
         choice: what auto reads, by default `MODEL.choice.json`.
+        save: a folder for pictures of which tokens stay, as `asvit_deploy.visualize` makes it;
+            `force` replaces one that was made so.
         say: gets a line on where the labels come from, and on what was skipped.
 
     Raises:
         UserError: bad input; the runtime is missing, or cannot run the model; more pictures than
-            `skip_limit` cannot be read, or none can; an embedding is not finite.
+            `skip_limit` cannot be read, or none can; an embedding is not finite; there are no
+            tokens to draw, or `save` cannot be written.
     """
     require_at_least(0, skip_limit=skip_limit)
     chosen, chosen_by = chosen_one(runtime), optional_path(choice)
@@ -126,27 +148,51 @@ def predict(
     embeds = artefact.config.output == "embedding"
     if not embeds and (found is None or found.firm):  # of others it has said so already
         say(f"labels: {_origin(model, found, named, artefact.config.num_classes)}")
-    if chosen == AUTO:
-        from asvit_deploy.artefacts.runtime_choice import run_as_chosen
+    drawings = optional_path(save)
+    if drawings is not None:
+        from asvit_deploy.drawing.album import check_target, require_cuts
 
-        (runner,) = run_as_chosen(artefact, chosen_by, say).values()
-    else:
-        runner = artefact.in_runtime(chosen)
+        require_cuts(artefact)
+        check_target(drawings, force)
+    runner = runner_of(artefact, chosen, chosen_by, say)
     labels, tokens = found.names if found else None, artefact.fields["image_tokens"]
-    predictions = [
-        Prediction(str(path), tokens, skipped=image)
-        if isinstance(image, str)
-        else _embedded(runner, model, str(path), tokens, image)
-        if embeds
-        else _predicted(runner, str(path), tokens, image, labels)
-        for path, image in _loaded(paths, artefact.config, skip_limit, say)
-    ]
+    loaded, skips = _loaded(paths, artefact.config, skip_limit, say)
+    predictions = list[Prediction]()
+    with _album(drawings, artefact, force) as album:
+        for path, image in loaded:
+            if isinstance(image, str):
+                predictions.append(Prediction(str(path), tokens, skipped=image))
+                continue
+            said = runner(image[None])
+            if embeds:
+                one = _embedded(said, model, str(path), tokens)
+            else:
+                one = predicted(said, str(path), tokens, labels)
+            if album is not None:
+                file = album.add(str(path), image, said, one.answer).file
+                one = replace(one, drawn=str(album.path / file))
+            predictions.append(one)
+        if album is not None:
+            account = {"skipped": len(skips), "skipped_by_reason": skips.by_reason()}
+            album.finish(runner.describe(), "those named", account)
     return _with_nearest(predictions) if embeds else predictions
+
+
+@contextlib.contextmanager
+def _album(path: Path | None, artefact: OnnxArtefact, force: bool) -> Iterator[Album | None]:
+    """The album to draw into, where one is wanted."""
+    if path is None:
+        yield None
+        return
+    from asvit_deploy.drawing.album import album
+
+    with album(path, artefact, force) as made:
+        yield made
 
 
 def _loaded(
     paths: Sequence[Path], config: ArchConfig, skip_limit: int, say: Say
-) -> list[tuple[Path, NDArray | str]]:
+) -> tuple[list[tuple[Path, NDArray | str]], Skips]:
     """Every picture as input, or why it was skipped."""
     from asvit_deploy.data.decode import PictureError, load_picture
     from asvit_deploy.data.images import preprocess
@@ -162,7 +208,7 @@ def _loaded(
             loaded.append((path, error.reason))
     if all(isinstance(image, str) for _, image in loaded):
         raise UserError(f"none of the {len(paths)} pictures can be read ({skips.summary()})")
-    return loaded
+    return loaded, skips
 
 
 def _origin(model: Path, found: ClassNames | None, given: Path | None, count: int) -> str:
@@ -174,12 +220,9 @@ def _origin(model: Path, found: ClassNames | None, given: Path | None, count: in
     return found.origin if given else f"those of {model} ({found.origin})"
 
 
-def _embedded(
-    runner: Runner, model: Path, name: str, tokens: int, image: NDArray
-) -> Prediction:  # fmt: skip
+def _embedded(prediction: base.Prediction, model: Path, name: str, tokens: int) -> Prediction:
     import numpy as np
 
-    prediction = runner(image[None])
     kept = tuple(tuple(stage[0].tolist()) for stage in prediction.kept or [])
     vector = prediction.output[0]
     if not np.isfinite(vector).all():
@@ -208,12 +251,12 @@ def _with_nearest(predictions: list[Prediction]) -> list[Prediction]:
     return found
 
 
-def _predicted(
-    runner: Runner, name: str, tokens: int, image: NDArray, labels: Sequence[str] | None
+def predicted(
+    prediction: base.Prediction, name: str, tokens: int, labels: Sequence[str] | None
 ) -> Prediction:
+    """What a network with classes, or one output, says of a batch of one picture."""
     import numpy as np
 
-    prediction = runner(image[None])
     kept = tuple(tuple(stage[0].tolist()) for stage in prediction.kept or [])
     logits = prediction.output[0].astype(np.float64)
     if len(logits) == 1:  # softmax would call it certain, whatever it is

@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": "Latency, MACs and kept tokens beside the dense model.",
     "evaluate": "Top-1 or agreement of embeddings, MACs and kept tokens over pictures.",
     "predict": "Top-5 and kept tokens of pictures.",
+    "visualize": "Pictures of which tokens stay, cut by cut.",
     "build-plugins": "Compile the C++ libraries into the user cache.",
     "doctor": "What is installed, what clashes, what to do about it.",
 }

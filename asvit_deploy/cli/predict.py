@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 @options.one_runtime
 @options.choice
 @options.library
+@click.option("--save", metavar="DIR", type=options.PATH,
+              help="Draw which tokens stay, as `visualize` does, into this folder.")  # fmt: skip
+@options.force
 @options.as_json
 def command(as_json: bool, **chosen: Any) -> None:
     """Top-5, or the score of a network with one output, and kept tokens of each picture.
@@ -62,6 +65,8 @@ def _print(result: Prediction) -> None:
     if result.kept:
         kept = ", ".join(str(len(stage)) for stage in result.kept)
         click.echo(f"  kept tokens per stage: {kept} of {result.image_tokens}")
+    if result.drawn:
+        click.echo(_printable(f"  drawn: {result.drawn}"))
 
 
 def _printable(text: str) -> str:

@@ -18,8 +18,8 @@ from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
 
-__all__ = ["ImageSet", "View", "decode_picture", "load_picture", "open_images", "preprocess",
-           "thinned"]  # fmt: skip
+__all__ = ["ImageSet", "View", "decode_picture", "load_picture", "open_images", "pixels_of",
+           "preprocess", "thinned"]  # fmt: skip
 
 _T = TypeVar("_T")
 
@@ -54,6 +54,14 @@ def preprocess(picture: Image.Image, config: ArchConfig) -> np.ndarray:
     pixels = np.asarray(picture.crop((left, top, left + size, top + size)), np.float32) / 255
     mean, std = np.asarray(rules.mean, np.float32), np.asarray(rules.std, np.float32)
     return np.ascontiguousarray(((pixels - mean) / std).transpose(2, 0, 1))
+
+
+def pixels_of(image: np.ndarray, config: ArchConfig) -> np.ndarray:
+    """The opposite of `preprocess`: the crop that the network sees, uint8 [H, W, 3]."""
+    rules = config.preprocessing
+    mean, std = np.asarray(rules.mean)[:, None, None], np.asarray(rules.std)[:, None, None]
+    values = np.clip((image * std + mean) * 255, 0, 255)
+    return np.ascontiguousarray(np.rint(values).astype(np.uint8).transpose(1, 2, 0))
 
 
 @dataclass(frozen=True)
@@ -159,8 +167,13 @@ class ImageSet(Sequence[np.ndarray]):
         Raises:
             UserError: more cannot be read than may be skipped, or none can.
         """
-        read = [(preprocess(picture, self.config), v.name) for v, picture in self._reading()]
-        return [image for image, _ in read], [name for _, name in read]
+        read = list(self.inputs())
+        return [image for _, image in read], [name for name, _ in read]
+
+    def inputs(self) -> Iterator[tuple[str, np.ndarray]]:
+        """As `loaded`, one after the other, each with its name in front."""
+        for view, picture in self._reading():
+            yield view.name, preprocess(picture, self.config)
 
     def readable(self) -> ImageSet:
         """The set without those that cannot be read. Each is read once now, where any may be

@@ -25,7 +25,7 @@ from asvit_deploy.models.vit import ViT
 from asvit_deploy.runners.trt_flavour import RTX
 
 READERS = ("bench", "build-engine", "calibrate", "check", "evaluate", "export", "finetune",
-           "predict")  # fmt: skip
+           "predict", "visualize")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READERS)

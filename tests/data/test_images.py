@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from asvit_deploy.data import images as images_module
-from asvit_deploy.data.images import load_picture, open_images, preprocess
+from asvit_deploy.data.images import load_picture, open_images, pixels_of, preprocess
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
@@ -420,3 +420,17 @@ def test_without_scikit_image_the_line_says_what_to_do(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "skimage", None)  # Python's own way to say "not there"
     with pytest.raises(UserError, match=r"pip install scikit-image.*--images"):
         open_images(None, MINI)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.0,) * 3, (1.0,) * 3),
+                      ((0.5, 0.1307, 0.9), (1e-3, 0.3081, 7.0))],
+)  # fmt: skip
+def test_pixels_come_back_from_inputs(mean, std):
+    """Every value of a pixel, whatever it is normalised by."""
+    config = MINI
+    rules = replace(config.preprocessing, mean=mean, std=std, crop_pct=1.0)
+    config = replace(config, preprocessing=rules)
+    values = np.arange(56 * 56 * 3).reshape(56, 56, 3) % 256
+    picture = Image.fromarray(values.astype(np.uint8))
+    assert np.array_equal(pixels_of(preprocess(picture, config), config), values)
