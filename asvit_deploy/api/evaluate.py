@@ -25,12 +25,12 @@ from asvit_deploy.api.inputs import (
 )
 from asvit_deploy.api.methods import EXECUTED, with_method
 from asvit_deploy.api.place import Place
+from asvit_deploy.api.runner import runner_of
 from asvit_deploy.errors import UserError
-from asvit_deploy.runtimes import AUTO, TORCH, chosen_one, require_auto, require_library_used
+from asvit_deploy.runtimes import TORCH, chosen_one, require_auto, require_library_used
 from asvit_deploy.status import Say, first_process, silent
 
 if TYPE_CHECKING:
-    from asvit_deploy.artefacts.onnx_file import OnnxArtefact
     from asvit_deploy.checkpoints.facts import Given
     from asvit_deploy.checkpoints.load import Checkpoint
     from asvit_deploy.classes.network import ClassNames
@@ -224,7 +224,7 @@ def _open(
         session = OnnxArtefact(path, find_op_library(library))
         found = of_fields(path, session.fields, classes, say)
         twin = _twin(session.config, session.adaptive, lambda: session.dense_reference, place)
-        runner = _runner(session, runtime, choice, say)
+        runner = runner_of(session, runtime, choice, say)
         fields, adapts = session.fields, bool(session.fields["thresholds"])
         aim = fields.get("budget") if adapts and fields.get("budget_by") == EXECUTED else None
         return _Opened(runner, session.config, found, session.cuts, twin, aim)
@@ -243,17 +243,6 @@ def _open(
         aim = float(kept["budget"])
     eager = TorchRunner(network, batch_rule)
     return _Opened(eager, checkpoint.config, found, cuts or None, twin, aim)
-
-
-def _runner(
-    artefact: OnnxArtefact, runtime: str | None, choice: Path | None, say: Say
-) -> Runner:  # fmt: skip
-    if runtime != AUTO:
-        return artefact.in_runtime(runtime)
-    from asvit_deploy.artefacts.runtime_choice import run_as_chosen
-
-    (runner,) = run_as_chosen(artefact, choice, say).values()
-    return runner
 
 
 def _twin(

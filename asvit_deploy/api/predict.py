@@ -135,6 +135,8 @@ def predict(
     chosen, chosen_by = chosen_one(runtime), optional_path(choice)
     require_auto(chosen_by, (chosen or "",))
     require_library_used(library, (chosen,) if chosen else ())
+    if force and save is None:
+        raise UserError("--force replaces what --save made; add --save, or leave it out")
     model, named = path_of(model), optional_path(classes)
     several = [pictures] if isinstance(pictures, (str, os.PathLike)) else list(pictures)
     if not several:
@@ -154,6 +156,11 @@ def predict(
 
         require_cuts(artefact)
         check_target(drawings, force)
+        if any(drawings.resolve() in path.resolve().parents for path in paths):
+            raise UserError(
+                f"--save {drawings} holds a picture that is named, and what is there would be "
+                "replaced; name another folder"
+            )
     runner = runner_of(artefact, chosen, chosen_by, say)
     labels, tokens = found.names if found else None, artefact.fields["image_tokens"]
     loaded, skips = _loaded(paths, artefact.config, skip_limit, say)

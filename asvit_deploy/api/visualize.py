@@ -109,13 +109,17 @@ def visualize(
 
 
 def _refuse_among_pictures(target: Path, images: Path | None) -> None:
-    """Raises UserError where drawings that are there would be taken for pictures to draw."""
-    if images is None or not target.is_dir():
+    """Raises UserError where pictures would be replaced by their drawings, or drawings taken for
+    pictures, this time or the next."""
+    if images is None:
         return
-    if images.resolve() in target.resolve().parents and any(target.iterdir()):
+    pictures, drawings = images.resolve(), target.resolve()
+    if pictures == drawings or drawings in pictures.parents:
+        raise UserError(f"{target} holds the pictures themselves; name another folder with -o")
+    if pictures in drawings.parents:
         raise UserError(
             f"{target} lies in {images}, so its drawings would be taken for pictures; name another "
-            "folder, or remove it"
+            "folder with -o"
         )
 
 

@@ -7,6 +7,7 @@ carries a digest of its own fields, as sidecars do.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,14 @@ class RuntimeChoice:
 
 
 def again(path: Path, models: Iterable[object]) -> str:
-    """The command that makes a choice file anew, as the end of a line."""
-    return f"run `asvit-deploy bench {' '.join(map(str, models))} --save-choice {path} --force`"
+    """The command that makes a choice file anew, as the end of a line.
+
+    Args:
+        models: names of files that are looked for beside it, or paths.
+    """
+    found = [path.with_name(name) if isinstance(name, str) else name for name in models]
+    words = shlex.join(["asvit-deploy", "bench", *map(str, found), "--save-choice", str(path)])
+    return f"run `{words} --force`"
 
 
 def read_choice(artefact: OnnxArtefact, named: Path | None = None) -> RuntimeChoice:

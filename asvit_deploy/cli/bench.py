@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from asvit_deploy.cli import options
-from asvit_deploy.cli.sweeps import sweep_text
+from asvit_deploy.cli.sweeps import interval_text, sweep_text
 
 if TYPE_CHECKING:
     from asvit_deploy.evaluation.engine_bench import EngineBench
     from asvit_deploy.evaluation.model_bench import ModelBench
-    from asvit_deploy.evaluation.timing import Interval
 
 
 @click.command()
@@ -129,10 +128,6 @@ def _print_agreement(report: ModelBench | EngineBench) -> None:
         click.echo(f"agreement with dense on {report.image_count} images: {said}")
 
 
-def _interval(estimate: Interval) -> str:
-    return f"{estimate['value']:.2f} ({estimate['low']:.2f}-{estimate['high']:.2f})"
-
-
 def _agreement(agreed: dict[str, Any]) -> str:
     if "cosine" in agreed:
         said = (f"cosine {agreed['cosine']:.4f} ({agreed['low']:.4f}-{agreed['high']:.4f}), "
@@ -149,10 +144,10 @@ def _agreement(agreed: dict[str, Any]) -> str:
 def _print_details(report: ModelBench) -> None:
     """What the fastest row gains over dense ones elsewhere; latency over kept tokens, and memory:
     one line for each row that has it."""
-    ahead = [row for row in report.rows if "over_others" in row]
+    ahead = [row for row in report.rows if "over_others" in row and "way" in row]
     if ahead:
         fastest = min(ahead, key=lambda row: row["p50_ms"])
-        said = "; ".join(f"{_interval(r)} over {n}" for n, r in fastest["over_others"].items())
+        said = "; ".join(f"{interval_text(r)} over {n}" for n, r in fastest["over_others"].items())
         click.echo(f"{fastest['name']}: {said}")
     for row in report.rows:
         if "over_kept" in row:
@@ -177,8 +172,8 @@ def _print(report: ModelBench) -> None:
         rows.append([
             row["name"], f"{row['p50_ms']:.2f}", f"{row['p90_ms']:.2f}", f"{row['p99_ms']:.2f}",
             f"{macs['adaptive_gmacs' if row['adaptive'] else 'dense_gmacs']:.3f}",
-            _interval(gain) if gain else "1",
-            _interval(row["share_of_macs_ratio"]) if gain else "-",
+            interval_text(gain) if gain else "1",
+            interval_text(row["share_of_macs_ratio"]) if gain else "-",
         ])  # fmt: skip
     plural = "s" * (report.threads > 1)
     click.echo(f"\n{report.model}: batch 1, {report.threads} thread{plural}, "

@@ -42,14 +42,15 @@ def _line(over: str, point: SweepPoint, runtime: str) -> list[str]:
     times = [_time(fastest.get(kind)) for kind in ("dense", "adaptive", "static")]
     own = fastest["adaptive"]
     ratios = (own.get("speedup"), own.get("share_of_macs_ratio"), own.get("over_static"))
-    return [name, f"{point['macs']['share']:.3f}", *times, *map(_interval, ratios)]
+    return [name, f"{point['macs']['share']:.3f}", *times, *map(interval_text, ratios)]
 
 
 def _time(row: SweepRow | None) -> str:
     return "-" if row is None else f"{row['p50_ms']:.2f}{_SINGLY * row['singly']}"
 
 
-def _interval(found: Interval | None) -> str:
+def interval_text(found: Interval | None) -> str:
+    """A figure with its interval; a dash where there is none."""
     if found is None:
         return "-"
     return f"{found['value']:.2f} ({found['low']:.2f}-{found['high']:.2f})"

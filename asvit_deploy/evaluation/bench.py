@@ -32,7 +32,7 @@ from asvit_deploy.evaluation.engine_bench import EngineBench, bench_engine
 from asvit_deploy.evaluation.model_bench import ModelBench, bench_model
 from asvit_deploy.evaluation.saved_choice import candidates, choose
 from asvit_deploy.evaluation.sweep import Rounds, run_sweep
-from asvit_deploy.evaluation.sweep_points import Asked, Given, asked, plans
+from asvit_deploy.evaluation.sweep_points import Asked, Given, asked, plans, require_sweepable
 from asvit_deploy.ops.headers import silent
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
@@ -141,11 +141,15 @@ def bench(
         files_of_one = {} if saved is None else candidates(paths, wanted.runtimes)
         found = find_op_library(path_of(library), say)
         opened = partial(open_artefact, library=found, allowed=allowed)
+        for path in named if wanted.sweeps else ():
+            artefact = opened(path)
+            assert isinstance(artefact, OnnxArtefact)
+            require_sweepable(artefact, wanted.sweeps)
         reports = _all(paths, bool(named), opened, wanted)
-        choice = None if saved is None else choose(reports, files_of_one)
         if target is not None:
             files.write_text(target, as_json(reports) + "\n")
-        if saved is not None and choice is not None:
+        if saved is not None:
+            choice = choose(reports, files_of_one)
             files.write_text(saved, choice.text)
             for line in choice.lines:
                 say(f"{saved}: {line}")
@@ -219,6 +223,8 @@ def _bench(artefact: Artefact, wanted: _Wanted) -> Benches:
         artefact.require_runnable()
         if wanted.sweeps:  # and nobody named it
             say(f"{artefact.path}: no sweeps, which take ONNX files")
+        if wanted.memory:
+            say(f"{artefact.path}: no memory, which is measured of ONNX files")
         return [bench_engine(artefact, _pictures(artefact, wanted), warmup, runs, say)]
     assert isinstance(artefact, OnnxArtefact)
     runtimes = of_kind(artefact.path, "onnx", wanted.runtimes)

@@ -46,7 +46,7 @@ from asvit_deploy.precision import FLOAT32
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.runners.pytorch import TorchRunner, torch_threads
-from asvit_deploy.runtimes import ONNXRUNTIME, TORCH
+from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO_BF16, TORCH
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def bench_model(
         share = float(macs_by_round(config, lengths, runs, cuts).mean()) / teacher_macs(config)
         beside = _beside(artefact, methods, share)
         for name, network in beside.items():
-            variants.append(_with_method(artefact, name, network, threads, runtimes))
+            ran = [v.runtime for v in variants if v.runtime in RUNTIMES]
+            runtime = next((n for n in (*runtimes, *ran) if n in RUNTIMES), TORCH)
+            variants.append(_with_method(artefact, name, network, threads, runtime))
         warmup = _warmup(variants, len(loaded), warmup, notes)
         label, first = f"{count} thread{'s' * (count > 1)}", dict[str, NDArray[np.float64]]()
         with bar(say, total=warmup + runs, desc=f"bench, {label}") as progress:
@@ -151,11 +153,10 @@ def bench_model(
 
 
 def _with_method(
-    artefact: OnnxArtefact, name: str, network: ViT, threads: int, runtimes: Sequence[str]
+    artefact: OnnxArtefact, name: str, network: ViT, threads: int, runtime: str
 ) -> Variant:
-    """Another method's row, in the first runtime that was named, or ONNX Runtime."""
-    runtime = next((name for name in runtimes if name in RUNTIMES), ONNXRUNTIME)
-    if runtimes == (TORCH,):
+    """Another method's row."""
+    if runtime == TORCH:
         return Variant(f"torch eager, {name}", TORCH, True, TorchRunner(network))
     model = as_precise(artefact, to_onnx(network))
     runner, precision = RUNTIMES[runtime].model(model, threads), artefact.fields["precision"]
@@ -206,9 +207,13 @@ def _add_first(
 def _add_lines(
     rows: Sequence[Row], seconds: dict[str, NDArray[np.float64]], tokens: NDArray[np.float64]
 ) -> None:
-    """To adaptive rows, latency as a line over kept tokens, where those vary."""
+    """To the artefact's own rows, latency as a line over its kept tokens, where those vary.
+
+    Not where other tokens may stay: in bfloat16, and of other methods.
+    """
     for row in rows:
-        if row["adaptive"] and (line := line_over_kept(seconds[row["name"]], tokens)):
+        own = row["adaptive"] and "way" in row and row["runtime"] != OPENVINO_BF16
+        if own and (line := line_over_kept(seconds[row["name"]], tokens)):
             row["over_kept"] = line
 
 

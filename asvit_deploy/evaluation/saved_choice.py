@@ -129,11 +129,10 @@ def choose(
     fields = _fields(best, rest, fastest_dense, files)
     lines = [f"fastest: {best.report.model} in {best.said()} at p50"
              + (f"; next: {rest[0].report.model} in {rest[0].said()}" if rest else "")]  # fmt: skip
-    won = fields["verdict"] == "dense" or (
-        fastest_dense is not None and fastest_dense.row["p50_ms"] < best.row["p50_ms"]
-    )
-    if won and fastest_dense is not None:
-        lines.append(_dense_won(fastest_dense, files[best.report.model]))
+    if best.row["adaptive"] and fastest_dense is not None:
+        faster = fastest_dense.row["p50_ms"] < best.row["p50_ms"]
+        if faster or fields["verdict"] == "dense":
+            lines.append(_dense_won(fastest_dense, files[fastest_dense.report.model]))
     if any(isinstance(one, EngineBench) for one in reports):
         lines.append("engines are no part of the choice, which is for ONNX files")
     return SavedChoice(sidecar.signed(fields), lines)

@@ -27,10 +27,10 @@ from asvit_deploy.evaluation.sweep_points import Plan, Point, at_size, macs_of
 from asvit_deploy.evaluation.sweep_types import Kind, Sweep, SweepPoint, SweepRow
 from asvit_deploy.evaluation.sweep_verdict import verdicts
 from asvit_deploy.evaluation.timing import (
-    Interval,
     Variant,
+    busy,
     interleave,
-    ratio_of_medians,
+    interval_of,
     share_of_macs_ratio,
 )
 from asvit_deploy.exporting.int8 import smoothed, to_int8
@@ -167,7 +167,8 @@ class _Exports:
         if runtime == TORCH:
             return TorchRunner(self.with_reduction(reduction))
         model, library = self.graph(reduction, batch), self.artefact.library
-        if runtime == ONNXRUNTIME and library is not None and reduction is not None:
+        able = "library" in self.artefact.libraries()
+        if runtime == ONNXRUNTIME and library is not None and reduction is not None and able:
             return OrtRunner(model, library, threads, record=False)
         return RUNTIMES[runtime].model(model, threads)
 
@@ -189,14 +190,17 @@ def _timed(
     for runtime in runtimes:
         try:
             entries += _entries(made, point, runtime, threads, batches)
-        except UserError as error:
-            notes.append(f"no rows of {runtime}: {error}")
+        except (UserError, RuntimeError, MemoryError) as error:  # such as PyTorch without memory
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            notes.append(f"no rows of {runtime}: {reason}")
     warmup, runs = rounds.of(point.batch)
     with bar(say, total=warmup + runs, desc=f"sweep, {over} {point.at:g}") as progress:
         seconds = interleave(
             [entry.variant for entry in entries], batches, warmup, runs,
             progress=lambda: progress.update() and None,
         )  # fmt: skip
+    if said := busy([entry.variant for entry in entries], seconds):
+        notes.append(said)
     dense = dense_macs(point.config)
     return {
         "at": point.at, "batch": point.batch, "image_size": point.config.image_size,
@@ -280,13 +284,8 @@ def _row(
     }  # fmt: skip
     if entry.kind != "dense":
         beside = times[fastest[variant.runtime, "dense"]]
-        row["speedup"] = _ratio(beside, own)
+        row["speedup"] = interval_of(beside, own)
         row["share_of_macs_ratio"] = share_of_macs_ratio(beside, own, dense / macs)
     if entry.kind == "adaptive" and (variant.runtime, "static") in fastest:
-        row["over_static"] = _ratio(times[fastest[variant.runtime, "static"]], own)
+        row["over_static"] = interval_of(times[fastest[variant.runtime, "static"]], own)
     return row
-
-
-def _ratio(slow: NDArray[np.float64], fast: NDArray[np.float64]) -> Interval:
-    value, low, high = ratio_of_medians(slow, fast)
-    return {"value": value, "low": low, "high": high}

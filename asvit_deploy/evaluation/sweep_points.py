@@ -160,30 +160,37 @@ def plans(artefact: OnnxArtefact, pictures: ImageSet, wanted: Asked, say: Say) -
     """
     if not wanted:
         return []
+    require_sweepable(artefact, wanted)
+    for batch in wanted.batch:
+        if batch > len(pictures):
+            raise UserError(
+                f"sweep_batch has {batch}, and there are {len(pictures)} pictures; give more of "
+                "them, or smaller batches"
+            )
+    return _Planned(artefact, pictures, say).plans(wanted)
+
+
+def require_sweepable(artefact: OnnxArtefact, wanted: Asked) -> None:
+    """Find out without a picture whether sweeps can be made of an artefact.
+
+    Raises:
+        UserError: it is dense, a batch is not for int8, its patches do not divide a size, or a
+            value takes more memory than there is.
+    """
     if not artefact.adaptive:
         raise UserError(
             f"{artefact.path} is dense: there is nothing to sweep over, all its tokens stay; name "
             "an adaptive file"
         )
-    _require_batches(artefact, wanted.batch, len(pictures))
     for size in wanted.size:
         config = _of(f"sweep_size {size}", partial(artefact.config.at, size))
         _require_memory(config, 1, f"sweep_size {size}")
-    return _Planned(artefact, pictures, say).plans(wanted)
-
-
-def _require_batches(artefact: OnnxArtefact, batches: Sequence[int], pictures: int) -> None:
-    for batch in batches:
+    for batch in wanted.batch:
         if batch > 1 and artefact.fields["precision"] != FLOAT32.name:
             raise UserError(
                 f"sweep_batch has {batch}, and {artefact.path} computes in "
                 f"{artefact.fields['precision']}, for one picture: in a batch, ranges of one would "
                 "round the others; name a float32 file, or leave the sweep out"
-            )
-        if batch > pictures:
-            raise UserError(
-                f"sweep_batch has {batch}, and there are {pictures} pictures; give more of them, "
-                "or smaller batches"
             )
         _require_memory(artefact.config, batch, f"sweep_batch {batch}")
 

@@ -9,7 +9,7 @@ from asvit_deploy.evaluation.sweep_types import Over, SweepPoint
 from asvit_deploy.evaluation.timing import Interval
 
 Outcome = Literal["won", "lost", "drawn"]
-# What a speed-up was measured against: how a win over it reads, how none, and who wins otherwise.
+# What a speed-up was measured against: how a win over it reads, and how none.
 _OVER = {
     "dense": ("wins", "win"),
     "static": ("beats static counts of equal MACs", "beat static counts of equal MACs"),

@@ -170,7 +170,8 @@ def ratio_of_medians(
     return float(np.median(slow) / np.median(fast)), float(low), float(high)
 
 
-def _ratio(slow: NDArray[np.float64], fast: NDArray[np.float64]) -> Interval:
+def interval_of(slow: NDArray[np.float64], fast: NDArray[np.float64]) -> Interval:
+    """As `ratio_of_medians`."""
     value, low, high = ratio_of_medians(slow, fast)
     return {"value": value, "low": low, "high": high}
 
@@ -324,11 +325,11 @@ def summarise(
         if variant.way is not None:
             row["way"] = variant.way
         if variant.adaptive and variant.peers in dense:
-            row["speedup"] = _ratio(dense[variant.peers], times)
+            row["speedup"] = interval_of(dense[variant.peers], times)
             row["share_of_macs_ratio"] = share_of_macs_ratio(dense[variant.peers], times, ratios)
         others = [v for v in variants if not v.adaptive and v.peers != variant.peers]
         if variant.adaptive and others:
-            row["over_others"] = {v.name: _ratio(seconds[v.name], times) for v in others}
+            row["over_others"] = {v.name: interval_of(seconds[v.name], times) for v in others}
         rows.append(row)
     return rows
 

@@ -110,6 +110,7 @@ def smoothed(model: onnx.ModelProto, pictures: Sequence[NDArray[np.float32]]) ->
             turned = any(entry.name == "transB" and entry.i for entry in reader.attribute)
             _give(result, reader, 1, wide.T if turned else wide)
     used = {name for node in result.graph.node for name in node.input}
+    used |= {output.name for output in result.graph.output}  # counts that are fixed
     kept = [tensor for tensor in result.graph.initializer if tensor.name in used]
     del result.graph.initializer[:]
     result.graph.initializer.extend(kept)

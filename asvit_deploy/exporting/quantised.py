@@ -51,7 +51,8 @@ class Quantised:
         if kept:
             line += f"; in float32 stay {', '.join(kept)}"
         if out := self.fields["pictures"].get("left_out"):
-            line += f"; {out} pictures of one colour, or like another, left out"
+            plural = "s" * (out > 1)
+            line += f"; {out} picture{plural} of one colour, or like another, left out"
         return line
 
 
@@ -126,7 +127,7 @@ def _different(pictures: Pictures, names: Sequence[str]) -> tuple[Pictures, list
         raise UserError(
             f"--int8 takes {FEWEST} different pictures or more, half of them to judge; of the "
             f"{len(pictures)} given {len(kept)} differ{'s' * (len(kept) == 1)}"
-            + (f", {plain} being of one colour" if plain else "")
+            + (f"; {plain} {'is' if plain == 1 else 'are'} of one colour" if plain else "")
             + ": give more with --images"
         )
     return [pictures[i] for i in kept], [names[i] for i in kept]

@@ -120,7 +120,7 @@ def test_another_version_runs_and_is_said(model):
     run_as_chosen(open_artefact(model), None, lines.append)
     assert lines[1:] == [
         f"{path} is of onnxruntime 1.0.0, and onnxruntime {onnxruntime.__version__} is installed; "
-        f"run `asvit-deploy bench m.onnx --save-choice {path} --force`"
+        f"run `asvit-deploy bench {model} --save-choice {path} --force`"
     ]
 
 

@@ -254,8 +254,21 @@ def test_folders_of_others_stay_as_they_are(cli, models, album):
 def test_drawings_among_the_pictures_are_not_drawn_again(cli, models, album):
     shutil.copytree(album, "photos")
     args = ("visualize", models["1"], "--images", "photos", "-o", "photos/out")
+    refused(cli(*args), "photos/out lies in photos", "name another folder")
+    assert not Path("photos/out").exists()
+
+
+@pytest.mark.slow
+def test_pictures_are_never_replaced_by_their_drawings(cli, models, album):
+    args = ("visualize", models["1"], "--images", album, "-o", "out", "--limit", 1)
     ok(cli(*args))
-    refused(cli(*args, "--force"), "photos/out lies in photos", "name another folder")
+    before = sorted(Path("out").iterdir())
+    again = ("visualize", models["1"], "--images", "out", "-o", "out", "--force")
+    refused(cli(*again), "out holds the pictures themselves")
+    drawn = next(Path("out").glob("0*.png"))
+    refused(cli("predict", models["1"], drawn, "--save", "out", "--force"), "--save out holds")
+    refused(cli("predict", models["1"], drawn, "--force"), "add --save")
+    assert sorted(Path("out").iterdir()) == before
 
 
 @pytest.mark.slow

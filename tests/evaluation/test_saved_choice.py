@@ -51,7 +51,7 @@ def row(name, p50, *, way=None, adaptive=True, runtime="onnxruntime", speedup=No
 def report(model, rows, threads=1, cores=8):
     machine = {"cpu": "some CPU", "cores": cores, "system": "Linux", "python": "3", "versions": {}}
     return ModelBench(str(model), "as_deit_mini", threads, 0, 10, "pictures", 2, {}, {}, rows, None,
-                      {}, [], [], "", machine)  # fmt: skip
+                      {}, [], [], None, "", machine)  # fmt: skip
 
 
 FIELDS = {"sha256": "a" * 64, "precision": "float32", "adaptive": True,
@@ -119,6 +119,14 @@ def test_a_dense_file_that_beats_the_adaptive_one():
                report("d.onnx", [row("b", 1.0, way="dense", adaptive=False)])]  # fmt: skip
     made = choose(reports, {"m.onnx": FIELDS, "d.onnx": {**OTHER, "adaptive": False}})
     assert json.loads(made.text)["verdict"] == "dense"
+
+
+def test_a_dense_file_that_won_is_not_told_to_export_its_twin():
+    reports = [report("m.onnx", [row("a", 2.0, way="function"),
+                                 row("twin", 1.5, adaptive=False)]),
+               report("d.onnx", [row("b", 1.0, way="dense", adaptive=False)])]  # fmt: skip
+    made = choose(reports, {"m.onnx": FIELDS, "d.onnx": {**OTHER, "adaptive": False}})
+    assert not any("export" in line for line in made.lines)
 
 
 def test_nothing_was_measured():
@@ -221,7 +229,7 @@ def test_written_once_all_is_measured(cli, model, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         bench(model, **QUICK, save_choice=target, output=tmp_path / "r.json", force=True)
     assert target.read_text() == before
-    assert not (tmp_path / "r.json").exists()
+    assert (tmp_path / "r.json").exists(), "what was measured is kept"
 
 
 @pytest.mark.slow

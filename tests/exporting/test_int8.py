@@ -19,7 +19,7 @@ import asvit_deploy
 from asvit_deploy import sidecar
 from asvit_deploy.artefacts.opening import open_artefact
 from asvit_deploy.checkpoints import default_checkpoint
-from asvit_deploy.checkpoints.load import build_model, load_checkpoint
+from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
 from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.exporting import quantised as ladder
 from asvit_deploy.exporting.half import to_half
@@ -343,7 +343,7 @@ def test_pictures_of_one_colour_say_nothing(pictures):
     noisy = [colour + 0.005 * picture for colour, picture in zip(colours, pictures)]
     for given in (colours, noisy):
         raises_one_line(lambda given=given: ladder._different(given, [""] * 8),
-                        "of the 8 given 0 differ, 8 being of one colour", "--images")  # fmt: skip
+                        "of the 8 given 0 differ; 8 are of one colour", "--images")  # fmt: skip
     kept, names = ladder._different([flat(0, size), *pictures[:4], flat(1, size)], list("abcdef"))
     assert (len(kept), names) == (4, list("bcde"))
 
@@ -401,3 +401,23 @@ def test_words_of_the_option(cli, tmp_path):
     assert "dynamic" in done.err
     with pytest.raises(UserError, match="int8"):
         asvit_deploy.export(default_checkpoint(), int8="fast", output=tmp_path / "x.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["size-passing", "topk"])
+def test_fixed_counts_have_an_int8_form(method, mini_config, tmp_path):
+    """Their counts are weights of the graph that no node reads, and outputs all the same."""
+
+    torch.manual_seed(0)
+    network = build(mini_config, adaptive=False).eval()
+    with torch.no_grad():
+        for block in network.blocks:
+            block.attn.qkv.weight.mul_(4)
+    save_checkpoint(tmp_path / "dense.safetensors", network, {})
+    made = asvit_deploy.export(
+        tmp_path / "dense.safetensors", output=tmp_path / "x.onnx", method=method, int8="dynamic"
+    )
+    assert all(parity.passed for parity in made.parity.values())
+    model = onnx.load(tmp_path / "x.onnx")
+    assert [o.name for o in model.graph.output if o.name.startswith("length_")]
+    assert any(node.op_type == "MatMulInteger" for node in model.graph.node)
