@@ -23,7 +23,8 @@ def sweep_text(sweep: Sweep) -> str:
     for point in sweep["points"]:
         for runtime in dict.fromkeys(row["runtime"] for row in point["rows"]):
             rows.append(_line(over, point, runtime))
-        notes += [f"note: {over} {point['at']:g}: {note}" for note in point["notes"]]
+        own = [*point["notes"], *([point["busy"]] if point["busy"] else [])]
+        notes += [f"note: {over} {point['at']:g}: {note}" for note in own]
     rounds = [f"{point['runs']} at {point['at']:g}" for point in sweep["points"]]
     said = [f"\nsweep over {over}, ms per picture; rounds: {', '.join(rounds)}",
             table([f"{over}, runtime", *_HEADERS], rows)]  # fmt: skip

@@ -199,8 +199,6 @@ def _timed(
             [entry.variant for entry in entries], batches, warmup, runs,
             progress=lambda: progress.update() and None,
         )  # fmt: skip
-    if said := busy([entry.variant for entry in entries], seconds):
-        notes.append(said)
     dense = dense_macs(point.config)
     return {
         "at": point.at, "batch": point.batch, "image_size": point.config.image_size,
@@ -211,6 +209,7 @@ def _timed(
             "image_tokens": point.config.image_tokens, "share": point.share, "asked": point.asked,
         },
         "rows": _rows(entries, seconds, dense, point.batch), "notes": notes,
+        "busy": busy([entry.variant for entry in entries], seconds),
     }  # fmt: skip
 
 

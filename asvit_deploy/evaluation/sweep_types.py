@@ -55,6 +55,7 @@ class SweepPoint(TypedDict):
     macs: SweepMacs
     rows: list[SweepRow]
     notes: list[str]
+    busy: str | None
 
 
 class Sweep(TypedDict):
