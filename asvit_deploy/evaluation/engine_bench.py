@@ -32,6 +32,7 @@ from asvit_deploy.evaluation.timing import (
     run_once,
 )
 from asvit_deploy.precision import of_option
+from asvit_deploy.runners.onnx_runtime import arithmetic_of
 from asvit_deploy.runners.pytorch import TorchRunner
 
 if TYPE_CHECKING:
@@ -211,7 +212,8 @@ def topk_peer(artefact: EngineArtefact, kept: Sequence[int], folder: Path) -> Pa
     fields = {k: v for k, v in source.fields.items() if k not in _NOT_OF_THE_MODEL}
     onnx = folder / "top_k.onnx"
     proto = to_static_topk(graph, kept, str(source.path))
-    sidecar.write(onnx, proto.SerializeToString(), {**fields, "adaptive": False})
+    fields |= {"adaptive": False, "precision": of_option(arithmetic_of(proto)).name}
+    sidecar.write(onnx, proto.SerializeToString(), fields)
     return _build(artefact, onnx, "float32")  # the graph holds the precision already
 
 
