@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.half import rounded, to_half
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models import build
@@ -295,3 +297,56 @@ def test_int8_does_not_excuse_what_cannot_be():
     assert not _too_many([far] * 100, result, LIMITS["int8"])
     assert _too_many([far] * 101, result, LIMITS["int8"])
     assert _too_many([Flip("a", 0, 1, 1.0, 0.5, float("inf"), 0.1, False)], result, LIMITS["int8"])
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_thread_that_runs_ahead_changes_nothing(mini, photos, monkeypatch, batch):
+    """A runner with a thread of its own: the same verdict, every picture once and in its place."""
+    monkeypatch.setattr("asvit_deploy.parity.usable_cores", lambda: 2)
+    pictures = [photos[i] for i in range(len(photos))]
+    proto = to_onnx(mini, "dynamic")
+    kept, threads = mini.threshold_values(), torch.get_num_threads()
+    found = []
+    for beside in (True, False):
+        candidate = OrtRunner(proto)
+        assert candidate.runs_beside
+        candidate.runs_beside = beside
+        ran = noting(candidate)
+        found.append(compare(TorchRunner(mini), ran, pictures, photos.names, kept, batch=batch))
+        assert [len(given) for given in ran.seen] == [batch] * (12 // batch) + [12 % batch] * (
+            12 % batch > 0
+        )
+        assert np.array_equal(np.concatenate(ran.seen), np.stack(pictures))
+        assert ran.elsewhere == beside
+    assert found[0] == found[1]
+    assert found[0].passed
+    assert torch.get_num_threads() == threads
+
+
+def noting(runner):
+    """The runner, noting what it is given and whether another thread than this one calls it."""
+    own = threading.get_ident()
+
+    class Noting(OrtRunner):
+        def __call__(self, images):
+            self.seen.append(images)
+            self.elsewhere = threading.get_ident() != own
+            return super().__call__(images)
+
+    runner.__class__, runner.seen = Noting, []
+    return runner
+
+
+def test_what_fails_in_that_thread_is_raised_here(mini, photos, monkeypatch):
+    monkeypatch.setattr("asvit_deploy.parity.usable_cores", lambda: 2)
+
+    class Broken(TorchRunner):
+        runs_beside = True
+
+        def __call__(self, images):
+            raise UserError("no memory is left")
+
+    pictures, threads = [photos[0], photos[1], photos[2]], torch.get_num_threads()
+    with pytest.raises(UserError, match="no memory is left"):
+        compare(TorchRunner(mini), Broken(mini), pictures, photos.names, mini.threshold_values())
+    assert torch.get_num_threads() == threads

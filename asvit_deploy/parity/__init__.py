@@ -10,7 +10,9 @@ rounded softmax makes: absolute errors grow with the score, and say nothing of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,8 @@ from asvit_deploy.parity.judging import judged
 from asvit_deploy.parity.limits import LIMITS, Limits
 from asvit_deploy.parity.one_image import ComparedImage, compare_image
 from asvit_deploy.parity.report import Flip, Neighbour, Parity, Top1
-from asvit_deploy.runners.base import Reference, Runner
+from asvit_deploy.processor import usable_cores
+from asvit_deploy.runners.base import Prediction, Reference, Runner
 
 __all__ = ["CHOICE", "LIMITS", "Flip", "Limits", "Neighbour", "Parity", "Top1", "compare"]
 
@@ -52,11 +55,47 @@ def compare(
         UserError: their outputs are not of one width.
     """
     compared: list[ComparedImage] = []
-    for first in range(0, len(images), batch):
-        chosen = range(first, min(first + batch, len(images)))
-        theirs = candidate(np.stack([images[i] for i in chosen]))
-        compared += [
-            compare_image(names[i], images[i], reference, theirs, b, thresholds)
-            for b, i in enumerate(chosen)
-        ]
+    groups = [range(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
+    batches = (np.stack([images[i] for i in chosen]) for chosen in groups)
+    with _answers(candidate, batches) as answers:
+        for chosen, theirs in zip(groups, answers):
+            compared += [
+                compare_image(names[i], images[i], reference, theirs, b, thresholds)
+                for b, i in enumerate(chosen)
+            ]
     return judged(compared, thresholds, precision, output)
+
+
+@contextlib.contextmanager
+def _answers(
+    candidate: Runner, batches: Iterable[NDArray[np.float32]]
+) -> Iterator[Iterable[Prediction]]:
+    """Each batch's prediction; where it can, a thread works out the next one meanwhile.
+
+    The reference then has a core less: threads that wait for one another's core are slower than
+    fewer of them.
+    """
+    cores = usable_cores()
+    if cores == 1 or not getattr(candidate, "runs_beside", False):
+        yield map(candidate, batches)
+        return
+    import torch
+
+    from asvit_deploy.runners.pytorch import torch_threads
+
+    fewer = min(torch.get_num_threads(), cores - 1)
+    with torch_threads(fewer), ThreadPoolExecutor(1) as pool:
+        yield _one_ahead(pool, candidate, batches)
+
+
+def _one_ahead(
+    pool: Executor, candidate: Runner, batches: Iterable[NDArray[np.float32]]
+) -> Iterator[Prediction]:  # fmt: skip
+    waiting: Future[Prediction] | None = None
+    for given in batches:
+        following = pool.submit(candidate, given)
+        if waiting is not None:
+            yield waiting.result()
+        waiting = following
+    if waiting is not None:
+        yield waiting.result()

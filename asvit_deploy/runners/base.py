@@ -96,9 +96,12 @@ class RunnerBase:
 
     Attributes:
         learns_shapes: a picture that keeps a count not seen before takes longer.
+        runs_beside: another thread may call it than the one that made it, while that one runs
+            another runner.
     """
 
     learns_shapes = False
+    runs_beside = False
 
     def infer(self, images: NDArray[np.float32]) -> Any:
         raise NotImplementedError

@@ -187,6 +187,7 @@ class OrtRunner(RunnerBase):
         shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         self.batch = shape[0] or None
         self.image_size = shape[2]
+        self.runs_beside = provider == "CPUExecutionProvider"
         self._tried = False  # a first run within bounds; those that are timed are free of them
         self._most: int | None = None
         self._replayed: tuple[onnx.ModelProto, Path | None, str] = model, library, name
