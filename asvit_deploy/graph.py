@@ -16,10 +16,12 @@ import onnx.shape_inference
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+from asvit_deploy.errors import UserError
 from asvit_deploy.ops import onnx_op
 
 # The first cut's scores; of methods that add rows, first those with the scores of these.
 _RANKED = ("all_scores_0", "scores_0")
+_BATCH, _PACKED = "asvit_batch", '"packed"'  # a field of the sidecar's, which the file has too
 _LARGEST_SHAPE = 64  # numbers of a constant that can be a shape, axes or bounds
 
 
@@ -44,6 +46,20 @@ def opset_of(model: onnx.ModelProto) -> int:
 def batch_of(model: onnx.ModelProto) -> int | None:
     """How many pictures the first input takes; None for any number."""
     return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
+
+
+def mark_packed(model: onnx.ModelProto) -> None:
+    """Say in the file that its pictures' rows stand in one [T, D]."""
+    onnx.helper.set_model_props(model, {_BATCH: _PACKED})
+
+
+def refuse_packed(model: onnx.ModelProto, name: str) -> None:
+    """Raise UserError for a file of `mark_packed`, whose rows a rewrite does not find in place."""
+    if any((entry.key, entry.value) == (_BATCH, _PACKED) for entry in model.metadata_props):
+        raise UserError(
+            f"{name} was exported with --batch packed, and is not rewritten for this; export it "
+            "with --batch dynamic"
+        )
 
 
 def values_of(graph: ir.Graph) -> dict[str, ir.Value]:

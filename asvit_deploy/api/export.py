@@ -50,7 +50,7 @@ def export(
     ckpt: PathLike, *, output: PathLike | None = None, image_size: int | None = None,
     arch: str | None = None, method: str | None = None, budget: float | None = None,
     cuts: Sequence[int] | None = None, max_kept: int | None = None,
-    batch: Literal["1", "dynamic"] = "1",
+    batch: Literal["1", "dynamic", "packed"] = "1",
     ops: Literal["auto", "custom", "standard"] = "auto", opset: int | None = None,
     stage_outputs: bool = False, dense: bool = False,
     int8: Literal["dynamic", "static"] | None = None, ema: bool = False,
@@ -79,7 +79,7 @@ def export(
         UserError: bad input, or an output that cannot be written or is there without `force`.
         CheckFailed: the graph does not agree with PyTorch; nothing was written.
     """
-    require_one_of("batch", batch, ("1", "dynamic"))
+    require_one_of("batch", batch, ("1", "dynamic", "packed"))
     require_one_of("ops", ops, ("auto", "custom", "standard"))
     if int8 is not None:
         require_one_of("int8", int8, ("dynamic", "static"))

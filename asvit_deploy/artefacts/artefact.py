@@ -97,7 +97,7 @@ class Artefact(ABC):
     @property
     def dynamic_batch(self) -> bool:
         """Whether it takes several images at once."""
-        return self.fields["batch"] == "dynamic"
+        return self.fields["batch"] != "1"
 
     @property
     @abstractmethod

@@ -88,7 +88,8 @@ class OnnxArtefact(Artefact):
                 f"{self.path} takes inputs of shapes {shapes} and not pictures of {size} pixels as "
                 f"{original.path} does; name a file that was made from it"
             )
-        self.fields = {**original.fields, "batch": "1" if shapes[0][0] == 1 else "dynamic"}
+        several = original.fields["batch"] if original.dynamic_batch else "dynamic"
+        self.fields = {**original.fields, "batch": "1" if shapes[0][0] == 1 else several}
         there = sidecar.sidecar_path(self.path).is_file()
         self.borrowed = "its sidecar is not its own" if there else "it has no sidecar"
 

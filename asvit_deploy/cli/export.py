@@ -23,8 +23,8 @@ from asvit_deploy.cli import options
 @click.option("--image-size", type=int, help="Another image size; position embeddings are resized.")
 @click.option("--arch", help="Settle the architecture where the checkpoint is ambiguous.")
 @click.option(
-    "--batch", type=click.Choice(["1", "dynamic"]), default="1", show_default=True,
-    help="One image, or any batch (rows padded to the batch's maximum, masked).",
+    "--batch", type=click.Choice(["1", "dynamic", "packed"]), default="1", show_default=True,
+    help="One image; any batch, padded and masked; or any, its linear layers on all images' rows.",
 )  # fmt: skip
 @click.option(
     "--ops", type=click.Choice(["auto", "custom", "standard"]), default="auto", show_default=True,

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from asvit_deploy.evaluation.sweep_types import Sweep, SweepPoint, SweepRow
     from asvit_deploy.evaluation.timing import Interval
 
-_SINGLY = "*"
+_SINGLY, _PACKED = "*", "+"
 _HEADERS = ["share of MACs", "dense p50 ms", "adaptive", "static", "speed-up over dense (95 %)",
             "share of MACs ratio", "over static (95 %)"]  # fmt: skip
 
@@ -30,6 +30,8 @@ def sweep_text(sweep: Sweep) -> str:
             table([f"{over}, runtime", *_HEADERS], rows)]  # fmt: skip
     if any(_SINGLY in cell for row in rows for cell in row):
         said.append(f"{_SINGLY} one picture after the other, which is faster here than the batch")
+    if any(cell.endswith(_PACKED) for row in rows for cell in row):
+        said.append(f"{_PACKED} packed: linear layers on the rows of all pictures, no padding")
     return "\n".join([*said, *notes, *(f"verdict: {line}" for line in sweep["verdict"])])
 
 
@@ -47,7 +49,9 @@ def _line(over: str, point: SweepPoint, runtime: str) -> list[str]:
 
 
 def _time(row: SweepRow | None) -> str:
-    return "-" if row is None else f"{row['p50_ms']:.2f}{_SINGLY * row['singly']}"
+    if row is None:
+        return "-"
+    return f"{row['p50_ms']:.2f}{_SINGLY * row['singly']}{_PACKED * row['packed']}"
 
 
 def interval_text(found: Interval | None) -> str:

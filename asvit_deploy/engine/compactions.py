@@ -71,7 +71,7 @@ def physical_stages(
     artefact, name = source.artefact, str(source.path)
     if len(blocks) <= len(artefact.config.stages):
         return None
-    if not artefact.dynamic_batch:
+    if artefact.fields["batch"] != "dynamic":
         say(f"{name}: rows leave at each of {len(blocks)} cuts; of a file of --batch dynamic they "
             "could leave at a few and be hidden between")  # fmt: skip
         return None

@@ -37,7 +37,7 @@ from asvit_deploy.exporting.int8 import smoothed, to_int8
 from asvit_deploy.exporting.to_onnx import to_onnx
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import dense_macs
-from asvit_deploy.models.vit import ViT
+from asvit_deploy.models.vit import BatchRule, ViT
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.ranked import Ranked
@@ -89,6 +89,7 @@ class _Entry:
     variant: Variant
     kind: Kind
     singly: bool
+    packed: bool
     macs: NDArray[np.float64]
 
 
@@ -144,7 +145,7 @@ class _Exports:
         return self.network.with_reduction(reduction)
 
     def graph(self, reduction: Reduction | None, batch: str) -> onnx.ModelProto:
-        """The network with a method, or dense, for batches of "1" or "dynamic" ones."""
+        """The network with a method, or dense, for batches as `to_onnx` names them."""
         key = reduction, batch
         if key not in self._graphs:
             if len(self._graphs) == _GRAPHS:
@@ -165,7 +166,8 @@ class _Exports:
         self, runtime: str, reduction: Reduction | None, batch: str, threads: int
     ) -> Runner:  # fmt: skip
         if runtime == TORCH:
-            return TorchRunner(self.with_reduction(reduction))
+            rule: BatchRule = "packed" if batch == "packed" else "exact"
+            return TorchRunner(self.with_reduction(reduction), rule)
         model, library = self.graph(reduction, batch), self.artefact.library
         able = "library" in self.artefact.libraries()
         if runtime == ONNXRUNTIME and library is not None and reduction is not None and able:
@@ -223,17 +225,17 @@ def _entries(
     precision = FLOAT32.name if runtime == TORCH else made.artefact.fields["precision"]
     found = []
     for kind, reduction in kinds:
-        for singly in (False, True) if point.batch > 1 else (False,):
-            batch = "dynamic" if point.batch > 1 and not singly else "1"
+        for batch in ("dynamic", "1", "packed") if point.batch > 1 else ("1",):
             runner = made.runner(runtime, reduction, batch, threads)
+            singly, packed = batch == "1" and point.batch > 1, batch == "packed"
             runner = OneAtATime(runner) if singly else runner
             runner.infer(batches[0])  # what cannot run says so here
             name = f"{'torch eager' if runtime == TORCH else runtime}, {kind}"
-            name += ", one at a time" * singly
+            name += ", one at a time" * singly + ", packed" * packed
             name += f", {precision}" if precision != FLOAT32.name else ""
             variant = Variant(name, runtime, kind != "dense", runner, precision)
             macs = _macs(point.config, reduction, runner, batches)
-            found.append(_Entry(variant, kind, singly, macs))
+            found.append(_Entry(variant, kind, singly, packed, macs))
     return found
 
 
@@ -276,7 +278,7 @@ def _row(
     p50, p90, p99 = np.percentile(own * 1e3, [50, 90, 99])
     row: SweepRow = {
         "name": variant.name, "runtime": variant.runtime, "kind": entry.kind,
-        "singly": entry.singly, "precision": variant.precision,
+        "singly": entry.singly, "packed": entry.packed, "precision": variant.precision,
         "runner": variant.runner.describe(), "gmacs": float(macs.mean()) / 1e9,
         "p50_ms": float(p50), "p90_ms": float(p90), "p99_ms": float(p99),
         "min_ms": float(own.min() * 1e3),

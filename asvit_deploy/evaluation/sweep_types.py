@@ -23,6 +23,7 @@ class _Timed(TypedDict):
     runtime: str
     kind: Kind
     singly: bool
+    packed: bool
     precision: str
     runner: dict[str, str]
     gmacs: float
@@ -35,7 +36,8 @@ class _Timed(TypedDict):
 class SweepRow(_Timed, total=False):
     """A variant at one point: times and MACs are per picture.
 
-    `singly` says that a batch was run one picture after the other. `speedup` is over the fastest
+    `singly` says that a batch was run one picture after the other, `packed` that its linear layers
+    ran on the rows of all pictures and nothing padded them. `speedup` is over the fastest
     dense row of the runtime, `over_static` of an adaptive row over its fastest static one.
     """
 

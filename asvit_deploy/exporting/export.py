@@ -142,7 +142,7 @@ def verify(
         f"batch {size}": compare(
             reference, runner, pictures, names, thresholds, precision, size, output
         )
-        for size in ((1, 4) if batch == "dynamic" else (1,))
+        for size in ((1,) if batch == "1" else (1, 4))
     }
 
 
@@ -164,7 +164,7 @@ def export(
     Args:
         output: the ONNX file; its sidecar goes beside it.
         images: what the comparison runs on.
-        batch: "1" or "dynamic".
+        batch: as `to_onnx`.
         ops: "auto", "custom" or "standard", see `to_onnx`.
         dense: export without the stages.
         stage_outputs: make `index_s` graph outputs too.

@@ -80,6 +80,7 @@ def with_masks(
         raise ValueError(f"{sorted(physical)} are not among {cuts} cuts")
     if len(set(physical)) == cuts:
         return model
+    graph.refuse_packed(model, name)
     if graph.batch_of(model) is not None:
         raise UserError(
             f"{name} takes one picture, so its graph hides no rows; export it with --batch dynamic"

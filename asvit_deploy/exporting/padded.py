@@ -97,6 +97,7 @@ def to_padded(model: onnx.ModelProto, name: str = "model") -> onnx.ModelProto:
             f"{name} has no {onnx_op.OP_TYPE} node (dense, or exported with --ops standard); "
             "padded mode rewrites the file that `asvit-deploy export` makes by default"
         )
+    graph.refuse_packed(model, name)
     rewrite = Rewrite(model)
     if "asvit_reduction" in rewrite.model.metadata_props and not rewrite.masked:
         raise UserError(

@@ -65,6 +65,7 @@ def split_segments(model: onnx.ModelProto, name: str = "model") -> list[onnx.Mod
 
 def _refuse_misfit(model: onnx.ModelProto, name: str) -> None:
     """Raise UserError for a method or a batch that segments are not made of."""
+    graph.refuse_packed(model, name)
     method, batch = _method_of(model), graph.batch_of(model)
     named = "its method" if method is None else f"its method {method.name}"
     whole = graph.opened(model).graph

@@ -40,6 +40,7 @@ def to_static_topk(
     nodes = onnx_op.nodes_of(model.graph)
     if not nodes:
         raise UserError(f"{name} has no {onnx_op.OP_TYPE} node; name a file of --ops auto")
+    graph.refuse_packed(model, name)
     if graph.batch_of(model) != 1:
         raise UserError(f"{name} has a dynamic batch; export it with --batch 1")
     if len(kept) != len(nodes) or sorted(kept, reverse=True) != list(kept) or min(kept) < 1:

@@ -21,7 +21,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.naming import name_traced
 from asvit_deploy.exporting.translations import translations
 from asvit_deploy.models.folding import folded
-from asvit_deploy.models.vit import Trace, ViT
+from asvit_deploy.models.vit import BatchRule, Trace, ViT
 
 OPSET = 20
 # The op's body needs 18; PyTorch writes up to 25.
@@ -32,12 +32,13 @@ class _Traced(nn.Module):
     """What is traced: images -> its output, and what is to have a name in the graph, by that
     name."""
 
-    def __init__(self, model: ViT, dynamic: bool) -> None:
+    def __init__(self, model: ViT, batch: str) -> None:
         super().__init__()
-        self.model, self.dynamic = model, dynamic
+        self.model, self.padded = model, batch != "1"
+        self.rule: BatchRule = "packed" if batch == "packed" else "exact"
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        output, trace = self.model(images, padded=self.dynamic)
+        output, trace = self.model(images, self.rule, padded=self.padded)
         method = self.model.reduction
         boundaries = [] if method is None else method.boundaries()
         return {self.model.config.output: output, **_named(trace, boundaries)}
@@ -111,7 +112,8 @@ def to_onnx(
 
     Args:
         model: adaptive, or dense for the dense twin.
-        batch: "1" (static) or "dynamic".
+        batch: "1" (static), "dynamic" (any number, padded), or "packed" (any number, linear layers
+            on the rows of all pictures).
         ops: "auto" (node and model-local function), "custom" (node only) or "standard" (function
             inlined, no custom node).
         opset: version of the standard ops, one of `OPSETS`.
@@ -128,8 +130,7 @@ def to_onnx(
         UserError: this opset cannot be written here.
     """
     check_opset(opset)
-    dynamic = batch == "dynamic"
-    program = _traced(model, dynamic, opset)
+    program = _traced(model, batch, opset)
     _refuse_other_opset(program, opset)
     _refuse_zero_placeholders(program.graph)
     program.ir_version = ir_version(opset)
@@ -138,17 +139,20 @@ def to_onnx(
         proto = graph.with_function(proto)
     onnx.checker.check_model(proto, full_check=True)
     proto = onnx.inliner.inline_local_functions(proto) if ops == "standard" else proto
+    if batch == "packed":
+        graph.mark_packed(proto)
     return _with_index(proto) if stage_outputs else proto
 
 
-def _traced(model: ViT, dynamic: bool, opset: int) -> ir.Model:
+def _traced(model: ViT, batch: str, opset: int) -> ir.Model:
     """The graph of a model, its stages' values named and its LayerScale folded."""
     size = model.config.image_size
+    dynamic = batch != "1"
     # A batch of one would be baked into the graph, so a dynamic one is traced with two.
     example = torch.zeros(2 if dynamic else 1, 3, size, size)
     with _quiet(), _uncollected(), torch.no_grad():
         program = torch.onnx.export(
-            _Traced(folded(model), dynamic).eval(),
+            _Traced(folded(model), batch).eval(),
             (example,),
             dynamo=True,
             verbose=False,

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
+from asvit_deploy.exporting import ragged
 from asvit_deploy.ops import onnx_op
 
 
@@ -16,6 +17,7 @@ def translations(dynamic: bool, opset: int) -> dict[Any, Callable]:
     """The exporter's `custom_translation_table` for a graph of any batch or one image."""
     return {
         torch.ops.asvit.threshold_compact.default: _compact(dynamic, opset),
+        torch.ops.asvit.ragged_attention.default: ragged.translation(opset),
         torch.ops.aten.scaled_dot_product_attention.default: _attention(opset),
         torch.ops.aten.linalg_vector_norm.default: _norm(opset),
     }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asvit_deploy.models.config import Activation, ArchConfig
+from asvit_deploy.ops.ragged import ragged_attention
 from asvit_deploy.reduction.base import Seen
 from asvit_deploy.reduction.masking import masked_softmax
 from asvit_deploy.reduction.rows import Rows
@@ -28,12 +29,14 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return by_head(self.qkv(x), 3, self.heads)  # type: ignore[return-value]
 
-    def forward(self, x: Tensor, rows: Rows, masked: bool) -> tuple[Tensor, Seen]:
+    def forward(self, x: Tensor, rows: Rows, masked: bool) -> tuple[Tensor, Callable[[], Seen]]:
         """T of the shape of `x`, the normalised tokens of `rows`, and what was seen.
 
         `masked` is the training form: keys are weighted by `rows.keep` inside the softmax, where a
         dropped row still attends to itself, so that no row of the softmax is empty.
         """
+        if rows.packing is not None:
+            return self._packed(x, rows)
         q, k, v = self._heads(x)
         if masked:
             # Not the fused attention: on a CPU its backward pass is three times slower than this.
@@ -47,15 +50,38 @@ class Attention(nn.Module):
             mask = _attention_mask(rows, q.dtype)
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             out = self.proj(context.transpose(1, 2).reshape(x.shape))
-        return out, Seen(q, k, context, rows, masked)
+        return out, lambda: Seen(q, k, context, rows, masked)
+
+    def _packed(self, x: Tensor, rows: Rows) -> tuple[Tensor, Callable[[], Seen]]:
+        """As `forward`, T [T, D] of several pictures."""
+        assert rows.packing is not None
+        qkv, packing = self.qkv(x), rows.packing
+        if packing.length is None:
+            parts = by_head(qkv, 3, self.heads)  # each (1, H, T, Dh)
+            q, k, v = (part[0].unflatten(1, (-1, packing.rows)) for part in parts)
+            bias = rows.bias()  # (B, 1, 1, M), and here heads come first
+            mask = None if bias is None else bias.transpose(0, 1).to(q.dtype)
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (H, B, M, Dh)
+            context = context.flatten(1, 2).transpose(0, 1).flatten(1)
+        else:
+            bias = None if rows.size is None else packing.packed(rows.size.log())
+            context = ragged_attention(qkv, packing.length, self.heads, bias)
+
+        def seen() -> Seen:
+            q, k, _ = by_head(packing.unpacked(qkv), 3, self.heads)
+            (own,) = by_head(packing.unpacked(context), 1, self.heads)
+            return Seen(q, k, own, rows.unpacked())
+
+        return self.proj(context), seen
 
     def of_first(self, x: Tensor, rows: Rows, count: int) -> Tensor:
         """As `forward`, for the first rows alone: T [.., count, D]."""
         query, key_value = self.parted()
-        (q,) = by_head(query(x[..., :count, :]), 1, self.heads)
-        k, v = by_head(key_value(x), 2, self.heads)
+        first = replace(rows, tokens=x).first(count)
+        (q,) = by_head(_padded(query(first.tokens), first), 1, self.heads)
+        k, v = by_head(_padded(key_value(x), rows), 2, self.heads)
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=_attention_mask(rows, q.dtype))
-        return self.proj(context.transpose(1, 2).reshape(x[..., :count, :].shape))
+        return self.proj(context.transpose(1, 2).reshape(first.tokens.shape))
 
     def parted(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """The layer that makes queries and the one that makes keys and values."""
@@ -72,6 +98,11 @@ def by_head(x: Tensor, parts: int, heads: int) -> Sequence[Tensor]:
     if x.dim() == 4:  # (M, parts, H, Dh)
         return x.permute(1, 2, 0, 3).chunk(parts)
     return x.permute(2, 0, 3, 1, 4).unbind(0)  # (B, M, parts, H, Dh)
+
+
+def _padded(x: Tensor, rows: Rows) -> Tensor:
+    """T of the rows' own form, or [B, M, X] where they are packed."""
+    return x if rows.packing is None else rows.packing.unpacked(x)
 
 
 def _attention_mask(rows: Rows, dtype: torch.dtype) -> Tensor | None:
@@ -131,7 +162,7 @@ class Block(nn.Module):
     def _branch(self, x: Tensor) -> Tensor:
         return x if self.residual == 1 else x * self.residual
 
-    def attend(self, rows: Rows, masked: bool = False) -> tuple[Rows, Seen]:
+    def attend(self, rows: Rows, masked: bool = False) -> tuple[Rows, Callable[[], Seen]]:
         """Norm, attention, residual."""
         out, seen = self.attn(self.norm1(rows.tokens), rows, masked)
         out = self.ls1(out) if self.layer_scale else out

@@ -25,7 +25,7 @@ from asvit_deploy.reduction.removal import combined, mean_k_keep_mask, remove
 from asvit_deploy.reduction.rows import Rows, Trace
 from asvit_deploy.reduction.threshold import TEMPERATURE, Threshold
 
-BatchRule = Literal["exact", "mean-k"]  # how the images of a batch go together
+BatchRule = Literal["exact", "packed", "mean-k"]  # how the images of a batch go together
 # What a token that was dropped loses in the training form: the others' attention, or its features.
 Masking = Literal["attention", "activation"]
 # (stage, scores float32 [B, N], alive float32 [B, N]) -> keep mask float32 [B, N]
@@ -89,16 +89,20 @@ class ViT(Backbone):
         """What decides at each cut: a threshold, or None where the number of tokens is fixed."""
         return [*self.threshold_values()] or [None] * len(self.cuts)
 
-    def segment(self, part: int, rows: Rows, masked: bool = False) -> tuple[Rows, Seen | None]:
+    def segment(
+        self, part: int, rows: Rows, masked: bool = False, packed: bool = False
+    ) -> tuple[Rows, Seen | None]:
         """The halves between two cuts, and what the last attention saw; None behind the last cut.
 
         Args:
             part: 0 to the number of cuts.
             masked: training form, in which `rows.keep` counts.
+            packed: inside, the rows of all images stand in one [T, D], see `rows.Packing`.
         """
         whole = 2 * self.config.depth
         first, end = (0, *self.cuts, whole)[part : part + 2]
         seen = None
+        rows = rows.packed() if packed else rows
         for half in range(first, end):
             block: Block = self.blocks[half // 2]  # type: ignore[assignment]
             if half % 2:
@@ -106,14 +110,15 @@ class ViT(Backbone):
             elif half == whole - 2 and self._saves_last and not masked:
                 rows = block.attend_first(rows, self.config.prefix)
             elif part < len(self.cuts) and half + 2 >= end:
-                rows, seen = block.attend(rows, masked)
+                rows, look = block.attend(rows, masked)
+                seen = look()
             else:  # what it saw is let go at once: the memory serves the next half
                 rows = block.attend(rows, masked)[0]
-        return rows, seen
+        return rows.unpacked(), seen
 
-    def scored(self, stage: int, rows: Rows) -> tuple[Rows, Decision]:
+    def scored(self, stage: int, rows: Rows, packed: bool = False) -> tuple[Rows, Decision]:
         """Inference form up to cut number `stage`, and how its rows rank; padding ranks last."""
-        rows, seen = self.segment(stage, rows)
+        rows, seen = self.segment(stage, rows, packed=packed)
         assert self.reduction is not None
         assert seen is not None
         decision = self.reduction.decide(stage, rows, seen)
@@ -136,7 +141,8 @@ class ViT(Backbone):
         Args:
             images: float [B, 3, H, W], normalised.
             batch_rule: "exact" keeps for each image what it would keep alone (rows are padded to
-                the batch's maximum and masked); "mean-k" is the paper's rule.
+                the batch's maximum and masked); "packed" does too and works out no padding:
+                linear layers run on the rows of all images, [T, D]; "mean-k" is the paper's rule.
             padded: whether rows can pad the batch; by default, where B > 1.
             decisions: of one image, what stays in place of what the reduction says: per stage
                 int64 [K], rows of that stage's input, the prefix first.
@@ -153,15 +159,15 @@ class ViT(Backbone):
             raise ValueError(f"decisions are of one image, not of {images.shape[0]}")
         if batch_rule not in get_args(BatchRule):
             raise ValueError(f"batch rule {batch_rule!r} is not one of {get_args(BatchRule)}")
-        mean_k = batch_rule == "mean-k"
+        mean_k, packed = batch_rule == "mean-k", batch_rule == "packed"
         padded = (images.shape[0] > 1 if padded is None else padded) and not mean_k
         # One image goes through the blocks without its batch axis: its linear layers are then
         # plain matrix products with a bias, which runtimes fuse whatever the number of tokens.
         x = self.embed(images)
-        single = not padded and images.shape[0] == 1
+        single = not padded and not packed and images.shape[0] == 1
         rows, trace = Rows(x.squeeze(0) if single else x), Trace()
         for stage in range(len(self.cuts)):
-            rows, decision = self.scored(stage, rows)
+            rows, decision = self.scored(stage, rows, packed)
             if torch.compiler.is_exporting():
                 trace.before.append(rows.tokens)
                 trace.weight += [] if decision.weight is None else [decision.weight]
@@ -180,7 +186,7 @@ class ViT(Backbone):
             if done.decision.into is not None and done.decision.into_margin is not None:
                 trace.into.append(done.decision.into)
                 trace.into_margin.append(done.decision.into_margin)
-        rows, _ = self.segment(len(self.cuts), rows)
+        rows, _ = self.segment(len(self.cuts), rows, packed=packed)
         return self.classify(rows), trace
 
     def forward_masked(

@@ -11,20 +11,71 @@ from asvit_deploy.ops.torch_op import best_places
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Where the rows of a batch stand once nothing pads it: every picture's behind the one before.
+
+    Attributes:
+        rows: M of the batch as it is padded.
+        length: int64 [B], rows of each picture; None: all M.
+        place: int64 [B, M], the packed row at each place of the padded batch; where nothing is, its
+            picture's first, so that no picture meets numbers of another. None: nothing pads it.
+        slot: int64 [T], the place among B M of each packed row.
+    """
+
+    rows: int
+    length: Tensor | None = None
+    place: Tensor | None = None
+    slot: Tensor | None = None
+
+    @classmethod
+    def of(cls, alive: Tensor) -> Packing:
+        """Of rows [B, M] that are real, in front, or only pad."""
+        length, column = alive.long().sum(1), torch.arange(alive.shape[1], device=alive.device)
+        start = (length.cumsum(0) - length)[:, None]
+        place = start + torch.where(column < length[:, None], column, 0)
+        return cls(alive.shape[1], length, place, alive.flatten().nonzero().squeeze(1))
+
+    def unpacked(self, packed: Tensor) -> Tensor:
+        """T [T, ...] -> [B, M, ...]."""
+        if self.place is None:
+            return packed.unflatten(0, (-1, self.rows))
+        return packed.index_select(0, self.place.flatten()).unflatten(0, (-1, self.rows))
+
+    def packed(self, padded: Tensor) -> Tensor:
+        """T [B, M, ...] -> [T, ...]."""
+        flat = padded.flatten(0, 1)
+        return flat if self.slot is None else flat.index_select(0, self.slot)
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows on their way through the network, P prefix rows first.
 
     Attributes:
-        tokens: T [B, M, D], or [M, D] of one image.
+        tokens: T [B, M, D], or [M, D] of one image, or [T, D] of several with a packing.
         alive: bool [B, M], False where a row only pads the batch; None: all are real.
         keep: training form, float32 [B, M]: 1 or 0, differentiable; a dropped row stays in place.
         size: float32 [B, M], how many input tokens a row stands for; None: one each.
+        packing: where the tokens stand if they are packed; what else there is stays as it is.
     """
 
     tokens: Tensor
     alive: Tensor | None = None
     keep: Tensor | None = None
     size: Tensor | None = None
+    packing: Packing | None = None
+
+    def packed(self) -> Rows:
+        """The same with the tokens of all pictures in one [T, D]."""
+        tokens = self.batched
+        packing = Packing(tokens.shape[1]) if self.alive is None else Packing.of(self.alive)
+        return replace(self, tokens=packing.packed(tokens), packing=packing)
+
+    def unpacked(self) -> Rows:
+        """The opposite of `packed`; rows that pad hold their picture's first."""
+        if self.packing is None:
+            return self
+        return replace(self, tokens=self.packing.unpacked(self.tokens), packing=None)
 
     @property
     def batched(self) -> Tensor:
@@ -45,7 +96,9 @@ class Rows:
         def cut(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[:, :count]
 
-        return Rows(self.tokens[..., :count, :], cut(self.alive), cut(self.keep), cut(self.size))
+        tokens = self.unpacked().tokens[..., :count, :]
+        first = Rows(tokens, cut(self.alive), cut(self.keep), cut(self.size))
+        return first if self.packing is None else replace(first, alive=None).packed()
 
     def bias(self) -> Tensor | None:
         """log(size) float32 [B, 1, 1, M], which attention adds to its logits."""
