@@ -125,6 +125,15 @@ def refuse_misfits(flavour: Flavour, options: Options) -> None:
             raise UserError(f"{name} needs --flavour tensorrt; TensorRT-RTX does not have it")
 
 
+def _refuse_packed(flavour: Flavour, source: Source) -> None:
+    """Raise UserError for what packs pictures, where the flavour cannot."""
+    if not flavour.enterprise and any(n.op_type == "NonZero" for n in source.model.graph.node):
+        raise UserError(
+            f"{source.path} needs NonZero, as pictures packed by --batch packed do, which "
+            "TensorRT-RTX does not have; export it with --batch dynamic"
+        )
+
+
 def batch_profile(source: Source, graph: onnx.ModelProto, batch: Batch | None) -> Profile | None:
     """Input shapes for the smallest, best and largest batch; None where the batch is fixed.
 
@@ -176,6 +185,7 @@ def build_engine(
         CheckFailed: the graph does not agree with its reference.
     """
     refuse_misfits(flavour, options)
+    _refuse_packed(flavour, source)
     physical = None
     if options.mode == "dynamic":
         wanted = options.compact_at

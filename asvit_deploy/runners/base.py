@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from asvit_deploy.errors import UserError
+
 Stages = Sequence[NDArray]
 
 
@@ -105,6 +107,12 @@ class RunnerBase:
 
     def infer(self, images: NDArray[np.float32]) -> Any:
         raise NotImplementedError
+
+
+def require_images(images: NDArray[np.float32]) -> None:
+    """Raise UserError for a batch of none."""
+    if not len(images):
+        raise UserError("a batch of 0 pictures cannot be run; give one or more")
 
 
 def decode(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.ops.reference import threshold_compact
 from asvit_deploy.precision import of_tensor_type
-from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode, require_images, stack
 from asvit_deploy.runners.onnx_runtime import import_onnxruntime, session_options
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ class BucketedRunner(RunnerBase):
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
         """images float32 [B, 3, H, W], run one by one -> everything, scores included."""
+        require_images(images)
         return stack([self._predict(image[None]) for image in images])
 
     def _predict(self, image: NDArray[np.float32]) -> Prediction:

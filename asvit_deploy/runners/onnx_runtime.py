@@ -27,7 +27,7 @@ from asvit_deploy.precision import FLOAT32, HALVES
 from asvit_deploy.processor import require_threads
 from asvit_deploy.requirements import pip_install
 from asvit_deploy.runners import onnx_bounds, onnx_trial
-from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode, require_images, stack
 
 # Float32 means float32 on every backend.
 _INTEGER = frozenset(
@@ -258,6 +258,7 @@ class OrtRunner(RunnerBase):
 
         Kept tokens and scores are there as far as the model puts them out.
         """
+        require_images(images)
         if self.batch == 1 and len(images) > 1:
             return stack([self(image[None]) for image in images])
         return self._decoded(self._bounded(images))

@@ -28,7 +28,7 @@ from asvit_deploy.models.config import OUTPUTS
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.processor import require_threads
 from asvit_deploy.requirements import pip_install
-from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode, require_images, stack
 from asvit_deploy.runners.onnx_runtime import (
     count_stages,
     is_padded,
@@ -189,6 +189,7 @@ class OpenVinoRunner(RunnerBase):
 
         Kept tokens and scores are there as far as the model puts them out.
         """
+        require_images(images)
         if self.batch == 1 and len(images) > 1:
             return stack([self(image[None]) for image in images])
         try:

@@ -13,7 +13,14 @@ from torch import Tensor
 from asvit_deploy.models.stem import exact_convolutions
 from asvit_deploy.models.vit import BatchRule, Trace, ViT
 from asvit_deploy.processor import require_threads, usable_cores
-from asvit_deploy.runners.base import Prediction, RunnerBase, decode, into_rows, rows_of
+from asvit_deploy.runners.base import (
+    Prediction,
+    RunnerBase,
+    decode,
+    into_rows,
+    require_images,
+    rows_of,
+)
 
 
 def _decoded(output: Tensor, trace: Trace, prefix: int, appended: int) -> Prediction:
@@ -67,6 +74,7 @@ class TorchRunner(RunnerBase):
 
     def __call__(self, images: NDArray[np.float32]) -> Prediction:
         """images float32 [B, 3, H, W] -> everything, scores included."""
+        require_images(images)
         output, trace = self.infer(images)
         return _decoded(output, trace, *self._rows)
 

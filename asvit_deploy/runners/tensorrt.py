@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.runners.base import Prediction, RunnerBase, decode, stack
+from asvit_deploy.runners.base import Prediction, RunnerBase, decode, require_images, stack
 from asvit_deploy.runners.bucketed import KEPT, SIDE_ROWS, Cut
 from asvit_deploy.runners.place import Place
 from asvit_deploy.runners.torch_stages import Captured, DeviceStages, Outputs
@@ -112,6 +112,7 @@ class TensorRTRunner(RunnerBase):
 
         Kept tokens are there where the engine puts out `index_s` (`export --stage-outputs`).
         """
+        require_images(images)
         parts = [self._predict(images[i : i + self.most]) for i in range(0, len(images), self.most)]
         return parts[0] if len(parts) == 1 else stack(parts)
 
