@@ -179,7 +179,7 @@ def test_mean_k_keeps_what_may_not_leave():
 
 
 def test_unknown_batch_rule(model):
-    with pytest.raises(ValueError, match=r"'mean_k' is not one of \('exact', 'mean-k'\)"):
+    with pytest.raises(ValueError, match=r"'mean_k' is not one of \('exact', 'packed', 'mean-k'\)"):
         model(pictures(model.config, 1), batch_rule="mean_k")
 
 
