@@ -38,7 +38,8 @@ class FixedRows(torch.nn.Module):
     def forward(self, images, padded=None):
         x, trace = self.inner.embed(images), Merging()
         for number, block in enumerate(self.inner.blocks):
-            rows, seen = block.attend(Rows(x))
+            rows, look = block.attend(Rows(x))
+            seen = look()
             x = rows.tokens
             scores = token_scores(seen.class_row(), seen.context)
             if number < len(KEPT):  # a cut inside the block

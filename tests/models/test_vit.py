@@ -219,7 +219,7 @@ def test_scores_by_hand():
     model = build(CONFIGS["deit"]).eval()
     attention, x = model.blocks[1].attn, torch.randn(1, 50, 128)
     with torch.inference_mode():
-        seen = attention(x, Rows(x), False)[1]
+        seen = attention(x, Rows(x), False)[1]()
         scores = model.reduction.decide(0, seen.rows, seen).score
         q, k, v = attention.qkv(x).reshape(1, 50, 3, 2, 64).permute(2, 0, 3, 1, 4)
         weights = (q @ k.transpose(2, 3) / 8).softmax(3)
