@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 from asvit_deploy.errors import UserError
@@ -36,3 +38,19 @@ def require_threads(threads: int) -> int:
         has = f"this machine has {cores} core{'s' * (cores > 1)} for this process"
         raise UserError(f"threads is {threads}; {has}: give 1 to {cores}, or 0 for all")
     return threads
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """PyTorch computes in so many threads meanwhile; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

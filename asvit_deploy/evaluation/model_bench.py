@@ -43,9 +43,10 @@ from asvit_deploy.models.macs import dense_macs, teacher_macs
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import FLOAT32
+from asvit_deploy.processor import torch_threads
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.reduction.ranked import Ranked
-from asvit_deploy.runners.pytorch import TorchRunner, torch_threads
+from asvit_deploy.runners.pytorch import TorchRunner
 from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO_BF16, TORCH
 
 

@@ -39,11 +39,12 @@ from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import dense_macs
 from asvit_deploy.models.vit import BatchRule, ViT
 from asvit_deploy.precision import FLOAT32
+from asvit_deploy.processor import torch_threads
 from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.runners.base import Prediction, Runner, RunnerBase, stack
 from asvit_deploy.runners.onnx_runtime import OrtRunner
-from asvit_deploy.runners.pytorch import TorchRunner, torch_threads
+from asvit_deploy.runners.pytorch import TorchRunner
 from asvit_deploy.runtimes import ONNXRUNTIME, TORCH
 
 FEWEST = 10  # rounds

@@ -23,7 +23,7 @@ from asvit_deploy.parity.judging import judged
 from asvit_deploy.parity.limits import LIMITS, Limits
 from asvit_deploy.parity.one_image import ComparedImage, compare_image
 from asvit_deploy.parity.report import Flip, Neighbour, Parity, Top1
-from asvit_deploy.processor import usable_cores
+from asvit_deploy.processor import torch_threads, usable_cores
 from asvit_deploy.runners.base import Prediction, Reference, Runner
 
 __all__ = ["CHOICE", "LIMITS", "Flip", "Limits", "Neighbour", "Parity", "Top1", "compare"]
@@ -80,8 +80,6 @@ def _answers(
         yield map(candidate, batches)
         return
     import torch
-
-    from asvit_deploy.runners.pytorch import torch_threads
 
     fewer = min(torch.get_num_threads(), cores - 1)
     with torch_threads(fewer), ThreadPoolExecutor(1) as pool:

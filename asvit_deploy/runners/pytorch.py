@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from asvit_deploy.models.stem import exact_convolutions
 from asvit_deploy.models.vit import BatchRule, Trace, ViT
-from asvit_deploy.processor import require_threads, usable_cores
+from asvit_deploy.processor import require_threads, torch_threads, usable_cores
 from asvit_deploy.runners.base import (
     Prediction,
     RunnerBase,
@@ -32,20 +31,6 @@ def _decoded(output: Tensor, trace: Trace, prefix: int, appended: int) -> Predic
         prefix=prefix, appended=appended, into=arrays(trace.into),
         into_margin=arrays(trace.into_margin),
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """PyTorch computes in so many threads meanwhile; None changes nothing."""
-    before = torch.get_num_threads()
-    if count is None or count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class TorchRunner(RunnerBase):
