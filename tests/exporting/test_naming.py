@@ -35,7 +35,7 @@ class FixedRows(torch.nn.Module):
         super().__init__()
         self.inner, self.config, self.adaptive, self.reduction = mini, mini.config, True, None
 
-    def forward(self, images, padded=None):
+    def forward(self, images, batch_rule="exact", padded=None):
         x, trace = self.inner.embed(images), Merging()
         for number, block in enumerate(self.inner.blocks):
             rows, look = block.attend(Rows(x))
