@@ -37,6 +37,8 @@ _LISTED = 20
 @options.library
 @options.engine_code
 @options.as_json
+@options.html
+@options.force
 def command(
     models: tuple[Path, ...],
     images: Path | None,
@@ -52,6 +54,8 @@ def command(
     plugin: Path | None,
     allow_engine_code: bool,
     as_json: bool,
+    html: Path | None,
+    force: bool,
 ) -> None:
     """Compare outputs, top-1 and kept tokens with PyTorch; exit 1 when they do not agree.
 
@@ -75,7 +79,8 @@ def command(
     comparisons = check(
         models, images=images, limit=limit, skip_limit=skip_limit, reference=reference,
         method=method, cuts=cuts, max_kept=max_kept, runtime=runtime, choice=choice,
-        library=library, plugin=plugin, allow_engine_code=allow_engine_code, say=options.status,
+        library=library, plugin=plugin, allow_engine_code=allow_engine_code, html=html,
+        force=force, say=options.status,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps([comparison.as_dict() for comparison in comparisons], indent=2))

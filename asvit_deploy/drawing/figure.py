@@ -160,3 +160,17 @@ def gallery(
         _write(draw, (MARGIN, top + MARGIN + _line(_TITLE)), more, _TEXT, _LABEL - MARGIN, SOFT)
         top += image.height
     return page
+
+
+def panels_of(size: tuple[int, int], count: int) -> list[tuple[int, int, int, int]] | None:
+    """Where so many panels stand in an image that `row` made: (left, top, right, bottom) each.
+
+    Returns:
+        None where no row of so many panels has that width and height.
+    """
+    side, rest = divmod(size[0] - 2 * MARGIN - (count - 1) * GAP, count)
+    top = size[1] - MARGIN - side
+    if rest or side < 1 or top < 0:
+        return None
+    lefts = [MARGIN + place * (side + GAP) for place in range(count)]
+    return [(left, top, left + side, top + side) for left in lefts]

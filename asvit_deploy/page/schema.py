@@ -146,6 +146,17 @@ def each(reader: Reader, most: int = _MOST) -> Reader:
     return read
 
 
+def pair(reader: Reader) -> Reader:
+    """A list of exactly two, as a tuple."""
+
+    def read(value: object, at: str) -> tuple[Any, Any]:
+        if not isinstance(value, list) or len(value) != 2:
+            raise _refuse(value, at, "a list of two")
+        return reader(value[0], f"{at}[0]"), reader(value[1], f"{at}[1]")
+
+    return read
+
+
 def named(reader: Reader, most: int = 1000) -> Reader:
     """An object of any names, all of one kind."""
 
