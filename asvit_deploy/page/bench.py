@@ -43,6 +43,7 @@ from asvit_deploy.page.wording import (
     ms,
     percent,
     several,
+    signed,
     times,
 )
 
@@ -191,7 +192,7 @@ def _variants(facts: Facts, report: dict[str, Any], rows: list[dict[str, Any]], 
     for place, row in enumerate(rows, 1):
         gmacs = macs.get("adaptive_gmacs" if row["adaptive"] else "dense_gmacs")
         body.append([
-            f"{place}  {row['name']}", ms(row["p50_ms"]), ms(row["p90_ms"]), ms(row["p99_ms"]),
+            Cell(row["name"], number=str(place)), ms(row["p50_ms"]), ms(row["p90_ms"]), ms(row["p99_ms"]),
             NONE if gmacs is None else f"{gmacs:.3f}",
             gain_cell(row["speedup"]) if row["adaptive"] else "1",
             times(row["share_of_macs_ratio"]),
@@ -245,11 +246,11 @@ def _timed(report: dict[str, Any], rows: list[dict[str, Any]]) -> list[Timed]:
 
 
 def _over_kept(facts: Facts, rows: list[dict[str, Any]], label: str) -> None:
-    series, said = [], []
+    series, said = list[Series](), list[list[str]]()
     for row in rows:
         if not (line := row["over_kept"]):
             continue
-        said.append(_line_text(row["name"], line))
+        said.append(_line_cells(f"{row['name']}, {label}", line))
         if line["points"]:
             line_through = line["ms_per_token"], line["ms_at_none"]
             series.append(Series(row["name"], line["points"], line_through))
@@ -257,15 +258,18 @@ def _over_kept(facts: Facts, rows: list[dict[str, Any]], label: str) -> None:
         facts.add("kept", Cloud(f"batch 1, {label}: a point for each picture",
                                 "image tokens, mean over the blocks", "ms", series))  # fmt: skip
     if said:
-        facts.add("kept", Lines(said))
+        heads = [
+            "latency as a line",
+            "ms without a token",
+            "µs a token",
+            "of the difference between pictures",
+        ]
+        facts.add("kept", Table("over the image tokens that its blocks see", heads, said))
 
 
-def _line_text(name: str, line: dict[str, Any]) -> str:
-    said = f"{name}: {line['ms_at_none']:.2f} ms and {1e3 * line['ms_per_token']:.1f} µs a token"
-    if line["r2"] is not None:
-        explained = percent(min(max(line["r2"], 0.0), 1.0), 0)
-        said += f", which explains {explained} of the difference between pictures"
-    return f"{said}."
+def _line_cells(name: str, line: dict[str, Any]) -> list[str]:
+    explained = NONE if line["r2"] is None else percent(min(max(line["r2"], 0.0), 1.0), 0)
+    return [name, signed(line["ms_at_none"], 2), signed(1e3 * line["ms_per_token"], 1), explained]
 
 
 def _sweep(facts: Facts, sweep: dict[str, Any], label: str) -> None:

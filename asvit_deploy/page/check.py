@@ -19,7 +19,7 @@ from asvit_deploy.page.schema import (
     record,
     text,
 )
-from asvit_deploy.page.wording import interval_percent, several, small
+from asvit_deploy.page.wording import base_name, interval_percent, several, small
 
 _LISTED = 12  # flips and changes of a kind
 _FLIP = record(
@@ -110,7 +110,7 @@ def _table(report: dict[str, Any], parity: dict[str, Any], run: str) -> Table:
     said = [f"against {against}" if against else "", report["images"] or ""]
     if report["skipped"]:
         said.append(f"{report['skipped']:,} unreadable ones skipped")
-    return Table(report["model"], heads, [cells], "; ".join(filter(None, said)))
+    return Table(base_name(report["model"]), heads, [cells], "; ".join(filter(None, said)))
 
 
 def _of(part: int | None, whole: int) -> str:

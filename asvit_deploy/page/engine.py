@@ -79,7 +79,7 @@ def _variants(facts: Facts, report: dict[str, Any], rows: list[dict[str, Any]]) 
         clocks = [wall["p50"], wall["p90"], wall["p99"]]
         others = [row[clock] and row[clock]["p50"] for clock in ("gpu_ms", "enqueue_ms")]
         body.append([
-            f"{place}  {row['name']}", *(NONE if one is None else ms(one)
+            Cell(row["name"], number=str(place)), *(NONE if one is None else ms(one)
                                          for one in (*clocks, *others)),
             "1" if row["kind"] == "dense" else gain_cell(row["speedup"]),
         ])  # fmt: skip

@@ -19,7 +19,14 @@ from asvit_deploy.page.schema import (
     record,
     text,
 )
-from asvit_deploy.page.wording import NONE, agreement_figure, interval_percent, percent, shares
+from asvit_deploy.page.wording import (
+    NONE,
+    base_name,
+    agreement_figure,
+    interval_percent,
+    percent,
+    shares,
+)
 
 _AGREEMENT = record({"cosine": number},
                     {"low": number, "high": number, "p10": number, "neighbour": INTERVAL})  # fmt: skip
@@ -96,10 +103,11 @@ def _table(report: dict[str, Any], rows: list[dict[str, Any]], data: str) -> Tab
     runner = (report["runner"] or {}).get("backend")
     said = [f"run by {runner}" if runner else "",
             f"{report['skipped']:,} unreadable ones skipped" if report["skipped"] else ""]  # fmt: skip
-    body = [[f"batch {row['batch_size']}", *(column[place] for _, column in shown)]
+    body = [[f"{'dense' if row['mean_kept'] == [] else 'adaptive'}, batch {row['batch_size']}",
+             *(column[place] for _, column in shown)]
             for place, row in enumerate(rows)]  # fmt: skip
     rule = f", {report['batch_rule']} tokens" if report["batch_rule"] else ""
-    return Table(f"{report['model']} on {data}{rule}", ["batch", *(head for head, _ in shown)],
+    return Table(f"{base_name(report['model'])} on {data}{rule}", ["network", *(head for head, _ in shown)],
                  body, "; ".join(filter(None, said)))  # fmt: skip
 
 

@@ -75,8 +75,11 @@ class Timed:
 
 @dataclass(frozen=True)
 class Cell:
+    """A text; before it may stand the number that a plot shows."""
+
     text: str
     mood: Mood = ""
+    number: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,11 @@ class Lines:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points (x, y, low, high) under numbers that a legend explains."""
+    """Points over their milliseconds, under numbers that a legend explains.
+
+    Attributes:
+        values: of each point, with its interval.
+    """
 
     caption: str
     x: str
@@ -196,7 +203,7 @@ class Facts:
         blocks: by section.
         notes: what it says itself: notes, and that the machine was busy.
         missing: what is not in it, one line each.
-        pictures: the numbers of image tokens kept, to choose the best source of histograms.
+        figures, accuracy, timed, histograms: what `joined` makes something of.
     """
 
     model: str

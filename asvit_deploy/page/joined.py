@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +20,7 @@ from asvit_deploy.page.facts import (
     Scatter,
     Table,
 )
-from asvit_deploy.page.wording import percent, several
+from asvit_deploy.page.wording import base_name, percent, several, signed
 
 _SUFFIXES = (".onnx", ".engine", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _ROLES: tuple[tuple[Role, str, str], ...] = (
@@ -89,11 +88,6 @@ class Page:
     without: list[str] = field(default_factory=list)
 
 
-def base_name(path: str) -> str:
-    """The last part of a path of any system."""
-    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
-
-
 def stem(path: str) -> str:
     """What the files of one model share: the name without what says its kind."""
     name = base_name(path)
@@ -143,7 +137,9 @@ def _summary(model: str, some: Sequence[Facts], accuracies: Sequence[Accuracy]) 
     clauses = [figure.clause for figure in best.values() if figure]
     if best["proof"] is None and (best["speed"] or best["loss"]):
         clauses.append("parity with PyTorch was not checked")
-    cards = [Card(question, best[role], absent) for role, question, absent in _ROLES]
+    # Of a file that was only compared one sentence is enough.
+    cards = [Card(question, best[role], absent) for role, question, absent in _ROLES
+             if best["speed"] or best["loss"]]  # fmt: skip
     return Summary(model, lead, "; ".join(clauses), mood, cards, _warnings(model, some))
 
 
@@ -192,7 +188,8 @@ def _beside_dense(own: Accuracy, accuracies: Sequence[Accuracy]) -> Figure | Non
     if own.dense or dense is None:
         return None
     found = difference(own.top1, dense.top1)
-    points = [f"{100 * found[key]:+.2f}".replace("-", "−") for key in ("value", "low", "high")]
+    points = [signed(100 * found[key], 2) for key in ("value", "low", "high")]
+    points[0] = f"+{points[0]}" if found["value"] > 0 else points[0]
     mood: Mood = "bad" if found["high"] < -0.02 else "good" if found["value"] > -0.01 else "even"
     accuracy = percent(own.top1["value"], 2)
     return Figure("loss", 0, f"{points[0]} points",
@@ -258,7 +255,7 @@ def _section(name: str, heading: str, absent: str, by_model: dict[str, list[Fact
 
 
 def _merged(blocks: Sequence[Block]) -> list[Block]:
-    """Tables of one caption and the same columns are one; they stand before what is folded."""
+    """Plots first, beside each other; tables of one caption and the same columns are one."""
     found: list[Block] = []
     for block in blocks:
         twin = next((place for place, other in enumerate(found)
@@ -272,7 +269,7 @@ def _merged(blocks: Sequence[Block]) -> list[Block]:
         assert isinstance(block, Table)
         notes = dict.fromkeys(note for note in (one.note, block.note) if note)
         found[twin] = replace(one, rows=[*one.rows, *block.rows], note="; ".join(notes))
-    return found
+    return sorted(found, key=lambda block: block.kind != "plot")
 
 
 def _environments(facts: Sequence[Facts], by_model: dict[str, list[Facts]]) -> list[Environment]:

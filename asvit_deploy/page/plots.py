@@ -174,7 +174,7 @@ def _scatter(figure: Figure, plot: Scatter) -> None:
         colour = _sentinel(_role_colour(one.role))
         if value["low"] < value["high"]:
             axes.plot([one.ms] * 2, [value["low"], value["high"]], color=colour, lw=1.2, alpha=0.6)
-        axes.plot(one.ms, value["value"], "o", color=colour, ms=6, mec=_PAPER, mew=1)
+        axes.plot(one.ms, value["value"], "o", color=colour, ms=7, mec=_PAPER, mew=1)
     low = min(value["low"] for value in values)
     high = max(value["high"] for value in values)
     pad = max(0.16 * (high - low), 0.004)

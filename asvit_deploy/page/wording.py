@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from asvit_deploy.intervals import wilson
 from asvit_deploy.page.facts import Figure, Mood
 
 NONE = "–"
+
+
+def base_name(path: str) -> str:
+    """The last part of a path of any system."""
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
 
 
 def ms(value: float) -> str:
@@ -27,6 +33,11 @@ def percent(share: float, digits: int = 1) -> str:
     if share > 0 and float(said) == 0:
         return f"< {10**-digits:.{digits}f} %"
     return f"{said.removesuffix('.0')} %"
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with a minus sign that is none of a hyphen's length."""
+    return f"{value:,.{digits}f}".replace("-", "−")
 
 
 def small(value: float) -> str:
