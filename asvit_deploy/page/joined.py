@@ -134,7 +134,10 @@ def _summary(model: str, some: Sequence[Facts], accuracies: Sequence[Accuracy]) 
     if (proof := best["proof"]) is not None:
         best["proof"] = _of_all(proof, [one for one in figures if one.role == "proof"])
     lead, mood = _lead(best["speed"], best["loss"], best["proof"])
-    clauses = [figure.clause for figure in best.values() if figure]
+    # A failed proof comes first: what it failed of says nothing for sure.
+    order = sorted((figure for figure in best.values() if figure),
+                   key=lambda figure: (figure.role, figure.mood) != ("proof", "bad"))  # fmt: skip
+    clauses = [figure.clause for figure in order]
     if best["proof"] is None and (best["speed"] or best["loss"]):
         clauses.append("parity with PyTorch was not checked")
     # Of a file that was only compared one sentence is enough.

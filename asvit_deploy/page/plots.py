@@ -180,14 +180,13 @@ def _scatter(figure: Figure, plot: Scatter) -> None:
     pad = max(0.16 * (high - low), 0.004)
     axes.set_ylim(low - pad, high + 2 * pad)
     _ms_axis(axes, xs)
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    if plot.y.startswith("cosine"):
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3f}" if y <= 1 else ""))
-    else:
-        digits = 0 if high + 2 * pad - low > 0.04 else 1
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda y, _: f"{100 * y:.{digits}f} %" if 0 <= y < 1 + 1e-9 else "")
-        )
+    below = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, 1 - low + pad)  # all or nothing less
+    axes.set_yticks([1 - y for y in below if y >= 0 and low - pad <= 1 - y <= high + 2 * pad])
+    digits = 0 if high + 2 * pad - low > 0.08 else 1
+    cosine = plot.y.startswith("cosine")
+    axes.yaxis.set_major_formatter(FuncFormatter(
+        lambda y, _: f"{y:.3f}" if cosine else f"{100 * y:.{digits}f} %"
+    ))  # fmt: skip
     _number(figure, axes, plot)
 
 

@@ -17,6 +17,7 @@ from asvit_deploy.page.schema import Refused, clean
 
 _MOST_BYTES = 2 * MOST_TEXT  # a check that failed lists every flip
 _MOST_REPORTS = 60
+_DEEPEST = 40  # brackets in each other; a report has eight
 _NOUN = "JSON report"
 
 
@@ -89,7 +90,8 @@ def _values(path: Path) -> list[object]:
     data = read_bounded(path, _MOST_BYTES, _NOUN)
     try:
         value = parse_json(data)
-    except (ValueError, MemoryError) as error:
+        _require_flat(value)
+    except ValueError as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(
             f"{path} is no whole JSON ({reason}); it may be of a run that was cut off: name what "
@@ -101,6 +103,17 @@ def _values(path: Path) -> list[object]:
     if any(isinstance(one, dict) and one.get("kind") == VISUALIZE for one in values):
         sidecar.read_signed(path, "list of drawings", path.parent.name, "kind")
     return values
+
+
+def _require_flat(value: object) -> None:
+    """Raises ValueError for brackets so deep that looking at them takes too many calls."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for one in level if isinstance(one, (dict, list))
+                 for inner in (one.values() if isinstance(one, dict) else one)]  # fmt: skip
+        if not level:
+            return
+    raise ValueError("brackets too deep")
 
 
 def _report(value: object, name: str, folder: Path | None) -> Report:
@@ -118,5 +131,3 @@ def _report(value: object, name: str, folder: Path | None) -> Report:
         raise UserError(
             f"{name}: {error}; make it again with `asvit-deploy {KINDS[kind].command}`"
         ) from None
-    except RecursionError:
-        raise UserError(f"{name}: brackets too deep; name another {_NOUN}") from None

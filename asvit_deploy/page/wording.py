@@ -10,6 +10,7 @@ from asvit_deploy.intervals import wilson
 from asvit_deploy.page.facts import Figure, Mood
 
 NONE = "–"
+_PERCENT = "\u00a0%"  # on one line with its number
 
 
 def base_name(path: str) -> str:
@@ -21,7 +22,7 @@ def ms(value: float) -> str:
     """Milliseconds, three digits."""
     if not math.isfinite(value):
         return "not finite"
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    digits = next((n for n, end in enumerate((99.95, 9.995, 0.9995)) if value >= end), 3)
     return f"{value:,.{digits}f}"
 
 
@@ -29,10 +30,10 @@ def percent(share: float, digits: int = 1) -> str:
     """A share; one that is not all does not read as all, nor one that is something as nothing."""
     said = f"{100 * share:.{digits}f}"
     if share < 1 and float(said) == 100:
-        return f"> {100 - 10**-digits:.{digits}f} %"
+        return f"> {100 - 10**-digits:.{digits}f}{_PERCENT}"
     if share > 0 and float(said) == 0:
-        return f"< {10**-digits:.{digits}f} %"
-    return f"{said.removesuffix('.0')} %"
+        return f"< {10**-digits:.{digits}f}{_PERCENT}"
+    return f"{said.removesuffix('.0')}{_PERCENT}"
 
 
 def signed(value: float, digits: int) -> str:
@@ -58,8 +59,7 @@ def shares(interval: dict[str, float] | None) -> str:
     """A share with its interval."""
     if interval is None:
         return NONE
-    low, high = 100 * interval["low"], 100 * interval["high"]
-    return f"{percent(interval['value'])} ({low:.1f}–{high:.1f} %)"
+    return f"{percent(interval['value'])} ({interval_percent(interval)})"
 
 
 def several(number: int, noun: str) -> str:
@@ -129,4 +129,4 @@ def agreement_figure(
 
 
 def interval_percent(found: dict[str, float]) -> str:
-    return f"{100 * found['low']:.1f}–{100 * found['high']:.1f} %"
+    return f"{100 * found['low']:.1f}–{100 * found['high']:.1f}{_PERCENT}"

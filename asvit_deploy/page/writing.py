@@ -28,7 +28,7 @@ def require_extra() -> None:
     """
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise UserError(
-            f"a page takes {' and '.join(missing)}, of the extra asvit-deploy[{_EXTRA}]; run "
+            f"a page takes {' and '.join(missing)}, of the extra `{_EXTRA}`; run "
             f"{requirements.pip_install_extra(_EXTRA)}"
         )
 
