@@ -167,7 +167,8 @@ def check(
         return artefact, judge, ways
 
     comparisons: list[Comparison] = []
-    shown, files = path_of(html), [path for path in (*paths, path_of(reference)) if path]
+    shown = path_of(html)
+    files = [path for path in (*paths, path_of(reference)) if path and path.is_file()]
     with page.claimed_page(shown, force, *files, *map(sidecar.sidecar_path, files)):
         # A bad one is refused before the first has run for minutes; each is let go again, so that
         # never more than one is in memory.

@@ -21,8 +21,8 @@ from asvit_deploy.page.schema import (
 )
 from asvit_deploy.page.wording import (
     NONE,
-    base_name,
     agreement_figure,
+    base_name,
     interval_percent,
     percent,
     shares,

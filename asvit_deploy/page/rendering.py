@@ -65,7 +65,8 @@ def _embed(gallery: Gallery, folder: Path | None) -> tuple[list[Embedded], list[
         else:
             lines.append(f"{picture.file} is not shown: {one}.")
     if len(lines) > _NAMED:
-        lines[_NAMED:] = [f"{len(lines) - _NAMED:,} others are not shown either."]
+        more = len(lines) - _NAMED
+        lines[_NAMED:] = [f"{more:,} other{'s are' if more > 1 else ' is'} not shown either."]
     return found, lines
 
 
