@@ -154,7 +154,7 @@ def bench_model(
         len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, agreed,
         shown, profiles, notes, busy(variants, seconds),
         verdict(rows[: len(rows) - len(beside)]), machine(),
-        histogram_kept=histogram_kept(lengths - config.prefix, config) if cuts is not None else [],
+        histogram_kept=histogram_kept(lengths - config.prefix, config) if artefact.adaptive else [],
         sha256=artefact.fields.get("sha256"),
     )  # fmt: skip
 

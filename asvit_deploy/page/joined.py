@@ -22,6 +22,7 @@ from asvit_deploy.page.facts import (
 )
 from asvit_deploy.page.wording import base_name, percent, several, signed
 
+_MOST_POINTS = 30  # of a plot, each with a number
 _SUFFIXES = (".onnx", ".engine", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _ROLES: tuple[tuple[Role, str, str], ...] = (
     ("speed", "Is it worth it here?", "Not measured: asvit-deploy bench times it beside dense."),
@@ -226,6 +227,9 @@ def _quality(some: Sequence[Facts], accuracies: Sequence[Accuracy]) -> None:
             measure = "cosine with dense"
         if {point.role for point in known} - {"dense"}:
             caption = one.what.removeprefix("bench, ")
+            if len(known) > _MOST_POINTS:
+                caption = f"{caption}; the first {_MOST_POINTS} of {len(known)} rows"
+                known, values = known[:_MOST_POINTS], values[:_MOST_POINTS]
             one.add("quality", Scatter(f"batch 1, {caption}", "ms at p50", measure, known, values))
 
 

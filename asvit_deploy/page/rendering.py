@@ -46,14 +46,15 @@ def page_of(reports: Sequence[Report], most: int) -> str:
     page = joined(facts)
     plots = _drawn(page)
     bare = _rendered(page, plots, {id(block): _Shown([], lines) for block, _, lines in galleries})
-    room = most - len(bare.encode()) - 20_000 * len(galleries)
-    if room < 0:
-        raise UserError(
-            f"the page would have more than {most:,} bytes without any picture; join fewer reports"
-        )
-    text = _rendered(page, plots, _thinned(galleries, room))
-    assert len(text.encode()) <= most
-    return text
+    room = most - len(bare.encode())
+    while room >= 0:
+        text = _rendered(page, plots, _thinned(galleries, room))
+        if (over := len(text.encode()) - most) <= 0:
+            return text
+        room -= over  # what stands around the pictures
+    raise UserError(
+        f"the page would have more than {most:,} bytes without any picture; join fewer reports"
+    )
 
 
 def _embed(gallery: Gallery, folder: Path | None) -> tuple[list[Embedded], list[str]]:
@@ -78,9 +79,9 @@ def _thinned(
     every = [[(id(block), one) for one in _spread(some)] for block, some, _ in galleries]
     for turn in itertools.zip_longest(*every):
         for place, one in filter(None, turn):
-            if one.size + 4_000 <= room:  # and its markup
+            if one.size <= room:
                 kept[place].append(one)
-                room -= one.size + 4_000
+                room -= one.size
     shown = {}
     for block, some, lines in galleries:
         own = [one for one in some if one in kept[id(block)]]  # in the order of the gallery

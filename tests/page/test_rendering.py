@@ -14,6 +14,8 @@ import page_reports as reports
 import pytest
 from conftest import raises_one_line
 
+from asvit_deploy.page.reading import of_dicts, read_files
+from asvit_deploy.page.rendering import page_of
 from asvit_deploy.page.writing import MOST_BYTES
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +171,7 @@ sys.stdout.write(reports.page_of_files(*map(Path, sys.argv[1:])))
 """
 
 
+@pytest.mark.slow
 def test_the_same_files_make_the_same_bytes_in_any_process(tmp_path):
     files = [reports.saved(tmp_path / "all.json", reports.every()),
              reports.drawings(tmp_path / "drawings")]  # fmt: skip
@@ -233,17 +236,28 @@ def test_a_failed_check_lists_wrong_flips_and_folds_near_ties():
     assert "not finite" in Elements(reports.page(broken)).text
 
 
-def test_pictures_are_thinned_to_three_megabytes(tmp_path):
-    files = [reports.drawings(tmp_path / f"d{n}", side=400, model=f"m{n}.onnx") for n in range(14)]
-    text = reports.page_of_files(*files)
-    assert 0.8 * MOST_BYTES < len(text.encode()) <= MOST_BYTES
+def test_pictures_are_thinned_to_what_a_page_may_have(tmp_path):
+    files = [reports.drawings(tmp_path / f"d{n}", side=96, model=f"m{n}.onnx") for n in range(3)]
+    most = 320_000
+    text = page_of(read_files(files), most)
+    assert 0.7 * most < len(text.encode()) <= most
     page = harmless(text)
-    assert page.text.count("pictures are here, as a page has 3 MB at most") == 14
+    assert page.text.count("pictures are here, as a page has 3 MB at most") == 3
     shown = sum(tag == "img" for tag, _ in page.found)
-    assert 14 * 3 <= shown < 14 * 18
+    assert 9 * 3 <= shown < 18 * 3
+    kinds = re.findall('class="chip">(.*?)<', text)
+    assert set(kinds) == {"easy", "normal", "hard"}
+    assert MOST_BYTES == 3_000_000
+    assert "as a page has" not in reports.page_of_files(*files)
 
 
 def test_what_is_too_much_without_pictures_is_refused():
-    rows = [{**reports.bench()["rows"][1], "name": f"{n}" * 150} for n in range(200)]
-    many = [{**reports.changed(reports.bench(), "rows", rows), "threads": n} for n in range(60)]
-    raises_one_line(lambda: reports.page(*many), "3,000,000 bytes", "join fewer")
+    raises_one_line(lambda: page_of(of_dicts(reports.every()), 40_000), "40,000 bytes",
+                    "join fewer")  # fmt: skip
+
+
+def test_many_rows_are_a_table_and_some_of_them_a_plot():
+    rows = [{**reports.bench()["rows"][1], "name": f"{n} " * 40} for n in range(200)]
+    text = reports.page(reports.changed(reports.bench(), "rows", rows))
+    assert "the first 30 of 200 rows" in text
+    assert text.count('<tr role="row">') > 200
