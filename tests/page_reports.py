@@ -192,7 +192,8 @@ def drawings(folder: Path, count: int = 7, side: int = 48, **fields: Any) -> Pat
     said = {"kind": "visualize", "model": "as_deit_s.onnx", "sha256": "ab" * 32,
             "image_tokens": TOKENS, "blocks": [3, 6], "panels": [0, 1], "images": f"{count} photos",
             "skipped": 0, "runner": {"backend": "onnxruntime 1.32.0"}, "pictures": pictures,
-            "machine": MACHINE, "command": "asvit-deploy visualize as_deit_s.onnx", **fields}  # fmt: skip
+            "machine": MACHINE, "command": "asvit-deploy visualize as_deit_s.onnx",
+            **fields}  # fmt: skip
     path = folder / "kept.json"
     path.write_text(sidecar.signed(said, indent=None))
     return path

@@ -17,7 +17,7 @@ def command(**chosen: Any) -> None:
     """One page of what bench, check, evaluate, calibrate and visualize wrote as JSON.
 
     The verdict comes first; then what the speed costs, latency over kept tokens, every variant,
-    drawings, parity, environment and exact commands. The page is one HTML file that needs no network.
+    drawings, parity, environment and exact commands. It is one HTML file that needs no network.
 
     \b
     asvit-deploy bench as_deit_s.onnx -o bench.json

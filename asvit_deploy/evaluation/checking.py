@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from asvit_deploy import sidecar
+from asvit_deploy import files, sidecar
 from asvit_deploy.artefacts.artefact import Artefact, Ways
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
 from asvit_deploy.artefacts.opening import artefacts_here, kind_of, open_artefact, paths_of
 from asvit_deploy.artefacts.runtime_choice import run_as_chosen
+from asvit_deploy.claims import claimed
 from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import bar, path_of, require_least
@@ -87,6 +91,7 @@ def check(
     allow_engine_code: bool = False,
     runtime: str | Sequence[str] | None = None,
     choice: str | Path | None = None,
+    output: str | Path | None = None,
     html: str | Path | None = None,
     force: bool = False,
     say: Callable[[str], None] = silent,
@@ -112,8 +117,9 @@ def check(
         runtime: only in these, of `runtimes.NAMES`, by default in `runtimes.CHECKED`; a text names
             several with commas. "auto" is the one that `bench(save_choice=...)` found fastest.
         choice: what runtime "auto" reads, by default `MODEL.choice.json`.
-        html: also make a page of the comparisons there, as `asvit_deploy.report` does.
-        force: replace a page that is there.
+        output: also write the comparisons there as JSON.
+        html: also make a page of them there, as `asvit_deploy.report` does.
+        force: replace a file that is there.
         say: gets status lines; a progress bar is shown only where this is given.
 
     Returns:
@@ -122,7 +128,7 @@ def check(
     Raises:
         UserError: an artefact cannot be opened or run, is of another method, cuts or bound than
             those named, a runtime named is missing or runs none of them, the pictures cannot be
-            read, or the page cannot be made.
+            read, or `output` or `html` cannot be written.
     """
     require_least(1, limit=limit)
     require_least(0, skip_limit=skip_limit)
@@ -167,18 +173,39 @@ def check(
         return artefact, judge, ways
 
     comparisons: list[Comparison] = []
-    shown = path_of(html)
-    files = [path for path in (*paths, path_of(reference)) if path and path.is_file()]
-    with page.claimed_page(shown, force, *files, *map(sidecar.sidecar_path, files)):
+    target, shown = path_of(output), path_of(html)
+    with _written(target, shown, force, [*paths, *filter(None, [path_of(reference)])]):
         # A bad one is refused before the first has run for minutes; each is let go again, so that
         # never more than one is in memory.
         for path in paths[1:]:
             opened(path)
         for path in paths:
             comparisons += _compared(*opened(path), path_of(images), limit, skip_limit, say)
+        if target is not None:
+            files.write_text(target, as_json(comparisons) + "\n")
         if shown is not None:
             page.write([one.as_dict() for one in comparisons], shown, force)
     return comparisons
+
+
+def as_json(comparisons: Sequence[Comparison]) -> str:
+    """What `output` gets."""
+    return json.dumps([comparison.as_dict() for comparison in comparisons], indent=2)
+
+
+@contextlib.contextmanager
+def _written(
+    target: Path | None, shown: Path | None, force: bool, models: Sequence[Path]
+) -> Iterator[None]:
+    """No other run makes the JSON or the page meanwhile, and neither is one of the models."""
+    found = [path for path in models if path.is_file()]
+    sources = [*found, *map(sidecar.sidecar_path, found)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(page.claimed_page(shown, force, *sources, other=target))
+        if target is not None:
+            check = partial(files.check_writable, target, force, *sources)
+            stack.enter_context(claimed(target, force, check))
+        yield
 
 
 def _with_itself() -> UserError:

@@ -192,7 +192,8 @@ def _variants(facts: Facts, report: dict[str, Any], rows: list[dict[str, Any]], 
     for place, row in enumerate(rows, 1):
         gmacs = macs.get("adaptive_gmacs" if row["adaptive"] else "dense_gmacs")
         body.append([
-            Cell(row["name"], number=str(place)), ms(row["p50_ms"]), ms(row["p90_ms"]), ms(row["p99_ms"]),
+            Cell(row["name"], number=str(place)),
+            *(ms(row[clock]) for clock in ("p50_ms", "p90_ms", "p99_ms")),
             NONE if gmacs is None else f"{gmacs:.3f}",
             gain_cell(row["speedup"]) if row["adaptive"] else "1",
             times(row["share_of_macs_ratio"]),
@@ -289,7 +290,8 @@ def _sweep(facts: Facts, sweep: dict[str, Any], label: str) -> None:
                 )
             share_of = point["macs"]["share"] if point["macs"] else None
             body.append([
-                f"{over} {point['at']:g}, {runtime}", NONE if share_of is None else f"{share_of:.3f}",
+                f"{over} {point['at']:g}, {runtime}",
+                NONE if share_of is None else f"{share_of:.3f}",
                 *(ms(best[kind]["p50_ms"]) if kind in best else NONE
                   for kind in ("dense", "adaptive", "static")),
                 gain_cell(own and own["speedup"]), gain_cell(own and own["over_static"]),

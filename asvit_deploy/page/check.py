@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from asvit_deploy.intervals import wilson
-from asvit_deploy.page.facts import Cell, Facts, Figure, Lines, Mood, Table
+from asvit_deploy.page.facts import Cell, Facts, Figure, Lines, Table
 from asvit_deploy.page.schema import (
     ACCOUNT,
     COMMON,
@@ -68,8 +68,9 @@ def tell(report: dict[str, Any]) -> Facts:
 def _figure(parity: dict[str, Any], run: str) -> Figure:
     images, same = parity["images"], parity["equal_sets"]
     if not parity["passed"]:
+        said = f"parity with PyTorch failed ({run})"
         return Figure("proof", 0, "Failed", f"{run}, {several(images, 'picture')}",
-                      "parity with PyTorch", f"parity with PyTorch failed ({run})", "bad")  # fmt: skip
+                      "parity with PyTorch", said, "bad")  # fmt: skip
     if same is None or not images:
         return Figure("proof", 3, "Passed", f"{run}, {several(images, 'picture')}",
                       "parity with PyTorch", "parity with PyTorch holds", "good")  # fmt: skip
@@ -119,7 +120,7 @@ def _of(part: int | None, whole: int) -> str:
 
 def _flips(facts: Facts, parity: dict[str, Any], run: str) -> None:
     flips = [*(parity["flips"] or []), *(parity["turns"] or [])]
-    for borderline, name in ((False, "wrong flips"), (True, "flips at near ties")):
+    for borderline, name in ((False, "that rounding does not explain"), (True, "at near ties")):
         some = [flip for flip in flips if flip["borderline"] is borderline]
         if not some:
             continue
@@ -131,21 +132,11 @@ def _flips(facts: Facts, parity: dict[str, Any], run: str) -> None:
              small(flip["allowed"])]
             for flip in some[:_LISTED]
         ]  # fmt: skip
-        mood: Mood = "" if borderline else "bad"
-        title = f"{run}: {several(len(some), name.removesuffix('s')) if borderline is False else _ties(len(some))}"
-        note = _more(len(some))
+        title, note = f"{run}: {several(len(some), 'flip')} {name}", _more(len(some))
         table = Table(title, ["picture", "stage", "token", "score", "threshold", "margin",
                               "explained up to"], rows, note,
                       folded=title if borderline else "")  # fmt: skip
         facts.add("parity", table)
-        if mood:
-            facts.add("parity", Lines(
-                ["A wrong flip lies farther from the threshold than rounding explains."]
-            ))  # fmt: skip
-
-
-def _ties(number: int) -> str:
-    return f"{number:,} flip{'s' * (number != 1)} at near ties, which rounding explains"
 
 
 def _excess(flip: dict[str, Any]) -> float:
@@ -171,5 +162,6 @@ def _changes(facts: Facts, parity: dict[str, Any], run: str) -> None:
             for change in changes[:_LISTED]
         ]  # fmt: skip
         title = f"{run}: {several(len(changes), 'change')} of {name}, {wrong:,} of them wrong"
-        facts.add("parity", Table(title, ["picture", "PyTorch", "here", "margin", "what it is"],
-                                  rows, _more(len(changes)), folded="" if wrong else title))  # fmt: skip
+        heads = ["picture", "PyTorch", "here", "margin", "what it is"]
+        folded = "" if wrong else title
+        facts.add("parity", Table(title, heads, rows, _more(len(changes)), folded))

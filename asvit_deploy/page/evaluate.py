@@ -28,8 +28,9 @@ from asvit_deploy.page.wording import (
     shares,
 )
 
-_AGREEMENT = record({"cosine": number},
-                    {"low": number, "high": number, "p10": number, "neighbour": INTERVAL})  # fmt: skip
+_AGREEMENT = record(
+    {"cosine": number}, {"low": number, "high": number, "p10": number, "neighbour": INTERVAL}
+)
 _KNN = record({"neighbours": count}, {"model": INTERVAL, "dense": INTERVAL})
 _ROW = record({"batch_size": count, "images": count}, {
     "top1": INTERVAL, "top5": INTERVAL, "num_classes": count, "agreement": _AGREEMENT, "knn": _KNN,
@@ -101,14 +102,15 @@ def _table(report: dict[str, Any], rows: list[dict[str, Any]], data: str) -> Tab
                             for row in rows]),
     ]  # fmt: skip
     runner = (report["runner"] or {}).get("backend")
-    said = [f"run by {runner}" if runner else "",
-            f"{report['skipped']:,} unreadable ones skipped" if report["skipped"] else ""]  # fmt: skip
+    said = [f"run by {runner}"] if runner else []
+    if report["skipped"]:
+        said.append(f"{report['skipped']:,} unreadable ones skipped")
     body = [[f"{'dense' if row['mean_kept'] == [] else 'adaptive'}, batch {row['batch_size']}",
              *(column[place] for _, column in shown)]
             for place, row in enumerate(rows)]  # fmt: skip
     rule = f", {report['batch_rule']} tokens" if report["batch_rule"] else ""
-    return Table(f"{base_name(report['model'])} on {data}{rule}", ["network", *(head for head, _ in shown)],
-                 body, "; ".join(filter(None, said)))  # fmt: skip
+    heads = ["network", *(head for head, _ in shown)]
+    return Table(f"{base_name(report['model'])} on {data}{rule}", heads, body, "; ".join(said))
 
 
 def _digits(value: float | None, digits: int) -> str:

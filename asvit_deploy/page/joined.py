@@ -1,4 +1,4 @@
-"""All reports of a page together: the verdict on each model, and what takes more than one report."""
+"""All reports of a page together: the verdict on each model, and what takes several reports."""
 
 from __future__ import annotations
 
@@ -130,8 +130,11 @@ def _summary(model: str, some: Sequence[Facts], accuracies: Sequence[Accuracy]) 
     figures = [figure for one in some for figure in one.figures]
     figures += [figure for one in some if one.accuracy
                 if (figure := _beside_dense(one.accuracy, accuracies))]  # fmt: skip
-    best = {role: min((figure for figure in figures if figure.role == role),
-                      key=lambda figure: figure.rank, default=None) for role, *_ in _ROLES}  # fmt: skip
+    best = {
+        role: min((one for one in figures if one.role == role), key=lambda one: one.rank,
+                  default=None)
+        for role, *_ in _ROLES
+    }  # fmt: skip
     if (proof := best["proof"]) is not None:
         best["proof"] = _of_all(proof, [one for one in figures if one.role == "proof"])
     lead, mood = _lead(best["speed"], best["loss"], best["proof"])
@@ -199,7 +202,8 @@ def _beside_dense(own: Accuracy, accuracies: Sequence[Accuracy]) -> Figure | Non
     return Figure("loss", 0, f"{points[0]} points",
                   f"95 % interval {points[1]} to {points[2]}, {several(own.images, 'picture')}",
                   f"of top-1 beside dense: {accuracy} on {own.data}",
-                  f"top-1 {accuracy} on {own.data}, {points[0]} points beside dense", mood)  # fmt: skip
+                  f"top-1 {accuracy} on {own.data}, {points[0]} points beside dense",
+                  mood)  # fmt: skip
 
 
 def _dense_of(own: Accuracy, accuracies: Sequence[Accuracy]) -> Accuracy | None:
@@ -265,9 +269,7 @@ def _merged(blocks: Sequence[Block]) -> list[Block]:
     """Plots first, beside each other; tables of one caption and the same columns are one."""
     found: list[Block] = []
     for block in blocks:
-        twin = next((place for place, other in enumerate(found)
-                     if isinstance(block, Table) and isinstance(other, Table) and not block.folded
-                     and (other.caption, other.heads) == (block.caption, block.heads)), None)  # fmt: skip
+        twin = next((place for place, one in enumerate(found) if _alike(one, block)), None)
         if twin is None:
             found.append(block)
             continue
@@ -277,6 +279,14 @@ def _merged(blocks: Sequence[Block]) -> list[Block]:
         notes = dict.fromkeys(note for note in (one.note, block.note) if note)
         found[twin] = replace(one, rows=[*one.rows, *block.rows], note="; ".join(notes))
     return sorted(found, key=lambda block: block.kind != "plot")
+
+
+def _alike(one: Block, other: Block) -> bool:
+    """Whether both are tables of the same caption and columns, and seen."""
+    return (
+        isinstance(one, Table) and isinstance(other, Table) and not other.folded
+        and (one.caption, one.heads) == (other.caption, other.heads)
+    )  # fmt: skip
 
 
 def _environments(facts: Sequence[Facts], by_model: dict[str, list[Facts]]) -> list[Environment]:

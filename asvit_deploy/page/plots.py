@@ -1,7 +1,7 @@
 """Plots as inline SVG, by matplotlib: text stays text, colours are the page's own variables.
 
 A figure is as wide as a phone shows it, so that its text is as large there as the page's. The same
-data gives the same bytes: no date, a fixed salt for the identifiers, and a prefix for each figure's.
+data gives the same bytes: no date, a fixed salt for identifiers, and a prefix for each figure's.
 """
 
 from __future__ import annotations

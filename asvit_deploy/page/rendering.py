@@ -1,4 +1,4 @@
-"""From reports to the text of a page: Jinja2's template, with everything escaped but our own SVG."""
+"""From reports to the text of a page: Jinja2's template, all of it escaped but our own SVG."""
 
 from __future__ import annotations
 

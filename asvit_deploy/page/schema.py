@@ -1,8 +1,8 @@
 """What a foreign JSON value must be, in plain code: looked at once, where it comes in.
 
 A reader takes a value and the place that it stands at, and returns it clean: numbers are finite and
-of a size that something real has, texts are short and hold nothing that steers a terminal or turns a
-line around. What is not in a schema is dropped.
+of a size that something real has, texts are short and hold nothing that steers a terminal or turns
+a line around. What is not in a schema is dropped.
 """
 
 from __future__ import annotations

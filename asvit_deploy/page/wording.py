@@ -120,7 +120,8 @@ def agreement_figure(
         return Figure("loss", rank, f"{found['value']:.4f}",
                       f"95 % interval {low:.4f}–{high:.4f}{sample}",
                       "cosine of its embeddings with the dense network's",
-                      f"embeddings at a cosine of {found['value']:.4f} with dense", mood)  # fmt: skip
+                      f"embeddings at a cosine of {found['value']:.4f} with dense",
+                      mood)  # fmt: skip
     return Figure("loss", rank, percent(found["value"]),
                   f"95 % interval {interval_percent(found)}{sample}",
                   "of the pictures have the dense network's top-1",

@@ -62,7 +62,7 @@ def write(reports: Sequence[dict[str, Any]], target: Path, force: bool = False) 
 
     Args:
         reports: as `Report.as_dict` of a bench, and so on; each says its `kind`.
-        target: the page; within a claim on it (`claimed_page`), that claim's word on replacing counts.
+        target: the page; within a claim on it (`claimed_page`), that claim says what is replaced.
         force: replace a file that is there.
 
     Raises:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import page_reports as reports
 import pytest
-from conftest import raises_one_line, refused
+from conftest import raises_one_line, refused, signed_copy
+from onnx import numpy_helper
 
 import asvit_deploy
 from asvit_deploy import sidecar
@@ -108,21 +109,34 @@ def test_bench(cli, mini_artifacts):
 
 
 @pytest.mark.slow
-def test_check_that_passes_and_one_that_fails(cli, mini_artifacts, default_onnx):
+def test_check_that_passes(cli, mini_artifacts):
     result = cli("check", mini_artifacts["dynamic", "auto"], "--limit", 4, "--json", "--html",
-                 "own.html")  # fmt: skip
+                 "own.html", "-o", "check.json")  # fmt: skip
     assert result.code == 0, result.err
-    Path("check.json").write_text(result.out)
+    assert Path("check.json").read_text() == result.out
     text = same_page(cli, "check.json")
     assert "function, batch 8" in text
     assert "Parity holds" in text
     first, *_ = json.loads(result.out)
     assert first["machine"]["cores"] >= 1
     refused(cli("check", mini_artifacts["1", "auto"], "--html", "own.html"), "exists already")
-    result = cli("check", default_onnx, "--limit", 4, "--reference", mini_artifacts["1", "auto"],
-                 "--html", "bad.html")  # fmt: skip
-    if result.code == 1:
-        assert "Not to be trusted yet" in page("bad.html")
+
+
+@pytest.mark.slow
+def test_check_that_fails_has_its_page_too(cli, mini_artifacts, tmp_path):
+    def change(proto):
+        tensor = next(one for one in proto.graph.initializer if one.name == "threshold_1")
+        values = numpy_helper.to_array(tensor) * 2
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    model = mini_artifacts["1", "auto"]
+    moved = signed_copy(model, tmp_path / "moved.onnx", change)
+    result = cli("check", moved, "--reference", model, "--limit", 4, "--html", "own.html")
+    assert result.code == 1
+    text = page("own.html")
+    assert "Not to be trusted yet" in text
+    assert "that rounding does not explain" in text
+    assert "tokens flipped beyond rounding" in text
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +158,8 @@ def test_evaluate_and_calibrate(cli, tmp_path, default_onnx):
     digits.write_placements(Path("pictures"), 24)
     Path("own.html").unlink()
     result = cli("calibrate", "--ckpt", "default", "--method", "threshold", "--images", "pictures",
-                 "--budget", 0.7, "-o", "c.safetensors", "--json", "--html", "own.html")  # fmt: skip
+                 "--budget", 0.7, "-o", "c.safetensors", "--json", "--html",
+                 "own.html")  # fmt: skip
     assert result.code == 0, result.err
     Path("c.json").write_text(result.out)
     text = same_page(cli, "c.json")
@@ -176,6 +191,8 @@ def test_html_is_no_other_file_of_the_run(cli, mini_artifacts):
     before = model.read_bytes()
     refused(cli("bench", model, "-o", "x", "--html", "x"), "--output and --html both name x")
     refused(cli("evaluate", "default", "--data", "digits", "-o", "x", "--html", "./x"), "both name")
+    refused(cli("check", model, "-o", "x", "--html", "x"), "both name x")
+    refused(cli("check", model, "-o", model, "--force"), "is the input itself")
     for command in (("bench", model), ("check", model)):
         refused(cli(*command, "--html", model, "--force"), "is the input itself")
         refused(cli(*command, "--html", f"{model}.json", "--force"), "is the input itself")

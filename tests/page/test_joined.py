@@ -33,7 +33,9 @@ def test_worth_it():
     )
     (summary,) = page_of(reports.bench(), reports.check()).summaries
     speed, loss, proof = (card.figure for card in summary.cards)
-    assert speed and loss and proof
+    assert speed
+    assert loss
+    assert proof
     assert (speed.value, speed.mood) == ("1.48×", "good")
     assert "1.44–1.50; 64.5 ms in place of 95.4 ms, 1 thread, 150 rounds" in speed.span
     assert "91.7–99.7\u00a0%, 64 pictures" in loss.span  # Wilson, of 63 of 64

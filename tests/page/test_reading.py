@@ -78,15 +78,18 @@ def test_numbers_that_are_none(tmp_path, text):
 
 
 PLACES = {
-    "model": ["rows", "rows.1.speedup", "rows.1.speedup.low", "macs", "macs.mean_kept.0", "agreement",
+    "model": ["rows", "rows.1.speedup", "rows.1.speedup.low", "macs", "macs.mean_kept.0",
+              "agreement",
               "agreement.top1", "methods", "methods.topk", "notes", "notes.0", "busy", "verdict",
               "machine", "machine.versions", "histogram_kept.0.3", "sweeps.0.over",
               "sweeps.0.points.0.rows.0.kind", "rows.1.over_kept.points.0", "profile.0.scoring",
               "command", "threads", "images"],
-    "engine": ["rows.0.wall_ms", "rows.0.kind", "against_kept", "gpu", "against_kept.dynamic.0.kept"],
+    "engine": ["rows.0.wall_ms", "rows.0.kind", "against_kept", "gpu",
+               "against_kept.dynamic.0.kept"],
     "check": ["parity", "parity.images", "parity.passed", "parity.flips", "parity.flips.0.margin",
               "parity.failures", "reference", "parity.noise.0", "parity.top1_changes.0.image"],
-    "evaluate": ["rows.0.top1", "rows.0.images", "rows.0.histogram_kept", "data", "rows.0.mean_kept"],
+    "evaluate": ["rows.0.top1", "rows.0.images", "rows.0.histogram_kept", "data",
+                 "rows.0.mean_kept"],
     "calibrate": ["methods", "methods.tome.distance", "kept_tokens", "thresholds", "budget"],
 }  # fmt: skip
 

@@ -51,9 +51,10 @@ def test_what_belongs_is_taken():
 
 
 @pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "a/b.png", "..", ".", "", "a\\b.png",
-                                  "a\0.png", "a\n.png", "\u202egnp.exe", "a" * 300, 3, None])  # fmt: skip
+                                  "a\0.png", "a\n.png", "\u202egnp.exe", "a" * 300, 3,
+                                  None])  # fmt: skip
 def test_files_lie_in_the_folder_itself(name):
-    with pytest.raises(Refused, match="in the same folder|the name of a file"):
+    with pytest.raises(Refused, match=r"in the same folder|the name of a file"):
         schema.plain_name(name, "file")
 
 
@@ -64,7 +65,7 @@ def test_texts_are_one_visible_line():
     assert schema.clean("\u2066x\u2069\u200b\ufeff") == "\\u2066x\\u2069\\u200b\\ufeff"
     assert schema.clean("\ud800") == "\\ud800"
     assert schema.clean("\ue000\U000e0041") == "\\ue000\\U000e0041"
-    for kept in ("Zürich", "猫", "שלום", "می\u200cخواهم", "😀", "<b>&amp;"):
+    for kept in ("Zürich", "猫", "שלום", "a\u200cb", "😀", "<b>&amp;"):
         assert schema.clean(kept) == kept
     long = schema.clean("x" * 10_000)
     assert len(long) <= schema.LONGEST + 1
