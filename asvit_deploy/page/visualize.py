@@ -89,7 +89,7 @@ def _captions(
     found = []
     for cut in places:
         head = f"cut {cut + 1} of {cuts}"
-        head += f", block {blocks[cut]}" if cut < len(blocks) else ""
+        head += f", block\u00a0{blocks[cut]}" if cut < len(blocks) else ""
         more = f", {added[cut]} added" if cut < len(added) and added[cut] else ""
         found.append((head, f"{len(one['kept'][cut])} of {report['image_tokens']} stay{more}"))
     return found

@@ -122,10 +122,13 @@ def agreement_figure(
                       "cosine of its embeddings with the dense network's",
                       f"embeddings at a cosine of {found['value']:.4f} with dense",
                       mood)  # fmt: skip
-    return Figure("loss", rank, percent(found["value"]),
-                  f"95 % interval {interval_percent(found)}{sample}",
-                  "of the pictures have the dense network's top-1",
-                  f"the dense network's top-1 on {percent(found['value'])} of the pictures",
+    changed = {"value": 1 - found["value"], "low": 1 - found["high"], "high": 1 - found["low"]}
+    share = percent(changed["value"])
+    clause = f"another top-1 than dense on {share} of the pictures"
+    if found["value"] == 1:
+        clause = "the same top-1 as dense on every picture"
+    return Figure("loss", rank, share, f"95 % interval {interval_percent(changed)}{sample}",
+                  "of the pictures get another top-1 than from the dense network", clause,
                   mood)  # fmt: skip
 
 
