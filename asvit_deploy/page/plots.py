@@ -56,8 +56,10 @@ def draw(plot: Plot, name: str) -> str:
     drawn, height = _DRAWN[type(plot)], 230
     if isinstance(plot, Histograms):
         height = 44 + 52 * min(len(plot.stages), _MOST_STAGES)
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():  # type: ignore[arg-type]
+    with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that its font lacks: the page's has them
+        matplotlib.rcdefaults()  # whatever a file of the user's says
+        matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         drawn(figure, plot)
         file = io.BytesIO()

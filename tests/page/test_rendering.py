@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import page_reports as reports
 import pytest
 from conftest import raises_one_line
 
+from asvit_deploy.errors import UserError
 from asvit_deploy.page.reading import of_dicts, read_files
 from asvit_deploy.page.rendering import page_of
 from asvit_deploy.page.writing import MOST_BYTES
@@ -216,3 +218,33 @@ def test_many_rows_are_a_table_and_some_of_them_a_plot():
     text = reports.page(reports.changed(reports.bench(), "rows", rows))
     assert "the first 30 of 200 rows" in text
     assert text.count('<tr role="row">') > 200
+
+
+def extreme(value: object, rng: random.Random) -> object:
+    """A report whose numbers are of any size that its schema takes, and whose parts are missing."""
+    if isinstance(value, dict):
+        return {key: None if rng.random() < 0.03 and key not in ("kind", "model", "output")
+                else extreme(inner, rng) for key, inner in value.items()}  # fmt: skip
+    if isinstance(value, list):
+        return [extreme(one, rng) for one in value if rng.random() > 0.05]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    odd = [0, 1, 7, 10**12] if isinstance(value, int) else [0.0, 1.0, 1e-300, 1e15, -1e15, 0.5]
+    return rng.choice(odd) if rng.random() < 0.2 else value
+
+
+@pytest.mark.slow
+def test_odd_numbers_and_missing_parts_make_a_page_or_a_line():
+    pages, lines = 0, list[str]()
+    for seed in range(60):
+        rng = random.Random(seed)
+        made = [extreme(one, rng) for one in (*reports.every(), reports.check(wrong=3))]
+        for one in made:
+            try:
+                harmless(reports.page(one))  # type: ignore[arg-type]
+                pages += 1
+            except UserError as error:
+                lines.append(str(error))
+    assert pages > 20
+    assert len(lines) > 20
+    assert not [line for line in lines if "\n" in line]
