@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from asvit_deploy.api.finetune import finetune
     from asvit_deploy.api.load import load
     from asvit_deploy.api.predict import predict
+    from asvit_deploy.api.report import report
     from asvit_deploy.api.save import save
     from asvit_deploy.api.visualize import visualize
     from asvit_deploy.errors import CheckFailed, Interrupted, UserError
@@ -52,6 +53,7 @@ __all__ = [
     "finetune",
     "load",
     "predict",
+    "report",
     "save",
     "visualize",
 ]
@@ -73,6 +75,7 @@ _MODULES = {
     "finetune": "api.finetune",
     "load": "api.load",
     "predict": "api.predict",
+    "report": "api.report",
     "save": "api.save",
     "visualize": "api.visualize",
 }

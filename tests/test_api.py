@@ -34,6 +34,7 @@ FUNCTIONS = (
     "finetune",
     "load",
     "predict",
+    "report",
     "save",
     "visualize",
 )
