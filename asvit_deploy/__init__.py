@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from asvit_deploy.api.load import load
     from asvit_deploy.api.predict import predict
     from asvit_deploy.api.save import save
+    from asvit_deploy.api.tune import tune
     from asvit_deploy.api.visualize import visualize
     from asvit_deploy.errors import CheckFailed, Interrupted, UserError
     from asvit_deploy.evaluation.bench import bench  # type: ignore[attr-defined]
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "predict",
     "save",
+    "tune",
     "visualize",
 ]
 
@@ -74,6 +76,7 @@ _MODULES = {
     "load": "api.load",
     "predict": "api.predict",
     "save": "api.save",
+    "tune": "api.tune",
     "visualize": "api.visualize",
 }
 
