@@ -59,7 +59,7 @@ def _listed(blocks: Sequence[int]) -> str:
     return f"{blocks[0]}-{blocks[-1]}" if whole and len(blocks) > 2 else ",".join(map(str, blocks))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """One network with its tokens leaving, and what it did to the calibrating pictures.
 

@@ -35,6 +35,11 @@ class Demand:
     max_drop: float
     min_cosine: float
 
+    @property
+    def allowed(self) -> float:
+        """The most `loss`, as `judged` has it."""
+        return 1 - self.min_cosine if self.task == "embeddings" else self.max_drop
+
     def fields(self) -> dict[str, Any]:
         own: dict[str, Any] = {"task": self.task, "error": bounds.ERROR}
         if self.task == "embeddings":

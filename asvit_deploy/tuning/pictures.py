@@ -76,12 +76,13 @@ class Pictures:
 def sizes_of(config: ArchConfig) -> tuple[int, int]:
     """How many pictures calibrate at most, and how many judge unless more are asked for.
 
-    650 can show half a point: 598 are the fewest whose bound lies there, without one disagreement.
+    650 can show half a point: 598 are the fewest whose bound lies there, without one disagreement;
+    947 allow one.
     """
     macs = dense_macs(config)
     embeds = config.output == "embedding"
-    calibrating = int(np.clip(_CALIBRATING / macs, 32, 128))
-    judging = int(np.clip(_JUDGING / macs, *((128, 650) if embeds else (650, 1400))))
+    calibrating = int(np.clip(_CALIBRATING / macs, 32, 96))
+    judging = int(np.clip(_JUDGING / macs, *((128, 650) if embeds else (650, 950))))
     return calibrating, judging
 
 

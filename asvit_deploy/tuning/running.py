@@ -10,7 +10,7 @@ import selectors
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asvit_deploy import child
-from asvit_deploy.tuning.worker import DISK_FULL, JOB, MARK, PICTURES, RESULT, SAID
+from asvit_deploy.tuning.worker import DISK_FULL, DONE, JOB, MARK, PICTURES, RESULT, SAID
 
 PATIENCE = 300  # seconds without a sign of life; DeiT-B at 384 px compiles in ten
 _CODE = "from asvit_deploy.tuning import worker; worker.main()"
@@ -65,7 +65,8 @@ class Result:
 
 
 class Workshop:
-    """A temporary folder of pictures and graphs, and the children that run them.
+    """A temporary folder of pictures and graphs, and the child that runs them; another after one
+    that crashed.
 
     Args:
         images: float32 [n, 3, H, W].
@@ -74,7 +75,14 @@ class Workshop:
 
     def __init__(self, folder: Path, images: NDArray[np.float32], threads: int) -> None:
         self.folder, self.threads = folder, threads
+        self._child: _Child | None = None
         np.save(folder / PICTURES, images)
+
+    def close(self) -> None:
+        """End the child."""
+        if self._child is not None:
+            self._child.end()
+            self._child = None
 
     def outputs(
         self, one: Runnable, which: Sequence[int], tick: Callable[[], object]
@@ -110,15 +118,22 @@ class Workshop:
             (self.folder / name).unlink(missing_ok=True)
         whole = {**job, "threads": self.threads, "variants": [vars(one) for one in variants]}
         (self.folder / JOB).write_text(json.dumps(whole))
-        with tempfile.TemporaryFile() as err:
-            ended = _wait(child.command(_CODE, str(self.folder)), err, tick)
-            err.seek(0)
-            said = err.read().decode(errors="replace")
-        if ended is not None or not (self.folder / SAID).is_file():
-            raise Crashed(self._marked(), ended or _last_line(said))
+        if self._child is None:
+            self._child = _Child(self.folder)
+        try:
+            self._child.work(tick)
+        except BaseException as error:
+            marked = self._marked()
+            self.close()
+            if isinstance(error, _Ended):
+                raise Crashed(marked, str(error)) from None
+            raise
+        said = json.loads((self.folder / SAID).read_text())
+        if "refused" in said:
+            raise Crashed(self._marked(), said["refused"])
         with np.load(self.folder / RESULT) as found:
             arrays = {name: found[name] for name in found.files}
-        return Result(json.loads((self.folder / SAID).read_text()), arrays)
+        return Result(said, arrays)
 
     def _marked(self) -> int | None:
         with contextlib.suppress(OSError, ValueError):
@@ -131,44 +146,63 @@ def _last_line(said: str) -> str:
     return lines[-1][:200] if lines else "it ended without a word"
 
 
-def _wait(
-    command: Sequence[str], err: Any, tick: Callable[[], object]
-) -> str | None:  # fmt: skip
-    """Let a child run to its end; in one line how it ended, where that was by a signal."""
-    environment = {**os.environ, "PYTHONFAULTHANDLER": ""}
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, env=environment,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        for _ in _signs(process):
-            tick()
-        process.wait(PATIENCE)
-    except (TimeoutError, subprocess.TimeoutExpired):
-        return f"it gave no sign of life for {PATIENCE} s"
-    finally:
+class _Ended(Exception):
+    """In one line how a child ended before its work was done."""
+
+
+class _Child:
+    """A process of `worker`, which waits for work."""
+
+    def __init__(self, folder: Path) -> None:
+        self._err = tempfile.TemporaryFile()  # noqa: SIM115  # until `end`
+        self._process = subprocess.Popen(
+            child.command(_CODE, str(folder)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._err, start_new_session=True,
+        )  # fmt: skip
+
+    def work(self, tick: Callable[[], object]) -> None:
+        """One job, to its end.
+
+        Raises:
+            _Ended: it crashed, failed or hangs.
+            OSError: the disk is full.
+        """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone; stdout ends too
+            stdin.write(b"\n")
+            stdin.flush()
+        rest = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            while selector.select(PATIENCE):
+                data = os.read(stdout.fileno(), 1 << 16)
+                if not data:
+                    raise _Ended(self._how())
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    tick()
+                    if line == DONE.encode():
+                        return
+        raise _Ended(f"it gave no sign of life for {PATIENCE} s")
+
+    def _how(self) -> str:
+        """Raises OSError where the disk was full."""
+        code = self._process.wait(PATIENCE)
+        if code == DISK_FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if code < 0:
+            return f"the process crashed ({signal.Signals(-code).name})"
+        self._err.seek(0)
+        return _last_line(self._err.read().decode(errors="replace"))
+
+    def end(self) -> None:
+        process = self._process
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)  # with what a runtime started
             process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-    if process.returncode == DISK_FULL:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if process.returncode < 0:
-        return f"the process crashed ({signal.Signals(-process.returncode).name})"
-    return None
-
-
-def _signs(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """One for each line that it writes. Raises TimeoutError."""
-    assert process.stdout is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if not selector.select(PATIENCE):
-                raise TimeoutError
-            data = os.read(process.stdout.fileno(), 1 << 16)
-            if not data:
-                return
-            yield from (None for _ in range(data.count(b"\n")))
+        for pipe in (process.stdin, process.stdout, self._err):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]

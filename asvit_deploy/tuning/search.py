@@ -10,7 +10,8 @@ pictures alone, and the list is closed before a judging picture is run. So coars
 nothing: it is over when testing begins.
 
 The order is that of closeness to the dense network on the calibrating pictures: what is likeliest
-to pass comes first, be it pruned less, or trained for it, or in another precision.
+to pass comes first, be it pruned less, or trained for it, or in another precision. What those
+pictures say will hardly pass is not in the list at all, but for the closest of it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ COARSE = (0.9, 0.75, 0.6, 0.5, 0.4)
 _PLACED_AT = 0.6  # the budget at which other placements are tried
 _FINE = 2  # budgets between the last that does and the first that does not
 # A budget whose loss on the calibrating pictures is so many times what is demanded is the last.
-_HOPELESS, _LEAST_LOSS = 8.0, 0.04
+_HOPELESS, _LEAST_LOSS = 8.0, {"embeddings": 0.04, "classes": 4.0, "labels": 4.0}
 
 
 @dataclass
@@ -88,7 +89,7 @@ class Search:
             if one is None:
                 continue
             made[budget] = one
-            if self._hopeless(one):
+            if self._hopeless(one) and budget != COARSE[-1]:
                 self.found.notes.append(
                     f"budgets under {budget:g} are not tried: there the loss is "
                     f"{_said(self._loss(one), self.demand)} on the pictures that calibrate already"
@@ -124,17 +125,12 @@ class Search:
             self.found.notes.append(line)
 
     def _loss(self, one: Candidate) -> float:
-        """As `demand.judged` has it, on the calibrating pictures; in shares."""
-        loss = judged(one.seen, self.demand)["loss"]
-        return loss if self.demand.task == "embeddings" else loss / 100
-
-    def _allowed(self) -> float:
-        if self.demand.task == "embeddings":
-            return 1 - self.demand.min_cosine
-        return self.demand.max_drop / 100
+        """As `demand.judged` has it, on the calibrating pictures."""
+        return judged(one.seen, self.demand)["loss"]
 
     def _hopeless(self, one: Candidate) -> bool:
-        return self._loss(one) > max(_HOPELESS * self._allowed(), _LEAST_LOSS)
+        most = max(_HOPELESS * self.demand.allowed, _LEAST_LOSS[self.demand.task])
+        return self._loss(one) > most
 
     def _place(self, made: dict[float, Candidate]) -> None:
         """Try other placements of the best method at one budget; one that wins there beyond chance
@@ -176,7 +172,7 @@ class Search:
         """Budgets between the last that meets the demand on the calibrating pictures and the next,
         which does not."""
         falling = sorted(made, reverse=True)
-        fits = [budget for budget in falling if self._loss(made[budget]) <= self._allowed()]
+        fits = [budget for budget in falling if self._loss(made[budget]) <= self.demand.allowed]
         if not fits or fits[-1] == falling[-1]:
             return
         last = fits[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,9 +117,10 @@ class Session:
                         names, self.say)  # fmt: skip
         verdict = None
         try:
-            self._search(steps)
-            self._judge(graphs, workshop, steps)
-            self._time(graphs, workshop, steps)
+            with contextlib.closing(workshop):
+                self._search(steps)
+                self._judge(graphs, workshop, steps)
+                self._time(graphs, workshop, steps)
         except OutOfTime:
             verdict = Verdict(
                 None, "out_of_time",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from asvit_deploy.evaluation.timing import Interval, interval_of
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.tuning.certify import Certificates, Test
-from asvit_deploy.tuning.demand import Demand
+from asvit_deploy.tuning.demand import Demand, judged
 from asvit_deploy.tuning.graphs import INT8, Entry
 from asvit_deploy.tuning.latency import Timing, peer, rows
 
@@ -115,10 +115,18 @@ def decide(
     certified = [one for one in ways if one.test.passed]
     if certified and certified[0].faster:
         return _won(certified[0], timing, dense, found, demand)
-    open_ones = [one for one in ways if one.faster and not one.test.passed]
-    if open_ones:
-        return _open(open_ones, certified, found, demand, more, beside)
-    return _dense_wins(certified or ways, timing, dense)
+    faster = [one for one in ways if one.faster and not one.test.passed]
+    if [one for one in faster if _may_pass(one.test, demand)] or (faster and not certified):
+        return _open(faster, certified, found, demand, more, beside)
+    return _dense_wins(certified or ways, timing, dense, faster)
+
+
+def _may_pass(test: Test, demand: Demand) -> bool:
+    """Whether more pictures might show that it meets the demand; of what was not tested, the
+    calibrating ones say."""
+    if test.found is None:
+        return judged(test.candidate.seen, demand)["loss"] <= demand.allowed
+    return test.found["more"] is not None and not test.found["refuted"]
 
 
 def _span(interval: Interval) -> str:
@@ -198,9 +206,12 @@ def _open(
     )  # fmt: skip
 
 
-def _dense_wins(ways: Sequence[Timed], timing: Timing, dense: int) -> Verdict:
-    """No adaptive row is faster than dense."""
+def _dense_wins(
+    ways: Sequence[Timed], timing: Timing, dense: int, lossy: Sequence[Timed]
+) -> Verdict:
+    """No adaptive row is faster than dense, but for those that lose too much."""
     best, beside = ways[0], timing.entries[dense]
+    but = f"; {lossy[0].entry.name} is faster, and loses more than is allowed" if lossy else ""
     said = f"{_span(best.over)} as fast at batch {timing.batch}"
     if beside.precision == INT8 and best.entry.precision == FLOAT32.name:
         own = peer(timing, best.number, "dense")
@@ -211,7 +222,7 @@ def _dense_wins(ways: Sequence[Timed], timing: Timing, dense: int) -> Verdict:
                 False, "dense_int8_wins",
                 f"no go: dense int8 beats adaptive float32: {beside.name} takes "
                 f"{timing.p50(dense):.2f} ms and {best.entry.name} {best.p50_ms:.2f} ms ({said}); "
-                "`asvit-deploy export --dense --int8` writes it",
+                f"`asvit-deploy export --dense --int8` writes it{but}",
                 nearest=best.entry.name, dense=beside.name,
             )  # fmt: skip
     slower = best.over["high"] < 1
@@ -219,7 +230,7 @@ def _dense_wins(ways: Sequence[Timed], timing: Timing, dense: int) -> Verdict:
         False, "dense_as_fast",
         f"no go: dense is {'faster' if slower else 'as fast'} here: {beside.name} takes "
         f"{timing.p50(dense):.2f} ms, and the fastest adaptive, {best.entry.name}, "
-        f"{best.p50_ms:.2f} ms ({said})",
+        f"{best.p50_ms:.2f} ms ({said}){but}",
         nearest=best.entry.name, dense=beside.name,
     )  # fmt: skip
 

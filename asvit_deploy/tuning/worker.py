@@ -2,9 +2,10 @@
 
     asvit_deploy.child.command("from asvit_deploy.tuning import worker; worker.main()", FOLDER)
 
-FOLDER holds `job.json`, the pictures and the graphs; results go there too. On stdout one line
-stands for each picture or round, so that whoever waits can tell a slow run from one that hangs.
-Which variant is about to run is written to `mark` first.
+FOLDER holds `job.json`, the pictures and the graphs; results go there too. A line on
+stdin begins a job, as many as there are; to import the runtimes takes longer than most of them. On
+stdout one line stands for each picture or round, so that whoever waits can tell a slow run from
+one that hangs. Which variant is about to run is written to `mark` first.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from asvit_deploy.runtimes import TORCH
 JOB, MARK, RESULT, PICTURES = "job.json", "mark", "result.npz", "pictures.npy"
 SAID = "said.json"
 _MARK = 8  # bytes
+DONE = "done"  # what ends a job on stdout
 DISK_FULL = 28  # exit code
 
 
@@ -60,19 +62,20 @@ class Marked(RunnerBase):
 
 
 def main() -> None:
-    """Do what `job.json` in the folder `sys.argv[1]` says."""
+    """Do what `job.json` in the folder `sys.argv[1]` says, once for each line of stdin."""
     folder = Path(sys.argv[1])
-    job = json.loads((folder / JOB).read_text())
-    try:
-        with torch_threads(job["threads"] or usable_cores()):
-            {"outputs": _outputs, "time": _time}[job["task"]](folder, job)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        sys.exit(DISK_FULL)
+    for _ in sys.stdin:
+        job = json.loads((folder / JOB).read_text())
+        try:
+            with torch_threads(job["threads"] or usable_cores()):
+                {"outputs": _outputs, "time": _time}[job["task"]](folder, job)
+        except UserError as error:
+            (folder / SAID).write_text(json.dumps({"refused": str(error)}))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            sys.exit(DISK_FULL)
+        print(DONE, flush=True)
 
 
 def _opened(folder: Path, job: dict[str, Any]) -> list[Variant]:
