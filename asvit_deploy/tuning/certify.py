@@ -21,7 +21,7 @@ from asvit_deploy.tuning.store import Store
 
 
 @dataclass
-class Test:
+class Trial:
     """One candidate in one precision; in a list, in the order in which they are tested.
 
     Attributes:
@@ -59,16 +59,16 @@ class Certificates:
         notes: what could not be run.
     """
 
-    tests: list[Test] = field(default_factory=list)
+    tests: list[Trial] = field(default_factory=list)
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def certified(self) -> list[Test]:
+    def certified(self) -> list[Trial]:
         return [test for test in self.tests if test.passed]
 
     @property
-    def stopped_at(self) -> Test | None:
+    def stopped_at(self) -> Trial | None:
         """The first that was tested and did not pass."""
         return next((test for test in self.tests if test.found and not test.passed), None)
 
@@ -125,7 +125,7 @@ class Judge:
 
     def _sequence(
         self, candidates: Sequence[Candidate], precisions: Sequence[str], notes: list[str]
-    ) -> list[Test]:
+    ) -> list[Trial]:
         """The closed list of tests, by what the calibrating pictures say.
 
         In another precision a candidate is taken to lie as much farther from the dense network as
@@ -145,7 +145,7 @@ class Judge:
                     continue
                 apart = float(np.nanmean(found.apart))
                 own = sorted(seems or rest[:1], key=lambda one: one.share)[:_OTHERWISE]
-            tests += [Test(one, precision, _distance(one) + apart) for one in own]
+            tests += [Trial(one, precision, _distance(one) + apart) for one in own]
         return sorted(tests, key=lambda test: (test.distance, test.candidate.share))
 
     def _loss(self, one: Candidate) -> float:

@@ -16,7 +16,7 @@ from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import dense_macs
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO_BF16, TORCH
-from asvit_deploy.tuning.certify import Certificates, Test
+from asvit_deploy.tuning.certify import Certificates, Trial
 from asvit_deploy.tuning.clock import Clock
 from asvit_deploy.tuning.graphs import BF16, INT8, Entry, Graphs, rivals
 from asvit_deploy.tuning.running import Crashed, Runnable, Workshop
@@ -62,11 +62,11 @@ class Timing:
                 "notes": self.notes, "busy": self.busy}  # fmt: skip
 
 
-def timed_tests(found: Certificates) -> list[Test]:
+def timed_tests(found: Certificates) -> list[Trial]:
     """What is worth timing: of each precision the passed ones with the fewest MACs; the first that
     did not pass; and the one with the fewest MACs of all, which says whether pruning pays at all.
     """
-    chosen: list[Test] = []
+    chosen: list[Trial] = []
     for precision in dict.fromkeys(test.precision for test in found.tests):
         own = [test for test in found.certified if test.precision == precision]
         chosen += sorted(own, key=lambda test: test.candidate.share)[:_TIMED]
@@ -79,7 +79,7 @@ def timed_tests(found: Certificates) -> list[Test]:
 
 
 def entries_of(
-    tests: Sequence[Test], runtimes: Sequence[str], precisions: Sequence[str], batch: int,
+    tests: Sequence[Trial], runtimes: Sequence[str], precisions: Sequence[str], batch: int,
     graphs: Graphs,
 ) -> list[Entry]:  # fmt: skip
     """All variants of one batch: in each runtime and precision dense, adaptive, static."""

@@ -76,7 +76,7 @@ class Workshop:
     def __init__(self, folder: Path, images: NDArray[np.float32], threads: int) -> None:
         self.folder, self.threads = folder, threads
         self._child: _Child | None = None
-        np.save(folder / PICTURES, images)
+        _save(folder / PICTURES, images)
 
     def close(self) -> None:
         """End the child."""
@@ -139,6 +139,15 @@ class Workshop:
         with contextlib.suppress(OSError, ValueError):
             return int((self.folder / MARK).read_bytes())
         return None
+
+
+def _save(path: Path, array: NDArray) -> None:
+    """As `np.save`, which does not say why where a disk is full."""
+    whole = np.ascontiguousarray(array)
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(whole)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(whole.data)
 
 
 def _last_line(said: str) -> str:

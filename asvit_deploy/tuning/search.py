@@ -3,7 +3,7 @@ tested.
 
 Fixed-sequence testing: the judging pictures test candidates one after the other, each at the full
 level, and the first that fails ends it. The chance that anything false is passed is then that of
-one test, however many there are (Angelopoulos et al., Learn then Test, 2021; Maurer et al., 1995),
+one test, however many there are (Angelopoulos et al., Learn then Trial, 2021; Maurer et al., 1995),
 as long as the order does not depend on those pictures. Here it never does: which budgets there are,
 how they are refined, what stands for each of them and the order itself come from the calibrating
 pictures alone, and the list is closed before a judging picture is run. So coarse to fine costs

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from asvit_deploy.evaluation.timing import Interval, interval_of
 from asvit_deploy.precision import FLOAT32
-from asvit_deploy.tuning.certify import Certificates, Test
+from asvit_deploy.tuning.certify import Certificates, Trial
 from asvit_deploy.tuning.demand import Demand, judged
 from asvit_deploy.tuning.graphs import INT8, Entry
 from asvit_deploy.tuning.latency import Timing, peer, rows
@@ -26,7 +26,7 @@ class Timed:
 
     number: int
     entry: Entry
-    test: Test
+    test: Trial
     over: Interval
     p50_ms: float
 
@@ -121,7 +121,7 @@ def decide(
     return _dense_wins(certified or ways, timing, dense, faster)
 
 
-def _may_pass(test: Test, demand: Demand) -> bool:
+def _may_pass(test: Trial, demand: Demand) -> bool:
     """Whether more pictures might show that it meets the demand; of what was not tested, the
     calibrating ones say."""
     if test.found is None:
@@ -155,7 +155,7 @@ def _unproven(timing: Timing, found: Certificates, p50: float) -> str | None:
     return None
 
 
-def shown(test: Test, demand: Demand) -> str:
+def shown(test: Trial, demand: Demand) -> str:
     """What the judging pictures show, in words."""
     found = test.found
     assert found is not None

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from asvit_deploy.reduction.topk import TopK
-from asvit_deploy.tuning.certify import Certificates, Test
+from asvit_deploy.tuning.certify import Certificates, Trial
 from asvit_deploy.tuning.contenders import Candidate, Way
 from asvit_deploy.tuning.demand import Demand, Evidence, judged
 from asvit_deploy.tuning.graphs import Entry
@@ -32,9 +32,9 @@ def candidate(budget: float = 0.6, changed: int = 0, pictures: int = 64) -> Cand
 def shown(
     pictures: int = 700, changed: int = 0, budget: float = 0.6, precision: str = "float32",
     demand: Demand = DEMAND,
-) -> Test:  # fmt: skip
+) -> Trial:  # fmt: skip
     one = candidate(budget)
-    return Test(one, precision, 0.01, judged(seen(pictures, changed), demand))
+    return Trial(one, precision, 0.01, judged(seen(pictures, changed), demand))
 
 
 def timing(milliseconds: dict[tuple[Any, str], float], spread: float = 0.01) -> Timing:
@@ -58,5 +58,5 @@ def timing(milliseconds: dict[tuple[Any, str], float], spread: float = 0.01) -> 
     return Timing(1, entries, seconds, macs, runners, 8, [], too_busy(equal))
 
 
-def certificates(*tests: Test, **dense: Any) -> Certificates:
+def certificates(*tests: Trial, **dense: Any) -> Certificates:
     return Certificates(list(tests), dense)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from made import DEMAND, certificates, seen, shown, timing
 
-from asvit_deploy.tuning.certify import Test
+from asvit_deploy.tuning.certify import Trial
 from asvit_deploy.tuning.demand import judged
 from asvit_deploy.tuning.verdict import decide, promise
 
@@ -108,7 +108,7 @@ def test_what_passes_but_is_no_faster_does_not_hide_what_is_faster_and_not_shown
 def test_what_was_never_tested_is_not_taken():
     """The sequence ended before it; it is faster, and nothing is known of it."""
     failed = shown(budget=0.7, changed=60)
-    later = Test(shown(budget=0.5).candidate, "float32", 0.1)
+    later = Trial(shown(budget=0.5).candidate, "float32", 0.1)
     run = timing({(None, "float32"): 10, (later.candidate, "float32"): 5})
     found = decide(run, certificates(failed, later), DEMAND, more)
     assert found.why == "nothing_meets_the_demand"
