@@ -214,7 +214,7 @@ def test_a_full_disk_is_one_line(few_pictures, tmp_path):
         "default",
         "--images",
         few_pictures,
-        *"--runtime onnxruntime --precision float32 --methods topk".split(),
+        *["--runtime", "onnxruntime", "--precision", "float32", "--methods", "topk"],
     ]
     size = 400_000
     done = subprocess.run(
