@@ -73,7 +73,7 @@ class Certificates:
         return next((test for test in self.tests if test.found and not test.passed), None)
 
 
-_OTHERWISE = 4  # candidates that are tested in each other precision than float32
+_OTHERWISE = 3  # candidates that are tested in each other precision than float32
 
 
 def _distance(one: Candidate) -> float:

@@ -24,7 +24,8 @@ from asvit_deploy.tuning.store import Store
 
 ROUNDS = (40, 300)
 SECONDS = 30.0  # that the timed rounds of one batch take about
-PICTURES = 32
+PICTURES, PICTURES_LARGE = 32, 16
+_LARGE = 8e9  # MACs of the dense network
 _TIMED = 3  # candidates that passed, in each precision: those with the fewest MACs
 _ELSEWHERE = 2  # candidates in each further runtime
 AGAIN = 2  # times that a busy machine is measured again
@@ -60,6 +61,11 @@ class Timing:
         runs = len(self.seconds[0]) if self.seconds else 0
         return {"batch": self.batch, "warmup": self.warmup, "runs": runs, "rows": rows(self),
                 "notes": self.notes, "busy": self.busy}  # fmt: skip
+
+
+def pictures_for(config: ArchConfig) -> int:
+    """How many are timed: each is warmed up on where a runtime compiles for its counts."""
+    return PICTURES if dense_macs(config) < _LARGE else PICTURES_LARGE
 
 
 def timed_tests(found: Certificates) -> list[Trial]:

@@ -82,7 +82,7 @@ def sizes_of(config: ArchConfig) -> tuple[int, int]:
     macs = dense_macs(config)
     embeds = config.output == "embedding"
     calibrating = int(np.clip(_CALIBRATING / macs, 32, 96))
-    judging = int(np.clip(_JUDGING / macs, *((128, 650) if embeds else (650, 950))))
+    judging = int(np.clip(_JUDGING / macs, *((96, 650) if embeds else (650, 950))))
     return calibrating, judging
 
 

@@ -27,12 +27,12 @@ from asvit_deploy.tuning.demand import Demand
 from asvit_deploy.tuning.graphs import Graphs
 from asvit_deploy.tuning.latency import (
     AGAIN,
-    PICTURES,
     ROUNDS,
     SECONDS,
     Stopwatch,
     Timing,
     entries_of,
+    pictures_for,
     timed_tests,
 )
 from asvit_deploy.tuning.means import Means
@@ -204,7 +204,7 @@ class Session:
     def _time(self, graphs: Graphs, workshop: Workshop, steps: Steps) -> None:
         tests = timed_tests(self.certificates)
         graphs.forget([test.candidate for test in tests])
-        which = even(self.pictures.judging, PICTURES)
+        which = even(self.pictures.judging, pictures_for(self.checkpoint.config))
         share = 0.25 / len(self.means.batches)
         for number, batch in enumerate(self.means.batches):
             means = self._affordable(number, batch, tests)

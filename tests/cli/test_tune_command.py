@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import refused
+from conftest import raises_one_line, refused
+from embedding_files import written
 from PIL import Image
 
 import asvit_deploy
@@ -47,6 +48,7 @@ def gone(quick, tmp_path_factory):
     return found, said
 
 
+@pytest.mark.slow
 def test_a_go_names_its_winner_and_what_it_promises(gone):
     found, _ = gone
     assert found.go
@@ -61,6 +63,7 @@ def test_a_go_names_its_winner_and_what_it_promises(gone):
     assert best["candidate"] == found.verdict["candidate"]
 
 
+@pytest.mark.slow
 def test_the_winner_is_a_whole_artefact_that_runs_as_chosen(gone):
     found, _ = gone
     artefact = OnnxArtefact(found.model)
@@ -75,12 +78,14 @@ def test_the_winner_is_a_whole_artefact_that_runs_as_chosen(gone):
     assert abs(shown.rows[0]["macs_share"] - found.promise["macs_share"]) < 0.1
 
 
+@pytest.mark.slow
 def test_check_passes_on_the_winner(gone):
     found, _ = gone
     (verdict,) = asvit_deploy.check([found.model], limit=8)
     assert verdict.passed
 
 
+@pytest.mark.slow
 def test_the_report_is_whole_and_signed_for_the_next_tool(gone):
     found, _ = gone
     report = json.loads((found.output / "tune.json").read_text())
@@ -99,6 +104,7 @@ def test_the_report_is_whole_and_signed_for_the_next_tool(gone):
     assert [one["method"] for one in own] == ["threshold"], "the checkpoint's own is one of them"
 
 
+@pytest.mark.slow
 def test_the_same_again_measures_nothing(gone, quick):
     found, _ = gone
     said: list[str] = []
@@ -111,6 +117,7 @@ def test_the_same_again_measures_nothing(gone, quick):
     assert sidecar.read(again.model)["sha256"] == sidecar.read(found.model)["sha256"]
 
 
+@pytest.mark.slow
 def test_a_smaller_demand_is_not_shown_and_takes_the_model_away(gone, quick, cli):
     """The measurements of the go are taken up; 24 pictures show nothing of half a point."""
     found, _ = gone
@@ -143,6 +150,7 @@ def run(cli, *args: object):
                "--methods", "topk", *args)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_minutes_that_are_too_few_are_said_and_measurements_stay(cli, few_pictures):
     result = run(cli, "--images", few_pictures, "--minutes", "0.0001", "--json")
     assert result.code == 4
@@ -202,6 +210,7 @@ def test_a_folder_of_others_files_is_refused(cli, few_pictures, tmp_path):
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(few_pictures, tmp_path):
     """No file may be larger than what a graph of this network takes."""
     code = "from asvit_deploy.cli.main import main; main()"
@@ -229,11 +238,70 @@ def test_a_full_disk_is_one_line(few_pictures, tmp_path):
     assert not list(tmp_path.rglob("*.onnx"))
 
 
+@pytest.mark.slow
 def test_the_choice_of_another_machine_is_refused(gone, quick, monkeypatch):
-    from conftest import raises_one_line
-
     found, _ = gone
     asvit_deploy.tune("default", output=found.output, max_drop=40, **FEW)
     artefact = OnnxArtefact(found.output / f"{NAME}.tuned.onnx")
     monkeypatch.setattr("asvit_deploy.artefacts.runtime_choice.cpu_name", lambda: "another")
     raises_one_line(lambda: read_choice(artefact), "another machine")
+
+
+@pytest.mark.slow
+def test_embeddings_are_judged_by_cosine_and_neighbour(quick, tmp_path):
+    """A CLIP-shaped network on photographs; 24 cosines show a mean of 0 or more."""
+    found = asvit_deploy.tune(
+        written(tmp_path, "clip", dense=True), limit=48, methods="size-passing", min_cosine=0.0,
+        runtime="onnxruntime", output=tmp_path / "out",
+    )  # fmt: skip
+    report = found.report
+    assert report["demand"]["task"] == "embeddings"
+    assert report["demand"]["min_cosine"] == 0.0
+    first = report["sequence"][0]
+    assert first["passed"]
+    assert 0 <= first["neighbour"] <= 1
+    assert first["agreement_low"] <= first["agreement"] <= first["agreement_high"] <= 1
+    assert not any(one["own"] for one in report["candidates"]), "the checkpoint is dense"
+    assert {"float32", "int8"} <= {test["precision"] for test in report["sequence"]}
+    assert found.verdict["why"] in ("adaptive_wins", "dense_as_fast", "dense_int8_wins")
+    assert (found.model is None) == (not found.go)
+
+
+@pytest.mark.slow
+def test_labels_judge_accuracy(quick, tmp_path):
+    found = asvit_deploy.tune("default", output=tmp_path / "out", max_drop=45, labels=True, **FEW)
+    first = found.report["sequence"][0]
+    assert {"worse", "better", "changed"} <= set(first)
+    assert first["loss"] == pytest.approx(100 * (first["worse"] - first["better"]) / 24)
+    assert found.report["pictures"]["labelled"]
+
+
+@pytest.mark.slow
+def test_a_runtime_that_crashes_ends_its_rows_and_the_run_goes_on(quick, tmp_path, monkeypatch):
+    package = tmp_path / "fake" / "openvino"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import os, signal\ndef Core():\n    os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    rest = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), rest]))
+    more = {**FEW, "runtime": "onnxruntime,openvino"}
+    found = asvit_deploy.tune("default", output=tmp_path / "out", max_drop=40, **more)
+    (timing,) = found.report["latency"]
+    assert {row["runtime"] for row in timing["rows"]} == {"onnxruntime"}
+    assert any("openvino" in note and "SIGSEGV" in note for note in timing["notes"])
+    assert found.go
+
+
+@pytest.mark.slow
+def test_batches_are_timed_and_the_first_decides(quick, tmp_path):
+    found = asvit_deploy.tune("default", output=tmp_path / "out", max_drop=40, batch="4,1", **FEW)
+    first, second = found.report["latency"]
+    assert (first["batch"], second["batch"]) == (4, 1)
+    assert any(row["singly"] for row in first["rows"])
+    assert found.promise is not None
+    assert found.promise["batch"] == 4
+    fields = sidecar.read(found.model)
+    singly = "one at a time" in found.verdict["winner"]
+    assert fields["batch"] == ("1" if singly else "dynamic")
+    assert read_choice(OnnxArtefact(found.model)).fields["batch"] == 4
