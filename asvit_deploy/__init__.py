@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from asvit_deploy.api.finetune import finetune
     from asvit_deploy.api.load import load
     from asvit_deploy.api.predict import predict
+    from asvit_deploy.api.report import report
     from asvit_deploy.api.save import save
     from asvit_deploy.api.tune import tune
     from asvit_deploy.api.visualize import visualize
@@ -53,6 +54,7 @@ __all__ = [
     "finetune",
     "load",
     "predict",
+    "report",
     "save",
     "tune",
     "visualize",
@@ -75,6 +77,7 @@ _MODULES = {
     "finetune": "api.finetune",
     "load": "api.load",
     "predict": "api.predict",
+    "report": "api.report",
     "save": "api.save",
     "tune": "api.tune",
     "visualize": "api.visualize",

@@ -36,7 +36,7 @@ def declared(extra: str = "") -> dict[str, Requirement]:
     return found
 
 
-_EXTRAS = ("", "cpu", "gpu", "tensorrt", "rtx", "openvino", "train", "hub")
+_EXTRAS = ("", "cpu", "gpu", "tensorrt", "rtx", "openvino", "train", "hub", "report")
 
 
 def requirement_of(name: str) -> Requirement | None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterable
@@ -88,8 +89,13 @@ def provenance(libraries: Iterable[str] = ("torch", "onnx", "onnxscript")) -> di
         "tool": f"asvit-deploy {__version__}",
         "libraries": versions,
         "python": platform.python_version(),
-        "command": " ".join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """What was called, as a shell would take it again."""
+    return shlex.join([_program(Path(sys.argv[0])), *sys.argv[1:]])
 
 
 def _program(path: Path) -> str:

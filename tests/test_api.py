@@ -34,7 +34,9 @@ FUNCTIONS = (
     "finetune",
     "load",
     "predict",
+    "report",
     "save",
+    "tune",
     "visualize",
 )
 WITHOUT_COMMAND = ("load", "save")  # fmt: skip

@@ -46,6 +46,7 @@ class Calibrated:
         thresholds: one for each cut; none where as many tokens of every picture stay.
         report: what it costs, keeps and gets right, beside chance and what else was tried; ready
             for JSON.
+        machine: what it ran on.
     """
 
     output: Path
@@ -53,6 +54,14 @@ class Calibrated:
     method: str
     thresholds: tuple[float, ...]
     report: dict[str, Any]
+    machine: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `asvit-deploy calibrate --json` prints."""
+        from asvit_deploy.sidecar import command_line
+
+        return {"kind": "calibrate", "output": str(self.output), **self.report,
+                "machine": self.machine, "command": command_line()}  # fmt: skip
 
 
 def calibrate(
@@ -63,7 +72,8 @@ def calibrate(
     ema: bool = False, mean: Channels | None = None, std: Channels | None = None,
     crop_pct: float | None = None, interpolation: str | None = None, heads: int | None = None,
     activation: str | None = None,
-    limit: int | None = None, seed: int = 0, skip_limit: int = 0, force: bool = False,
+    limit: int | None = None, seed: int = 0, skip_limit: int = 0, html: PathLike | None = None,
+    force: bool = False,
     say: Say = silent,
 ) -> Calibrated:  # fmt: skip
     """Make a network's tokens leave on a MACs budget, without training.
@@ -79,6 +89,7 @@ def calibrate(
         max_kept: with `per_picture`, the most rows that any picture keeps behind the last cut.
         budget_by: whether the budget counts MACs as they are carried out, or as the AS-ViT release
             does, which works out all rows of the last block.
+        html: also make a page of the report there, as `asvit_deploy.report` does.
         say: gets status lines; a progress bar goes with them on a terminal.
 
     Raises:
@@ -100,11 +111,17 @@ def calibrate(
     from asvit_deploy.checkpoints.places import name_of
     from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.data.images import open_images
+    from asvit_deploy.evaluation.machine import machine
+    from asvit_deploy.page.writing import claimed_page, write
     from asvit_deploy.sidecar import claimed
 
     place = checkpoint_path(ckpt, say)
     target = target or Path(f"{name_of(place)}.calibrated.safetensors")
-    with claimed(target, "checkpoint", force, *checkpoint_files(place)):
+    shown, sources = optional_path(html), checkpoint_files(place)
+    with (
+        claimed_page(shown, force, *sources, other=target),
+        claimed(target, "checkpoint", force, *sources),
+    ):
         checkpoint = load_checkpoint(place, image_size, arch, ema, known)
         method = method_for(checkpoint, method)
         wanted = _Wanted(method, budget, None if cuts is None else tuple(cuts), per_picture,
@@ -119,8 +136,11 @@ def calibrate(
         say(f"{place}: {config.name}, {config.image_size} px; {pictures.source}")
         model, found = _calibrated(checkpoint, pictures, wanted, say)
         report = _save(target, model, checkpoint, pictures, wanted, found)
-    values = tuple(model.threshold_values())
-    return Calibrated(target, model.config, report["method"], values, report)
+        values = tuple(model.threshold_values())
+        made = Calibrated(target, model.config, report["method"], values, report, machine())
+        if shown is not None:
+            write([made.as_dict()], shown, force)
+    return made
 
 
 @dataclass(frozen=True)

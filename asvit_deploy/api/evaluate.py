@@ -56,6 +56,7 @@ class Evaluation:
             place of `top1` and `top5`.
         account: pictures seen, taken, skipped and passed over, and classes without a picture.
         machine: where it ran.
+        sha256: of an ONNX file.
     """
 
     model: str
@@ -69,11 +70,15 @@ class Evaluation:
     rows: list[dict[str, Any]]
     account: dict[str, Any]
     machine: dict[str, Any]
+    sha256: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What `asvit-deploy evaluate --json` prints."""
+        from asvit_deploy.sidecar import command_line
+
         fields = {k: v for k, v in vars(self).items() if k not in ("account", "machine")}
-        return {**fields, **self.account, "machine": self.machine}
+        return {"kind": "evaluate", **fields, **self.account, "machine": self.machine,
+                "command": command_line()}  # fmt: skip
 
 
 def evaluate(
@@ -85,7 +90,8 @@ def evaluate(
     interpolation: str | None = None, heads: int | None = None,
     activation: str | None = None, classes: PathLike | None = None,
     neighbours: int | None = None, limit: int | None = None, skip_limit: int = 0,
-    library: PathLike | None = None, output: PathLike | None = None, force: bool = False,
+    library: PathLike | None = None, output: PathLike | None = None,
+    html: PathLike | None = None, force: bool = False,
     runtime: str | None = None, choice: PathLike | None = None, say: Say = silent,
 ) -> Evaluation:  # fmt: skip
     """Top-1 and top-5, MACs and kept tokens over labelled pictures; of embeddings, agreement with
@@ -102,6 +108,7 @@ def evaluate(
         neighbours: k of the k-NN accuracy, by default 5.
         batch_size: images at a time; of several sizes each is a row.
         output: the report is written here too, as JSON.
+        html: and a page of it here, as `asvit_deploy.report` makes one.
         runtime: what runs an ONNX artefact: onnxruntime, openvino, openvino-bf16, or torch, which
             runs its checkpoint; or auto, what `bench(save_choice=...)` found fastest.
         choice: what auto reads, by default `MODEL.choice.json`.
@@ -138,8 +145,8 @@ def evaluate(
             f"{path} is an ONNX file, whose sidecar says what it was exported with; leave "
             f"{' and '.join(asked)} out, or export its checkpoint again with them"
         )
-    written = optional_path(output)
-    with _claimed(written, force, checkpoint_files(path), names) as place, _one_thread():
+    written, shown = optional_path(output), optional_path(html)
+    with _claimed(written, shown, force, checkpoint_files(path), names) as place, _one_thread():
         change = partial(with_method, method=method, budget=budget, cuts=cuts, max_kept=max_kept)
         opened = _open(path, batch_rule, dense, ema, known, optional_path(library), place, names,
                        change, place.first(say), chosen, chosen_by)  # fmt: skip
@@ -151,27 +158,37 @@ def evaluate(
             from asvit_deploy.files import write_text
 
             write_text(written, json.dumps(report.as_dict(), indent=2) + "\n")
+        if shown is not None and not place.rank:
+            from asvit_deploy.page.writing import write
+
+            write([report.as_dict()], shown, force)
     return report
 
 
 @contextlib.contextmanager
 def _claimed(
-    output: Path | None, force: bool, model: tuple[Path, ...], classes: Path | None
-) -> Iterator[Place]:
+    output: Path | None, html: Path | None, force: bool, model: tuple[Path, ...],
+    classes: Path | None,
+) -> Iterator[Place]:  # fmt: skip
     """This process's place among several, the first of which alone writes the report."""
     from asvit_deploy.claims import claimed
     from asvit_deploy.files import check_writable
+    from asvit_deploy.page.writing import claimed_page
     from asvit_deploy.sidecar import sidecar_path
+
+    sources = (*model, sidecar_path(model[0]), classes)
 
     def check() -> None:
         if output is not None:
-            check_writable(output, force, *model, sidecar_path(model[0]), classes)
+            check_writable(output, force, *sources)
 
     check()
     place = Place.here()
     with contextlib.ExitStack() as stack:
-        if output is not None and not place.rank:
-            stack.enter_context(claimed(output, force, check))
+        if not place.rank:
+            stack.enter_context(claimed_page(html, force, *sources, other=output))
+            if output is not None:
+                stack.enter_context(claimed(output, force, check))
         yield place
 
 
@@ -197,6 +214,7 @@ class _Opened:
         cuts: those of its method where they are not before the blocks of the stages.
         twin: the dense one of a network that gives embeddings, or why there is none.
         aim: the budget that its thresholds were calibrated to, in MACs as they are carried out.
+        sha256: of an ONNX file.
     """
 
     runner: Runner
@@ -205,6 +223,7 @@ class _Opened:
     cuts: tuple[int, ...] | None
     twin: Runner | str
     aim: float | None = None
+    sha256: str | None = None
 
 
 def _open(
@@ -227,7 +246,8 @@ def _open(
         runner = runner_of(session, runtime, choice, say)
         fields, adapts = session.fields, bool(session.fields["thresholds"])
         aim = fields.get("budget") if adapts and fields.get("budget_by") == EXECUTED else None
-        return _Opened(runner, session.config, found, session.cuts, twin, aim)
+        return _Opened(runner, session.config, found, session.cuts, twin, aim,
+                       fields.get("sha256"))  # fmt: skip
     from asvit_deploy.checkpoints.load import build_model, load_checkpoint
     from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -299,6 +319,7 @@ def _evaluate(
     return Evaluation(
         str(model), data, batch_rule, config.name, config.output, found.origin if found else None,
         place.world, opened.runner.describe(), rows, pictures.account(counts), machine(),
+        opened.sha256,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from asvit_deploy.status import Say, silent
 if TYPE_CHECKING:
     from asvit_deploy.checkpoints.load import Checkpoint
     from asvit_deploy.tuning.demand import Demand
+    from asvit_deploy.tuning.place import Place
 
 LARGEST_SEED = 2**63 - 1
 
@@ -65,7 +66,7 @@ class Frontier:
 def tune(
     ckpt: PathLike, *, images: PathLike | None = None, labels: bool = False,
     max_drop: float = 0.5, min_cosine: float = 0.95, methods: str | Sequence[str] | None = None,
-    batch: int | str | Sequence[int] = 1, runtime: str | Sequence[str] | None = None,
+    batch: int | str | Sequence[int] = "1", runtime: str | Sequence[str] | None = None,
     precision: str | Sequence[str] | None = None, minutes: float | None = None,
     output: PathLike | None = None, image_size: int | None = None, arch: str | None = None,
     ema: bool = False, mean: Channels | None = None, std: Channels | None = None,
@@ -143,7 +144,7 @@ def tune(
     with place.claimed(force, sources):
         wanted = Wanted(demand, found, asked, minutes, seed, threads)
         report = Session(checkpoint, taken, wanted, place, say).run()
-        _write(place, report)
+        _write(place, report, say)
     model = place.model if report["exported"] else None
     return Frontier(place.folder, model, report["verdict"], report["frontier"],
                     report["promise"], report)  # fmt: skip
@@ -182,7 +183,17 @@ def _demand(
     return Demand("labels" if labels else "classes", max_drop, min_cosine)
 
 
-def _write(place: Any, report: dict[str, Any]) -> None:
+def _write(place: Place, report: dict[str, Any], say: Say) -> None:
+    """The report, and the page where what draws it is installed."""
     from asvit_deploy.files import write_text
 
     write_text(place.report, json.dumps(report, indent=2) + "\n")
+    from asvit_deploy.page import writing
+
+    try:
+        writing.require_extra()
+    except UserError as error:
+        place.page.unlink(missing_ok=True)  # an earlier run's would say something else
+        say(f"no {place.page.name}: {error}")
+        return
+    writing.write([report], place.page, force=True)

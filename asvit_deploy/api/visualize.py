@@ -88,6 +88,7 @@ def visualize(
     model, folder = path_of(model), optional_path(images)
     from asvit_deploy.data.images import open_images
     from asvit_deploy.drawing.album import GALLERY, album, check_target, require_cuts
+    from asvit_deploy.evaluation.machine import machine
 
     target = optional_path(output) or Path(f"{model.stem}.visualized")
     artefact = _opened(model, chosen, library, plugin, allow_engine_code, say)
@@ -101,7 +102,7 @@ def visualize(
         _draw(drawings, runner, pictures, labels, say)
         count = len(drawings.drawn)
         say(f"{model}: {count} picture{'s' * (count != 1)} drawn ({pictures.source})")
-        drawings.finish(runner.describe(), pictures.source, pictures.account)
+        drawings.finish(runner.describe(), pictures.source, pictures.account, machine())
     return Visualization(
         target, target / GALLERY, tuple(drawings.drawn), runner.describe(), pictures.source,
         pictures.account,

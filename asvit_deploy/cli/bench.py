@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @options.engine_code
 @options.as_json
 @click.option("-o", "--output", type=options.PATH, help="Also write the JSON report here.")
+@options.html
 @click.option("--save-choice", metavar="FILE", type=options.PATH,
               help="Write what ran fastest; `--runtime auto` reads MODEL.choice.json.")  # fmt: skip
 @options.force
@@ -63,6 +64,7 @@ def command(
     allow_engine_code: bool,
     as_json: bool,
     output: Path | None,
+    html: Path | None,
     save_choice: Path | None,
     force: bool,
 ) -> None:
@@ -78,9 +80,8 @@ def command(
         models, images=images, limit=limit, skip_limit=skip_limit, runs=runs, warmup=warmup,
         threads=threads, methods=methods, memory=memory, sweep_batch=sweep_batch,
         sweep_budget=sweep_budget, sweep_size=sweep_size, runtime=runtime, library=library,
-        plugin=plugin, allow_engine_code=allow_engine_code, output=output,
-        save_choice=save_choice, force=force,
-        say=options.status,
+        plugin=plugin, allow_engine_code=allow_engine_code, output=output, html=html,
+        save_choice=save_choice, force=force, say=options.status,
     )  # fmt: skip
     if as_json:
         click.echo(bench.as_json(reports))

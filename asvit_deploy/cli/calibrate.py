@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     "--seed", type=click.IntRange(0, LARGEST_SEED), default=0, help="Of the random comparison."
 )
 @options.skip_limit
+@options.html
 @options.force
 @options.as_json
 def command(as_json: bool, **chosen: Any) -> None:
@@ -67,7 +68,7 @@ def command(as_json: bool, **chosen: Any) -> None:
 
     result = asvit_deploy.calibrate(**chosen, say=options.status)
     if as_json:
-        click.echo(json.dumps({"output": str(result.output), **result.report}, indent=2))
+        click.echo(json.dumps(result.as_dict(), indent=2))
     else:
         tables = _splits if result.method == THRESHOLD else _methods
         click.echo(f"{tables(result.report, result.config)}\n\n{result.output}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,9 @@ _LISTED = 20
 @options.library
 @options.engine_code
 @options.as_json
+@click.option("-o", "--output", type=options.PATH, help="Also write the JSON here.")
+@options.html
+@options.force
 def command(
     models: tuple[Path, ...],
     images: Path | None,
@@ -52,6 +54,9 @@ def command(
     plugin: Path | None,
     allow_engine_code: bool,
     as_json: bool,
+    output: Path | None,
+    html: Path | None,
+    force: bool,
 ) -> None:
     """Compare outputs, top-1 and kept tokens with PyTorch; exit 1 when they do not agree.
 
@@ -70,15 +75,17 @@ def command(
     With --reference, a model may be a file that another tool made from it (quantised, simplified,
     without its sidecar): what it does not say is taken from the reference.
     """
+    from asvit_deploy.evaluation.checking import as_json as text
     from asvit_deploy.evaluation.checking import check
 
     comparisons = check(
         models, images=images, limit=limit, skip_limit=skip_limit, reference=reference,
         method=method, cuts=cuts, max_kept=max_kept, runtime=runtime, choice=choice,
-        library=library, plugin=plugin, allow_engine_code=allow_engine_code, say=options.status,
+        library=library, plugin=plugin, allow_engine_code=allow_engine_code, output=output,
+        html=html, force=force, say=options.status,
     )  # fmt: skip
     if as_json:
-        click.echo(json.dumps([comparison.as_dict() for comparison in comparisons], indent=2))
+        click.echo(text(comparisons))
     else:
         _print(comparisons)
     if failed := [comparison for comparison in comparisons if not comparison.passed]:

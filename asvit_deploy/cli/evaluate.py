@@ -45,6 +45,7 @@ _NAMED = 5  # classes without a picture
 @options.library
 @options.as_json
 @click.option("-o", "--output", "output", type=options.PATH, help="Also write the JSON here.")
+@options.html
 @options.force
 def command(as_json: bool, **chosen: Any) -> None:
     """Top-1 and top-5, MACs and kept tokens over labelled pictures.

@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "Top-1 or agreement of embeddings, MACs and kept tokens over pictures.",
     "predict": "Top-5 and kept tokens of pictures.",
     "visualize": "Pictures of which tokens stay, cut by cut.",
+    "report": "One page of what the others wrote as JSON: the verdict first.",
     "build-plugins": "Compile the C++ libraries into the user cache.",
     "doctor": "What is installed, what clashes, what to do about it.",
 }

@@ -119,6 +119,10 @@ skip_limit = click.option(
     help="Unreadable pictures to pass over.",
 )  # fmt: skip
 force = click.option("--force", is_flag=True, help="Replace an existing output.")
+html = click.option(
+    "--html", metavar="FILE", type=PATH,
+    help="Also make one page of it here; `report` joins several.",
+)  # fmt: skip
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 library = click.option(
     "--library", type=PATH, help="The op's library [default: the one `build-plugins` made]."

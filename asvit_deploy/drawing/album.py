@@ -23,6 +23,7 @@ from asvit_deploy.bounded import MOST_TEXT
 from asvit_deploy.claims import claimed
 from asvit_deploy.data.images import pixels_of
 from asvit_deploy.drawing import figure
+from asvit_deploy.drawing.choosing import PANELS, kinds_of, shown
 from asvit_deploy.drawing.tokens import fates, panel, scaled
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import atomic_folder, check_parent
@@ -30,8 +31,6 @@ from asvit_deploy.runners.base import Prediction
 
 KIND = "visualize"
 KEPT, GALLERY = "kept.json", "gallery.png"
-PANELS = 6  # cuts that a row shows, where nobody says
-_EACH = 2  # pictures of a kind in the gallery
 _STEM = 60  # characters of a picture's name in that of its drawing
 _HEAD = 1 << 20  # bytes of `kept.json` that are not on single pictures, at most
 
@@ -213,13 +212,17 @@ class Album:
         drawing = figure.row(found.image, answer, note, panels)
         drawing.save(self._folder / found.file, compress_level=4)
 
-    def finish(self, runner: dict[str, str], source: str, account: dict[str, Any]) -> None:
+    def finish(
+        self, runner: dict[str, str], source: str, account: dict[str, Any],
+        machine: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Draw the gallery and write `kept.json`.
 
         Args:
             runner: as `Runner.describe`.
             source: where the pictures come from.
             account: how many were skipped and why, for JSON.
+            machine: what it ran on, likewise.
 
         Raises:
             UserError: as `sidecar.signed`.
@@ -233,9 +236,10 @@ class Album:
             "precision": fields.get("precision"), "runner": runner,
             "image_size": config.image_size, "patch_size": config.patch_size, "grid": config.grid,
             "image_tokens": config.image_tokens, "prefix": config.prefix,
-            "blocks": list(self.blocks), "images": source, **account, "gallery": GALLERY,
+            "blocks": list(self.blocks), "panels": shown(len(self.blocks), self._panels),
+            "images": source, **account, "gallery": GALLERY,
             "files": [GALLERY, *(one.file for one in self.drawn)],
-            "pictures": [asdict(one) for one in self.drawn],
+            "pictures": [asdict(one) for one in self.drawn], "machine": machine,
             **sidecar.provenance(("numpy", "pillow")),
         }  # fmt: skip
         (self._folder / KEPT).write_text(sidecar.signed(said, indent=None))
@@ -274,34 +278,6 @@ def _handed_on(
         leaves = np.flatnonzero((goes >= 0) & (goes != own) & ~np.isin(own, staying))
         found.append(tuple(zip(leaves.tolist(), goes[leaves].tolist())))
     return tuple(found)
-
-
-def shown(cuts: int, most: int) -> list[int]:
-    """At most so many of the cuts, evenly spread from the first to the last; of one the last."""
-    count = min(cuts, most)
-    if count == 1:
-        return [cuts - 1]
-    return [round(place * (cuts - 1) / (count - 1)) for place in range(count)]
-
-
-def kinds_of(kept: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Which pictures a gallery shows: easy, normal and hard ones, by how many tokens they keep.
-
-    Args:
-        kept: of each picture, the sum over the cuts.
-
-    Returns:
-        kinds and places in `kept`; one kind without a name where all are alike.
-    """
-    order = sorted(range(len(kept)), key=lambda place: (kept[place], place))
-    if kept[order[0]] == kept[order[-1]]:
-        return [("", [order[place] for place in shown(len(order), 3 * _EACH)])]
-    if len(order) == 2:
-        return [("easy", order[:1]), ("hard", order[1:])]
-    each = min(_EACH, len(order) // 3)
-    middle = (len(order) - each) // 2
-    return [("easy", order[:each]), ("normal", order[middle : middle + each]),
-            ("hard", order[-each:])]  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -104,6 +104,14 @@ def _without_middle(text: str, count: int) -> str:
     return text[: count - end] + _ELLIPSIS + (text[-end:] if end else "")
 
 
+_CAPTION = 2 * _line(_TEXT) + 4  # pixels of the two lines above a panel
+
+
+def _above(answer: bool) -> int:
+    """Pixels above a row's captions."""
+    return MARGIN + _line(_TITLE) + (_line(_TEXT) if answer else 0) + 8
+
+
 def row(title: str, answer: str, note: str, panels: Sequence[Panel]) -> Image.Image:
     """One picture's panels, RGB.
 
@@ -114,8 +122,8 @@ def row(title: str, answer: str, note: str, panels: Sequence[Panel]) -> Image.Im
     """
     side, count = len(panels[0].pixels), len(panels)
     width = 2 * MARGIN + count * side + (count - 1) * GAP
-    above = MARGIN + _line(_TITLE) + (_line(_TEXT) if answer else 0) + 8
-    top = above + 2 * _line(_TEXT) + 4
+    above = _above(bool(answer))
+    top = above + _CAPTION
     image = Image.new("RGB", (width, top + side + MARGIN), PAPER)
     draw = ImageDraw.Draw(image)
     taken = extent(note, _TEXT)[1] + GAP if note else 0
@@ -160,3 +168,17 @@ def gallery(
         _write(draw, (MARGIN, top + MARGIN + _line(_TITLE)), more, _TEXT, _LABEL - MARGIN, SOFT)
         top += image.height
     return page
+
+
+def panels_of(size: tuple[int, int], count: int) -> list[tuple[int, int, int, int]] | None:
+    """Where so many panels stand in an image that `row` made: (left, top, right, bottom) each.
+
+    Returns:
+        None where no row of so many panels has that width and height.
+    """
+    side, rest = divmod(size[0] - 2 * MARGIN - (count - 1) * GAP, count)
+    top = size[1] - MARGIN - side
+    if rest or side < 1 or top not in (_above(True) + _CAPTION, _above(False) + _CAPTION):
+        return None
+    lefts = [MARGIN + place * (side + GAP) for place in range(count)]
+    return [(left, top, left + side, top + side) for left in lefts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +11,12 @@ from numpy.typing import NDArray
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.costs import kept_of, macs_of, summarise_costs
+from asvit_deploy.intervals import wilson
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.runners.base import Runner
 
 # images float32 [B, 3, H, W], normalised; labels int64 [B], the model's own class numbers
 LabelledArrays = tuple[NDArray[np.float32], NDArray[np.int64]]
-
-_Z = 1.959964  # two-sided 95 %
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,6 @@ def _rank(logits: NDArray, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     true = np.take_along_axis(logits, labels[:, None], 1)
     before = (~(logits < true)).sum(1) - 1  # less the true class itself
     return np.where(np.isnan(true[:, 0]), logits.shape[1], before)
-
-
-def wilson(hits: int, total: int) -> dict[str, float]:
-    """A share with its 95 % interval after Wilson (1927), which holds near 0 and 1 too."""
-    share = hits / total
-    middle = (share + _Z**2 / (2 * total)) / (1 + _Z**2 / total)
-    spread = _Z / (1 + _Z**2 / total) * math.sqrt(
-        share * (1 - share) / total + _Z**2 / (4 * total**2)
-    )  # fmt: skip
-    return {"value": share, "low": max(0.0, middle - spread), "high": min(1.0, middle + spread)}
 
 
 def summarise(scored: Scored, config: ArchConfig) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from asvit_deploy.evaluation.saved_choice import candidates, choose
 from asvit_deploy.evaluation.sweep import Rounds, run_sweep
 from asvit_deploy.evaluation.sweep_points import Asked, Given, asked, plans, require_sweepable
 from asvit_deploy.ops.headers import silent
+from asvit_deploy.page import writing as page
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
 from asvit_deploy.runtimes import OF_KIND, chosen, of_kind, require_library_used, require_used
@@ -73,6 +74,7 @@ def bench(
     plugin: str | Path | None = None,
     allow_engine_code: bool = False,
     output: str | Path | None = None,
+    html: str | Path | None = None,
     save_choice: str | Path | None = None,
     force: bool = False,
     runtime: str | Sequence[str] | None = None,
@@ -99,6 +101,7 @@ def bench(
         plugin: the op's TensorRT library, likewise.
         allow_engine_code: run code that an engine brings along.
         output: also write the reports there as JSON.
+        html: also make a page of them there, as `asvit_deploy.report` does.
         save_choice: write there which runtime, way and number of threads ran the ONNX files, all of
             one network, fastest; runtime "auto" reads `MODEL.choice.json` beside MODEL.
         force: replace a file that is there.
@@ -117,8 +120,8 @@ def bench(
     Raises:
         UserError: an artefact that was named, or every one that was found, cannot be opened or run;
             a runtime that was named is missing, or runs none of them; the pictures cannot be read;
-            a sweep is asked for that cannot be made; `output` or `save_choice` cannot be written,
-            or there is nothing to choose.
+            a sweep is asked for that cannot be made; `output`, `html` or `save_choice` cannot be
+            written, a page takes what is not installed, or there is nothing to choose.
     """
     require_least(1, limit=limit)
     require_least(0, skip_limit=skip_limit, warmup=warmup)
@@ -127,6 +130,7 @@ def bench(
         raise UserError(f"threads is {threads!r}; give one of {', '.join(_THREADS)}")
     allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
     named, target, saved = paths_of(models), path_of(output), path_of(save_choice)
+    shown = path_of(html)
     wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _THREADS[threads],
                      _methods(methods), chosen(runtime), memory, say,
                      asked(sweep_batch, sweep_budget, sweep_size))  # fmt: skip
@@ -136,7 +140,9 @@ def bench(
     require_library_used(library, wanted.runtimes)
     paths = named or _here(say)
     with contextlib.ExitStack() as stack:
-        for file in _outputs(target, saved):
+        if shown is not None:
+            page.require_extra()
+        for file in _outputs({"--output": target, "--html": shown, "--save-choice": saved}):
             stack.enter_context(_output(file, force, paths))
         files_of_one = {} if saved is None else candidates(paths, wanted.runtimes)
         found = find_op_library(path_of(library), say)
@@ -148,6 +154,8 @@ def bench(
         reports = _all(paths, bool(named), opened, wanted)
         if target is not None:
             files.write_text(target, as_json(reports) + "\n")
+        if shown is not None:
+            page.write([report.as_dict() for report in reports], shown, force)
         if saved is not None:
             choice = choose(reports, files_of_one)
             files.write_text(saved, choice.text)
@@ -156,12 +164,13 @@ def bench(
     return reports
 
 
-def _outputs(target: Path | None, saved: Path | None) -> list[Path]:
-    """The files to write, which are not one."""
-    both = [path for path in (target, saved) if path is not None]
-    if len({os.path.realpath(path) for path in both}) < len(both):
-        raise UserError(f"--output and --save-choice both name {saved}; name two files")
-    return both
+def _outputs(given: dict[str, Path | None]) -> list[Path]:
+    """The files to write, by their options: no two are one."""
+    seen: dict[str, str] = {}
+    for option, path in given.items():
+        if path is not None and (twin := seen.setdefault(os.path.realpath(path), option)) != option:
+            raise UserError(f"{twin} and {option} both name {path}; name two files")
+    return [path for path in given.values() if path is not None]
 
 
 def _methods(names: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from asvit_deploy import files, sidecar
 from asvit_deploy.artefacts.artefact import Artefact, Ways
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
 from asvit_deploy.artefacts.opening import artefacts_here, kind_of, open_artefact, paths_of
 from asvit_deploy.artefacts.runtime_choice import run_as_chosen
+from asvit_deploy.claims import claimed
 from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import bar, path_of, require_least
 from asvit_deploy.evaluation.claimed_method import Claim
+from asvit_deploy.evaluation.machine import machine
 from asvit_deploy.ops.headers import silent
+from asvit_deploy.page import writing as page
 from asvit_deploy.parity import CHOICE, Parity, compare
 from asvit_deploy.runners.base import Reference
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
@@ -43,6 +50,8 @@ class Comparison:
         account: how many were skipped and passed over, by reason and ending.
         reference: as `Runner.describe`.
         parity: the verdict, and all that led to it.
+        machine: what it ran on.
+        sha256: of the file, or None of a bundle and of what another tool made.
     """
 
     model: str
@@ -51,6 +60,8 @@ class Comparison:
     account: dict[str, Any]
     reference: dict[str, str]
     parity: Parity
+    machine: dict[str, Any] = field(default_factory=machine)
+    sha256: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -58,9 +69,11 @@ class Comparison:
         return self.parity.passed
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the account's entries stand beside the others."""
-        return {"model": self.model, "run": self.run, "images": self.images, **self.account,
-                "reference": self.reference, "parity": self.parity.as_dict()}  # fmt: skip
+        """For JSON; the account's entries stand beside the others, and what was called."""
+        return {"kind": "check", "model": self.model, "sha256": self.sha256, "run": self.run,
+                "images": self.images, **self.account, "reference": self.reference,
+                "parity": self.parity.as_dict(), "machine": self.machine,
+                "command": sidecar.command_line()}  # fmt: skip
 
 
 def check(
@@ -78,6 +91,9 @@ def check(
     allow_engine_code: bool = False,
     runtime: str | Sequence[str] | None = None,
     choice: str | Path | None = None,
+    output: str | Path | None = None,
+    html: str | Path | None = None,
+    force: bool = False,
     say: Callable[[str], None] = silent,
 ) -> list[Comparison]:
     """Compare artefacts with PyTorch, in every way that they can run here.
@@ -101,6 +117,9 @@ def check(
         runtime: only in these, of `runtimes.NAMES`, by default in `runtimes.CHECKED`; a text names
             several with commas. "auto" is the one that `bench(save_choice=...)` found fastest.
         choice: what runtime "auto" reads, by default `MODEL.choice.json`.
+        output: also write the comparisons there as JSON.
+        html: also make a page of them there, as `asvit_deploy.report` does.
+        force: replace a file that is there.
         say: gets status lines; a progress bar is shown only where this is given.
 
     Returns:
@@ -108,8 +127,8 @@ def check(
 
     Raises:
         UserError: an artefact cannot be opened or run, is of another method, cuts or bound than
-            those named, a runtime named is missing or runs none of them, or the pictures cannot be
-            read.
+            those named, a runtime named is missing or runs none of them, the pictures cannot be
+            read, or `output` or `html` cannot be written.
     """
     require_least(1, limit=limit)
     require_least(0, skip_limit=skip_limit)
@@ -153,14 +172,40 @@ def check(
             ways[way]
         return artefact, judge, ways
 
-    # A bad one is refused before the first has run for minutes; each is let go again, so that
-    # never more than one is in memory.
-    for path in paths[1:]:
-        opened(path)
     comparisons: list[Comparison] = []
-    for path in paths:
-        comparisons += _compared(*opened(path), path_of(images), limit, skip_limit, say)
+    target, shown = path_of(output), path_of(html)
+    with _written(target, shown, force, [*paths, *filter(None, [path_of(reference)])]):
+        # A bad one is refused before the first has run for minutes; each is let go again, so that
+        # never more than one is in memory.
+        for path in paths[1:]:
+            opened(path)
+        for path in paths:
+            comparisons += _compared(*opened(path), path_of(images), limit, skip_limit, say)
+        if target is not None:
+            files.write_text(target, as_json(comparisons) + "\n")
+        if shown is not None:
+            page.write([one.as_dict() for one in comparisons], shown, force)
     return comparisons
+
+
+def as_json(comparisons: Sequence[Comparison]) -> str:
+    """What `output` gets."""
+    return json.dumps([comparison.as_dict() for comparison in comparisons], indent=2)
+
+
+@contextlib.contextmanager
+def _written(
+    target: Path | None, shown: Path | None, force: bool, models: Sequence[Path]
+) -> Iterator[None]:
+    """No other run makes the JSON or the page meanwhile, and neither is one of the models."""
+    found = [path for path in models if path.is_file()]
+    sources = [*found, *map(sidecar.sidecar_path, found)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(page.claimed_page(shown, force, *sources, other=target))
+        if target is not None:
+            check = partial(files.check_writable, target, force, *sources)
+            stack.enter_context(claimed(target, force, check))
+        yield
 
 
 def _with_itself() -> UserError:
@@ -203,7 +248,7 @@ def _compared(
             )  # fmt: skip
             found = Comparison(
                 str(artefact.path), f"{way}, batch {batch}", pictures.source, pictures.account,
-                judge.describe(), parity,
+                judge.describe(), parity, sha256=artefact.fields.get("sha256"),
             )  # fmt: skip
             comparisons.append(found)
             progress.update()

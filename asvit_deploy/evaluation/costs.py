@@ -33,6 +33,11 @@ def macs_of(
     return np.asarray(model_macs(config, lengths, cuts), np.float64)
 
 
+def histogram_kept(kept: NDArray[np.int64], config: ArchConfig) -> list[list[int]]:
+    """Per stage, at k the images that kept k image tokens, of [P, stages] (Figure 5)."""
+    return [np.bincount(k, minlength=config.image_tokens + 1).tolist() for k in kept.T]
+
+
 def summarise_costs(
     kept: NDArray[np.int64], macs: NDArray[np.float64], config: ArchConfig
 ) -> dict[str, Any]:
@@ -40,8 +45,7 @@ def summarise_costs(
 
     Returns:
         `gmacs`, and `macs_share` of the teacher, which is what a budget means; per stage
-        `mean_kept`, `quantiles_kept` (0, 5, 50, 95, 100 %) and `histogram_kept`, whose entry k
-        counts the images that kept k image tokens (Figure 5); `image_tokens`.
+        `mean_kept`, `quantiles_kept` (0, 5, 50, 95, 100 %) and `histogram_kept`; `image_tokens`.
     """
     tokens, mean = config.image_tokens, float(macs.mean())
     return {
@@ -49,6 +53,6 @@ def summarise_costs(
         "macs_share": mean / teacher_macs(config),
         "mean_kept": kept.mean(0).tolist(),
         "quantiles_kept": np.quantile(kept, [0, 0.05, 0.5, 0.95, 1], axis=0).T.tolist(),
-        "histogram_kept": [np.bincount(k, minlength=tokens + 1).tolist() for k in kept.T],
+        "histogram_kept": histogram_kept(kept, config),
         "image_tokens": tokens,
     }

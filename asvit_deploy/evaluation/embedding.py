@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluation.accuracy import LabelledArrays, wilson
+from asvit_deploy.evaluation.accuracy import LabelledArrays
 from asvit_deploy.evaluation.costs import kept_of, macs_of, summarise_costs
+from asvit_deploy.intervals import wilson
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.runners.base import Runner
 from asvit_deploy.similarity import agreement, directions, voted

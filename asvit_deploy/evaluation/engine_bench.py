@@ -64,6 +64,7 @@ class EngineBench(Report):
         against_kept: as `against_kept` makes it.
         verdict: one sentence on which is the faster.
         machine: the host.
+        sha256: of the engine, or None of a bundle.
     """
 
     kind: ClassVar[str] = "engine"
@@ -86,6 +87,7 @@ class EngineBench(Report):
     against_kept: dict[str, list[dict[str, Any]]]
     verdict: str
     machine: dict[str, Any]
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def bench_engine(
         pictures.source, len(loaded), pictures.account,
         macs_summary(config, lengths, runs, artefact.cuts) if artefact.adaptive else None,
         agreed, rows, against_kept(variants, times, lengths - config.prefix), verdict(rows),
-        machine(),
+        machine(), fields.get("sha256"),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation import profile
 from asvit_deploy.evaluation.arguments import bar
+from asvit_deploy.evaluation.costs import histogram_kept
 from asvit_deploy.evaluation.machine import machine
 from asvit_deploy.evaluation.memory_use import memory_use
 from asvit_deploy.evaluation.report import Report
@@ -72,6 +73,8 @@ class ModelBench(Report):
         verdict: one sentence on which is the faster.
         machine: what it ran on.
         sweeps: over batch, budget and image size, those that were asked for.
+        histogram_kept: as `costs.histogram_kept`, of the pictures; none of a dense network.
+        sha256: of the file.
     """
 
     kind: ClassVar[str] = "model"
@@ -94,6 +97,8 @@ class ModelBench(Report):
     verdict: str
     machine: dict[str, Any]
     sweeps: list[Sweep] = field(default_factory=list)
+    histogram_kept: list[list[int]] = field(default_factory=list)
+    sha256: str | None = None
 
 
 def bench_model(
@@ -149,6 +154,8 @@ def bench_model(
         len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, agreed,
         shown, profiles, notes, busy(variants, seconds),
         verdict(rows[: len(rows) - len(beside)]), machine(),
+        histogram_kept=histogram_kept(lengths - config.prefix, config) if artefact.adaptive else [],
+        sha256=artefact.fields.get("sha256"),
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
 
+from asvit_deploy import sidecar
+
 
 class Report:
     """What a bench of one artefact found; its fields, in order, are those of the JSON."""
@@ -13,12 +15,12 @@ class Report:
     kind: ClassVar[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the entries of `account` stand beside the others."""
+        """For JSON; the entries of `account` stand beside the others, and what was called."""
         said: dict[str, Any] = {"kind": self.kind}
         for item in fields(self):  # type: ignore[arg-type]  # each kind is a dataclass
             value = getattr(self, item.name)
             said |= value if item.name == "account" else {item.name: value}
-        return said
+        return {**said, "command": sidecar.command_line()}
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

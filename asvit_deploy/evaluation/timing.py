@@ -46,13 +46,14 @@ class Line(TypedDict):
     """A least-squares line through one point for each picture; `r2` is its share of the variance.
 
     The points are medians of a picture's rounds over the image tokens that its blocks saw, as a
-    mean over the blocks.
+    mean over the blocks; `points` has some of them where there are many, [tokens, ms] each.
     """
 
     ms_per_token: float
     ms_at_none: float
     r2: float
     pictures: int
+    points: list[list[float]]
 
 
 class Row(_Timed, total=False):
@@ -236,6 +237,9 @@ def tokens_by_image(
     return np.asarray((rows - config.prefix) @ halves / halves.sum(), np.float64)
 
 
+_MOST_POINTS = 200  # of a line, in the JSON
+
+
 def line_over_kept(
     seconds: NDArray[np.float64], tokens: NDArray[np.float64]
 ) -> Line | None:  # fmt: skip
@@ -257,6 +261,7 @@ def line_over_kept(
     return {
         "ms_per_token": float(slope), "ms_at_none": float(offset),
         "r2": 1 - left / spread if spread else 0.0, "pictures": len(seen),
+        "points": np.stack([x, y], axis=1)[:: -(-len(seen) // _MOST_POINTS)].tolist(),
     }  # fmt: skip
 
 

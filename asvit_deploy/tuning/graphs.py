@@ -10,7 +10,6 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from asvit_deploy.api.methods import EXECUTED
 from asvit_deploy.checkpoints.load import Checkpoint, save_checkpoint
 from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.evaluation.sweep_points import static_rival
@@ -25,6 +24,7 @@ from asvit_deploy.tuning.contenders import Candidate, state_of
 from asvit_deploy.tuning.running import Runnable
 
 INT8, BF16 = "int8", "bf16"
+EXECUTED = "executed"  # how its budgets count, as `calibrate --budget-by` calls it
 _COMPARED = 16  # pictures, as `export` takes
 _QUANTISED = 32  # likewise
 

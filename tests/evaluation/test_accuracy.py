@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluation.accuracy import joined, score, summarise, wilson
+from asvit_deploy.evaluation.accuracy import joined, score, summarise
+from asvit_deploy.intervals import wilson
 from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.runners.base import Prediction
