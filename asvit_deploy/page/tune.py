@@ -65,7 +65,7 @@ def tell(report: dict[str, Any]) -> Facts:
         facts.add("tune", _latency(timing))
         facts.notes += [*(timing["notes"] or []), *filter(None, [timing["busy"]])]
     facts.notes += report["notes"] or []
-    facts.missing += [f"left out: {line}" for line in report["left_out"] or []]
+    facts.notes += [f"left out: {line}" for line in report["left_out"] or []]
     return facts
 
 

@@ -5,6 +5,7 @@ Nothing here is said of how fast anything is, but that three cuts at 0.4 of the 
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import resource
@@ -91,6 +92,7 @@ def test_the_report_is_whole_and_signed_for_the_next_tool(gone):
     report = json.loads((found.output / "tune.json").read_text())
     assert report == found.report
     assert report["kind"] == "tune"
+    assert found.verdict["sentence"] in html.unescape((found.output / "report.html").read_text())
     assert report["pictures"]["calibrating"] + report["pictures"]["judging"] == 48
     sequence = report["sequence"]
     distances = [test["distance"] for test in sequence]
