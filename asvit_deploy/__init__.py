@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from asvit_deploy.api.predict import predict
     from asvit_deploy.api.report import report
     from asvit_deploy.api.save import save
+    from asvit_deploy.api.tune import tune
     from asvit_deploy.api.visualize import visualize
     from asvit_deploy.errors import CheckFailed, Interrupted, UserError
     from asvit_deploy.evaluation.bench import bench  # type: ignore[attr-defined]
@@ -55,6 +56,7 @@ __all__ = [
     "predict",
     "report",
     "save",
+    "tune",
     "visualize",
 ]
 
@@ -77,6 +79,7 @@ _MODULES = {
     "predict": "api.predict",
     "report": "api.report",
     "save": "api.save",
+    "tune": "api.tune",
     "visualize": "api.visualize",
 }
 

@@ -6,7 +6,7 @@ picture by picture, the other is closer to the dense network beyond what chance 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,13 +125,8 @@ class _Trial:
         self.progress(min(self.done, self.total), self.total)
 
     def _carried_out(self, reduction: Ranked | None, which: Sequence[int]) -> Outcome:
-        network, outputs, lengths = self.model.with_reduction(reduction), [], []
-        for i in which:
-            output, trace = network(torch.from_numpy(self.images[i])[None])
-            outputs.append(output)
-            lengths.append([int(length) for length in trace.length])
-            self._tick()
-        return Outcome(np.array(lengths, np.int64).reshape(len(which), -1), torch.cat(outputs))
+        network = self.model.with_reduction(reduction)
+        return carried_out_on(network, (self.images[i] for i in which), self._tick)
 
     def made(self) -> Choice:
         every = range(len(self.images))
@@ -208,6 +203,24 @@ class _Trial:
         row["drift"] = row["macs_ratio"] / wanted.budget - 1
         row["values"] = [boundary.item() for boundary in made.boundaries()]
         return made, row
+
+
+@torch.inference_mode()
+def carried_out_on(
+    network: ViT, images: Iterable[np.ndarray], tick: Callable[[], object] = lambda: None
+) -> Outcome:
+    """What a network makes of pictures, float32 [3, H, W] each, one at a time.
+
+    Args:
+        tick: called once for each.
+    """
+    outputs, lengths = list[Tensor](), list[list[int]]()
+    for image in images:
+        output, trace = network(torch.from_numpy(image)[None])
+        outputs.append(output)
+        lengths.append([int(length) for length in trace.length])
+        tick()
+    return Outcome(np.array(lengths, np.int64).reshape(len(lengths), -1), torch.cat(outputs))
 
 
 def chosen(apart: dict[str, NDArray[np.float64]]) -> tuple[str, str]:

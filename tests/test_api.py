@@ -36,6 +36,7 @@ FUNCTIONS = (
     "predict",
     "report",
     "save",
+    "tune",
     "visualize",
 )
 WITHOUT_COMMAND = ("load", "save")  # fmt: skip

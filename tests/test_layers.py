@@ -50,6 +50,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("drawing",),
     ("page",),
     ("doctor", "engine", "evaluation", "exporting", "training"),
+    ("tuning",),
     ("api",),
     ("__init__",),
     ("cli",),
@@ -172,7 +173,7 @@ def test_no_folder_imports_itself_by_way_of_another():
 def test_evaluation_is_for_commands_and_the_public_api():
     users = {arrow.importer.split(".")[0] for arrow in ARROWS
              if arrow.imported.split(".")[0] == "evaluation"}  # fmt: skip
-    assert users <= {"api", "cli", "__init__", "evaluation"}
+    assert users <= {"api", "cli", "__init__", "evaluation", "tuning"}
     assert "cli" in users
 
 

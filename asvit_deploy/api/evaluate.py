@@ -290,6 +290,7 @@ def _evaluate(
 ) -> Evaluation:  # fmt: skip
     from asvit_deploy.data.skips import Skips
     from asvit_deploy.evaluation.machine import machine
+    from asvit_deploy.evaluation.pictures import labelled_pictures
     from asvit_deploy.training.recipe import memory_failures
 
     config, found = opened.config, opened.names
@@ -301,7 +302,7 @@ def _evaluate(
     else:
         if neighbours is not None:
             say(f"{model} has classes: --neighbours, which is for embeddings, is not looked at")
-        pictures = _labelled_pictures(model, data, opened, skips, say)
+        pictures = labelled_pictures(model, data, config, opened.names, skips, say)
         run, row = _class_task(opened)
     for note in pictures.source.notes:
         say(note)
@@ -380,30 +381,3 @@ def _any_pictures(
             )
         say(f"{model} has no dense twin to agree with: {opened.twin}")
     return EvaluationPictures(source, skips)
-
-
-def _labelled_pictures(
-    model: Path, data: str, opened: _Opened, skips: Skips, say: Say
-) -> EvaluationPictures:
-    """The data with the model's own class numbers."""
-    from asvit_deploy.classes.matching import label_map
-    from asvit_deploy.data.shards import GIVEN
-    from asvit_deploy.data.sources import open_labelled
-    from asvit_deploy.evaluation.pictures import EvaluationPictures
-
-    found, count = opened.names, opened.config.num_classes
-    if count == 1:
-        raise UserError(
-            f"{model} has one output, a score and no class, so there is no top-1; see the scores "
-            "with `asvit-deploy predict`"
-        )
-    ours, firm = (found.names, found.firm) if found else (None, True)
-    # Labels of shards are numbers: where nothing names them, the network's own names do.
-    source = open_labelled(data, opened.config, skips, ours)
-    if source.classes_from == GIVEN:
-        say(f"{data} has no classes.txt: its labels are taken as numbers of the outputs")
-    try:
-        numbers = label_map(source.classes, ours, count, firm, say)
-    except UserError as error:
-        raise UserError(f"{model} cannot be evaluated on {data}: {error}") from error
-    return EvaluationPictures(source, skips, numbers)

@@ -37,6 +37,14 @@ def method_for(checkpoint: Checkpoint, name: str | None) -> str:
             f"{checkpoint.path} is a checkpoint of the method {own}; pass --method {own}, or name "
             "the dense weights that it was made from"
         )
+    require_sizes(checkpoint, name)
+    return name
+
+
+def require_sizes(checkpoint: Checkpoint, name: str) -> None:
+    """Raise UserError for a method without sizes where the network's head averages tokens."""
+    from asvit_deploy.reduction.methods import METHODS
+
     if name != AUTO and checkpoint.config.averages and not METHODS[name].carries_sizes:
         able = ", ".join(other for other, made in METHODS.items() if made.carries_sizes)
         raise UserError(
@@ -44,7 +52,6 @@ def method_for(checkpoint: Checkpoint, name: str | None) -> str:
             f"not say how many each stands for; pass --method with one of {able}, or --dense to "
             "export or train it as it is"
         )
-    return name
 
 
 def with_method(

@@ -18,6 +18,7 @@ from asvit_deploy.status import first_process
 COMMANDS = {
     "finetune": "Train: budget-aware fine-tuning, or a dense teacher.",
     "calibrate": "Find thresholds that meet a MACs budget, without training.",
+    "tune": "Is it worth it here, and what is lost? A go with its model, or a no-go.",
     "export": "Checkpoint to one ONNX file, checked against PyTorch.",
     "build-engine": "ONNX to a TensorRT engine.",
     "check": "Parity with PyTorch: outputs, top-1 or neighbours, kept tokens.",
@@ -90,7 +91,8 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command; exit 0 when good, 1 when a check failed, 2 on bad input, 130 if stopped."""
+    """Run the command; exit 0 when good, 1 when a check failed, 2 on bad input, 3 and 4 where
+    tune says no go and not shown, 130 if stopped."""
     try:
         code = group.main(args, prog_name="asvit-deploy", standalone_mode=False)
     except click.ClickException as error:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from asvit_deploy.classes.matching import label_map
+from asvit_deploy.classes.network import ClassNames
 from asvit_deploy.data.labelled import LabelledPictures
+from asvit_deploy.data.shards import GIVEN
 from asvit_deploy.data.skips import Skips
-from asvit_deploy.data.sources import DigitsSource
+from asvit_deploy.data.sources import DigitsSource, open_labelled
+from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.accuracy import LabelledArrays
+from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.status import Say, hide_bar
 
 
@@ -68,3 +74,33 @@ class EvaluationPictures:
             "classes": len(names),
             "classes_without_pictures": [n for n, count in zip(names, per_class) if not count],
         }
+
+
+def labelled_pictures(
+    model: Path, data: str, config: ArchConfig, found: ClassNames | None, skips: Skips, say: Say
+) -> EvaluationPictures:
+    """The data with the model's own class numbers.
+
+    Args:
+        model: for messages.
+        found: names of its classes, where they are known.
+
+    Raises:
+        UserError: it tells no classes apart, or its classes cannot be matched with the data's.
+    """
+    count = config.num_classes
+    if count == 1:
+        raise UserError(
+            f"{model} has one output, a score and no class, so there is no top-1; see the scores "
+            "with `asvit-deploy predict`"
+        )
+    ours, firm = (found.names, found.firm) if found else (None, True)
+    # Labels of shards are numbers: where nothing names them, the network's own names do.
+    source = open_labelled(data, config, skips, ours)
+    if source.classes_from == GIVEN:
+        say(f"{data} has no classes.txt: its labels are taken as numbers of the outputs")
+    try:
+        numbers = label_map(source.classes, ours, count, firm, say)
+    except UserError as error:
+        raise UserError(f"{model} cannot be evaluated on {data}: {error}") from error
+    return EvaluationPictures(source, skips, numbers)

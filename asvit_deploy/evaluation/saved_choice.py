@@ -147,30 +147,36 @@ def _fields(
 ) -> Fields:
     report, row, own = best.report, best.row, files[best.report.model]
     lost = {Path(p).name: f["sha256"] for p, f in files.items() if f["sha256"] != own["sha256"]}
+    return choice_fields(
+        Path(report.model).name, own, row["runtime"], row["way"], best.threads, row["p50_ms"],
+        row["name"], row["runner"], report.machine,
+        models=[Path(path).name for path in files], lost=lost,
+        runner_up=rest[0].brief() if rest else None, verdict=_verdict(best, files),
+        speedup=row.get("speedup"), fastest_dense=dense.brief() if dense else None,
+        runs=report.runs, images=report.images,
+    )  # fmt: skip
+
+
+def choice_fields(
+    model: str, own: Mapping[str, Any], runtime: str, way: str, threads: int, p50_ms: float,
+    row: str, runner: Mapping[str, str], machine: Mapping[str, Any], batch: int = 1, **more: Any,
+) -> Fields:  # fmt: skip
+    """What a choice file says, before it is signed.
+
+    Args:
+        model: name of the file that is to be run.
+        own: its sidecar.
+        way: as `Artefact.ways` calls it.
+        row: what was measured.
+        runner: as `Runner.describe`.
+        more: for readers alone; `models` and `lost` are for messages.
+    """
     return {
-        "kind": KIND,
-        "model": Path(report.model).name,
-        "sha256": own["sha256"],
-        "models": [Path(path).name for path in files],
-        "lost": lost,
-        "runtime": row["runtime"],
-        "way": row["way"],
-        "threads": best.threads,
-        "precision": own["precision"],
-        "computes_in": row["runner"].get("precision"),
-        "batch": 1,
-        "p50_ms": row["p50_ms"],
-        "row": row["name"],
-        "runner_up": rest[0].brief() if rest else None,
-        "verdict": _verdict(best, files),
-        "speedup": row.get("speedup"),
-        "fastest_dense": dense.brief() if dense else None,
-        "runs": report.runs,
-        "images": report.images,
-        "backend": row["runner"]["backend"],
-        **report.machine,
-        "tool": f"asvit-deploy {__version__}",
-    }
+        "kind": KIND, "model": model, "sha256": own["sha256"], "models": [model], "lost": {},
+        "runtime": runtime, "way": way, "threads": threads, "precision": own["precision"],
+        "computes_in": runner.get("precision"), "batch": batch, "p50_ms": p50_ms, "row": row,
+        **more, "backend": runner["backend"], **machine, "tool": f"asvit-deploy {__version__}",
+    }  # fmt: skip
 
 
 def _verdict(best: _Timed, files: Mapping[str, Fields]) -> str | None:

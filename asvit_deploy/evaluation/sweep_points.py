@@ -330,7 +330,7 @@ class _Planned:
         lengths: NDArray[np.int64], share: float | None,
     ) -> Point:  # fmt: skip
         macs = macs_of(config, reduction, lengths)
-        static, notes = _static(config, reduction, float(macs.mean()) / teacher_macs(config))
+        static, notes = static_rival(config, reduction, float(macs.mean()) / teacher_macs(config))
         kept = (lengths.mean(axis=0) - config.prefix).tolist()
         return Point(at, batch, config, reduction, static, macs, kept, share, notes)
 
@@ -354,7 +354,7 @@ def split_of(prefix: int, tokens: int, lengths: NDArray[np.int64]) -> tuple[floa
     return tuple(float(p / whole) if whole > 0 else 1 / stages for p in parts)
 
 
-def _static(
+def static_rival(
     config: ArchConfig, reduction: Reduction, share: float
 ) -> tuple[Ranked | None, tuple[str, ...]]:
     """The same ranking with fixed counts at those mean MACs, or why there is none."""

@@ -273,11 +273,13 @@ def busy(
     variants: Sequence[Variant], seconds: dict[str, NDArray[np.float64]]
 ) -> str | None:  # fmt: skip
     """One line where rounds of equal work, those of dense rows, took unequal time; else None."""
-    spreads = {
-        v.name: float(np.percentile(seconds[v.name], 90) / np.median(seconds[v.name]))
-        for v in variants if not v.adaptive
-    }  # fmt: skip
-    if not spreads or (calmest := min(spreads.values())) < _BUSY:
+    return too_busy([seconds[v.name] for v in variants if not v.adaptive])
+
+
+def too_busy(rounds: Sequence[NDArray[np.float64]]) -> str | None:
+    """As `busy`, of the rounds of each variant that always does the same work."""
+    spreads = [float(np.percentile(one, 90) / np.median(one)) for one in rounds]
+    if not spreads or (calmest := min(spreads)) < _BUSY:
         return None
     return (
         f"the machine was busy: one round in ten of the dense network took {calmest:.2f} times the "

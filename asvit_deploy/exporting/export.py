@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,77 @@ def verify(
     }
 
 
+@dataclass(frozen=True)
+class Made:
+    """A graph that agrees with PyTorch, and what its sidecar says but for where it came from.
+
+    Attributes:
+        parity: how it agrees, by the size of the batches.
+    """
+
+    proto: onnx.ModelProto
+    fields: dict[str, Any]
+    parity: dict[str, Parity]
+
+    def write(self, output: Path, **more: Any) -> None:
+        """Put it in place with its sidecar, which gets `more` fields.
+
+        Raises:
+            UserError: as `sidecar.write`.
+        """
+        sidecar.write(output, self.proto.SerializeToString(), {**self.fields, **more})
+
+
+def made(
+    model: ViT, checkpoint: Checkpoint, pictures: Sequence[NDArray[np.float32]],
+    names: Sequence[str], output: Path, batch: str = "1", ops: str = "auto",
+    stage_outputs: bool = False, opset: int = OPSET,
+) -> Made:  # fmt: skip
+    """A network's graph, compared with PyTorch.
+
+    Args:
+        model: the checkpoint's network, as it is to be exported.
+        pictures, names: as `verify`.
+        output: where it is to go, for messages.
+        batch, ops, stage_outputs, opset: as `to_onnx`.
+
+    Raises:
+        CheckFailed: it does not agree.
+    """
+    proto = to_onnx(model, batch, ops, opset, stage_outputs)
+    fields = {**describe_model(model, checkpoint, proto, batch, ops), **sidecar.provenance()}
+    embed_metadata(proto, fields)
+    parity = verify(proto, model, pictures, names, batch)
+    for name, result in parity.items():
+        if not result.passed:
+            raise CheckFailed(
+                f"the exported model does not match PyTorch at {name} "
+                f"({'; '.join(result.failures)}); {output} was not written"
+            )
+    return Made(proto, fields, parity)
+
+
+def in_int8(
+    one: Made, model: ViT, kind: Kind, pictures: Sequence[NDArray[np.float32]],
+    names: Sequence[str], name: str, batch: str = "1",
+) -> tuple[Made, str]:  # fmt: skip
+    """Its int8 form, see `exporting.quantised`, and a line on it.
+
+    Args:
+        name: how messages call the model.
+
+    Raises:
+        UserError, CheckFailed: as `quantised`.
+    """
+    found = quantised(
+        one.proto, kind, pictures, names,
+        lambda proto, some, labels: verify(proto, model, some, labels, batch, "int8"), name,
+    )  # fmt: skip
+    fields = {**one.fields, "precision": "int8", "quantisation": found.fields}
+    embed_metadata(found.model, fields)
+    return Made(found.model, fields, found.parity), found.said()
+
+
 def export(
     checkpoint: Checkpoint,
     output: Path,
@@ -184,29 +256,11 @@ def export(
     if not dense:
         require_adaptive(checkpoint)
     model = build_model(checkpoint, dense=dense)
-    proto = to_onnx(model, batch, ops, opset, stage_outputs)
-    fields = {
-        **describe_model(model, checkpoint, proto, batch, ops),
-        "source": source_of(checkpoint.path, format=checkpoint.format, ema=ema),
-        **sidecar.provenance(),
-    }
-    embed_metadata(proto, fields)
     pictures, names = images.loaded()
-    parity = verify(proto, model, pictures, names, batch)
-    for name, result in parity.items():
-        if not result.passed:
-            raise CheckFailed(
-                f"the exported model does not match PyTorch at {name} "
-                f"({'; '.join(result.failures)}); {output} was not written"
-            )
+    one = made(model, checkpoint, pictures, names, output, batch, ops, stage_outputs, opset)
     if int8 is not None:
-        made = quantised(proto, int8, pictures, names,
-                         lambda one, some, labels: verify(one, model, some, labels, batch, "int8"),
-                         str(checkpoint.path))  # fmt: skip
-        say(made.said())
-        proto, parity = made.model, made.parity
-        fields |= {"precision": "int8", "quantisation": made.fields}
-        embed_metadata(proto, fields)
-    fields["compared"] = {"pictures": images.source, **images.account}
-    sidecar.write(output, proto.SerializeToString(), fields)
-    return parity
+        one, line = in_int8(one, model, int8, pictures, names, str(checkpoint.path), batch)
+        say(line)
+    source = source_of(checkpoint.path, format=checkpoint.format, ema=ema)
+    one.write(output, source=source, compared={"pictures": images.source, **images.account})
+    return one.parity

@@ -12,6 +12,7 @@ Role = Literal["speed", "loss", "proof"]
 # Sections in the order of the page: name, heading, what it says where there is nothing to show; a
 # section without such a line is left out then.
 SECTIONS: tuple[tuple[str, str, str], ...] = (
+    ("tune", "Is it worth it here", ""),
     ("quality", "What the speed costs", ""),
     ("kept", "Latency over kept tokens", ""),
     ("variants", "Every variant", "Nothing was timed: `asvit-deploy bench MODEL --html` does."),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from asvit_deploy.page import bench, calibrate, check, engine, evaluate, visualize
+from asvit_deploy.page import bench, calibrate, check, engine, evaluate, tune, visualize
 from asvit_deploy.page.facts import Facts
 from asvit_deploy.page.schema import Reader
 
@@ -28,5 +28,6 @@ KINDS = {
     "check": Kind(check.SCHEMA, check.tell, "check"),
     "evaluate": Kind(evaluate.SCHEMA, evaluate.tell, "evaluate"),
     "calibrate": Kind(calibrate.SCHEMA, calibrate.tell, "calibrate"),
+    "tune": Kind(tune.SCHEMA, tune.tell, "tune"),
     VISUALIZE: Kind(visualize.SCHEMA, visualize.tell, "visualize"),
 }

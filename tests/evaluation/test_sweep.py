@@ -360,7 +360,7 @@ def test_a_method_whose_counts_cannot_be_met_has_no_static_rows(mini_config):
     assert BAT.adapts is False
     tiny = replace(mini_config, image_size=8)
     reduction = Threshold(tiny.stages)
-    found, notes = sweep_points._static(tiny, reduction, 0.01)
+    found, notes = sweep_points.static_rival(tiny, reduction, 0.01)
     assert found is None
     assert notes[0].startswith("no static rows: budget 0.01 is out of reach")
 

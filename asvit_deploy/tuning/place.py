@@ -1,0 +1,86 @@
+"""The folder that a run fills: what lies in it, and whose it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from asvit_deploy import sidecar
+from asvit_deploy.artefacts.runtime_choice import choice_path
+from asvit_deploy.claims import claimed
+from asvit_deploy.errors import UserError
+from asvit_deploy.files import check_parent, check_writable
+
+REPORT, PAGE, MEASURED = "tune.json", "report.html", "measured"
+
+
+class Place:
+    """Names in an output folder.
+
+    Args:
+        folder: of the run.
+        name: of the network, as its checkpoint is called.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.report, self.page = folder / REPORT, folder / PAGE
+        self.measured = folder / MEASURED
+        self.checkpoint = folder / f"{name}.tuned.safetensors"
+        self.model = folder / f"{name}.tuned.onnx"
+        self.choice = choice_path(self.model)
+
+    @property
+    def exported(self) -> list[Path]:
+        """What there is of a winner alone."""
+        own = [self.model, self.checkpoint]
+        return [*own, *map(sidecar.sidecar_path, own), self.choice]
+
+    def check(self, force: bool, sources: tuple[Path, ...]) -> None:
+        """Find out before the work whether the folder can be filled.
+
+        Args:
+            sources: the run's own inputs.
+
+        Raises:
+            UserError: it holds others' files and `force` is off, is a file, or cannot be written.
+        """
+        if not self.folder.exists():
+            check_parent(self.folder)
+            return
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; name a folder with --output")
+        ours = {path.name for path in (self.report, self.page, self.measured, *self.exported)}
+        others = sorted(path.name for path in self.folder.iterdir()
+                        if path.name not in ours and not path.name.startswith("."))  # fmt: skip
+        if others and not force:
+            raise UserError(
+                f"{self.folder} holds {others[0]}, which is of no tune of this model; name another "
+                "folder with --output, or pass --force to write beside it"
+            )
+        for path in (self.report, self.page, *self.exported):
+            check_writable(path, True, *sources)
+
+    @contextlib.contextmanager
+    def claimed(self, force: bool, sources: tuple[Path, ...]) -> Iterator[None]:
+        """The folder, made where it is missing; no other run fills it meanwhile. One that nothing
+        was put into is gone again afterwards."""
+        self.check(force, sources)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self.measured.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {self.measured}: {error.strerror}") from error
+        try:
+            with claimed(self.report):
+                yield
+        finally:
+            for path in (self.measured, self.folder):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+    def clear(self) -> None:
+        """Remove what an earlier run exported here."""
+        for path in self.exported:
+            path.unlink(missing_ok=True)
