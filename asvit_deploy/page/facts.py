@@ -48,6 +48,15 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Ruling:
+    """A verdict that a report itself gives: a few words, a sentence, and how that is."""
+
+    lead: str
+    rest: str
+    mood: Mood
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """Top-1 on labelled pictures, to be held against that of a dense network on the same ones."""
 
@@ -204,12 +213,14 @@ class Facts:
         blocks: by section.
         notes: what it says itself: notes, and that the machine was busy.
         missing: what is not in it, one line each.
+        ruling: its own verdict, which then is the page's.
         figures, accuracy, timed, histograms: what `joined` makes something of.
     """
 
     model: str
     what: str
     sha256: str | None = None
+    ruling: Ruling | None = None
     figures: list[Figure] = field(default_factory=list)
     accuracy: Accuracy | None = None
     timed: list[Timed] = field(default_factory=list)

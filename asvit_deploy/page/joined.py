@@ -147,7 +147,11 @@ def _summary(model: str, some: Sequence[Facts], accuracies: Sequence[Accuracy]) 
     # Of a file that was only compared one sentence is enough.
     cards = [Card(question, best[role], absent) for role, question, absent in _ROLES
              if best["speed"] or best["loss"]]  # fmt: skip
-    return Summary(model, lead, "; ".join(clauses), mood, cards, _warnings(model, some))
+    rest = "; ".join(clauses)
+    for one in some:
+        if one.ruling:
+            lead, rest, mood = one.ruling.lead, one.ruling.rest, one.ruling.mood
+    return Summary(model, lead, rest, mood, cards, _warnings(model, some))
 
 
 def _of_all(weakest: Figure, every: Sequence[Figure]) -> Figure:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from asvit_deploy.page.bench import gain_cell, speed_figure
-from asvit_deploy.page.facts import Cell, Facts, Lines, Table
+from asvit_deploy.page.bench import gain_cell
+from asvit_deploy.page.facts import Cell, Facts, Figure, Lines, Mood, Ruling, Table
 from asvit_deploy.page.schema import (
+    COMMON,
     count,
     each,
     flag,
@@ -36,59 +38,95 @@ _PROMISE = record({}, {
     "candidate": text,
 })  # fmt: skip
 
+_POINT = record({"name": text}, {
+    "agreement": number, "agreement_low": number, "agreement_high": number, "pictures": count,
+})  # fmt: skip
+
 SCHEMA = record({"kind": text, "model": long_text}, {
+    **COMMON,
     "demand": record({}, {"task": text, "max_drop_points": positive, "min_cosine": number}),
     "pictures": record({}, {"source": text, "calibrating": count, "judging": count}),
-    "verdict": record({}, {"go": flag, "sentence": long_text, "why": text}), "promise": _PROMISE,
+    "verdict": record({}, {
+        "go": flag, "sentence": long_text, "why": text, "winner": text, "nearest": text,
+        "over_fastest_dense": _SPAN, "fastest_dense": text,
+    }),
+    "promise": _PROMISE, "frontier": each(_POINT, 5000),
     "sequence": each(_TEST, 500), "latency": each(_TIMING, 100), "notes": each(long_text, 500),
     "left_out": each(long_text, 500),
 })  # fmt: skip
 
 
+_RULINGS: dict[bool | None, tuple[str, Mood]] = {
+    True: ("Worth it here", "good"), False: ("Not worth it here", "bad"),
+    None: ("Not shown yet", "even"),
+}  # fmt: skip
+
+
 def tell(report: dict[str, Any]) -> Facts:
-    facts = Facts(report["model"], "tune")
+    facts = Facts(report["model"], "tune", report["sha256"], command=report["command"],
+                  machine=report["machine"])  # fmt: skip
     verdict, promise = report["verdict"] or {}, report["promise"]
     embeds = (report["demand"] or {}).get("task") == "embeddings"
-    if verdict.get("sentence"):
-        facts.add("tune", Lines([f"Verdict: {verdict['sentence']}."],
-                                "" if verdict["go"] else "bad"))  # fmt: skip
+    if sentence := verdict.get("sentence"):
+        lead, mood = _RULINGS[verdict["go"]]
+        rest = re.sub("^(?:go|no go|not shown): ", "", sentence)
+        facts.ruling = Ruling(lead, rest, mood)
+        facts.figures += _first_screen(report, verdict, embeds)
     if promise:
         _promised(facts, promise, embeds)
-    if shown := report["pictures"]:
-        facts.add("tune", Lines([
-            f"Pictures: {shown['source'] or 'not said'}; {shown['calibrating'] or 0:,} "
-            f"calibrated, {shown['judging'] or 0:,} others judged."
-        ]))  # fmt: skip
     if report["sequence"]:
         facts.add("tune", _sequence(report["sequence"], embeds))
     for timing in report["latency"] or []:
-        facts.add("tune", _latency(timing))
+        facts.add("variants", _latency(timing))
         facts.notes += [*(timing["notes"] or []), *filter(None, [timing["busy"]])]
+    facts.add("parity", Lines(["What was judged and timed were the files themselves, each in the "
+                               "runtime that its row names."]))  # fmt: skip
     facts.notes += report["notes"] or []
     facts.notes += [f"left out: {line}" for line in report["left_out"] or []]
     return facts
 
 
+def _first_screen(report: dict[str, Any], verdict: dict[str, Any], embeds: bool) -> list[Figure]:
+    """Of the winner, or of what came nearest to one."""
+    found = []
+    name = verdict["winner"] or verdict["nearest"]
+    if (over := verdict["over_fastest_dense"]) is not None:
+        beside = f"of {verdict['fastest_dense'] or 'dense'}, the fastest that may be taken"
+        mood: Mood = "good" if over["low"] > 1 else "bad" if over["high"] < 1 else "even"
+        found.append(Figure("speed", -1, f"{over['value']:.2f}×",
+                            f"95 % interval {over['low']:.2f}–{over['high']:.2f}; {name}",
+                            f"the speed {beside}", "", mood))  # fmt: skip
+    rows = [row for row in report["frontier"] or [] if row["name"] == name]
+    if rows and rows[0]["agreement"] is not None:
+        own = _agreement(rows[0], embeds)
+        figure = agreement_figure(own, rows[0]["pictures"], -1)
+        found += [figure] if figure else []
+    if (shown := report["pictures"]) and shown["judging"]:
+        said = f"{shown['source'] or 'pictures'}; {several(shown['calibrating'] or 0, 'other')} "
+        found.append(Figure("proof", 0, f"{shown['judging']:,}", f"{said}calibrated",
+                            "pictures judged, by exact bounds that hold for all like them", "",
+                            "good"))  # fmt: skip
+    return found
+
+
+def _agreement(row: dict[str, Any], embeds: bool) -> dict[str, Any]:
+    value = row["agreement"]
+    return {"cosine": value if embeds else None, "top1": None if embeds else value,
+            "score_error": None, "low": row["agreement_low"],
+            "high": row["agreement_high"]}  # fmt: skip
+
+
 def _promised(facts: Facts, promise: dict[str, Any], embeds: bool) -> None:
-    """The winner's figures."""
+    """What a later measurement of the winner should find."""
     span = {"value": promise["ratio"], "low": promise["low"], "high": promise["high"]}
-    if None not in span.values():
-        where = f"in {promise['runtime'] or 'its runtime'}"
-        more = "" if promise["p50_ms"] is None else f"; {ms(promise['p50_ms'])} ms"
-        facts.figures.append(speed_figure(span, promise["p50_ms"] or 0.0, where, more))
-    own = {"cosine": promise["agreement"] if embeds else None, "score_error": None,
-           "top1": None if embeds else promise["agreement"], "low": promise["agreement_low"],
-           "high": promise["agreement_high"]}  # fmt: skip
-    if promise["agreement"] is not None:
-        figure = agreement_figure(own, promise["pictures"], 1)
-        facts.figures += [figure] if figure else []
-    if None not in (promise["expected_low"], promise["expected_high"]):
-        low, high = promise["expected_low"], promise["expected_high"]
-        said = f"{low:.4f} to {high:.4f}" if embeds else f"{percent(low, 2)} to {percent(high, 2)}"
-        facts.add("tune", Lines([
-            f"Promised of {promise['candidate'] or 'the winner'}: {times(span)} times as fast as "
-            f"{promise['over'] or 'dense'}; on as many other pictures an agreement of {said}."
-        ]))  # fmt: skip
+    low, high = promise["expected_low"], promise["expected_high"]
+    if None in (*span.values(), low, high):
+        return
+    said = f"{low:.4f} to {high:.4f}" if embeds else f"{percent(low, 2)} to {percent(high, 2)}"
+    facts.add("tune", Lines([
+        f"Promised of {promise['candidate'] or 'the winner'}: {times(span)} times as fast as "
+        f"{promise['over'] or 'dense'}; on as many other pictures an agreement of {said}."
+    ]))  # fmt: skip
 
 
 def _sequence(tests: list[dict[str, Any]], embeds: bool) -> Table:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from asvit_deploy import __version__
+from asvit_deploy import __version__, sidecar
 from asvit_deploy.checkpoints.facts import fields_of
 from asvit_deploy.checkpoints.load import Checkpoint, build_model
 from asvit_deploy.checkpoints.places import fingerprint
@@ -261,7 +261,7 @@ class Session:
             "left_out": self.clock.left_out,
             "measurements": {"reused": self.store.reused, "new": self.store.added},
             "seconds": round(self.clock.spent, 1), "machine": machine(),
-            "tool": f"asvit-deploy {__version__}",
+            "command": sidecar.command_line(), "tool": f"asvit-deploy {__version__}",
         }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class Verdict:
         sentence: for people.
         winner: the row to take, where there is one.
         nearest: the row, or the test, that came nearest where there is none.
+        over: what that row gains over the fastest dense one.
         more: pictures that the folder lacks to show it, about.
         dense: the fastest dense row that may be taken.
     """
@@ -55,6 +56,7 @@ class Verdict:
     sentence: str
     winner: Timed | None = None
     nearest: str | None = None
+    over: Interval | None = None
     more: int | None = None
     dense: str | None = None
 
@@ -68,7 +70,7 @@ class Verdict:
             "go": self.go, "why": self.why, "sentence": self.sentence, "exit_code": self.code,
             "winner": won and won.entry.name, "candidate": won and won.test.candidate.name,
             "runtime": won and won.entry.runtime, "precision": won and won.entry.precision,
-            "over_fastest_dense": won and won.over, "fastest_dense": self.dense,
+            "over_fastest_dense": won.over if won else self.over, "fastest_dense": self.dense,
             "nearest": self.nearest, "more_pictures": self.more,
         }  # fmt: skip
 
@@ -195,14 +197,15 @@ def _open(
         return Verdict(
             False, "nothing_meets_the_demand",
             f"no go: nothing that is faster keeps {demand.said()}; nearest is {name}{fast}: "
-            f"{shown(test, demand)}{kept}", nearest=name, dense=beside,
+            f"{shown(test, demand)}{kept}", nearest=name, over=nearest.over if nearest else None,
+            dense=beside,
         )  # fmt: skip
     about = more(needed)
     return Verdict(
         None, "more_pictures",
         f"not shown: about {about:,} more pictures would, if they go like these; nearest is "
         f"{name}{fast}: {shown(test, demand)}, and {demand.said()} is demanded{kept}",
-        nearest=name, more=about, dense=beside,
+        nearest=name, over=nearest.over if nearest else None, more=about, dense=beside,
     )  # fmt: skip
 
 
@@ -223,7 +226,7 @@ def _dense_wins(
                 f"no go: dense int8 beats adaptive float32: {beside.name} takes "
                 f"{timing.p50(dense):.2f} ms and {best.entry.name} {best.p50_ms:.2f} ms ({said}); "
                 f"`asvit-deploy export --dense --int8` writes it{but}",
-                nearest=best.entry.name, dense=beside.name,
+                nearest=best.entry.name, over=best.over, dense=beside.name,
             )  # fmt: skip
     slower = best.over["high"] < 1
     return Verdict(
@@ -231,7 +234,7 @@ def _dense_wins(
         f"no go: dense is {'faster' if slower else 'as fast'} here: {beside.name} takes "
         f"{timing.p50(dense):.2f} ms, and the fastest adaptive, {best.entry.name}, "
         f"{best.p50_ms:.2f} ms ({said}){but}",
-        nearest=best.entry.name, dense=beside.name,
+        nearest=best.entry.name, over=best.over, dense=beside.name,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from asvit_deploy.page.reading import of_dicts
 from asvit_deploy.page.rendering import page_of
 from asvit_deploy.page.writing import MOST_BYTES
 
+ROW = "onnxruntime, tome at 0.6"
 SPAN = reports.interval(1.4, 1.3, 1.5)
 
 
@@ -31,7 +32,13 @@ def report(go: bool | None = True, task: str = "classes", **more: Any) -> dict[s
         "kind": "tune", "model": "vit.safetensors",
         "demand": {"task": task, "max_drop_points": 0.5},
         "pictures": {"source": "digits", "calibrating": 96, "judging": 700},
-        "verdict": {"go": go, "why": "x", "sentence": "so it is"},
+        "verdict": {
+            "go": go, "why": "x", "sentence": f"{'go' if go else 'no go'}: so it is",
+            "winner": ROW if go else None, "nearest": None if go else ROW,
+            "over_fastest_dense": SPAN, "fastest_dense": "openvino, dense",
+        },
+        "frontier": [{"name": ROW, "agreement": 0.99, "agreement_low": 0.98,
+                      "agreement_high": 1.0, "pictures": 700}],
         "promise": promise if go else None,
         "sequence": [tested, {"name": "tome at 0.4", "macs_share": 0.4, "tested": False}],
         "latency": [{"batch": 1, "runs": 40, "rows": rows, "notes": ["no rows of torch"],
@@ -47,8 +54,22 @@ def shown(*made: dict[str, Any]) -> str:
 def test_a_go_shows_what_is_promised():
     page = shown(report())
     for words in ("so it is", "tome at 0.6", "1.40", "97.5", ">does not pass<", "not tested",
-                  "no rows of torch", "left out: bf16", "96 calibrated"):  # fmt: skip
+                  "no rows of torch", "left out: bf16", "96 others calibrated"):  # fmt: skip
         assert (words in page) == (words != ">does not pass<"), words
+
+
+@pytest.mark.parametrize(
+    ("go", "lead"),
+    [(True, "Worth it here"), (False, "Not worth it here"), (None, "Not shown yet")],
+)
+@pytest.mark.parametrize("task", ["classes", "embeddings"])
+def test_the_first_screen_has_the_verdict_and_three_figures(go, lead, task):
+    first = shown(report(go, task)).split("<nav")[0]
+    assert f"<strong>{lead}</strong>: so it is." in first
+    for words in ("1.40×", "the speed of openvino, dense", ">700<", "digits; 96 others"):
+        assert words in first
+    assert ("0.9900" if task == "embeddings" else "1\u00a0%") in first
+    assert "Nothing was" not in shown(report(go, task))
 
 
 @pytest.mark.parametrize("go", [False, None])
