@@ -18,6 +18,7 @@ from asvit_deploy.files import atomic_folder, check_parent, sha256
 from asvit_deploy.sidecar import PATIENCE, read_signed, signed
 
 MANIFEST = "manifest.json"
+_LONGEST = 255  # bytes of a file's name
 # Bundles by the ending of their folder's name.
 KINDS = {".bucketed": "bucketed"}
 
@@ -96,9 +97,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     fields = read_signed(path, "manifest", folder.name, "kind", "files")
     files = fields["files"]
-    if not isinstance(files, dict) or any(Path(name).name != name or not name for name in files):
+    if not isinstance(files, dict) or not all(
+        _is_plain(name) and isinstance(digest, str) for name, digest in files.items()
+    ):
         raise UserError(f"{path} names no plain files; make {folder.name} again")
     return fields
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file of this name can lie in the folder, beside the manifest."""
+    size = len(name.encode(errors="replace"))
+    plain = name.isprintable() and not set(name) & {"/", "\\"}
+    return plain and 0 < size <= _LONGEST and name not in (".", "..", MANIFEST)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from asvit_deploy import __version__
 from asvit_deploy.errors import CheckFailed, Interrupted, UserError, shortened
 from asvit_deploy.files import FULL
 from asvit_deploy.status import first_process
+from asvit_deploy.text import one_line
 
 # name -> one line of help; the module is the name with dashes as underscores and holds `command`.
 COMMANDS = {
@@ -84,7 +85,7 @@ def _end_interrupted() -> NoReturn:
 
 def _refuse(reason: str) -> NoReturn:
     """One line, whatever a file's name holds."""
-    click.echo(f"Error: {' '.join(reason.splitlines())}", err=True)
+    click.echo(f"Error: {one_line(reason)}", err=True)
     sys.exit(2)
 
 
@@ -111,7 +112,7 @@ def main(args: list[str] | None = None) -> None:
         _refuse(line)
     except Interrupted as error:
         if first_process():
-            click.echo(" ".join(str(error).splitlines()), err=True)
+            click.echo(error, err=True)
         sys.exit(130)
     except CheckFailed as error:
         click.echo(f"Failed: {error}", err=True)

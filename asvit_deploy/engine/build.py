@@ -25,6 +25,7 @@ from asvit_deploy.graph import without_function
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import Half, of_option
 from asvit_deploy.runners.trt_flavour import Flavour
+from asvit_deploy.text import one_line
 
 Batch = tuple[int, int, int]
 CHECK_IMAGES = 64  # the rule means the same for any number; more take longer than the build
@@ -264,7 +265,7 @@ def _timing_folder() -> Path | None:
                 pass
         return folder
     except UserError as error:
-        print(f"timings are not kept, {error}", file=sys.stderr)
+        print(one_line(f"timings are not kept, {error}"), file=sys.stderr)
         return None
 
 
