@@ -21,7 +21,7 @@ from typing import Any
 from asvit_deploy import __version__, claims
 from asvit_deploy.bounded import MOST_BYTES, MOST_ONNX, MOST_TEXT, parse_json, read_bounded
 from asvit_deploy.errors import UserError, shortened
-from asvit_deploy.files import atomic_together, check_parent, check_writable, sha256
+from asvit_deploy.files import atomic_together, check_parent, check_writable, put, sha256
 
 SCHEMA = 1
 PATIENCE = 10.0  # seconds that a write without a claim of its own waits for another run's
@@ -129,8 +129,8 @@ def write(artefact: Path, data: bytes, fields: dict[str, Any]) -> None:
         claims.claimed(artefact, check=lambda: check_parent(artefact), wait=PATIENCE),
         atomic_together(artefact, sidecar_path(artefact)) as (file, sidecar),
     ):
-        file.write_bytes(data)
-        sidecar.write_text(text)
+        put(file, data)
+        put(sidecar, text)
 
 
 def read(artefact: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ PACKAGE = Path(asvit_deploy.__file__).parent
 # face of every runner, lies below parity, which judges runners; the others lie above it.
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "precision", "text"),
+    ("disk",),
     (
         "bounded",
         "child",

@@ -14,7 +14,7 @@ from typing import Any
 from asvit_deploy import claims
 from asvit_deploy.bounded import MOST_BYTES
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic_folder, check_parent, sha256
+from asvit_deploy.files import atomic_folder, check_parent, put, sha256
 from asvit_deploy.sidecar import PATIENCE, read_signed, signed
 
 MANIFEST = "manifest.json"
@@ -88,8 +88,8 @@ def write(folder: Path, files: Mapping[str, bytes], fields: dict[str, Any]) -> d
         atomic_folder(folder) as temporary,
     ):
         for name, data in files.items():
-            (temporary / name).write_bytes(data)
-        (temporary / MANIFEST).write_text(signed(fields))
+            put(temporary / name, data)
+        put(temporary / MANIFEST, signed(fields))
     return fields
 
 

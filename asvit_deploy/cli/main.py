@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
+import tempfile
 from typing import NoReturn
 
 import click
 from click.utils import PacifyFlushWrapper
 
 from asvit_deploy import __version__
+from asvit_deploy.bounded import UNREADABLE
+from asvit_deploy.disk import FULL, is_full, unwritten
 from asvit_deploy.errors import CheckFailed, Interrupted, UserError, shortened
-from asvit_deploy.files import FULL
 from asvit_deploy.status import first_process
 from asvit_deploy.text import one_line
 
@@ -29,6 +32,10 @@ COMMANDS = {
     "build-plugins": "Compile the C++ libraries into the user cache.",
     "doctor": "What is installed, what clashes, what to do about it.",
 }
+
+
+# What may fail anywhere, and is no defect of ours.
+_OF_THE_MACHINE = (*UNREADABLE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
 class LazyGroup(click.Group):
@@ -63,10 +70,24 @@ def group() -> None:
 def _access_failure(error: OSError) -> str | None:
     """One line for what the system refuses; None where it is a defect of ours."""
     if error.errno in FULL:
-        where = shortened(error.filename or "the output, or a temporary file")
-        return f"cannot write {where}: {error.strerror}; free space, or set TMPDIR to another disk"
+        if error.filename is not None:
+            return str(unwritten(str(error.filename), error))
+        full = next((p for p in (tempfile.gettempdir(), ".") if is_full(p)), None)
+        if full is not None:
+            return str(unwritten(full, error))
+        return (
+            f"cannot write the output, or a temporary file: {error.strerror}; free space, or set "
+            "TMPDIR to another disk"
+        )
+    if error.errno in _OF_THE_MACHINE and error.filename is None:
+        return f"the system does not go on: {error.strerror}; check it, then run it again"
     if error.filename is None:
         return None
+    if error.errno in UNREADABLE:
+        return (
+            f"cannot read {shortened(error.filename)}: {error.strerror}; check the disk, or copy "
+            "the file from elsewhere"
+        )
     advice = "; check the permissions on it and its folders" * isinstance(error, PermissionError)
     return f"cannot access {shortened(error.filename)}: {error.strerror}{advice}"
 

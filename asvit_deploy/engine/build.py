@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -199,8 +198,7 @@ def build_engine(
         )
     start = time.perf_counter()
     trusted.require_temporary()  # the builder reads there what to load
-    with tempfile.TemporaryDirectory(prefix="asvit-engine-") as name:
-        folder = Path(name)
+    with files.scratch("engine") as folder:
         job = make_job(folder, graph, flavour, options, profiles, stages)
         outcome = process.run(job, flavour, folder, str(source.path), progress)
         seconds = time.perf_counter() - start
@@ -231,7 +229,7 @@ def make_job(
     With the function there, a parser that misses the plugin would quietly take the function.
     """
     path = folder / "graph.onnx"
-    path.write_bytes(without_function(graph).SerializeToString())
+    files.put(path, without_function(graph).SerializeToString())
     assert flavour.module is not None
     version, namespace = onnx_op.PLUGIN_ATTRIBUTES.values()
     plugin = options.plugin.resolve() if options.plugin and stages else None

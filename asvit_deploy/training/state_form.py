@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from asvit_deploy.training.trainer import Trainer
 
 _SET_EACH_STEP = "lr"
+_NEEDED = frozenset(("params", "weight_decay", "pace", "lr", "betas", "eps"))  # torch fills others
 # How torch computes an update and not what it computes; another machine chooses another way.
 _MACHINES = frozenset(("foreach", "fused", "capturable", "differentiable"))
 
@@ -72,7 +73,7 @@ def _optimizer_fits(found: Any, optimizer: torch.optim.Optimizer) -> bool:
 def _group_fits(found: Any, own: Mapping[str, Any]) -> bool:
     """Whether a group has the weights and settings of this run's; a torch that knows more
     settings, or fewer, may have saved it."""
-    if not isinstance(found, Mapping) or not {"params", "weight_decay", "pace"} <= found.keys():
+    if not isinstance(found, Mapping) or not found.keys() >= _NEEDED:
         return False
     rate = found.get(_SET_EACH_STEP)
     if type(rate) is not float or not math.isfinite(rate):
