@@ -6,6 +6,7 @@ onnxruntime are refused.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asvit_deploy import trusted
+from asvit_deploy.disk import unfitting
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cached, make_cache_dir, scratch
 from asvit_deploy.ops.prebuilt import usable_tree
@@ -160,6 +162,8 @@ def _obtain(say: Say) -> Headers:
                 headers = _download(mirror, keyring, folder)
                 return _keep(headers, place / f"api-{headers.api}")
             except _Unavailable as error:
+                if os.strerror(errno.ENOSPC) in str(error):
+                    raise unfitting(folder) from error
                 reasons.append(str(error))
     raise _Unavailable("; ".join(reasons))
 

@@ -181,7 +181,8 @@ def keep(kind: Kind, place: Path, target: Path, tally: Tally) -> None:
     """Put failing inputs into a folder, each as small as it still fails, with what was said."""
     for failure in tally.failures[:_MOST_KEPT]:
         way, files = case(kind, tally.good, tally.seed, failure.number)
-        if failure.outcome != "hung":  # each try of which would take its time again
+        # Each try of one that hangs takes its time again, and what changed is small by itself.
+        if failure.outcome not in ("hung", "changed"):
             files = _smaller(kind, place / "small", way, files, failure.outcome)
         folder = fresh(target / f"{kind.name.replace(' ', '_')}-{tally.seed}-{failure.number}")
         put_files(folder, files)
