@@ -17,7 +17,7 @@ _ROOM = 1 << 16  # bytes; a disk that has no more is full for whatever is writte
 
 def unwritten(path: Path | str, error: OSError) -> UserError:
     """What the system said when `path` was written, in one line; of a full disk, which it is."""
-    said = f"cannot write {shortened(path)}: {error.strerror or error}"
+    said = f"cannot write {path}: {error.strerror or error}"
     return UserError(said + _advice(Path(path), error.errno) * (error.errno in FULL))
 
 

@@ -61,12 +61,6 @@ def by_bytes(rng: random.Random, files: Files) -> tuple[str, Files]:
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-def _small() -> Any:
-    from checkpoint_files import THIN
-
-    return THIN
-
-
 def good_checkpoint(folder: Path) -> None:
     """One of ours."""
     import torch
@@ -134,14 +128,12 @@ def spoil_foreign(rng: random.Random, files: Files) -> tuple[str, Files]:
 def _metadata(rng: random.Random, files: Files) -> tuple[str, Files]:
     """Metadata of our own format, changed and sealed again."""
     import safetensors.torch
-    from safetensors import safe_open
 
     from asvit_deploy.checkpoints.damage import sealed, unsealed
 
     state = safetensors.torch.load(files["x.safetensors"])
     size = int.from_bytes(files["x.safetensors"][:8], "little")
     kept = json.loads(files["x.safetensors"][8 : 8 + size])["__metadata__"]
-    del safe_open
     metadata = dict(unsealed(kept))
     key = rng.choice([*sorted(metadata), "reduction", "stages", "architecture", "budget"])
     value = odd_values(rng)
@@ -492,8 +484,6 @@ def use_bundle(folder: Path) -> Any:
 
     found = open_artefact(folder / "b.bucketed")
     bundle.check_target(folder / "b.bucketed", "bucketed", True)
-    with contextlib.suppress(AttributeError):
-        found.require_runnable()
     return found.config.name
 
 
