@@ -57,8 +57,13 @@ class Tally:
 
 def case(kind: Kind, good: Files, seed: int, number: int) -> tuple[str, Files]:
     """How a case's files were spoiled, and the files: the same for the same numbers."""
-    rng = random.Random(zlib.crc32(f"{kind.name}/{seed}/{number}".encode()))
-    return kind.spoil(rng, dict(good))
+    attempt = 0
+    while True:
+        rng = random.Random(zlib.crc32(f"{kind.name}/{seed}/{number}/{attempt}".encode()))
+        try:
+            return kind.spoil(rng, dict(good))
+        except RecursionError:  # of the maker of cases itself: another one in its place
+            attempt += 1
 
 
 def outcome(kind: Kind, folder: Path, way: str, meant: Any) -> tuple[str, str]:
@@ -119,6 +124,8 @@ def tried(
     """
     tally, start = Tally(kind.name, seed), time.monotonic()
     good = tally.good = good_files(kind, place / "good")
+    if until is not None:  # the time is for cases
+        until += time.monotonic() - start
     at, end = first, first + (count if count is not None else 10**9)
     while at < end and (until is None or time.monotonic() < until):
         at = _batch(kind, good, place / "case", seed, range(at, min(end, at + 500)), tally, until)
