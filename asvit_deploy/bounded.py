@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +21,38 @@ MOST_TEXT = 16 << 20
 # moving average and its optimiser's two.
 MOST_BYTES = 4 << 30
 MOST_ONNX = 2**31 - 1  # protobuf's own limit; a graph is handed on as one message
+# What the system says where a disk or a server does not give what lies on it.
+UNREADABLE = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ETIMEDOUT, errno.EREMOTEIO)
+_BUFFER = 1 << 17  # bytes; each filling goes through Python
 _MOST_DIGITS = 4300  # of a number: what Python 3.11 allows, as its time grows with the square
+
+
+class _Named(io.FileIO):
+    """A file whose name stands in what the system says of reading it, as in what it says of
+    opening it."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        super().__init__(number, "rb")
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int:
+        with named(self._path):
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        with named(self._path):
+            return super().readall()
+
+
+@contextlib.contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """Give the file's name to an OSError that has none: reads and writes know only a number."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def open_regular(path: Path, what: str = "file") -> BinaryIO:
@@ -29,7 +63,7 @@ def open_regular(path: Path, what: str = "file") -> BinaryIO:
 
     Raises:
         UserError: it is a pipe, a socket or a device.
-        OSError: as `open`.
+        OSError: as `open`; those of reading what is returned have the file's name, too.
     """
     odd = UserError(f"{path} is no regular file but a pipe, a socket or a device; name a {what}")
     try:
@@ -42,7 +76,7 @@ def open_regular(path: Path, what: str = "file") -> BinaryIO:
         raise
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
-        return os.fdopen(number, "rb")
+        return io.BufferedReader(_Named(number, path), _BUFFER)
     os.close(number)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

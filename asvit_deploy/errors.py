@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from asvit_deploy.text import MOST_LINE, one_line, shortened
 
-class UserError(Exception):
+__all__ = ["CheckFailed", "Interrupted", "UserError", "shortened"]
+
+
+class _OneLine(Exception):
+    """Says one line, whatever names and values it quotes: see `text.one_line`."""
+
+    most = MOST_LINE
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message, self.most))
+
+
+class UserError(_OneLine):
     """Bad input: one line that names the thing, what is wrong and what to do. Exit code 2."""
 
 
-class CheckFailed(Exception):
+class CheckFailed(_OneLine):
     """A check ran to its end and did not pass. Exit code 1."""
 
+    most = 4 * MOST_LINE  # it may list several reasons
 
-class Interrupted(Exception):
+
+class Interrupted(_OneLine):
     """A training run was asked to stop; its state is saved. Exit code 130."""
-
-
-def shortened(name: object, most: int = 300) -> str:
-    """A path or a name as a message shows it: of one that no file can have, both ends."""
-    text = str(name)
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 4 :]}"

@@ -17,17 +17,17 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from asvit_deploy import trusted
-from asvit_deploy.bounded import MOST_BYTES, open_regular
+from asvit_deploy.bounded import MOST_BYTES, named, open_regular
 from asvit_deploy.claims import claim_on, same, try_lock
+from asvit_deploy.disk import FULL, is_full, unfitting, unwritten
 from asvit_deploy.errors import UserError
 
-# What the system says where a disk, a quota or a file-size limit is at its end.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 _ABANDONED = 3600  # seconds after which a temporary that nobody changed is nobody's
 
@@ -55,12 +55,6 @@ def sha256(path: Path, most: int = MOST_BYTES) -> str:
 
 def _no_folder(path: Path) -> UserError:
     return UserError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
-
-
-def unwritten(path: Path, error: OSError) -> UserError:
-    """What the system said when `path` was written, in one line."""
-    advice = "; free space, then run it again" * (error.errno in FULL)
-    return UserError(f"cannot write {path}: {error.strerror or error}{advice}")
 
 
 def check_parent(path: Path) -> None:
@@ -279,10 +273,9 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
             raise _no_folder(path)
         if path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder; name a file")
-    current = paths[0]
+    current, temporary = paths[0], dict[Path, Path]()
     try:
         with contextlib.ExitStack() as stack:
-            temporary = {}
             for current in paths:
                 file = stack.enter_context(_workspace(current)) / current.name
                 os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
@@ -302,7 +295,9 @@ def atomic_together(*paths: Path) -> Iterator[list[Path]]:
                     path.unlink()
                 raise
     except OSError as error:
-        raise unwritten(current, error) from error
+        # Of several, the block knows which it was filling, see `put`.
+        filled = [path for path, file in temporary.items() if str(file) == str(error.filename)]
+        raise unwritten(filled[0] if filled else current, error) from error
 
 
 def _place_folder(temporary: Path, path: Path, replace: bool) -> None:
@@ -357,10 +352,53 @@ def no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
+def put(path: Path, data: bytes | memoryview | str) -> None:
+    """Fill a file; what the system says of that names it, which a mere write leaves out.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with named(path):
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def scratch(purpose: str, place: Path | None = None) -> Iterator[Path]:
+    """A folder of ours for temporary files, which goes with the block.
+
+    What killed runs left of the same purpose is removed, as beside outputs.
+
+    Args:
+        purpose: a word for its name.
+        place: where it is made; by default the system's folder for temporary files.
+
+    Raises:
+        UserError: the disk is full: whatever fails in the block then fails of that, for programs
+            that are not ours blame something else.
+    """
+    place = Path(tempfile.gettempdir()) if place is None else place
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(_workspace(place / f"asvit-{purpose}"))
+        except OSError as error:
+            raise unwritten(error.filename or place, error) from error
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise unwritten(error.filename or folder, error) from error
+        except Exception as error:
+            if not is_full(folder):
+                raise
+            last = max(folder.rglob("*"), key=os.path.getmtime, default=folder)
+            raise unfitting(last) from error
+
+
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file atomically, see `atomic`."""
     with atomic(path) as temporary:
-        temporary.write_bytes(data)
+        put(temporary, data)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from asvit_deploy.bounded import open_regular
 from asvit_deploy.files import sha256
 
 SEAL = 32  # bytes of a digest at a file's end
@@ -24,7 +25,7 @@ def check_seal(path: Path) -> None:
         ValueError: they differ.
     """
     size, digest = path.stat().st_size - SEAL, hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         for place in range(0, size, 1 << 20):
             digest.update(file.read(min(1 << 20, size - place)))
         if file.read() != digest.digest():

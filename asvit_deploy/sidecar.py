@@ -21,8 +21,8 @@ from typing import Any
 
 from asvit_deploy import __version__, claims
 from asvit_deploy.bounded import MOST_BYTES, MOST_ONNX, MOST_TEXT, parse_json, read_bounded
-from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic_together, check_parent, check_writable, sha256
+from asvit_deploy.errors import UserError, shortened
+from asvit_deploy.files import atomic_together, check_parent, check_writable, put, sha256
 
 SCHEMA = 1
 PATIENCE = 10.0  # seconds that a write without a claim of its own waits for another run's
@@ -135,8 +135,8 @@ def write(artefact: Path, data: bytes, fields: dict[str, Any]) -> None:
         claims.claimed(artefact, check=lambda: check_parent(artefact), wait=PATIENCE),
         atomic_together(artefact, sidecar_path(artefact)) as (file, sidecar),
     ):
-        file.write_bytes(data)
-        sidecar.write_text(text)
+        put(file, data)
+        put(sidecar, text)
 
 
 def read(artefact: Path) -> dict[str, Any]:
@@ -212,11 +212,15 @@ def read_signed(path: Path, noun: str, name: str, *needed: str) -> dict[str, Any
     try:
         fields = parse_json(data)
         schema, digest, *_ = (fields[key] for key in ("schema", "digest", *needed))
-    except (ValueError, KeyError, TypeError):
+        own = _digest(fields)
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is not a {noun} of this tool; make {name} again") from None
-    if schema != SCHEMA:
-        raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}; update the tool")
-    if digest != _digest(fields):
+    if type(schema) is not int or schema != SCHEMA:
+        raise UserError(
+            f"{path} has schema {shortened(schema, 40)}, this version reads {SCHEMA}; update the "
+            "tool"
+        )
+    if digest != own:
         raise UserError(f"{path} was edited after it was written; make {name} again")
     return fields
 

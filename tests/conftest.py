@@ -26,6 +26,11 @@ from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--op-calls", type=int, default=60, metavar="N",
+                     help="random calls of the op under ASan and UBSan")  # fmt: skip
+
+
 def cpu_seconds() -> float:
     """Processor time of this process and of its children that have ended."""
     import resource

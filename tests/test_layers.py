@@ -16,7 +16,8 @@ PACKAGE = Path(asvit_deploy.__file__).parent
 # From the ground up: a room imports from its own row and from those before it. `runners.base`, the
 # face of every runner, lies below parity, which judges runners; the others lie above it.
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "precision"),
+    ("errors", "precision", "text"),
+    ("disk",),
     (
         "bounded",
         "child",

@@ -14,10 +14,11 @@ from typing import Any
 from asvit_deploy import claims
 from asvit_deploy.bounded import MOST_BYTES
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import atomic_folder, check_parent, sha256
+from asvit_deploy.files import atomic_folder, check_parent, put, sha256
 from asvit_deploy.sidecar import PATIENCE, read_signed, signed
 
 MANIFEST = "manifest.json"
+_LONGEST = 255  # bytes of a file's name
 # Bundles by the ending of their folder's name.
 KINDS = {".bucketed": "bucketed"}
 
@@ -87,8 +88,8 @@ def write(folder: Path, files: Mapping[str, bytes], fields: dict[str, Any]) -> d
         atomic_folder(folder) as temporary,
     ):
         for name, data in files.items():
-            (temporary / name).write_bytes(data)
-        (temporary / MANIFEST).write_text(signed(fields))
+            put(temporary / name, data)
+        put(temporary / MANIFEST, signed(fields))
     return fields
 
 
@@ -96,9 +97,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     fields = read_signed(path, "manifest", folder.name, "kind", "files")
     files = fields["files"]
-    if not isinstance(files, dict) or any(Path(name).name != name or not name for name in files):
+    if not isinstance(files, dict) or not all(
+        _is_plain(name) and isinstance(digest, str) for name, digest in files.items()
+    ):
         raise UserError(f"{path} names no plain files; make {folder.name} again")
     return fields
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a file of this name can lie in the folder, beside the manifest."""
+    size = len(name.encode(errors="replace"))
+    plain = name.isprintable() and not set(name) & {"/", "\\"}
+    return plain and 0 < size <= _LONGEST and name not in (".", "..", MANIFEST)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from asvit_deploy.runners import onnx_bounds, onnx_runtime, openvino
 from asvit_deploy.runners.base import Reference, Runner
 from asvit_deploy.runners.onnx_runtime import OrtRunner, arithmetic_of, load_model
 from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO, OPENVINO_BF16, TORCH, of_kind
+from asvit_deploy.text import one_line
 
 # Sidecar fields that two artefacts share if they can be compared token by token.
 _OF_THE_NETWORK = ("arch", "image_size", "num_classes", "stages", "reduction")
@@ -327,7 +328,7 @@ def _traits(artefact: OnnxArtefact) -> dict[str, Any]:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(one_line(line), file=sys.stderr)
 
 
 def find_op_library(named: Path | None, say: Callable[[str], None] = _to_stderr) -> Path | None:

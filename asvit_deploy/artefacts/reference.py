@@ -77,6 +77,10 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
         facts.recorded(config, fields)
     except ValueError as error:
         refuse(str(error))
+    try:
+        config_of(fields)
+    except (UserError, TypeError):
+        refuse("stages")
 
 
 def boundaries_of(fields: dict[str, Any]) -> list[float | None]:

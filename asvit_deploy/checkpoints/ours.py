@@ -33,10 +33,12 @@ def parsed(value: str) -> Any:
 def check_schema(metadata: Mapping[str, str]) -> None:
     """Refuse a file of a newer schema, or one that lacks what every schema has."""
     schema = metadata.get("schema", "")
-    if not schema.isdecimal():
+    if not (schema.isascii() and schema.isdecimal()):
         raise Refused("does not say its schema; write it again with this tool")
-    if int(schema) > SCHEMA:
-        raise Refused(f"has schema {schema}, this version reads up to {SCHEMA}; update the tool")
+    if len(schema.lstrip("0")) > 9 or int(schema) > SCHEMA:
+        raise Refused(
+            f"has schema {quoted(schema)[1:-1]}, this version reads up to {SCHEMA}; update the tool"
+        )
     if not {"arch", "image_size", "num_classes"} <= metadata.keys():
         raise Refused(
             "does not say its arch, image_size and num_classes; write it again with this tool"

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from asvit_deploy.bounded import open_regular
+from asvit_deploy.bounded import UNREADABLE, open_regular
 from asvit_deploy.checkpoints import bounds
 from asvit_deploy.checkpoints.damage import check_archive
 from asvit_deploy.checkpoints.refused import Refused
@@ -123,8 +123,7 @@ def read(path: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
     except (FileNotFoundError, ValueError):  # of a name that holds a zero
         raise Refused("does not exist; check the path") from None
     except OSError as error:
-        what = "the path" if error.errno == errno.ENAMETOOLONG else "its permissions"
-        raise Refused(f"cannot be read: {error.strerror}; check {what}") from error
+        raise _unread(error) from error
     if not head:
         raise Refused("is empty; copy or download it again")
     if head == _POINTER:
@@ -135,6 +134,15 @@ def read(path: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
             raise Refused("holds too many objects for a checkpoint; save only the model's weights")
         return *_read_safetensors(path), ()
     return _read_torch(path)
+
+
+def _unread(error: OSError) -> Refused:
+    """What the system said when a checkpoint was opened or read."""
+    if error.errno in UNREADABLE:
+        what = "check the disk, or copy the file from elsewhere"
+    else:
+        what = "check the path" if error.errno == errno.ENAMETOOLONG else "check its permissions"
+    return Refused(f"cannot be read: {error.strerror or error}; {what}")
 
 
 def is_pointer(path: Path) -> bool:
@@ -159,6 +167,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except SafetensorError as error:
         raise Refused("is truncated or damaged; copy or download it again") from error
+    except OSError as error:
+        raise _unread(error) from error
+    except MemoryError as error:
+        raise Refused(_TOO_MUCH) from error
 
 
 def _read_torch(path: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
@@ -167,7 +179,7 @@ def _read_torch(path: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
         with (
             torch.serialization.safe_globals(_KNOWN),
             warnings.catch_warnings(),
-            open(path, "rb") as file,  # one and the same for both readers
+            open_regular(path, "checkpoint file") as file,  # one and the same for both readers
             memory.within(2 * path.stat().st_size + bounds.SPARE),
         ):
             warnings.simplefilter("ignore")  # what matters of them comes as an error
@@ -178,6 +190,8 @@ def _read_torch(path: Path) -> tuple[Any, dict[str, str], tuple[str, ...]]:
         raise
     except MemoryError as error:
         raise Refused(_TOO_MUCH) from error
+    except OSError as error:
+        raise _unread(error) from error
     except Exception as error:  # torch answers to bad bytes with nearly any exception
         _refuse_unread(path, str(error))
 

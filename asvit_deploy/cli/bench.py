@@ -84,7 +84,7 @@ def command(
         save_choice=save_choice, force=force, say=options.status,
     )  # fmt: skip
     if as_json:
-        click.echo(bench.as_json(reports))
+        options.echo_json(bench.as_json(reports))
         return
     for report in reports:
         _print_engine(report) if report.kind == "engine" else _print(report)  # type: ignore[arg-type]
@@ -113,20 +113,20 @@ def _print_engine(report: EngineBench) -> None:
         ]
         said = f"{gain['value']:.2f} ({gain['low']:.2f}-{gain['high']:.2f})" if gain else "1"
         rows.append([row["name"], *clocks, said])
-    click.echo(f"\n{report.model}: {report.flavour} {report.version}, "
+    options.echo(f"\n{report.model}: {report.flavour} {report.version}, "
                f"{report.precision}, batch 1, {report.gpu}, {report.runs} rounds over "
                f"{report.image_count} images{_skipped(report)}")  # fmt: skip
-    click.echo(table(["engine", "GPU p50 ms", "wall p50 ms", "p90", "p99", "enqueue p50 ms",
+    options.echo(table(["engine", "GPU p50 ms", "wall p50 ms", "p90", "p99", "enqueue p50 ms",
                       "speed-up over dense (95 %)"], rows))  # fmt: skip
     _print_agreement(report)
-    click.echo(f"verdict: {report.verdict}")
+    options.echo(f"verdict: {report.verdict}")
 
 
 def _print_agreement(report: ModelBench | EngineBench) -> None:
     """What the tokens that left cost in quality: one line."""
     if report.agreement is not None:
         said = _agreement(report.agreement)
-        click.echo(f"agreement with dense on {report.image_count} images: {said}")
+        options.echo(f"agreement with dense on {report.image_count} images: {said}")
 
 
 def _agreement(agreed: dict[str, Any]) -> str:
@@ -149,18 +149,18 @@ def _print_details(report: ModelBench) -> None:
     if ahead:
         fastest = min(ahead, key=lambda row: row["p50_ms"])
         said = "; ".join(f"{interval_text(r)} over {n}" for n, r in fastest["over_others"].items())
-        click.echo(f"{fastest['name']}: {said}")
+        options.echo(f"{fastest['name']}: {said}")
     for row in report.rows:
         if "over_kept" in row:
             line = row["over_kept"]
-            click.echo(
+            options.echo(
                 f"{row['name']}: {line['ms_at_none']:.2f} ms and {1e3 * line['ms_per_token']:.1f} "
                 f"us a kept token, as a mean over the blocks (r2 {line['r2']:.3f})"
             )
     for row in report.rows:
         if "memory_mib" in row:
             taken = row["memory_mib"]
-            click.echo(f"memory of {row['name']}: {taken['peak']:.0f} MiB at most as it runs, "
+            options.echo(f"memory of {row['name']}: {taken['peak']:.0f} MiB at most as it runs, "
                        f"{taken['opened']:.0f} once open")  # fmt: skip
 
 
@@ -177,33 +177,33 @@ def _print(report: ModelBench) -> None:
             interval_text(row["share_of_macs_ratio"]) if gain else "-",
         ])  # fmt: skip
     plural = "s" * (report.threads > 1)
-    click.echo(f"\n{report.model}: batch 1, {report.threads} thread{plural}, "
+    options.echo(f"\n{report.model}: batch 1, {report.threads} thread{plural}, "
                f"{report.runs} rounds over {report.image_count} images"
                f"{_skipped(report)}")  # fmt: skip
     headers = ["variant", "p50 ms", "p90 ms", "p99 ms", "GMACs", "speed-up over dense (95 %)",
                "share of MACs ratio"]  # fmt: skip
-    click.echo(table(headers, rows))
+    options.echo(table(headers, rows))
     kept = ", ".join(f"{k:.1f}" for k in macs["mean_kept"])
-    click.echo(f"kept tokens per stage: {kept} of {macs['image_tokens']}; "
+    options.echo(f"kept tokens per stage: {kept} of {macs['image_tokens']}; "
                f"MACs ratio {macs['ratio']:.3f}")  # fmt: skip
     _print_agreement(report)
     for name, beside in report.methods.items():
         said = _agreement(beside["agreement"])
-        click.echo(f"{name} at {beside['macs_share']:.4f} of the dense MACs: {said}")
+        options.echo(f"{name} at {beside['macs_share']:.4f} of the dense MACs: {said}")
     for share in report.profile:
-        click.echo(
+        options.echo(
             f"of the run ({share['op']}): scoring {share['scoring']:.2%}, "
             f"compaction {share['compaction']:.2%}, together {share['both']:.2%}"
         )
         staged = ", ".join(f"{ms:.2f}" for ms in share["stages_ms"])
-        click.echo(f"kernel time between cuts ({share['op']}), ms: {staged}")
+        options.echo(f"kernel time between cuts ({share['op']}), ms: {staged}")
     _print_details(report)
     for row in report.rows:
         if "first_ms" in row:
-            click.echo(f"{row['name']}: {row['first_ms']:.2f} ms at p50 on images that it had not "
-                       f"seen, before the rounds above")  # fmt: skip
+            options.echo(f"{row['name']}: {row['first_ms']:.2f} ms at p50 on images that it had "
+                         f"not seen, before the rounds above")  # fmt: skip
     for note in [*report.notes, *([report.busy] if report.busy else [])]:
-        click.echo(f"note: {note}")
-    click.echo(f"verdict: {report.verdict}")
+        options.echo(f"note: {note}")
+    options.echo(f"verdict: {report.verdict}")
     for sweep in report.sweeps:
-        click.echo(sweep_text(sweep))
+        options.echo(sweep_text(sweep))

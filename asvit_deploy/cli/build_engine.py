@@ -82,4 +82,4 @@ def command(**chosen: Any) -> None:
     """
     import asvit_deploy
 
-    click.echo(asvit_deploy.build_engine(**chosen, say=options.status).output)
+    options.echo(asvit_deploy.build_engine(**chosen, say=options.status).output)

@@ -43,8 +43,8 @@ def command(
     if "ort" in targets or not targets:
         from asvit_deploy.ops.library import build_ort
 
-        click.echo(build_ort(headers, force, options.status, cuda))
+        options.echo(build_ort(headers, force, options.status, cuda))
     if "trt" in targets:
         from asvit_deploy.ops.trt_library import build_trt
 
-        click.echo(build_trt(sms=target_sm, force=force, say=options.status))
+        options.echo(build_trt(sms=target_sm, force=force, say=options.status))

@@ -68,10 +68,10 @@ def command(as_json: bool, **chosen: Any) -> None:
 
     result = asvit_deploy.calibrate(**chosen, say=options.status)
     if as_json:
-        click.echo(json.dumps(result.as_dict(), indent=2))
+        options.echo_json(json.dumps(result.as_dict(), indent=2))
     else:
         tables = _splits if result.method == THRESHOLD else _methods
-        click.echo(f"{tables(result.report, result.config)}\n\n{result.output}")
+        options.echo(f"{tables(result.report, result.config)}\n\n{result.output}")
 
 
 def _splits(report: dict[str, Any], config: ArchConfig) -> str:

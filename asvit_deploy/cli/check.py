@@ -85,7 +85,7 @@ def command(
         html=html, force=force, say=options.status,
     )  # fmt: skip
     if as_json:
-        click.echo(text(comparisons))
+        options.echo_json(text(comparisons))
     else:
         _print(comparisons)
     if failed := [comparison for comparison in comparisons if not comparison.passed]:
@@ -99,9 +99,9 @@ def _print(comparisons: list[Comparison]) -> None:
 
     for output in OUTPUTS:
         if chosen := [c for c in comparisons if c.parity.output == output]:
-            click.echo(_table(chosen, output))
+            options.echo(_table(chosen, output))
     for source in dict.fromkeys(c.images for c in comparisons if c.account["skipped"]):
-        click.echo(f"images: {source}")
+        options.echo(f"images: {source}")
     for comparison in comparisons:
         _print_differences(comparison.parity)
 
@@ -146,28 +146,28 @@ def _print_differences(parity: Parity) -> None:
     """The flips and changes of top-1 or neighbour, the worst first, and how many more there are."""
     flips = sorted(parity.flips, key=lambda flip: flip.allowed - flip.margin)
     for flip in flips[:_LISTED]:
-        click.echo(
+        options.echo(
             f"flip: {flip.image} stage {flip.stage} token {flip.token}: score {flip.score:.8f}, "
             f"threshold {flip.threshold:.8f}, margin {flip.margin:.1e}"
             + ("" if flip.borderline else f" BEYOND ROUNDING ({flip.allowed:.1e})")
         )
     if len(flips) > _LISTED:
-        click.echo(f"and {len(flips) - _LISTED} more flips (--json lists them all)")
+        options.echo(f"and {len(flips) - _LISTED} more flips (--json lists them all)")
     changes = sorted(parity.top1_changes, key=lambda change: -change.margin)
     for change in changes[:_LISTED]:
-        click.echo(
+        options.echo(
             f"top-1: {change.image}: class {change.candidate} for {change.reference}, whose logit "
             f"is higher by {change.margin:.1e} of the largest"
             + ("" if change.borderline else " BEYOND ROUNDING")
         )
     if len(changes) > _LISTED:
-        click.echo(f"and {len(changes) - _LISTED} more changes of top-1 (--json lists them all)")
+        options.echo(f"and {len(changes) - _LISTED} more changes of top-1 (--json lists them all)")
     near = sorted(parity.neighbour_changes, key=lambda change: -change.margin)
     for neighbour in near[:_LISTED]:
-        click.echo(
+        options.echo(
             f"neighbour: {neighbour.image}: {neighbour.candidate} for {neighbour.reference}, whose "
             f"cosine is higher by {neighbour.margin:.1e}"
             + ("" if neighbour.borderline else " BEYOND ROUNDING")
         )
     if len(near) > _LISTED:
-        click.echo(f"and {len(near) - _LISTED} more changes of neighbour (--json lists them all)")
+        options.echo(f"and {len(near) - _LISTED} more changes of neighbour (--json lists them all)")

@@ -29,7 +29,7 @@ def command(as_json: bool) -> None:
 
     findings = diagnose()
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+        options.echo_json(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         _print(findings)
     if fatal := [finding for finding in findings if finding.fatal]:
@@ -40,6 +40,6 @@ def _print(findings: list[Finding]) -> None:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         status = click.style(f"{finding.status:<7}", fg=_COLOURS[finding.status])
-        click.echo(f"{finding.name:<{width}}  {status}  {finding.detail}")
+        options.echo(f"{finding.name:<{width}}  {status}  {finding.detail}")
         if finding.remedy:
-            click.echo(f"{'':<{width}}  {'':<7}  -> {finding.remedy}")
+            options.echo(f"{'':<{width}}  {'':<7}  -> {finding.remedy}")

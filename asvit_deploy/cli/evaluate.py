@@ -65,7 +65,7 @@ def command(as_json: bool, **chosen: Any) -> None:
 
     report = asvit_deploy.evaluate(**chosen, say=options.status).as_dict()
     if first_process():
-        click.echo(json.dumps(report, indent=2)) if as_json else _print(report)
+        options.echo_json(json.dumps(report, indent=2)) if as_json else _print(report)
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -78,13 +78,13 @@ def _print(report: dict[str, Any]) -> None:
          f"{row['macs_share']:.4f}", " ".join(f"{k:.1f}" for k in row["mean_kept"]) or "all"]
         for row, own in zip(report["rows"], cells)
     ]  # fmt: skip
-    click.echo(f"\n{report['model']} on {report['data']}, {report['batch_rule']} tokens")
+    options.echo(f"\n{report['model']} on {report['data']}, {report['batch_rule']} tokens")
     headers = ["batch", "images", *headers, "GMACs", "share of MACs", "kept per stage"]
-    click.echo(table(headers, rows))
+    options.echo(table(headers, rows))
     _print_account(report)
     first = report["rows"][0]
     for stage, (low, p5, middle, p95, high) in enumerate(first["quantiles_kept"]):
-        click.echo(f"stage {stage}: median {middle:.0f} of {first['image_tokens']} tokens, "
+        options.echo(f"stage {stage}: median {middle:.0f} of {first['image_tokens']} tokens, "
                    f"90 % of the images {p5:.0f}-{p95:.0f}, all {low:.0f}-{high:.0f}")  # fmt: skip
 
 
@@ -139,4 +139,4 @@ def _print_account(report: dict[str, Any]) -> None:
         more = ", …" if len(without) > _NAMED else ""
         parts.append(f"{len(without):,} of {report['classes']:,} classes without a picture "
                      f"({', '.join(without[:_NAMED])}{more})")  # fmt: skip
-    click.echo("; ".join(parts))
+    options.echo("; ".join(parts))

@@ -56,4 +56,4 @@ def command(**chosen: Any) -> None:
     """
     import asvit_deploy
 
-    click.echo(asvit_deploy.export(**chosen, say=options.status).output)
+    options.echo(asvit_deploy.export(**chosen, say=options.status).output)

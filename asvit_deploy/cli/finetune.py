@@ -126,4 +126,4 @@ def command(ema: bool | float, **chosen: Any) -> None:
         ema, chosen["ema_decay"] = False, ema
     result = asvit_deploy.finetune(ema=ema, **chosen, say=say)
     if first_process():
-        click.echo(result.output)
+        options.echo(result.output)

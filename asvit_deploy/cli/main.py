@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
+import tempfile
 from typing import NoReturn
 
 import click
 from click.utils import PacifyFlushWrapper
 
 from asvit_deploy import __version__
+from asvit_deploy.bounded import UNREADABLE
+from asvit_deploy.disk import FULL, is_full, unwritten
 from asvit_deploy.errors import CheckFailed, Interrupted, UserError, shortened
-from asvit_deploy.files import FULL
 from asvit_deploy.status import first_process
+from asvit_deploy.text import one_line
 
 # name -> one line of help; the module is the name with dashes as underscores and holds `command`.
 COMMANDS = {
@@ -30,6 +34,10 @@ COMMANDS = {
     "build-plugins": "Compile the C++ libraries into the user cache.",
     "doctor": "What is installed, what clashes, what to do about it.",
 }
+
+
+# What may fail anywhere, and is no defect of ours.
+_OF_THE_MACHINE = (*UNREADABLE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
 class LazyGroup(click.Group):
@@ -64,10 +72,24 @@ def group() -> None:
 def _access_failure(error: OSError) -> str | None:
     """One line for what the system refuses; None where it is a defect of ours."""
     if error.errno in FULL:
-        where = shortened(error.filename or "the output, or a temporary file")
-        return f"cannot write {where}: {error.strerror}; free space, or set TMPDIR to another disk"
+        if error.filename is not None:
+            return str(unwritten(str(error.filename), error))
+        full = next((p for p in (tempfile.gettempdir(), ".") if is_full(p)), None)
+        if full is not None:
+            return str(unwritten(full, error))
+        return (
+            f"cannot write the output, or a temporary file: {error.strerror}; free space, or set "
+            "TMPDIR to another disk"
+        )
+    if error.errno in _OF_THE_MACHINE and error.filename is None:
+        return f"the system does not go on: {error.strerror}; check it, then run it again"
     if error.filename is None:
         return None
+    if error.errno in UNREADABLE:
+        return (
+            f"cannot read {shortened(error.filename)}: {error.strerror}; check the disk, or copy "
+            "the file from elsewhere"
+        )
     advice = "; check the permissions on it and its folders" * isinstance(error, PermissionError)
     return f"cannot access {shortened(error.filename)}: {error.strerror}{advice}"
 
@@ -86,7 +108,7 @@ def _end_interrupted() -> NoReturn:
 
 def _refuse(reason: str) -> NoReturn:
     """One line, whatever a file's name holds."""
-    click.echo(f"Error: {' '.join(reason.splitlines())}", err=True)
+    click.echo(f"Error: {one_line(reason)}", err=True)
     sys.exit(2)
 
 
@@ -114,7 +136,7 @@ def main(args: list[str] | None = None) -> None:
         _refuse(line)
     except Interrupted as error:
         if first_process():
-            click.echo(" ".join(str(error).splitlines()), err=True)
+            click.echo(error, err=True)
         sys.exit(130)
     except CheckFailed as error:
         click.echo(f"Failed: {error}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +11,7 @@ import click
 
 from asvit_deploy.models.config import Activation, Interpolation
 from asvit_deploy.runtimes import AUTO, NAMES, OF_KIND
+from asvit_deploy.text import MOST_LINE, one_line, printable
 
 
 class CheckpointPath(click.ParamType):
@@ -214,4 +216,17 @@ def engine_code(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def status(message: str) -> None:
     """One line to stderr, whatever a file's name holds."""
-    click.echo(" ".join(message.splitlines()), err=True)
+    click.echo(one_line(message, 4 * MOST_LINE), err=True)
+
+
+def echo(text: object) -> None:
+    """To stdout, in the terminal's own characters, and none that steers it but line ends: names
+    come from anywhere."""
+    plain = printable(str(text), keep="\n")
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    click.echo(plain.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def echo_json(text: str) -> None:
+    """JSON to stdout, which means the same afterwards: json leaves one control as it is."""
+    click.echo(text.replace("\x7f", "\\u007f"))

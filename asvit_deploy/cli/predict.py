@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from asvit_deploy.cli import options
+from asvit_deploy.text import shortened
 
 if TYPE_CHECKING:
     from asvit_deploy.api.predict import Prediction
@@ -39,7 +39,7 @@ def command(as_json: bool, **chosen: Any) -> None:
 
     results = asvit_deploy.predict(**chosen, say=options.status)
     if as_json:
-        click.echo(json.dumps([result.as_dict() for result in results], indent=2))
+        options.echo_json(json.dumps([result.as_dict() for result in results], indent=2))
     else:
         for result in results:
             _print(result)
@@ -47,30 +47,23 @@ def command(as_json: bool, **chosen: Any) -> None:
 
 def _print(result: Prediction) -> None:
     if result.skipped is not None:
-        click.echo(_printable(f"{result.image}: skipped ({result.skipped})"))
+        options.echo(f"{shortened(result.image)}: skipped ({result.skipped})")
         return
-    click.echo(_printable(result.image))
+    options.echo(shortened(result.image))
     for guess in result.top:
-        click.echo(_printable(f"  {guess.probability:7.2%}  {guess.label}"))
+        options.echo(f"  {guess.probability:7.2%}  {shortened(guess.label)}")
     if result.score is not None:
-        of = f"  {result.label}" if result.label else ""
-        click.echo(_printable(f"  score {result.score:.6g}{of}"))
+        of = f"  {shortened(result.label)}" if result.label else ""
+        options.echo(f"  score {result.score:.6g}{of}")
     if result.embedding is not None:
-        click.echo(f"  embedding of {len(result.embedding)} numbers, norm {result.norm:.6g}")
+        options.echo(f"  embedding of {len(result.embedding)} numbers, norm {result.norm:.6g}")
         if result.nearest:
-            near = f"{result.nearest.image} (cosine {result.nearest.cosine:.4f})"
-            click.echo(_printable(f"  nearest: {near}"))
+            near = f"{shortened(result.nearest.image)} (cosine {result.nearest.cosine:.4f})"
+            options.echo(f"  nearest: {near}")
         elif not result.norm:
-            click.echo("  nearest: none, for a norm of 0 has no direction")
+            options.echo("  nearest: none, for a norm of 0 has no direction")
     if result.kept:
         kept = ", ".join(str(len(stage)) for stage in result.kept)
-        click.echo(f"  kept tokens per stage: {kept} of {result.image_tokens}")
+        options.echo(f"  kept tokens per stage: {kept} of {result.image_tokens}")
     if result.drawn:
-        click.echo(_printable(f"  drawn: {result.drawn}"))
-
-
-def _printable(text: str) -> str:
-    """In the terminal's own characters, and none that steers it: names come from anywhere."""
-    plain = "".join(c if c >= " " and not "\x7f" <= c < "\xa0" else repr(c)[1:-1] for c in text)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return plain.encode(encoding, "backslashreplace").decode(encoding)
+        options.echo(f"  drawn: {shortened(result.drawn)}")

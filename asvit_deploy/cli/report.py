@@ -26,4 +26,4 @@ def command(**chosen: Any) -> None:
     """
     import asvit_deploy
 
-    click.echo(asvit_deploy.report(**chosen, say=options.status))
+    options.echo(asvit_deploy.report(**chosen, say=options.status))

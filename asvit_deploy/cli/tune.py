@@ -60,9 +60,10 @@ def command(as_json: bool, **chosen: Any) -> None:
     import asvit_deploy
 
     found = asvit_deploy.tune(**chosen, say=options.status)
-    click.echo(json.dumps(found.report, indent=2) if as_json else text(found.report))
-    if not as_json:
-        click.echo(f"\n{found.output}")
+    if as_json:
+        options.echo_json(json.dumps(found.report, indent=2))
+    else:
+        options.echo(f"{text(found.report)}\n\n{found.output}")
     sys.exit(found.verdict["exit_code"])
 
 

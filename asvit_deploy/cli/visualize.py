@@ -42,4 +42,4 @@ def command(**chosen: Any) -> None:
     """
     import asvit_deploy
 
-    click.echo(asvit_deploy.visualize(**chosen, say=options.status).output)
+    options.echo(asvit_deploy.visualize(**chosen, say=options.status).output)

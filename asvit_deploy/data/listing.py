@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asvit_deploy.data.decode import SUFFIXES
-from asvit_deploy.errors import UserError
+from asvit_deploy.errors import UserError, shortened
 
 _SHOWN = 8  # endings in one line, and folders
 _LONGEST = 12  # what is longer is no ending but a part of a name
@@ -20,11 +20,13 @@ LOST = "link that leads nowhere"
 SPECIAL = "device, pipe or socket"
 HIDDEN = "hidden"
 ARCHIVE = "__MACOSX folder"  # what macOS puts into zip files: halves of files, named as pictures
+BEHIND = "file with data behind the end of its archive"
 LOOSE = "picture outside the class folders"
 _PLURALS = {
     LOST: "links that lead nowhere",
     SPECIAL: "devices, pipes or sockets",
     ARCHIVE: "__MACOSX folders",
+    BEHIND: "files with data behind the ends of their archives",
     LOOSE: "pictures outside the class folders",
 }
 
@@ -72,7 +74,9 @@ class Passed:
         if count := sum(self.endings.values()):
             parts.append(f"{count:,} {what}{'s' * (count != 1)} ({_listed(self.endings)})")
         for kind, count in self.kinds.items():
-            named = f" ({self.examples[kind]})" if kind in (LOST, SPECIAL, LOOSE) else ""
+            named = ""
+            if kind in (LOST, SPECIAL, LOOSE) and kind in self.examples:
+                named = f" ({shortened(self.examples[kind])})"
             parts.append(f"{count:,} {kind if count == 1 else _PLURALS.get(kind, kind)}{named}")
         return ", ".join(parts)
 

@@ -5,6 +5,9 @@
     a member KEY.jpg (or whatever Pillow reads) and a member KEY.cls, its label in decimal, side by
     side; other members are counted and passed over
 
+Tar files that were joined with `cat` are read to the end, which tar itself does only when asked to
+(`--ignore-zeros`); what stands behind an archive's end and is none is passed over with a line.
+
 A run is resumed, and its batches are shared out, by the numbers of its pictures, so what reads a
 shard must give picture i without having read those before it. webdataset itself streams: where a
 reader stands, and what its shuffle buffer holds, is state; its indexed reader (wids) is not in
@@ -45,19 +48,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from asvit_deploy import trusted
-from asvit_deploy.bounded import open_regular
+from asvit_deploy.bounded import open_regular, parse_json
 from asvit_deploy.data.decode import SUFFIXES, decode_picture
 from asvit_deploy.data.limits import MAX_FILE
-from asvit_deploy.data.listing import HIDDEN, Passed, ending_of
+from asvit_deploy.data.listing import BEHIND, HIDDEN, Passed, ending_of
 from asvit_deploy.data.shard_folders import class_names, shards_in
 from asvit_deploy.data.tar_members import Member, Members
-from asvit_deploy.errors import UserError
+from asvit_deploy.errors import UserError, shortened
 from asvit_deploy.files import atomic, cache_dir, make_cache_dir
 from asvit_deploy.sealed import SEAL, check_seal, seal
+from asvit_deploy.text import one_line
 
 # Where a sample has one of these, other pictures of it (a mask, a depth map) are not meant.
 _USUAL = frozenset((".jpeg", ".jpg", ".png", ".webp"))
-_FORMAT = 3  # of the index; part of its name
+_FORMAT = 4  # of the index; part of its name
 _ENTRY = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<u2")])
 _MAX_LABEL = 2**16 - 1  # ImageNet-21k has 21,841 classes
 GIVEN = "the list of class names"  # in place of `classes.txt`
@@ -92,15 +96,25 @@ class Shard:
 
     def entries(self) -> NDArray:
         """A record (offset, size, label) for each picture, mapped from the index."""
-        return _mapped(self.index)
+        return _mapped(self.index, self.size)
 
     def passed(self) -> Passed:
-        """What the shard holds beside pictures and labels."""
+        """What the shard holds beside pictures and labels.
+
+        Raises:
+            UserError: as `entries`.
+        """
         entries = self.entries()
-        with open(self.index, "rb") as file:
+        with open_regular(self.index, "shard's index") as file:
             file.seek(entries.offset + entries.nbytes)  # type: ignore[attr-defined]
-            endings, kinds = json.loads(file.read()[:-SEAL])
-        return Passed(Counter(endings), Counter(kinds))
+            text = file.read()[:-SEAL]
+        try:
+            found = parse_json(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, list) or len(found) != 2 or not all(map(_is_count, found)):
+            raise _damaged(self.index)
+        return Passed(Counter(found[0]), Counter(found[1]))
 
     def bytes_at(self, offset: int, count: int) -> bytes:
         """Part of the tar file.
@@ -120,6 +134,24 @@ class Shard:
         return b"".join(parts)
 
 
+def _is_count(found: object) -> bool:
+    """Whether it says how many there are of what, as `Passed` does."""
+    return isinstance(found, dict) and all(
+        type(count) is int and 0 <= count < 2**53 for count in found.values()
+    )
+
+
+def _within(entries: NDArray, size: int) -> bool:
+    """Whether all pictures lie in the shard, each behind a header."""
+    offset, length = entries["offset"], entries["size"]
+    inside = (offset >= _BLOCK) & (offset <= size) & (length >= 0) & (length <= size)
+    return bool(np.all(inside & (offset <= size - np.where(inside, length, 0))))
+
+
+def _damaged(index: Path) -> UserError:
+    return UserError(f"the index {index} is gone or damaged; delete it, start again")
+
+
 def _pread(file: BinaryIO, offset: int, count: int) -> Iterator[bytes]:
     """A system may give less than was asked for."""
     while count and (part := os.pread(file.fileno(), count, offset)):
@@ -128,14 +160,21 @@ def _pread(file: BinaryIO, offset: int, count: int) -> Iterator[bytes]:
 
 
 @functools.lru_cache(maxsize=64)
-def _mapped(index: Path) -> NDArray:
+def _mapped(index: Path, size: int) -> NDArray:
+    """The records of a shard of so many bytes."""
     try:
         with trusted.opened(index):  # where others could write, one may have been planted
             pass
         check_seal(index)
-        return np.load(index, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"the index {index} is gone or damaged; delete it, start again") from error
+        found = np.load(index, mmap_mode="r", allow_pickle=False)
+        # A digest shows damage, not what somebody else wrote and signed.
+        if found.ndim != 1 or found.dtype != _ENTRY or not _within(found, size):
+            raise ValueError("no records of this shard")
+        return found
+    except UserError:
+        raise
+    except Exception as error:  # numpy reads the header with Python's own parser
+        raise _damaged(index) from error
 
 
 @functools.cache
@@ -148,7 +187,7 @@ def _temporary_cache(why: str) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
-    print(f"the shards' index is kept for this run only: {why}", file=sys.stderr)
+    print(one_line(f"the shards' index is kept for this run only: {why}"), file=sys.stderr)
     return Path(folder)
 
 
@@ -196,6 +235,7 @@ class _Sample:
     """What was seen of one key; members of a key stand side by side."""
 
     key: str
+    archive: int = 0  # of several that were joined, the number
     picture: tuple[int, int] | None = None  # offset, size
     suffix: str = ""  # the picture's
     label: int | None = None
@@ -210,7 +250,8 @@ def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
     sample = _Sample("")
     try:
         with open_regular(path, "shard") as file:
-            for member in Members(file):
+            members = Members(file)
+            for member in members:
                 key, suffix = _split(member.name)
                 if member.folder:
                     continue
@@ -220,11 +261,13 @@ def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
                 if not key:
                     passed.add_kind(HIDDEN, member.name)
                     continue
-                if key != sample.key:
+                if (key, members.archive) != (sample.key, sample.archive):
                     yield from _finished(path, sample)
-                    sample = _Sample(key)
+                    sample = _Sample(key, members.archive)
                 _note(path, file, member, suffix, sample, passed)
             yield from _finished(path, sample)
+            if members.rest:
+                passed.add_kind(BEHIND, path.name)
     except (tarfile.TarError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
@@ -263,6 +306,10 @@ def _note(
         if not text.isdigit() or member.size > 20 or int(text) > _MAX_LABEL:
             raise UserError(
                 f"{path}: {member.name} is no label; write a number from 0 to {_MAX_LABEL} into it"
+            )
+        if sample.label is not None:
+            raise UserError(
+                f"the shard {path} has two labels {sample.key}; take one of them out, or rename it"
             )
         sample.label = int(text)
     else:
@@ -363,4 +410,8 @@ class ShardPictures:
 
 
 def _member_name(shard: Shard, header: bytes) -> str:
-    return f"{shard.path}:{tarfile.TarInfo.frombuf(header[:_BLOCK], 'utf-8', 'replace').name}"
+    try:
+        name = tarfile.TarInfo.frombuf(header[:_BLOCK], "utf-8", "surrogateescape").name
+    except (tarfile.TarError, ValueError):  # what its index says stands there does not
+        name = "a member without a header"
+    return f"{shard.path}:{shortened(name)}"

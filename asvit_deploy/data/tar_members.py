@@ -7,6 +7,7 @@ for every header of a header, and keeps all that it has seen.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tarfile
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 _BLOCK = tarfile.BLOCKSIZE
+_PIECE = 1 << 20  # bytes of zeros that are passed over at once
 _MOST_EXTRA = 1 << 20  # bytes of a long name or of pax records; a path has 4,096
 _MOST_NUMBER = 20  # digits, of numbers below 2^64
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
@@ -43,7 +45,11 @@ class Member:
 
 
 class Members:
-    """Iterates over a tar file up to the zeros at its end.
+    """Iterates over a tar file, and over those that were joined to it, up to the zeros at the end.
+
+    Attributes:
+        archive: the number of the tar file, of several, that the last member is of.
+        rest: whether something stands behind the end that is no tar file.
 
     Raises:
         tarfile.TarError: a header is damaged or says what cannot be, or the file is cut.
@@ -52,12 +58,19 @@ class Members:
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._length = file, os.fstat(file.fileno()).st_size
         self._at = 0
+        self.archive, self.rest = 0, False
 
     def __iter__(self) -> Iterator[Member]:
         everywhere: dict[bytes, bytes] = {}
         here: dict[bytes, bytes] = {}
         long_name: bytes | None = None
-        while (info := self._header()) is not None:
+        while True:
+            info = self._header()
+            if info is None:
+                if here or long_name is not None or not self._next_archive():
+                    break
+                everywhere = {}
+                continue
             start = self._at + _BLOCK
             if info.type in (*_PAX, _GLOBAL):
                 records = _records(self._extra(info, start))
@@ -90,6 +103,44 @@ class Members:
         if info.size < 0:
             raise tarfile.ReadError(f"a size of {info.size}")
         return info
+
+    def _next_archive(self) -> bool:
+        """Go to the next tar file behind the zeros that end one, if there is one."""
+        self._at += _BLOCK
+        while self._at < self._length:
+            if (place := self._data_from(self._at)) is None:
+                return False
+            self._at = max(self._at, place // _BLOCK * _BLOCK)
+            self._file.seek(self._at)
+            piece = self._file.read(_PIECE)
+            rest = len(piece) - len(piece.lstrip(b"\0"))
+            self._at += rest // _BLOCK * _BLOCK
+            if rest < len(piece):
+                self.rest = not self._is_header()
+                self.archive += 1
+                return not self.rest
+            if len(piece) < _PIECE:
+                break
+        return False
+
+    def _data_from(self, place: int) -> int | None:
+        """Where the next bytes stand that are no hole of the file; None where only a hole is."""
+        number = self._file.fileno()
+        here = os.lseek(number, 0, os.SEEK_CUR)  # on which the file's own buffer relies
+        try:
+            return os.lseek(number, place, os.SEEK_DATA)
+        except OSError as error:  # not all systems know where holes are
+            return None if error.errno == errno.ENXIO else place
+        finally:
+            os.lseek(number, here, os.SEEK_SET)
+
+    def _is_header(self) -> bool:
+        self._file.seek(self._at)
+        try:
+            tarfile.TarInfo.frombuf(self._file.read(_BLOCK), "utf-8", "surrogateescape")
+        except (tarfile.TarError, ValueError):
+            return False
+        return True
 
     def _extra(self, info: tarfile.TarInfo, start: int) -> bytes:
         if info.size > _MOST_EXTRA:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
 
-from asvit_deploy import trusted
+from asvit_deploy import files, trusted
 from asvit_deploy.artefacts import bundle
 from asvit_deploy.engine import process
 from asvit_deploy.engine.buckets import choose_buckets, profiles_of
@@ -116,8 +115,7 @@ def _build(
         def relay(phase: str, done: int, of: int, title: str = title) -> None:
             progress(f"{title}: {phase}", done, of)
 
-        with tempfile.TemporaryDirectory(prefix="asvit-engine-") as name:
-            folder = Path(name)
+        with files.scratch("engine") as folder:
             profiles = profiles_of(segment, buckets)
             job = make_job(folder, segment, flavour, options, profiles, stages=0)
             outcome = process.run(job, flavour, folder, f"{title} of {source.path}", relay)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from asvit_deploy.graph import without_function
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import Half, of_option
 from asvit_deploy.runners.trt_flavour import Flavour
+from asvit_deploy.text import one_line
 
 Batch = tuple[int, int, int]
 CHECK_IMAGES = 64  # the rule means the same for any number; more take longer than the build
@@ -208,8 +208,7 @@ def build_engine(
         )
     start = time.perf_counter()
     trusted.require_temporary()  # the builder reads there what to load
-    with tempfile.TemporaryDirectory(prefix="asvit-engine-") as name:
-        folder = Path(name)
+    with files.scratch("engine") as folder:
         job = make_job(folder, graph, flavour, options, profiles, stages)
         outcome = process.run(job, flavour, folder, str(source.path), progress)
         seconds = time.perf_counter() - start
@@ -240,7 +239,7 @@ def make_job(
     With the function there, a parser that misses the plugin would quietly take the function.
     """
     path = folder / "graph.onnx"
-    path.write_bytes(without_function(graph).SerializeToString())
+    files.put(path, without_function(graph).SerializeToString())
     assert flavour.module is not None
     version, namespace = onnx_op.PLUGIN_ATTRIBUTES.values()
     plugin = options.plugin.resolve() if options.plugin and stages else None
@@ -274,7 +273,7 @@ def _timing_folder() -> Path | None:
                 pass
         return folder
     except UserError as error:
-        print(f"timings are not kept, {error}", file=sys.stderr)
+        print(one_line(f"timings are not kept, {error}"), file=sys.stderr)
         return None
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from asvit_deploy.files import put
+
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 
@@ -52,7 +54,7 @@ class Job:
 
     def save(self, path: Path) -> None:
         """Write it for the builder's process."""
-        path.write_text(json.dumps(asdict(self)))
+        put(path, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> Job:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy import child
+from asvit_deploy.disk import FULL, is_full, unfitting
 from asvit_deploy.engine.job import Job
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import FULL
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.requirements import pip_install_extra
 from asvit_deploy.runners.trt_flavour import Flavour
@@ -53,7 +53,8 @@ def run(job: Job, flavour: Flavour, folder: Path, name: str, progress: Progress)
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             child.command("from asvit_deploy.engine.worker import main; main()", str(path)),
-            stdout=subprocess.PIPE, stderr=errors, env=flavour.environment(folder), text=True,
+            stdout=subprocess.PIPE, stderr=errors, text=True,
+            env={**flavour.environment(folder), "TMPDIR": str(folder)},
         )  # fmt: skip
         try:
             assert process.stdout is not None
@@ -79,7 +80,12 @@ def run(job: Job, flavour: Flavour, folder: Path, name: str, progress: Progress)
         outcome.layers, outcome.plugin_layers = last["layers"], last["plugin_layers"]
         return outcome
     if last["event"] == "error":
+        if is_full(folder):
+            raise unfitting(job.plan)
         raise UserError(f"{flavour.title} cannot build {name}: {_reason(last)}")
+    full = re.search(r"OSError: \[Errno (\d+)\]", printed)
+    if is_full(folder) or (full and int(full[1]) in FULL):
+        raise unfitting(job.plan)
     raise UserError(_ended(process.returncode, stage, printed, job, flavour, name))
 
 
@@ -109,10 +115,7 @@ def _ended(code: int, stage: str, printed: str, job: Job, flavour: Flavour, name
     lines = [line for line in printed.splitlines() if line.strip()]
     said = f" ({_line(lines[-1])})" if lines else ""
     what = f"{job.plugin}" if stage == "loading the plugin" else name
-    full = re.match(r"OSError: \[Errno (\d+)\]", lines[-1]) if lines else None
-    if full and int(full[1]) in FULL:
-        remedy = "free space, or set TMPDIR to another disk"
-    elif stage == "loading the plugin":
+    if stage == "loading the plugin":
         remedy = (
             "name another library with --plugin, or build it with `asvit-deploy build-plugins trt`"
         )

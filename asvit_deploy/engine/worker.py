@@ -7,7 +7,6 @@ goes to stderr.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -20,7 +19,6 @@ from typing import Any
 from asvit_deploy.engine.job import Job
 
 Send = Callable[..., None]  # a message: what it is about, and its fields
-_PR_SET_PDEATHSIG = 1
 
 
 class Refused(Exception):
@@ -34,11 +32,9 @@ def _open_channel() -> Send:
     return lambda event, **fields: print(json.dumps({"event": event, **fields}), file=channel)
 
 
-def _die_with_parent() -> None:
-    """A killed command leaves no builder behind (Linux); Ctrl-C is the parent's business."""
+def _leave_interrupts() -> None:
+    """Ctrl-C is the parent's business; that this ends with it, `child.command` sees to."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _import_binding(job: Job) -> Any:
@@ -209,7 +205,7 @@ def _inspect(trt: Any, plan: bytes, job: Job) -> None:
 
 def main() -> None:
     """Run one job."""
-    _die_with_parent()
+    _leave_interrupts()
     send = _open_channel()
     build(Job.load(Path(sys.argv[1])), send)
     # Destructors of a half-built network may crash; everything is written by now.

@@ -7,7 +7,6 @@ variants interleaved in random order, with and without CUDA graphs where a mode 
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from asvit_deploy.evaluation.timing import (
     ratio_of_medians,
     run_once,
 )
+from asvit_deploy.files import scratch
 from asvit_deploy.precision import of_option
 from asvit_deploy.runners.onnx_runtime import arithmetic_of
 from asvit_deploy.runners.pytorch import TorchRunner
@@ -124,8 +124,8 @@ def bench_engine(
     if artefact.adaptive:
         dense, _ = run_once(TorchRunner(artefact.dense_reference), loaded)
         agreed = agreement_of(config, torch.from_numpy(dense), torch.from_numpy(outputs))
-    with tempfile.TemporaryDirectory(prefix="asvit-bench-") as folder:
-        variants = variants_of(artefact, pictures, lengths, Path(folder))
+    with scratch("bench") as folder:
+        variants = variants_of(artefact, pictures, lengths, folder)
         with bar(say, total=warmup + runs, desc="bench") as progress:
             times = measure(
                 variants, loaded, warmup, runs, progress=lambda: progress.update() and None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy import child
 from asvit_deploy.evaluation.timing import Memory
+from asvit_deploy.files import put, scratch
 
 _WAIT = 600  # seconds
 _PICTURES = 16  # of which each may keep another number of tokens
@@ -70,11 +70,11 @@ def memory_use(
     """
     if sys.platform != "linux":
         return "memory is measured on Linux only"
-    with tempfile.TemporaryDirectory(prefix="asvit-memory-") as folder:
+    with scratch("memory") as folder:
         if isinstance(model, onnx.ModelProto):
-            proto, model = model, Path(folder) / "model.onnx"
-            model.write_bytes(proto.SerializeToString())
-        pictures = Path(folder) / "pictures.npy"
+            proto, model = model, folder / "model.onnx"
+            put(model, proto.SerializeToString())
+        pictures = folder / "pictures.npy"
         np.save(pictures, np.stack(images[:_PICTURES]))
         job = [runtime, str(model), library and str(library), threads, str(pictures)]
         done = child.tried(_CODE, json.dumps(job), wait=_WAIT)

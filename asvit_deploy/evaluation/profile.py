@@ -6,7 +6,6 @@ belongs where is read off the optimised graph itself, by the stage values' names
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from asvit_deploy import graph
+from asvit_deploy.files import scratch
 from asvit_deploy.runners.onnx_runtime import OrtRunner, load_model
 
 _KINDS = ("scoring", "compaction", "network")
@@ -72,8 +72,8 @@ def shares(
         images, so that a run that the machine disturbed does not count; `op`, how the op ran;
         `stages_ms`, kernel time up to the first cut, between two cuts, and behind the last one.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        prefix = Path(folder) / "profile"
+    with scratch("profile") as folder:
+        prefix = folder / "profile"
         runner = OrtRunner(load_model(source), library, threads=1, record=False, profile=prefix)
         for i in range(warmup + len(images)):
             runner.infer(images[i % len(images)][None])

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from onnx import numpy_helper
 
 from asvit_deploy import graph
 from asvit_deploy.errors import UserError
+from asvit_deploy.files import scratch
 from asvit_deploy.precision import FLOAT32, HALVES
 from asvit_deploy.runners.onnx_runtime import arithmetic_of, import_onnxruntime, session_options
 
@@ -251,8 +251,8 @@ def to_int8(
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.graph.value_info[:]  # which it does not believe, and fails on
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "int8.onnx"
+    with scratch("int8") as folder:
+        output = folder / "int8.onnx"
         _quantise(bare, output, kind, others, pictures)
         result = onnx.load(str(output))
     _keep_opsets(result, model)

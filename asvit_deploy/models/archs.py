@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
-from asvit_deploy.errors import UserError
+from asvit_deploy.errors import UserError, shortened
 from asvit_deploy.models.config import ArchConfig, Preprocessing
 
 _DIGITS = Preprocessing(
@@ -77,7 +77,7 @@ def described(name: str, traits: Mapping[str, Any] | None) -> ArchConfig:
     """
     if traits is None:
         if name not in ARCHS:
-            raise ValueError(f"arch {name!r}")
+            raise ValueError(f"arch {shortened(repr(name), 80)}")
         return ARCHS[name]
     if set(traits) != set(DESCRIBED):
         raise ValueError("architecture")

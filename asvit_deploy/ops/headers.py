@@ -6,18 +6,19 @@ onnxruntime are refused.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from asvit_deploy import trusted
+from asvit_deploy.disk import unfitting
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import cached, make_cache_dir
+from asvit_deploy.files import cached, make_cache_dir, scratch
 from asvit_deploy.ops.prebuilt import usable_tree
 
 MINIMUM_API = 17  # the first with shape inference for custom ops
@@ -156,11 +157,13 @@ def _obtain(say: Say) -> Headers:
     reasons = []
     for mirror in mirrors:
         say(f"taking {PACKAGE} ({PACKAGE_SUITE}) from {_without_password(mirror)}")
-        with tempfile.TemporaryDirectory(dir=place, prefix=".") as scratch:
+        with scratch("headers", place) as folder:
             try:
-                headers = _download(mirror, keyring, Path(scratch))
+                headers = _download(mirror, keyring, folder)
                 return _keep(headers, place / f"api-{headers.api}")
             except _Unavailable as error:
+                if os.strerror(errno.ENOSPC) in str(error):
+                    raise unfitting(folder) from error
                 reasons.append(str(error))
     raise _Unavailable("; ".join(reasons))
 
@@ -168,8 +171,8 @@ def _obtain(say: Say) -> Headers:
 def _keep(headers: Headers, target: Path) -> Headers:
     """Copy freshly unpacked headers to their place, whole or not at all."""
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as scratch:
-            copy = shutil.copytree(headers.folder, Path(scratch) / "copy")
+        with scratch("headers", target.parent) as folder:
+            copy = shutil.copytree(headers.folder, folder / "copy")
             trusted.close_tree(copy)
             copy.rename(target)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asvit_deploy import child, trusted
+from asvit_deploy.disk import unfitting
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import cache_dir, make_cache_dir
+from asvit_deploy.files import cache_dir, make_cache_dir, scratch
 from asvit_deploy.ops.headers import (
     WITHOUT,
     Headers,
@@ -192,19 +194,38 @@ def run_compiler(command: Sequence[str | Path]) -> str | None:
         UserError: others may exchange what compilers put into the folder for temporary files.
     """
     trusted.require_temporary()
+    with scratch("compiler") as folder:  # compilers that are killed leave what they wrote
+        return _compiled(command, {**os.environ, "TMPDIR": str(folder)})
+
+
+def _compiled(command: Sequence[str | Path], environment: dict[str, str]) -> str | None:
     # What comes out is for us alone, also while it is being written.
     umask = 0o077 if os.name == "posix" else -1
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", umask=umask
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            umask=umask,
+            env=environment,
         )
     except OSError as error:  # a script without its interpreter, a program of another machine
         return f"it cannot be run: {error.strerror}"
     if done.returncode == 0:
         return None
+    if (full := os.strerror(errno.ENOSPC)) in done.stderr:
+        # Of which file it said so stands in front, `Fatal error: can't write 80 bytes to …: …`.
+        files_of = re.findall(rf"(/[^\s:]+): {full}", done.stderr)
+        raise unfitting(files_of[0] if files_of else _output_of(command))
     lines = (done.stderr + done.stdout).splitlines() or [f"exit code {done.returncode}"]
     reason = next((line for line in lines if "error" in line or "fatal" in line), lines[-1])
     return reason[:200]
+
+
+def _output_of(command: Sequence[str | Path]) -> str:
+    words = [str(word) for word in command]
+    return words[words.index("-o") + 1] if "-o" in words[:-1] else "what it compiles"
 
 
 def build_ort(

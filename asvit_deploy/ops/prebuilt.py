@@ -19,6 +19,7 @@ from pathlib import Path
 
 from asvit_deploy import files, trusted
 from asvit_deploy.errors import UserError
+from asvit_deploy.text import one_line
 
 _LONGEST_WAIT = 5.0  # seconds; whoever may read the folder could hold its lock for ever
 
@@ -30,7 +31,7 @@ def digest_path(library: Path) -> Path:
 
 def complain(reason: str) -> None:
     """What was passed over and why, one line on stderr."""
-    print("passed over:", " ".join(reason.splitlines()), file=sys.stderr)
+    print(one_line(f"passed over: {reason}"), file=sys.stderr)
 
 
 def usable(library: Path, remedy: str, say: Callable[[str], None] = complain) -> bool:

@@ -15,7 +15,6 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from asvit_deploy import child, trusted
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import cache_dir, cached, make_cache_dir
+from asvit_deploy.files import cache_dir, cached, make_cache_dir, scratch
 from asvit_deploy.ops.headers import Say, silent
 from asvit_deploy.ops.library import find_compiler, run_compiler
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
@@ -117,12 +116,12 @@ def _take_from_wheel(place: Path, say: Say) -> TrtHeaders:
     say(f"taking TensorRT's headers from the Python package {WHEEL}")
     make_cache_dir("headers")
     try:
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as scratch:
-            with zipfile.ZipFile(_download_wheel(Path(scratch))) as archive:
+        with scratch("headers", place.parent) as folder:
+            with zipfile.ZipFile(_download_wheel(folder)) as archive:
                 names = [name for name in archive.namelist() if name.startswith(WHEEL_FOLDER)]
-                archive.extractall(scratch, names)
-            trusted.close_tree(Path(scratch) / WHEEL_FOLDER)
-            (Path(scratch) / WHEEL_FOLDER).rename(place)
+                archive.extractall(folder, names)
+            trusted.close_tree(folder / WHEEL_FOLDER)
+            (folder / WHEEL_FOLDER).rename(place)
     except OSError as error:
         # Another process may have been faster.
         if read_trt_headers(place, "") is None or not usable_tree(place):

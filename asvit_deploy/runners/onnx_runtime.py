@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from asvit_deploy.errors import UserError
+from asvit_deploy.errors import UserError, shortened
 from asvit_deploy.memory import memory
 from asvit_deploy.models.config import OUTPUTS
 from asvit_deploy.ops import onnx_op
@@ -184,9 +184,7 @@ class OrtRunner(RunnerBase):
         self.padded = is_padded(model)
         self.precision, self.op = precision_of(model), op_of(model, library)
         self._rows = rows_in(model) if rows is None else rows
-        shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
-        self.batch = shape[0] or None
-        self.image_size = shape[2]
+        self.batch, self.image_size = _pictures_of(model, name)
         self.runs_beside = provider == "CPUExecutionProvider"
         self._tried = False  # a first run within bounds; those that are timed are free of them
         self._most: int | None = None
@@ -327,6 +325,25 @@ class _Replay:
 
     session: Any
     tokens: int
+
+
+def _pictures_of(model: onnx.ModelProto, name: str) -> tuple[int | None, int]:
+    """The batch that a model takes, None for any, and the side of its pictures.
+
+    Raises:
+        UserError: its one input is no pictures.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [info for info in model.graph.input if info.name not in weights]
+    shapes = [[d.dim_value for d in info.type.tensor_type.shape.dim] for info in inputs]
+    shape = shapes[0] if len(shapes) == 1 else []
+    square = len(shape) == 4 and shape[1] in (0, 3) and shape[2] == shape[3] and shape[2] >= 0
+    if not square or shape[0] < 0:
+        said = shortened(", ".join(map(str, shapes)) or "none", 80)
+        raise UserError(
+            f"{name} takes inputs of shapes {said} and not one of square pictures; export it again"
+        )
+    return shape[0] or None, shape[2]
 
 
 def _outputs_of(name: str, session: Any, stages: int, record: bool) -> list[str]:

@@ -25,6 +25,7 @@ from asvit_deploy.ops import onnx_op
 from asvit_deploy.requirements import pip_install_extra
 from asvit_deploy.runners.place import Place
 from asvit_deploy.runners.trt_flavour import FLAVOURS, Flavour
+from asvit_deploy.text import one_line
 
 if TYPE_CHECKING:
     from asvit_deploy.runners.trt_buffers import Scratch
@@ -154,7 +155,7 @@ def plugin_for(
 @functools.cache
 def _warn(line: str) -> None:
     """One line on stderr, once: a model has several engines, or runs in several ways."""
-    print(" ".join(line.splitlines()), file=sys.stderr)
+    print(one_line(line), file=sys.stderr)
 
 
 @functools.cache

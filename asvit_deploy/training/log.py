@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy.bounded import open_regular, parse_json
+from asvit_deploy.disk import unwritten
 from asvit_deploy.errors import UserError
-from asvit_deploy.files import check_writable, no_link, unwritten, write_text
+from asvit_deploy.files import check_writable, no_link, write_text
 from asvit_deploy.requirements import pip_install
 
 _MOST_LINE = 1 << 20  # bytes; a line of ours has some hundreds

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from asvit_deploy.bounded import UNREADABLE, open_regular
 from asvit_deploy.checkpoints import bounds
 from asvit_deploy.checkpoints.damage import Damaged, check_archive, digest
+from asvit_deploy.checkpoints.reading import quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import write_bytes
 from asvit_deploy.memory import memory
+from asvit_deploy.training.state_form import misfit
 
 if TYPE_CHECKING:
     from asvit_deploy.training.trainer import Trainer
@@ -54,30 +58,38 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
     """
     content = _read(path)
     damaged = f"{path} is damaged; delete it and start over"
-    try:
-        step, saved = int(content["step"]), dict(content["recipe"])
-    except Exception as error:  # it may hold anything
-        raise UserError(damaged) from error
+    step, saved = content.get("step"), content.get("recipe")
+    if type(step) is not int or not isinstance(saved, Mapping):
+        raise UserError(damaged)
     changed = [key for key in recipe if saved.get(key) != recipe[key]]
     if changed:
-        differences = ", ".join(f"{key} {saved.get(key)}, not {recipe[key]}" for key in changed)
+        differences = ", ".join(
+            f"{key} {_said(saved.get(key))}, not {_said(recipe[key])}" for key in changed
+        )
         raise UserError(
             f"{path} belongs to a run with {differences}; "
             "use the same options and data, or --force without --resume to start over"
         )
     if not 0 <= step <= trainer.recipe.steps:
         raise UserError(damaged)
+    if odd := misfit(content, trainer):
+        raise UserError(f"{path} does not fit this network ({odd}); delete it and start over")
+    trainer.model.load_state_dict(content["model"])
+    trainer.optimizer.load_state_dict(content["optimizer"])
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(content["scaler"])
+    if trainer.average is not None:
+        trainer.average.load_state_dict(content["average"])
     try:
-        trainer.model.load_state_dict(content["model"])
-        trainer.optimizer.load_state_dict(content["optimizer"])
-        if trainer.scaler.is_enabled():
-            trainer.scaler.load_state_dict(content["scaler"])
-        if trainer.average is not None:
-            trainer.average.load_state_dict(content["average"])
         torch.set_rng_state(content["rng"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this network; delete it and start over") from error
+    except RuntimeError as error:  # numbers that its generator never has
+        raise UserError(damaged) from error
     return step
+
+
+def _said(value: Any) -> str:
+    """A value of a recipe; of a file's, which may be anything, a short word."""
+    return value if isinstance(value, str) and len(value) <= 100 else quoted(value)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -91,9 +103,14 @@ def _read(path: Path) -> dict[str, Any]:
     damaged = f"{path} is damaged; delete it and start over"
     try:
         bounds.check(path)
-        with open(path, "rb") as file, memory.within(2 * path.stat().st_size + bounds.SPARE):
+        with (
+            open_regular(path, "state") as file,
+            memory.within(2 * path.stat().st_size + bounds.SPARE),
+        ):
             check_archive(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise Damaged("it holds no dict")
         own = content.pop("digest", None)  # states of earlier versions have none
         if own is not None and own != digest(content):
             raise Damaged("its digest differs")
@@ -103,10 +120,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(damaged) from error
     except Refused as refused:
         raise UserError(f"{path} {refused}; delete it and start over") from refused
-    except PermissionError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}; check its permissions"
-        ) from error
+    except OSError as error:
+        what = "the disk" if error.errno in UNREADABLE else "its permissions"
+        raise UserError(f"{path} cannot be read: {error.strerror}; check {what}") from error
     except Exception as error:  # torch answers to bad bytes with nearly any exception
         raise UserError(damaged) from error
     return content

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from asvit_deploy.checkpoints.load import Checkpoint, build_model
 from asvit_deploy.checkpoints.places import fingerprint
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.machine import machine
+from asvit_deploy.files import scratch
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.runners.pytorch import torch_threads
@@ -100,10 +100,10 @@ class Session:
         steps = Steps(self.say)
         try:
             with (
-                tempfile.TemporaryDirectory() as folder,
+                scratch("tune") as folder,
                 torch_threads(self.wanted.threads or None),
             ):
-                return self._run(Path(folder), steps)
+                return self._run(folder, steps)
         finally:
             steps.close()
 

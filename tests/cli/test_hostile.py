@@ -125,7 +125,7 @@ def test_each_is_one_line(cli, tmp_path, monkeypatch, arguments, words):
 def test_a_name_with_a_newline_does_not_break_the_line(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a\nb.pt").write_text("text")
-    refused(cli("export", "--ckpt", "a\nb.pt"), "a b.pt is not a checkpoint")
+    refused(cli("export", "--ckpt", "a\nb.pt"), r"a\nb.pt is not a checkpoint")
 
 
 def test_a_pipe_is_not_waited_for(cli, tmp_path):

@@ -524,6 +524,79 @@ def test_shards_and_caches_without_permission(powerless_cli, tmp_path, monkeypat
     assert list((tmp_path / "closed").iterdir()) == []
 
 
+# --- what they mean -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [("1", "0"), ("1", "1")])
+@pytest.mark.parametrize("first", ["picture", "label"])
+def test_two_labels_of_one_key(tmp_path, labels, first):
+    members = [("k.png", png(1)), *(("k.cls", label.encode()) for label in labels)]
+    write_tar(classes(tmp_path) / "0.tar", members if first == "picture" else members[::-1])
+    refused(tmp_path, "the shard", "0.tar has two labels k", "take one of them out")
+
+
+def joined(folder: Path, between: bytes = b"", **more: bytes) -> Path:
+    """Two shards of three pictures in one file, as `cat` makes it."""
+    parts = []
+    for number in range(2):
+        part = folder.parent / f"{folder.name}_{number}.tar"
+        write_tar(part, samples([(f"k{i + 3 * number}", png(i), i % 2) for i in range(3)]))
+        parts.append(part.read_bytes())
+    (classes(folder) / "0.tar").write_bytes(between.join(parts) + more.get("behind", b""))
+    return folder
+
+
+@pytest.mark.parametrize("between", [b"", bytes(512), bytes(3 << 20)], ids=len)
+def test_joined_shards_are_read_to_the_end(tmp_path, between):
+    found = ShardPictures(joined(tmp_path / "x", between))
+    assert len(found) == 6
+    assert [found.label(i) for i in range(6)] == [0, 1, 0] * 2
+    assert [found.name(i).rpartition(":")[2] for i in range(6)] == [f"k{i}.png" for i in range(6)]
+    assert [found.load(i).size for i in range(6)] == [(50, 40)] * 6
+    assert found.notes == []
+
+
+def test_a_sample_does_not_reach_from_one_shard_into_the_next(tmp_path):
+    members = {"a.tar": ("k.png", png(1)), "b.tar": ("k.cls", b"1")}
+    parts = [write_tar(tmp_path / name, [one]).read_bytes() for name, one in members.items()]
+    (classes(tmp_path / "x") / "0.tar").write_bytes(b"".join(parts))
+    refused(tmp_path / "x", "0.tar: k has no .cls beside it")
+
+
+@pytest.mark.parametrize("behind", [b"junk" * 300, b"\x1f\x8b" + bytes(2000), b"x"])
+def test_what_stands_behind_a_shard_and_is_none_gets_a_line(tmp_path, behind):
+    found = ShardPictures(joined(tmp_path / "x", behind=behind))
+    assert len(found) == 6
+    assert "1 file with data behind the end of its archive" in found.notes[0]
+
+
+def test_a_second_shard_that_is_cut_is_refused(tmp_path):
+    path = joined(tmp_path / "x") / "0.tar"
+    path.write_bytes(path.read_bytes()[: -(10 << 10) - 700])
+    refused(tmp_path / "x", "the shard", "0.tar is damaged or no tar file", "copy it again")
+
+
+def test_the_global_headers_of_one_shard_say_nothing_of_the_next(tmp_path):
+    parts = []
+    for number, headers in enumerate(({"path": "odd.png"}, {})):
+        with tarfile.open(tmp_path / f"{number}.tar", "w", pax_headers=headers) as tar:
+            for name, data in samples([(f"k{number}", png(1), 1)]) if number else []:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        parts.append((tmp_path / f"{number}.tar").read_bytes())
+    (classes(tmp_path / "x") / "0.tar").write_bytes(b"".join(parts))
+    found = ShardPictures(tmp_path / "x")
+    assert [found.label(i) for i in range(len(found))] == [1]
+
+
+def test_zeros_without_end_are_passed_over_at_once(tmp_path):
+    """A file of holes: 1 TiB that take no disk."""
+    path = joined(tmp_path / "x") / "0.tar"
+    os.truncate(path, 1 << 40)
+    assert len(ShardPictures(tmp_path / "x")) == 6
+
+
 # --- commands -----------------------------------------------------------------------------------
 
 

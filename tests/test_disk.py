@@ -1,0 +1,218 @@
+"""A full disk is named, and the file that did not fit; what killed runs left goes with the next."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from asvit_deploy import child, files, sidecar
+from asvit_deploy.errors import UserError
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A disk of 256 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", folder],
+                             capture_output=True, text=True)  # fmt: skip
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def full(error: UserError, disk: Path, file: str, temporary: bool = False) -> None:
+    line = str(error)
+    assert line.startswith(f"cannot write {disk}"), line
+    assert file in line
+    assert f"No space left on device on the disk of {disk}; free space there" in line
+    assert ("TMPDIR" in line) == temporary
+    for blame in ("reinstall", "export it again", "another compiler", "--headers"):
+        assert blame not in line
+
+
+def test_the_file_that_did_not_fit_is_named(small):
+    """Of an artefact and its sidecar the one that was being written, not the last of both."""
+    path = small / "m.onnx"
+    with pytest.raises(UserError) as caught:
+        sidecar.write(path, bytes(1 << 20), {"kind": "onnx"})
+    full(caught.value, small, "m.onnx: No space")
+    with pytest.raises(UserError) as caught:
+        sidecar.write(path, bytes(16), {"kind": "onnx", "classes": "x" * (1 << 20)})
+    full(caught.value, small, "m.onnx.json: No space")
+    assert list(small.iterdir()) == []
+
+
+def test_what_fails_in_a_scratch_folder_on_a_full_disk(small, monkeypatch):
+    """Whatever a library makes of it: it knows a number, or nothing at all."""
+    monkeypatch.setattr(tempfile, "tempdir", str(small))
+
+    def by_python(folder):
+        (folder / "graph").write_bytes(bytes(1 << 20))
+
+    def by_another(folder):
+        with pytest.raises(OSError, match="No space"):
+            (folder / "plan").write_bytes(bytes(1 << 20))
+        raise RuntimeError("an error 17 that says nothing")
+
+    def blamed(folder):
+        with pytest.raises(OSError, match="No space"):
+            (folder / "plan").write_bytes(bytes(1 << 20))
+        raise UserError("the model cannot be loaded; export it again")
+
+    for fails in (by_python, by_another, blamed):
+        with pytest.raises(UserError) as caught, files.scratch("test") as folder:
+            fails(folder)
+        full(caught.value, small, ".asvit-test.", temporary=True)
+        assert list(small.iterdir()) == []
+    with pytest.raises(RuntimeError, match="ours"), files.scratch("test"):
+        raise RuntimeError("ours")  # where there is room, a defect stays one
+
+
+def test_a_child_whose_input_does_not_fit(small, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(small))
+    with pytest.raises(UserError) as caught:
+        child.tried("import sys; sys.stdin.read()", given=bytes(1 << 20))
+    full(caught.value, small, "", temporary=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["64k", "2500k", "3500k"])
+def test_build_engine_on_a_full_disk(cli, rtx, tmp_path, small, mini_artifacts, monkeypatch, size):
+    """Where the graph does not fit, and where the builder's own files do not."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", small], check=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(small))
+    monkeypatch.setenv("TMPDIR", str(small))
+    filler, model = small / "filler", mini_artifacts["1", "auto"]
+    graph = model.stat().st_size
+    if size != "64k":  # room for the graph and a little
+        room = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
+        filler.write_bytes(bytes(max(0, room - graph - (300 << 10))))
+    line = ["build-engine", "--onnx", model, "--flavour", "tensorrt-rtx", "--mode", "padded"]
+    result = cli(*line, "--no-check", "-o", tmp_path / "e.engine")
+    assert result.code == 2
+    (line,) = (line for line in result.err.splitlines() if line.startswith("Error:"))
+    full(UserError(line.removeprefix("Error: ")), small, ".asvit-engine.", temporary=True)
+    assert [path.name for path in small.iterdir()] in ([], ["filler"])
+
+
+def test_a_limit_on_file_sizes_is_no_full_disk(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError) as caught:
+            files.write_bytes(tmp_path / "x", bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "x: File too large; a limit on file sizes is set here (ulimit -f)" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM])
+def test_what_the_machine_fails_in_is_no_traceback(cli, monkeypatch, number):
+    import asvit_deploy
+
+    def fails(**_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(asvit_deploy, "predict", fails)
+    result = cli("predict", "m.onnx", "a.png")
+    assert result.code == 2
+    assert result.err.startswith(f"Error: the system does not go on: {os.strerror(number)}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux's, which fails to be read")
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.onnx", "x.bin"])
+def test_a_read_error_names_the_file(tmp_path, name):
+    """/proc/self/mem is a regular file whose beginning cannot be read."""
+    from asvit_deploy.bounded import open_regular
+    from asvit_deploy.checkpoints.load import load_checkpoint
+
+    path = tmp_path / name
+    path.symlink_to("/proc/self/mem")
+    with open_regular(path) as file, pytest.raises(OSError, match=name) as caught:
+        file.read(10)
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(path))
+    with pytest.raises(UserError, match=rf"{name} cannot be read: Input/output error; check the d"):
+        load_checkpoint(path)
+
+
+# --- what killed runs leave ----------------------------------------------------------------------
+
+_HOLDS = """
+import sys, time
+from asvit_deploy.files import scratch
+with scratch("test") as folder:
+    (folder / "plan").write_bytes(b"x" * 1000)
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    running = [subprocess.Popen([sys.executable, "-c", _HOLDS], stdout=subprocess.PIPE, text=True,
+                                env=environment) for _ in range(2)]  # fmt: skip
+    (tmp_path / ".asvit-test.mine.tmp").mkdir()  # a name that is not ours
+    try:
+        killed, kept = (Path(one.stdout.readline().strip()) for one in running)
+        running[0].kill()
+        running[0].wait()
+        assert killed.is_dir()
+        with files.scratch("test") as folder:
+            assert not killed.exists()
+            assert (kept / "plan").is_file()
+        assert {path.name for path in tmp_path.iterdir()} == {kept.name, ".asvit-test.mine.tmp"}
+        del folder
+    finally:
+        for one in running:
+            one.kill()
+            one.wait()
+
+
+def test_a_child_ends_with_its_parent(tmp_path):
+    """Also one whose parent is gone before it could ask for that."""
+    code = (
+        "import subprocess, sys, time\n"
+        "from asvit_deploy import child\n"
+        "one = subprocess.Popen(child.command('import time; time.sleep(60)'))\n"
+        "print(one.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    number = int(parent.stdout.readline())
+    time.sleep(1.0)
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 10
+    while time.monotonic() < until and _lives(number):
+        time.sleep(0.05)
+    assert not _lives(number)
+
+
+def test_a_child_of_a_parent_that_is_gone_does_nothing(tmp_path):
+    words = child.command(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    here = f"os.getppid() != {os.getpid()}"
+    assert here in words[2]
+    words[2] = words[2].replace(here, "os.getppid() != 1 << 30")
+    assert subprocess.run(words).returncode == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def _lives(number: int) -> bool:
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
