@@ -103,7 +103,7 @@ def _first_screen(report: dict[str, Any], verdict: dict[str, Any], embeds: bool)
         found += [figure] if figure else []
     if (shown := report["pictures"]) and shown["judging"]:
         said = f"{shown['source'] or 'pictures'}; {several(shown['calibrating'] or 0, 'other')} "
-        found.append(Figure("proof", 0, f"{shown['judging']:,}", f"{said}calibrated",
+        found.append(Figure("proof", 10, f"{shown['judging']:,}", f"{said}calibrated",
                             "pictures judged, by exact bounds that hold for all like them", "",
                             "good"))  # fmt: skip
     return found
