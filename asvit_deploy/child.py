@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from asvit_deploy.disk import is_full, unfitting, unwritten
+from asvit_deploy.disk import is_full, require_temporary_folder, unfitting, unwritten
 
 PATIENCE = 15  # seconds, for a library that is tried; most of the second that it takes is imports
 _MOST_SAID = 1 << 20  # bytes that it may write into any file
@@ -50,12 +50,12 @@ def tried(
         Exit code, stdout and stderr; or in one line why it came to none.
 
     Raises:
-        UserError: the disk of the temporary files is full.
+        UserError: the disk of the temporary files is full, or no folder takes any.
     """
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({_MOST_SAID},) * 2)\n"
     seconds = PATIENCE if wait is None else wait
     with contextlib.ExitStack() as stack:
-        place = tempfile.gettempdir()
+        place = require_temporary_folder()
         try:
             stdin, out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
             stdin.write(given)

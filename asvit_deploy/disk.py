@@ -12,6 +12,11 @@ from asvit_deploy.text import shortened
 
 # What the system says where a disk, a quota or a file-size limit is at its end.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_TEMPORARY = (
+    "no folder takes temporary files: those of TMPDIR, /tmp, /var/tmp and the current folder are "
+    "full or may not be written; free space there, or set TMPDIR to a folder on another disk, then "
+    "run it again"
+)
 _ROOM = 1 << 16  # bytes; a disk that has no more is full for whatever is written here
 
 
@@ -35,10 +40,37 @@ def is_full(path: Path | str) -> bool:
     return found.f_bavail * found.f_frsize < _ROOM
 
 
+def temporary_folder() -> Path | None:
+    """The system's folder for temporary files; None where none of its candidates takes any."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:  # what `tempfile` makes of disks that are full or read-only
+        return None
+
+
+def require_temporary_folder() -> Path:
+    """The system's folder for temporary files.
+
+    Raises:
+        UserError: none of its candidates takes any: their disks are full, or may not be written.
+    """
+    folder = temporary_folder()
+    if folder is None:
+        raise UserError(NO_TEMPORARY)
+    return folder
+
+
+def lacks_temporary(error: OSError) -> bool:
+    """Whether it is `tempfile`'s own, of a search that found no folder: it names no file."""
+    said = str(error.strerror)
+    return error.filename is None and said.startswith("No usable temporary directory")
+
+
 def _advice(path: Path, number: int | None) -> str:
     if number == errno.EFBIG:
         return "; a limit on file sizes is set here (ulimit -f): raise it, then run it again"
-    temporary = _inside(path, Path(tempfile.gettempdir()))
+    folder = temporary_folder()
+    temporary = folder is not None and _inside(path, folder)
     other = ", or set TMPDIR to a folder on another" if temporary else ""
     if number == errno.EDQUOT:
         return f" on {_disk(path)}; remove files of yours there{other}, then run it again"

@@ -17,7 +17,6 @@ import re
 import secrets
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 from asvit_deploy import trusted
 from asvit_deploy.bounded import MOST_BYTES, named, open_regular
 from asvit_deploy.claims import claim_on, same, try_lock
-from asvit_deploy.disk import FULL, is_full, unfitting, unwritten
+from asvit_deploy.disk import FULL, is_full, require_temporary_folder, unfitting, unwritten
 from asvit_deploy.errors import UserError
 
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
@@ -374,9 +373,9 @@ def scratch(purpose: str, place: Path | None = None) -> Iterator[Path]:
 
     Raises:
         UserError: the disk is full: whatever fails in the block then fails of that, for programs
-            that are not ours blame something else.
+            that are not ours blame something else. Or there is no folder for temporary files.
     """
-    place = Path(tempfile.gettempdir()) if place is None else place
+    place = require_temporary_folder() if place is None else place
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(_workspace(place / f"asvit-{purpose}"))

@@ -72,9 +72,9 @@ def require_temporary() -> None:
     Raises:
         UserError: it names the place and the remedy.
     """
-    import tempfile
+    from asvit_deploy.disk import require_temporary_folder
 
-    require_folder(Path(tempfile.gettempdir()).absolute(), "TMPDIR", sticky=True)
+    require_folder(require_temporary_folder().absolute(), "TMPDIR", sticky=True)
 
 
 @contextlib.contextmanager

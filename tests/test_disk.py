@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from asvit_deploy import child, files, sidecar
+from asvit_deploy import child, disk, files, sidecar, trusted
 from asvit_deploy.errors import UserError
 
 
@@ -84,6 +84,78 @@ def test_a_child_whose_input_does_not_fit(small, monkeypatch):
     with pytest.raises(UserError) as caught:
         child.tried("import sys; sys.stdin.read()", given=bytes(1 << 20))
     full(caught.value, small, "", temporary=True)
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):  # tests' own folders come before
+    """No folder takes temporary files: what `tempfile` then finds."""
+
+    def search():
+        places = ["/tmp", "/var/tmp", "/usr/tmp", os.getcwd()]
+        raise FileNotFoundError(errno.ENOENT, f"No usable temporary directory found in {places}")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", search)
+
+
+NOWHERE = "no folder takes temporary files: "
+
+
+def test_the_library_without_a_folder_for_temporary_files(nowhere, tmp_path):
+    import asvit_deploy
+
+    with pytest.raises(UserError, match=f"^{NOWHERE}.*; free space there, or set TMPDIR"):
+        child.tried("pass")
+    with pytest.raises(UserError, match=NOWHERE), files.scratch("test"):
+        pytest.fail("there is no place for it")
+    with pytest.raises(UserError, match=NOWHERE):
+        trusted.require_temporary()
+    with pytest.raises(UserError, match=NOWHERE):
+        asvit_deploy.export("default", output=tmp_path / "m.onnx")
+    assert list(tmp_path.glob("m.onnx*")) == []
+    with files.scratch("test", tmp_path) as folder:  # one that is named needs none
+        assert folder.is_dir()
+    line = str(disk.unwritten(tmp_path / "x", OSError(errno.ENOSPC, "No space left on device")))
+    assert line.startswith(f"cannot write {tmp_path / 'x'}: No space left on device on the disk of")
+    assert line.endswith("; free space there, then run it again")
+
+
+@pytest.mark.parametrize("name", [None, "out.json"])
+@pytest.mark.parametrize("raised", ["a full disk", "a search", "what hides it"])
+def test_a_command_without_a_folder_for_temporary_files(cli, nowhere, monkeypatch, raised, name):
+    import asvit_deploy
+
+    def fails(**_):
+        if raised == "a full disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        try:
+            tempfile.gettempdir()
+        except OSError as error:
+            if raised == "a search":
+                raise
+            raise RuntimeError("step 1 of 3 failed") from error  # as PyTorch's exporter does
+
+    monkeypatch.setattr(asvit_deploy, "predict", fails)
+    result = cli("predict", "m.onnx", "a.png")
+    assert result.code == 2
+    wanted = "cannot write " if raised == "a full disk" else NOWHERE
+    assert result.err.startswith(f"Error: {wanted}")
+    assert result.err.count("\n") == 1
+
+
+def test_a_command_on_a_disk_that_is_full_at_once(tmp_path, small):
+    """The whole search, by Python itself: each of its places lies on a full disk."""
+    subprocess.run(["dd", "if=/dev/zero", f"of={small / 'filler'}", "bs=4k"], capture_output=True)
+    code = (
+        f"import tempfile; tempfile._candidate_tempdir_list = lambda: [{str(small)!r}]\n"
+        "import sys; from asvit_deploy.cli.main import main; main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "build-plugins", "--force"], cwd=tmp_path,
+                          capture_output=True, text=True,
+                          env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c")})  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"Error: {NOWHERE}")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

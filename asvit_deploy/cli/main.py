@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import sys
-import tempfile
+from collections.abc import Iterator
 from typing import NoReturn
 
 import click
@@ -13,7 +13,14 @@ from click.utils import PacifyFlushWrapper
 
 from asvit_deploy import __version__
 from asvit_deploy.bounded import UNREADABLE
-from asvit_deploy.disk import FULL, is_full, unwritten
+from asvit_deploy.disk import (
+    FULL,
+    NO_TEMPORARY,
+    is_full,
+    lacks_temporary,
+    temporary_folder,
+    unwritten,
+)
 from asvit_deploy.errors import CheckFailed, Interrupted, UserError, shortened
 from asvit_deploy.status import first_process
 from asvit_deploy.text import one_line
@@ -74,7 +81,8 @@ def _access_failure(error: OSError) -> str | None:
     if error.errno in FULL:
         if error.filename is not None:
             return str(unwritten(str(error.filename), error))
-        full = next((p for p in (tempfile.gettempdir(), ".") if is_full(p)), None)
+        places = (temporary_folder() or "/tmp", ".")
+        full = next((place for place in places if is_full(place)), None)
         if full is not None:
             return str(unwritten(full, error))
         return (
@@ -94,11 +102,11 @@ def _access_failure(error: OSError) -> str | None:
     return f"cannot access {shortened(error.filename)}: {error.strerror}{advice}"
 
 
-def _hides_interrupt(error: BaseException | None) -> bool:
-    """Whether it began as an interrupt: libraries catch one in mid-import and raise their own."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def _began(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it began as: libraries catch one in mid-import, raise their own."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _end_interrupted() -> NoReturn:
@@ -110,6 +118,15 @@ def _refuse(reason: str) -> NoReturn:
     """One line, whatever a file's name holds."""
     click.echo(f"Error: {one_line(reason)}", err=True)
     sys.exit(2)
+
+
+def _explain(error: Exception) -> None:
+    """End here where it began as what is no defect: an interrupt, no place for temporary files."""
+    for first in _began(error):
+        if isinstance(first, KeyboardInterrupt):
+            _end_interrupted()
+        if isinstance(first, OSError) and lacks_temporary(first):
+            _refuse(NO_TEMPORARY)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -132,6 +149,7 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         line = _access_failure(error)
         if line is None:
+            _explain(error)
             raise
         _refuse(line)
     except Interrupted as error:
@@ -144,7 +162,6 @@ def main(args: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         _end_interrupted()
     except Exception as error:
-        if not _hides_interrupt(error):
-            raise
-        _end_interrupted()
+        _explain(error)
+        raise
     sys.exit(code if isinstance(code, int) else 0)

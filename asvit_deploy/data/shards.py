@@ -54,6 +54,7 @@ from asvit_deploy.data.limits import MAX_FILE
 from asvit_deploy.data.listing import BEHIND, HIDDEN, Passed, ending_of
 from asvit_deploy.data.shard_folders import class_names, shards_in
 from asvit_deploy.data.tar_members import Member, Members
+from asvit_deploy.disk import require_temporary_folder
 from asvit_deploy.errors import UserError, shortened
 from asvit_deploy.files import atomic, cache_dir, make_cache_dir
 from asvit_deploy.sealed import SEAL, check_seal, seal
@@ -180,7 +181,7 @@ def _mapped(index: Path, size: int) -> NDArray:
 @functools.cache
 def _temporary_cache(why: str) -> Path:
     """A folder that goes with this process."""
-    folder, owner = tempfile.mkdtemp(prefix="asvit-shards-"), os.getpid()
+    folder, owner = tempfile.mkdtemp("", "asvit-shards-", require_temporary_folder()), os.getpid()
 
     def remove() -> None:
         if os.getpid() == owner:  # not where a forked worker ends

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from asvit_deploy import graph
+from asvit_deploy.disk import require_temporary_folder
 from asvit_deploy.errors import UserError
 from asvit_deploy.exporting.naming import name_traced
 from asvit_deploy.exporting.translations import translations
@@ -127,9 +128,10 @@ def to_onnx(
         `compact_s` and `index_s`.
 
     Raises:
-        UserError: this opset cannot be written here.
+        UserError: this opset cannot be written here, or no folder takes temporary files.
     """
     check_opset(opset)
+    require_temporary_folder()  # PyTorch's tracer wants one, and hides that it found none
     program = _traced(model, batch, opset)
     _refuse_other_opset(program, opset)
     _refuse_zero_placeholders(program.graph)

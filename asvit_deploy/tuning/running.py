@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asvit_deploy import child
+from asvit_deploy.disk import require_temporary_folder
 from asvit_deploy.tuning.worker import DISK_FULL, DONE, JOB, MARK, PICTURES, RESULT, SAID
 
 PATIENCE = 300  # seconds without a sign of life; DeiT-B at 384 px compiles in ten
@@ -163,7 +164,8 @@ class _Child:
     """A process of `worker`, which waits for work."""
 
     def __init__(self, folder: Path) -> None:
-        self._err = tempfile.TemporaryFile()  # noqa: SIM115  # until `end`
+        place = require_temporary_folder()
+        self._err = tempfile.TemporaryFile(dir=place)  # noqa: SIM115  # until `end`
         self._process = subprocess.Popen(
             child.command(_CODE, str(folder)), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._err, start_new_session=True,

@@ -21,8 +21,9 @@ from fuzz.damage import Files
 from fuzz.kinds import Kind, files_of, fresh, put_files
 
 PATIENCE = 20.0  # seconds; what takes longer hangs
-# `changed`: it loads, means something else than the good file, and its format promised that damage
-# shows. `unclear`: refused, but not in one printable line that names the file.
+# `right`: it loads, and where its format promises that damage shows it means the same as the good
+# file. `changed`: it loads, was promised and means something else; of a kind that promises nothing
+# it is not known, and None. `unclear`: refused, but not in one printable line that names the file.
 GOOD = ("right", "refused")
 BAD = ("traceback", "hung", "crashed", "changed", "unclear")
 _MOST_KEPT = 20  # failing inputs of a kind
@@ -48,11 +49,14 @@ class Tally:
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
     good: Files = field(default_factory=dict)
+    promised: bool = True  # whether any way of spoiling has to show; else nothing counts as changed
 
     def row(self) -> dict[str, Any]:
         tried = sum(self.counts.values())
-        return {"kind": self.kind, "tried": tried,
-                **{name: self.counts[name] for name in (*GOOD, *BAD)}}  # fmt: skip
+        counts: dict[str, int | None] = {name: self.counts[name] for name in (*GOOD, *BAD)}
+        if not self.promised:
+            counts["changed"] = None
+        return {"kind": self.kind, "tried": tried, **counts}
 
 
 def case(kind: Kind, good: Files, seed: int, number: int) -> tuple[str, Files]:
@@ -122,7 +126,7 @@ def tried(
         count: so many; or, None, as many as there is time for.
         until: by `time.monotonic`.
     """
-    tally, start = Tally(kind.name, seed), time.monotonic()
+    tally, start = Tally(kind.name, seed, promised=bool(kind.promised)), time.monotonic()
     good = tally.good = good_files(kind, place / "good")
     if until is not None:  # the time is for cases
         until += time.monotonic() - start

@@ -96,6 +96,35 @@ def test_each_bad_end_is_told_from_the_others(tmp_path, monkeypatch):
             assert not (folder / "b").exists()
 
 
+def test_what_is_not_promised_is_not_counted_as_kept(tmp_path):
+    """A kind whose format does not promise that damage shows says nothing of what changed."""
+    from fuzz.command import report_of, table
+    from fuzz.kinds import Kind
+
+    def spoil(rng, files):
+        return "flip", {"a": b"changed"}
+
+    tallies = [
+        tried(Kind(name, _Odd.good, spoil, _Odd.use, ways), tmp_path / name, 0, 0, count=3)
+        for name, ways in (("sealed", frozenset(("flip",))), ("open", frozenset()))
+    ]
+    report = report_of(tallies, 0, 0)
+    assert [(row["right"], row["changed"]) for row in report["kinds"]] == [(0, 3), (3, None)]
+    assert report["all"]["changed"] == 3
+    assert [line.count("not promised") for line in table(report).splitlines()] == [0, 0, 1, 0]
+
+
+def test_the_published_table_says_what_is_promised():
+    import json
+
+    from fuzz.command import ROOT
+
+    rows = json.loads((ROOT / "benchmarks" / "reliability.json").read_text())["fuzz"]["kinds"]
+    assert {row["kind"] for row in rows} == set(KINDS)
+    for row in rows:
+        assert (row["changed"] is not None) == bool(KINDS[row["kind"]].promised)
+
+
 def test_one_bit_of_a_checkpoint_of_ours(tmp_path):
     """0 changed weights that load: every place of header and tensors, sidecar or none."""
     import random
