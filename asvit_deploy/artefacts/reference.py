@@ -79,8 +79,11 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
         refuse(str(error))
     try:
         config_of(fields)
-    except (UserError, TypeError):
-        refuse("stages")
+    except (UserError, TypeError) as error:
+        raise UserError(
+            f"arch, image_size and stages in the sidecar of {artefact} do not go together "
+            f"({str(error).partition(';')[0]}); make {artefact} again"
+        ) from None
 
 
 def boundaries_of(fields: dict[str, Any]) -> list[float | None]:

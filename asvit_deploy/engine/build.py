@@ -127,10 +127,12 @@ def refuse_misfits(flavour: Flavour, options: Options) -> None:
 
 def _refuse_packed(flavour: Flavour, source: Source) -> None:
     """Raise UserError for what packs pictures, where the flavour cannot."""
-    if not flavour.enterprise and any(n.op_type == "NonZero" for n in source.model.graph.node):
+    packed = source.fields.get("batch") == "packed"
+    needs = packed and any(node.op_type == "NonZero" for node in source.model.graph.node)
+    if needs and not flavour.enterprise:
         raise UserError(
-            f"{source.path} needs NonZero, as pictures packed by --batch packed do, which "
-            "TensorRT-RTX does not have; export it with --batch dynamic"
+            f"{source.path} packs pictures by NonZero, which TensorRT-RTX does not have; export it "
+            "with --batch dynamic"
         )
 
 

@@ -71,9 +71,9 @@ def physical_stages(
     artefact, name = source.artefact, str(source.path)
     if len(blocks) <= len(artefact.config.stages):
         return None
-    if artefact.fields["batch"] != "dynamic":
-        say(f"{name}: rows leave at each of {len(blocks)} cuts; of a file of --batch dynamic they "
-            "could leave at a few and be hidden between")  # fmt: skip
+    if (batch := artefact.fields["batch"]) != "dynamic":
+        say(f"{name} (--batch {batch}): rows leave at each of {len(blocks)} cuts; of a file of "
+            "--batch dynamic they could leave at a few and be hidden between")  # fmt: skip
         return None
     pictures = open_images(images, artefact.config, PICTURES, skip_limit)
     reference, _ = reference_of(source)

@@ -136,7 +136,8 @@ def _summary(model: str, some: Sequence[Facts], accuracies: Sequence[Accuracy]) 
         for role, *_ in _ROLES
     }  # fmt: skip
     if (proof := best["proof"]) is not None:
-        best["proof"] = _of_all(proof, [one for one in figures if one.role == "proof"])
+        alike = [one for one in figures if (one.role, one.says) == ("proof", proof.says)]
+        best["proof"] = _of_all(proof, alike)
     lead, mood = _lead(best["speed"], best["loss"], best["proof"])
     # A failed proof comes first: what it failed of says nothing for sure.
     order = sorted((figure for figure in best.values() if figure),
@@ -148,9 +149,11 @@ def _summary(model: str, some: Sequence[Facts], accuracies: Sequence[Accuracy]) 
     cards = [Card(question, best[role], absent) for role, question, absent in _ROLES
              if best["speed"] or best["loss"]]  # fmt: skip
     rest = "; ".join(clauses)
-    for one in some:
-        if one.ruling:
-            lead, rest, mood = one.ruling.lead, one.ruling.rest, one.ruling.mood
+    for ruling in [one.ruling for one in some if one.ruling]:
+        if best["proof"] and best["proof"].mood == "bad":  # which no verdict outweighs
+            rest = f"{rest}; {ruling.rest}"
+        else:
+            lead, rest, mood = ruling.lead, ruling.rest, ruling.mood
     return Summary(model, lead, rest, mood, cards, _warnings(model, some))
 
 

@@ -102,7 +102,7 @@ def _first_screen(report: dict[str, Any], verdict: dict[str, Any]) -> list[Figur
         found.append(figure)
     if (shown := report["pictures"]) and shown["judging"]:
         said = f"{shown['source'] or 'pictures'}; {several(shown['calibrating'] or 0, 'other')} "
-        found.append(Figure("proof", 0, f"{shown['judging']:,}", f"{said}calibrated",
+        found.append(Figure("proof", 10, f"{shown['judging']:,}", f"{said}calibrated",
                             "pictures judged, by exact bounds that hold for all like them", "",
                             "good"))  # fmt: skip
     return found

@@ -13,6 +13,7 @@ from asvit_deploy.page.rendering import page_of
 from asvit_deploy.page.writing import MOST_BYTES
 
 ROW = "onnxruntime, tome at 0.6"
+FAILED = reports.check(wrong=9) | {"model": "vit.onnx"}
 SPAN = reports.interval(1.4, 1.3, 1.5)
 
 
@@ -71,6 +72,13 @@ def test_the_first_screen_has_the_verdict_and_three_figures(go, lead, task):
         assert words in first
     assert ("0.9900" if task == "embeddings" else "1.00\u00a0%") in first
     assert "Nothing was" not in shown(report(go, task))
+
+
+def test_a_failed_parity_outweighs_a_go():
+    for both in ([report(), FAILED], [FAILED, report()]):
+        first = shown(*both).split("<nav")[0]
+        assert "<strong>Not to be trusted yet</strong>" in first
+        assert "so it is" in first
 
 
 @pytest.mark.parametrize("go", [False, None])
