@@ -131,6 +131,7 @@ def interleave(
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
     first: dict[str, NDArray[np.float64]] | None = None,
+    ended: Callable[[], bool] = lambda: False,
 ) -> dict[str, NDArray[np.float64]]:
     """Time every variant on the same image, round after round.
 
@@ -140,24 +141,32 @@ def interleave(
         warmup: rounds that do not count first.
         runs: timed rounds.
         first: gets the seconds [warmup] of those, by variant name.
+        ended: asked before each run; once it says so, the round does not count and none follows.
 
     Returns:
-        Seconds [runs] by variant name.
+        Seconds [runs] by variant name; of fewer runs where it ended before.
     """
     order, rng = list(variants), random.Random(seed)
     seconds = {variant.name: np.zeros(warmup + runs) for variant in variants}
+    done = 0
     for r in range(-warmup, runs):
         image = images[r % len(images)]
         image = image[None] if image.ndim == 3 else image
         rng.shuffle(order)
         for variant in order:
+            if ended():
+                break
             start = time.perf_counter()
             variant.runner.infer(image)
             seconds[variant.name][warmup + r] = time.perf_counter() - start
-        progress()
+        else:
+            done += 1
+            progress()
+            continue
+        break
     if first is not None:
-        first.update({name: timed[:warmup] for name, timed in seconds.items()})
-    return {name: timed[warmup:] for name, timed in seconds.items()}
+        first.update({name: timed[: min(warmup, done)] for name, timed in seconds.items()})
+    return {name: timed[warmup : max(warmup, done)] for name, timed in seconds.items()}
 
 
 def ratio_of_medians(

@@ -40,6 +40,7 @@ _PROMISE = record({}, {
 
 _POINT = record({"name": text}, {
     "agreement": number, "agreement_low": number, "agreement_high": number, "pictures": count,
+    "loss": number, "loss_bound": number, "certified": flag,
 })  # fmt: skip
 
 SCHEMA = record({"kind": text, "model": long_text}, {
@@ -71,7 +72,7 @@ def tell(report: dict[str, Any]) -> Facts:
         lead, mood = _RULINGS[verdict["go"]]
         rest = re.sub("^(?:go|no go|not shown): ", "", sentence)
         facts.ruling = Ruling(lead, rest, mood)
-        facts.figures += _first_screen(report, verdict, embeds)
+        facts.figures += _first_screen(report, verdict)
     if promise:
         _promised(facts, promise, embeds)
     if report["sequence"]:
@@ -86,7 +87,7 @@ def tell(report: dict[str, Any]) -> Facts:
     return facts
 
 
-def _first_screen(report: dict[str, Any], verdict: dict[str, Any], embeds: bool) -> list[Figure]:
+def _first_screen(report: dict[str, Any], verdict: dict[str, Any]) -> list[Figure]:
     """Of the winner, or of what came nearest to one."""
     found = []
     name = verdict["winner"] or verdict["nearest"]
@@ -97,10 +98,8 @@ def _first_screen(report: dict[str, Any], verdict: dict[str, Any], embeds: bool)
                             f"95 % interval {over['low']:.2f}–{over['high']:.2f}; {name}",
                             f"the speed {beside}", "", mood))  # fmt: skip
     rows = [row for row in report["frontier"] or [] if row["name"] == name]
-    if rows and rows[0]["agreement"] is not None:
-        own = _agreement(rows[0], embeds)
-        figure = agreement_figure(own, rows[0]["pictures"], -1)
-        found += [figure] if figure else []
+    if rows and (figure := _lost(rows[0], report["demand"] or {})) is not None:
+        found.append(figure)
     if (shown := report["pictures"]) and shown["judging"]:
         said = f"{shown['source'] or 'pictures'}; {several(shown['calibrating'] or 0, 'other')} "
         found.append(Figure("proof", 10, f"{shown['judging']:,}", f"{said}calibrated",
@@ -109,11 +108,35 @@ def _first_screen(report: dict[str, Any], verdict: dict[str, Any], embeds: bool)
     return found
 
 
-def _agreement(row: dict[str, Any], embeds: bool) -> dict[str, Any]:
-    value = row["agreement"]
-    return {"cosine": value if embeds else None, "top1": None if embeds else value,
-            "score_error": None, "low": row["agreement_low"],
-            "high": row["agreement_high"]}  # fmt: skip
+def _lost(row: dict[str, Any], demand: dict[str, Any]) -> Figure | None:
+    """What was demanded and judged: accuracy, top-1 or cosine, with `tune`'s own bounds."""
+    task, value = demand.get("task"), row["agreement"]
+    low, high = row["agreement_low"], row["agreement_high"]
+    if value is None or low is None or high is None:
+        return None
+    sample = f", {several(row['pictures'], 'picture')}" if row["pictures"] else ""
+    if task == "embeddings":
+        return agreement_figure({"cosine": value, "top1": None, "score_error": None, "low": low,
+                                 "high": high}, row["pictures"], -1)  # fmt: skip
+    mood: Mood = "good" if row["certified"] else "even"
+    if task == "labels":
+        loss, bound = row["loss"], row["loss_bound"]
+        if loss is None or bound is None:
+            return None
+        lost = f"{loss:.2f}".replace("-", "−")
+        return Figure("loss", -1, f"{lost} points",
+                      f"at most {bound:.2f} by the one-sided 95 % bound{sample}",
+                      "of accuracy lost beside the dense network",
+                      f"{lost} points less accuracy than dense", mood)  # fmt: skip
+    changed = {"value": 1 - value, "low": 1 - high, "high": 1 - low}
+    share = percent(changed["value"], 2)
+    clause = f"another top-1 than dense on {share} of the pictures"
+    if value == 1:
+        clause = "the same top-1 as dense on every picture"
+    span = f"{percent(changed['low'], 2)} to {percent(changed['high'], 2)}"
+    return Figure("loss", -1, share, f"95 % interval {span}{sample}",
+                  "of the pictures get another top-1 than from the dense network", clause,
+                  mood)  # fmt: skip
 
 
 def _promised(facts: Facts, promise: dict[str, Any], embeds: bool) -> None:
@@ -130,7 +153,7 @@ def _promised(facts: Facts, promise: dict[str, Any], embeds: bool) -> None:
 
 
 def _sequence(tests: list[dict[str, Any]], embeds: bool) -> Table:
-    heads = ["tested in this order", "share of the MACs",
+    heads = ["candidate, in the order tested", "share of the MACs",
              "cosine (95 %)" if embeds else "top-1 as dense (95 %)",
              "at least" if embeds else "points lost at most", ""]  # fmt: skip
     rows: list[list[Cell | str]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,12 +144,18 @@ class Bench:
         return self._candidate(way, budget, found)
 
     def own(self, reduction: Reduction) -> Candidate:
-        """The checkpoint's own reduction, tried."""
+        """The checkpoint's own reduction, tried.
+
+        Raises:
+            UserError: its outputs cannot be compared.
+        """
         fixed = not reduction.boundaries()
         way = Way(reduction.name, tuple(reduction.blocks), not fixed)
         found = self.store.measured(
             {"step": "own", "reduction": state_of(reduction)}, lambda: self._try(lambda: reduction)
         )
+        if "refused" in found:
+            raise UserError(found["refused"])
         return self._candidate(way, None, found)
 
     def _try(self, make: Callable[[], Reduction]) -> dict[str, Any]:
@@ -163,7 +170,10 @@ class Bench:
             return {"refused": str(error)}
         outcome = carried_out_on(self.dense.with_reduction(reduction), self.pictures, self.tick)
         self.seconds = (time.perf_counter() - start) / len(self.pictures)
-        seen = evidence(self.config, self.twin(), outcome.output.numpy(), self.labels)
+        try:
+            seen = evidence(self.config, self.twin(), outcome.output.numpy(), self.labels)
+        except UserError as error:  # such as an embedding without a direction
+            return {"refused": str(error)}
         macs = macs_of(self.config, reduction, outcome.lengths)
         kept = outcome.lengths - self.config.prefix
         last = kept[:, -1]
@@ -250,15 +260,23 @@ def closest(found: Sequence[Candidate]) -> Candidate:
     only where they are closer beyond chance.
     """
     fixed = [one for one in found if not one.reduction.boundaries()]
-    best = min(fixed or found, key=lambda one: float(one.seen.apart.mean()))
+    best = min(fixed or found, key=_apart)
     own = [one for one in found if one.reduction.boundaries() and one is not best]
     if not own:
         return best
-    other = min(own, key=lambda one: float(one.seen.apart.mean()))
+    other = min(own, key=_apart)
     return other if closer(other, best) else best
+
+
+def _apart(one: Candidate) -> float:
+    """On average; outputs that are no numbers are the farthest."""
+    mean = float(one.seen.apart.mean())
+    return mean if math.isfinite(mean) else math.inf
 
 
 def closer(one: Candidate, other: Candidate) -> bool:
     """Whether the first is closer than the other beyond chance, picture by picture."""
+    if not math.isfinite(_apart(other)):
+        return math.isfinite(_apart(one))
     gain = other.seen.apart - one.seen.apart
     return similarity.mean_interval(gain)[0] > 0

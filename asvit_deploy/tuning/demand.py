@@ -48,9 +48,10 @@ class Demand:
 
     def said(self) -> str:
         if self.task == "embeddings":
-            return f"a mean cosine of {self.min_cosine:g} or more"
-        what = "accuracy" if self.task == "labels" else "top-1 as the dense network's"
-        return f"{self.max_drop:g} points of {what} lost at most"
+            return f"the mean cosine may not be below {self.min_cosine:g}"
+        if self.task == "labels":
+            return f"accuracy may fall by at most {self.max_drop:g} points"
+        return f"top-1 may differ on at most {self.max_drop:g} % of the pictures"
 
 
 @dataclass(frozen=True)

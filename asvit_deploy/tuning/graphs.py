@@ -44,6 +44,7 @@ class Entry:
     precision: str
     singly: bool = False
     reduction: Reduction | None = None
+    packed: bool = False
 
     @property
     def name(self) -> str:
@@ -51,7 +52,13 @@ class Entry:
         if self.kind == "static":
             own = f"static counts of {own}"
         shown = f"{self.runtime}, {own}" + f", {self.precision}" * (self.precision != FLOAT32.name)
-        return shown + ", one at a time" * self.singly
+        return shown + ", one at a time" * self.singly + ", packed" * self.packed
+
+    def size(self, batch: int) -> str:
+        """What its graph takes at that batch, as `to_onnx` names it."""
+        if batch == 1 or self.singly:
+            return "1"
+        return "packed" if self.packed else "dynamic"
 
     @property
     def leaves(self) -> Reduction | None:
@@ -64,7 +71,8 @@ class Entry:
         """What tells its measurements from others'."""
         leaves = self.leaves
         return {"kind": self.kind, "runtime": self.runtime, "precision": self.precision,
-                "singly": self.singly, "reduction": leaves and state_of(leaves)}  # fmt: skip
+                "singly": self.singly, "packed": self.packed,
+                "reduction": leaves and state_of(leaves)}  # fmt: skip
 
 
 _Key = tuple[str, str, str]  # of a candidate: name, precision, batch
@@ -169,8 +177,7 @@ class Graphs:
         if entry.runtime == TORCH:
             model = self._dense_checkpoint()
         else:
-            size = "dynamic" if batch > 1 and not entry.singly else "1"
-            model = self._file(entry, size)
+            model = self._file(entry, entry.size(batch))
         return Runnable(entry.name, entry.runtime, entry.precision, entry.kind, model, state,
                         entry.singly)  # fmt: skip
 

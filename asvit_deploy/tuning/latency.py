@@ -25,6 +25,7 @@ from asvit_deploy.tuning.store import Store
 ROUNDS = (40, 300)
 SECONDS = 30.0  # that the timed rounds of one batch take about
 PICTURES, PICTURES_LARGE = 32, 16
+_BATCHES = 4
 _LARGE = 8e9  # MACs of the dense network
 _TIMED = 3  # candidates that passed, in each precision: those with the fewest MACs
 _ELSEWHERE = 2  # candidates in each further runtime
@@ -63,9 +64,16 @@ class Timing:
                 "notes": self.notes, "busy": self.busy}  # fmt: skip
 
 
-def pictures_for(config: ArchConfig) -> int:
-    """How many are timed: each is warmed up on where a runtime compiles for its counts."""
-    return PICTURES if dense_macs(config) < _LARGE else PICTURES_LARGE
+def pictures_for(config: ArchConfig, batch: int = 1) -> int:
+    """How many are timed: each is warmed up on where a runtime compiles for its counts; several
+    batches of different ones."""
+    least = PICTURES if dense_macs(config) < _LARGE else PICTURES_LARGE
+    return max(least, _BATCHES * batch)
+
+
+def timed_seconds(left: float) -> float:
+    """How long the timed rounds of a batch may take about, of so many seconds left."""
+    return min(SECONDS, max(left / 2, 5.0))
 
 
 def timed_tests(found: Certificates) -> list[Trial]:
@@ -88,10 +96,14 @@ def entries_of(
     tests: Sequence[Trial], runtimes: Sequence[str], precisions: Sequence[str], batch: int,
     graphs: Graphs,
 ) -> list[Entry]:  # fmt: skip
-    """All variants of one batch: in each runtime and precision dense, adaptive, static."""
+    """All variants of one batch: in each runtime and precision dense, adaptive, static.
+
+    Of several pictures dense and adaptive ones are packed too, but in PyTorch, and in ONNX Runtime
+    one picture after the other; in int8 that alone.
+    """
     found: list[Entry] = []
     pairs = [(runtime, FLOAT32.name) for runtime in runtimes]
-    if INT8 in precisions and batch == 1:  # ranges of one picture would round the others
+    if INT8 in precisions:
         pairs.append((ONNXRUNTIME, INT8))
     if BF16 in precisions:
         pairs.append((OPENVINO_BF16, BF16))
@@ -104,9 +116,18 @@ def entries_of(
             own.append(one)
             static = None if precision == INT8 or runtime == TORCH else rivals(one, graphs.dense)
             own += [static] if static else []
+        if batch == 1:
+            found += own
+            continue
+        plain = [one for one in own if one.kind != "static"]
+        singly = [replace(one, singly=True) for one in plain]
+        if precision == INT8:  # ranges of one picture would round the others
+            found += singly
+            continue
         found += own
-        if batch > 1 and runtime == ONNXRUNTIME:
-            found += [replace(one, singly=True) for one in own if one.kind != "static"]
+        if runtime != TORCH:  # which runs an artefact as it was trained
+            found += [replace(one, packed=True) for one in plain]
+        found += singly if runtime == ONNXRUNTIME else []
     return found
 
 
@@ -136,12 +157,15 @@ class Stopwatch:
             return self._timing(batch, entries, known)
         timing = None
         for attempt in range(retries + 1):
+            began = self.clock.spent
             found = self._measure(entries, batch)
             timing = self._timing(batch, entries, found)
             if timing.busy is None:
-                self.store.keep(settings, found)
+                # What crashed once or was cut short may run to its end the next time.
+                if len(found["numbers"]) == len(entries) and not found["short"]:
+                    self.store.keep(settings, found)
                 break
-            if attempt < retries and self.clock.left > 2 * SECONDS:
+            if attempt < retries and self.clock.left > self.clock.spent - began:
                 self.say(f"batch {batch} is timed again: {timing.busy}")
             else:
                 break
@@ -158,11 +182,11 @@ class Stopwatch:
                 notes.append(f"no rows of {one.name}: {error}")
         while ready:
             self.clock.require()
-            seconds = min(SECONDS, max(self.clock.left / 2, 5.0))
+            seconds = timed_seconds(self.clock.left)
             try:
                 made = self.workshop.timed(
                     [one for _, one in ready], self.which, batch, seconds, ROUNDS, self.seed,
-                    self.tick,
+                    self.tick, self.clock.end,
                 )  # fmt: skip
             except Crashed as crash:
                 place = crash.variant if crash.variant is not None else 0
@@ -179,16 +203,19 @@ class Stopwatch:
                     if one is not lost and not (whole and one.runtime == lost.runtime)
                 ]
                 continue
+            runs, planned = made.said["runs"], made.said["planned"]
+            if runs < planned:
+                notes.append(f"{runs} rounds instead of {planned}: --minutes ended")
             return {
-                "numbers": [n for n, _ in ready], "notes": notes, "warmup": made.said["warmup"],
-                "runners": made.said["described"],
+                "numbers": [n for n, _ in ready], "notes": notes, "short": runs < planned,
+                "warmup": made.said["warmup"], "runners": made.said["described"],
                 "seconds": [np.round(made.arrays[f"seconds_{i}"], 8).tolist()
                             for i in range(len(ready))],
                 "macs": [self._macs(entries[n], made.arrays[f"lengths_{i}"]).tolist()
                          for i, (n, _) in enumerate(ready)],
             }  # fmt: skip
-        return {"numbers": [], "notes": notes, "warmup": 0, "runners": [], "seconds": [],
-                "macs": []}  # fmt: skip
+        return {"numbers": [], "notes": notes, "short": False, "warmup": 0, "runners": [],
+                "seconds": [], "macs": []}  # fmt: skip
 
     def _macs(self, entry: Entry, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
         """Per picture of each batch, float64 [batches]."""
@@ -226,7 +253,8 @@ def rows(timing: Timing) -> list[dict[str, Any]]:
         macs = timing.macs[number]
         row: dict[str, Any] = {
             "name": entry.name, "kind": entry.kind, "runtime": entry.runtime,
-            "precision": entry.precision, "singly": entry.singly, "batch": timing.batch,
+            "precision": entry.precision, "singly": entry.singly, "packed": entry.packed,
+            "batch": timing.batch,
             "candidate": entry.candidate and entry.candidate.name,
             "runner": timing.runners[number], "gmacs": float(macs.mean()) / 1e9,
             "p50_ms": float(p50), "p90_ms": float(p90), "p99_ms": float(p99),

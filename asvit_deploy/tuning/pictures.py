@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from asvit_deploy.calibration import MIN_IMAGES
 from asvit_deploy.classes.network import ClassNames
-from asvit_deploy.data.images import open_images
+from asvit_deploy.data.images import open_images, pictures_below
 from asvit_deploy.data.skips import Skips
 from asvit_deploy.data.sources import DigitsSource
 from asvit_deploy.errors import UserError
@@ -114,7 +114,7 @@ def read(
         shown = open_images(data, config, most, skip_limit, say)
         given, names = shown.loaded()
         images, labels, source, account = np.stack(given), None, shown.source, shown.account
-        if limit is None and len(images) == most and " of " in source:
+        if limit is None and len(shown.names) == most and _more_in(data, most):
             say(f"{source}: enough for this network; --limit takes more")
     kept = _different(images)
     notes = list[str]()
@@ -125,7 +125,8 @@ def read(
             "and left out: what one shows the other shows too"
         )
     if len(kept) < FEWEST:
-        of = f" ({len(images)} are there, and so many differ)" if len(kept) < len(images) else ""
+        of = f" ({len(images)} were found, {len(kept)} of them distinct)"
+        of = of if len(kept) < len(images) else ""
         raise UserError(
             f"{len(kept)} picture{'s' * (len(kept) != 1)} of {source} cannot both calibrate and "
             f"judge{of}; give at least {FEWEST} different ones with --images"
@@ -144,6 +145,11 @@ def read(
         )
     parts = _parted(len(images), calibrating, seed)
     return Pictures(images, names, labels, source, account, *parts, notes)
+
+
+def _more_in(data: Path | None, most: int) -> bool:
+    """Whether a folder holds more pictures than that."""
+    return data is not None and data.is_dir() and len(pictures_below(data).names) > most
 
 
 def _is_digits(data: Path | None) -> bool:

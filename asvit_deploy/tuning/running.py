@@ -20,9 +20,21 @@ from numpy.typing import NDArray
 
 from asvit_deploy import child
 from asvit_deploy.disk import require_temporary_folder
-from asvit_deploy.tuning.worker import DISK_FULL, DONE, JOB, MARK, PICTURES, RESULT, SAID
+from asvit_deploy.tuning.clock import OutOfTime
+from asvit_deploy.tuning.worker import (
+    ALIVE,
+    DISK_FULL,
+    DONE,
+    JOB,
+    LATE,
+    MARK,
+    PICTURES,
+    RESULT,
+    SAID,
+)
 
 PATIENCE = 300  # seconds without a sign of life; DeiT-B at 384 px compiles in ten
+_SHARE = 32  # pictures at a time that are waited for so long; for more of them longer
 _CODE = "from asvit_deploy.tuning import worker; worker.main()"
 
 
@@ -98,18 +110,22 @@ class Workshop:
     def timed(
         self, variants: Sequence[Runnable], which: Sequence[int], batch: int, seconds: float,
         rounds: tuple[int, int], seed: int, tick: Callable[[], object],
+        until: float | None = None,
     ) -> Result:  # fmt: skip
         """`seconds_I` [rounds] and `lengths_I` int64 [batches, B, cuts] of variant number I.
 
         Args:
             which: places of the pictures.
             seconds: that the timed rounds may take about, between the fewest and most `rounds`.
+            until: as `time.monotonic`; then it stops, with fewer rounds (`planned` in what is said
+                has how many there should have been).
 
         Raises:
             Crashed: one of them could not be run.
+            OutOfTime: it stopped before there were rounds enough.
         """
         job = {"task": "time", "which": list(which), "batch": batch, "seconds": seconds,
-               "rounds": list(rounds), "warmup": 8, "seed": seed}  # fmt: skip
+               "rounds": list(rounds), "warmup": 8, "seed": seed, "until": until}  # fmt: skip
         return self._run(job, variants, tick)
 
     def _run(
@@ -122,7 +138,8 @@ class Workshop:
         if self._child is None:
             self._child = _Child(self.folder)
         try:
-            self._child.work(tick)
+            patience = PATIENCE * max(1.0, job.get("batch", 1) / _SHARE)
+            self._child.work(tick, patience)
         except BaseException as error:
             marked = self._marked()
             self.close()
@@ -132,6 +149,8 @@ class Workshop:
         said = json.loads((self.folder / SAID).read_text())
         if "refused" in said:
             raise Crashed(self._marked(), said["refused"])
+        if LATE in said:
+            raise OutOfTime
         with np.load(self.folder / RESULT) as found:
             arrays = {name: found[name] for name in found.files}
         return Result(said, arrays)
@@ -171,8 +190,11 @@ class _Child:
             stderr=self._err, start_new_session=True,
         )  # fmt: skip
 
-    def work(self, tick: Callable[[], object]) -> None:
+    def work(self, tick: Callable[[], object], patience: float) -> None:
         """One job, to its end.
+
+        Args:
+            patience: seconds without a sign of life.
 
         Raises:
             _Ended: it crashed, failed or hangs.
@@ -187,16 +209,17 @@ class _Child:
         rest = b""
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
-            while selector.select(PATIENCE):
+            while selector.select(patience):
                 data = os.read(stdout.fileno(), 1 << 16)
                 if not data:
                     raise _Ended(self._how())
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
-                    tick()
+                    if line != ALIVE.encode():
+                        tick()
                     if line == DONE.encode():
                         return
-        raise _Ended(f"it gave no sign of life for {PATIENCE} s")
+        raise _Ended(f"it gave no sign of life for {patience:.0f} s")
 
     def _how(self) -> str:
         """Raises OSError where the disk was full."""

@@ -20,19 +20,19 @@ from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.runners.pytorch import torch_threads
 from asvit_deploy.status import Say
 from asvit_deploy.tuning import winner
-from asvit_deploy.tuning.certify import Certificates, Judge
+from asvit_deploy.tuning.certify import Certificates, Judge, Trial
 from asvit_deploy.tuning.clock import Clock, OutOfTime, Steps
 from asvit_deploy.tuning.contenders import Bench, usual_ways
 from asvit_deploy.tuning.demand import Demand
-from asvit_deploy.tuning.graphs import Graphs
+from asvit_deploy.tuning.graphs import INT8, Graphs
 from asvit_deploy.tuning.latency import (
     AGAIN,
     ROUNDS,
-    SECONDS,
     Stopwatch,
     Timing,
     entries_of,
     pictures_for,
+    timed_seconds,
     timed_tests,
 )
 from asvit_deploy.tuning.means import Means
@@ -136,13 +136,21 @@ class Session:
                 winner.write(verdict, self.timings[0], graphs, pictures, self.place,
                              self.wanted.threads, promised)  # fmt: skip
         else:
-            self.place.clear()
+            self._take_away(verdict)
         if self.store.reused:
             self.say(
                 f"{self.store.reused} measurements of an earlier run were taken up, "
                 f"{self.store.added} are new"
             )
         return self._report(verdict, promised)
+
+    def _take_away(self, verdict: Verdict) -> None:
+        """What an earlier run exported, once this one shows that it does not pay; where nothing
+        is shown, it stays."""
+        if verdict.go is False:
+            self.place.clear()
+        elif self.place.model.exists():
+            self.say(f"{self.place.model} of an earlier run stays: nothing speaks against it yet")
 
     def _more(self, judging: int) -> int:
         pictures = self.pictures
@@ -204,29 +212,41 @@ class Session:
     def _time(self, graphs: Graphs, workshop: Workshop, steps: Steps) -> None:
         tests = timed_tests(self.certificates)
         graphs.forget([test.candidate for test in tests])
-        which = even(self.pictures.judging, pictures_for(self.checkpoint.config))
         share = 0.25 / len(self.means.batches)
         for number, batch in enumerate(self.means.batches):
-            means = self._affordable(number, batch, tests)
+            means = self._affordable(number, batch, tests, graphs)
             if means is None:
                 continue
-            with steps.step(f"timing batch {batch}", share, ROUNDS[1]) as tick:
-                watch = Stopwatch(graphs, workshop, self.store, which, self.wanted.seed,
-                                  self.clock, tick, self.say)  # fmt: skip
-                entries = entries_of(tests, means.runtimes, means.precisions, batch, graphs)
-                # The verdict is of the first batch: only that one is worth waiting for.
-                timing = watch.batch(entries, batch, AGAIN if number == 0 else 0)
-                self.timings.append(timing)
+            if INT8 in means.precisions and batch > 1:
+                self.clock.leave_out(
+                    f"int8 at batch {batch}, other than one picture at a time: the ranges of one "
+                    "picture would round the others"
+                )
+            which = even(self.pictures.judging, pictures_for(self.checkpoint.config, batch))
+            try:
+                with steps.step(f"timing batch {batch}", share, ROUNDS[1]) as tick:
+                    watch = Stopwatch(graphs, workshop, self.store, which, self.wanted.seed,
+                                      self.clock, tick, self.say)  # fmt: skip
+                    entries = entries_of(tests, means.runtimes, means.precisions, batch, graphs)
+                    # The verdict is of the first batch: only that one is worth waiting for.
+                    timing = watch.batch(entries, batch, AGAIN if number == 0 else 0)
+            except OutOfTime:
+                if number == 0:
+                    raise
+                self.clock.leave_out(f"batch {batch}: --minutes ended before it was timed")
+                continue
+            self.timings.append(timing)
             for note in timing.notes:
                 self.say(note)
 
-    def _affordable(self, number: int, batch: int, tests: Sequence[Any]) -> Means | None:
+    def _affordable(
+        self, number: int, batch: int, tests: Sequence[Trial], graphs: Graphs
+    ) -> Means | None:
         """The runtimes and precisions that there is time for; None: not even one of them."""
         means = replace(self.means, batches=(batch,))
         while True:
-            rows = len(means.runtimes) * (1 + len(tests)) + 3 * (len(means.precisions) - 1)
-            cost = min(SECONDS, ROUNDS[0] * rows * self.estimate * batch)
-            cost += rows * 10 * self.estimate * batch + 3
+            rows = len(entries_of(tests, means.runtimes, means.precisions, batch, graphs))
+            cost = timing_cost(rows, self.estimate * batch, self.clock.left)
             if cost <= self.clock.left:
                 return means
             if (less := means.cheaper()) is None:
@@ -263,6 +283,19 @@ class Session:
             "seconds": round(self.clock.spent, 1), "machine": machine(),
             "command": sidecar.command_line(), "tool": f"asvit-deploy {__version__}",
         }  # fmt: skip
+
+
+def timing_cost(rows: int, seconds: float, left: float) -> float:
+    """Seconds that the timing of one batch takes, about.
+
+    Args:
+        rows: variants.
+        seconds: that one of them takes for one batch.
+        left: seconds that there are.
+    """
+    once = rows * seconds
+    usual = min(timed_seconds(left), ROUNDS[1] * once)
+    return max(usual, ROUNDS[0] * once) + 10 * once + 3
 
 
 def frontier(timings: Sequence[Timing], found: Certificates) -> list[dict[str, Any]]:

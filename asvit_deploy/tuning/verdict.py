@@ -15,7 +15,7 @@ from asvit_deploy.tuning.latency import Timing, peer, rows
 
 Why = Literal[
     "adaptive_wins", "dense_as_fast", "dense_int8_wins", "nothing_meets_the_demand",
-    "more_pictures", "busy", "out_of_time", "nothing_ran",
+    "more_pictures", "not_tested", "busy", "out_of_time", "nothing_ran",
 ]  # fmt: skip
 GO, NO_GO, NOT_SHOWN = 0, 3, 4  # exit codes
 
@@ -144,7 +144,7 @@ def _won(
         f"({beside.name}) at batch {timing.batch}; {shown(one.test, demand)}"
     )
     if (int8 := _unproven(timing, found, one.p50_ms)) is not None:
-        said += f"; {int8} is faster still, but not shown to keep {demand.said()}"
+        said += f"; {int8} is faster still, but not shown to meet the demand ({demand.said()})"
     return Verdict(True, "adaptive_wins", said, one, dense=beside.name)
 
 
@@ -182,13 +182,20 @@ def _open(
     """Something is faster and has not passed: more pictures would show it, or none would."""
     tested = [one for one in ways if one.test.found is not None]
     stopped = found.stopped_at
-    nearest = tested[-1] if tested else None
+    nearest = tested[0] if tested else None  # the fastest
     test = nearest.test if nearest else stopped
     if test is None or test.found is None:
         return Verdict(
             None, "nothing_ran", "not shown: nothing could be judged "
             f"({'; '.join(found.notes) or 'no candidate ran'})", dense=beside,
         )  # fmt: skip
+    skipped = [one for one in ways if one.test.found is None and _may_pass(one.test, demand)]
+    if nearest is None and skipped:
+        return _not_tested(skipped[0], test, demand, more, beside)
+    untested = ""
+    if skipped and skipped[0] is ways[0]:
+        first = skipped[0].entry.name
+        untested = f"; {first} is faster and was not tested, because {test.name} did not pass"
     name = nearest.entry.name if nearest else test.name
     fast = f", {_span(nearest.over)} as fast as {beside}" if nearest else ""
     needed = test.found["more"]
@@ -196,16 +203,33 @@ def _open(
     if test.found["refuted"] or needed is None:
         return Verdict(
             False, "nothing_meets_the_demand",
-            f"no go: nothing that is faster keeps {demand.said()}; nearest is {name}{fast}: "
-            f"{shown(test, demand)}{kept}", nearest=name, over=nearest.over if nearest else None,
-            dense=beside,
+            f"no go: nothing that is faster meets the demand ({demand.said()}); nearest is "
+            f"{name}{fast}: {shown(test, demand)}{untested}{kept}",
+            nearest=name, over=nearest.over if nearest else None, dense=beside,
         )  # fmt: skip
     about = more(needed)
     return Verdict(
         None, "more_pictures",
         f"not shown: about {about:,} more pictures would, if they go like these; nearest is "
-        f"{name}{fast}: {shown(test, demand)}, and {demand.said()} is demanded{kept}",
+        f"{name}{fast}: {shown(test, demand)}, and {demand.said()}{untested}{kept}",
         nearest=name, over=nearest.over if nearest else None, more=about, dense=beside,
+    )  # fmt: skip
+
+
+def _not_tested(
+    one: Timed, stopped: Trial, demand: Demand, more: Callable[[int], int], beside: str
+) -> Verdict:
+    """What is faster came behind the one that ended the tests, and nothing is known of it."""
+    assert stopped.found is not None
+    needed = stopped.found["more"]
+    about = more(needed) if needed is not None and not stopped.found["refuted"] else None
+    would = "" if about is None else f"; about {about:,} more pictures would let it pass"
+    return Verdict(
+        None, "not_tested",
+        f"not shown: {one.entry.name}, {_span(one.over)} as fast as {beside}, is faster and was "
+        f"not tested, because {stopped.name} did not pass: {shown(stopped, demand)}, and "
+        f"{demand.said()}{would}",
+        nearest=one.entry.name, over=one.over, more=about, dense=beside,
     )  # fmt: skip
 
 

@@ -9,11 +9,9 @@ from asvit_deploy import sidecar
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact
 from asvit_deploy.checkpoints.load import save_checkpoint
 from asvit_deploy.checkpoints.places import fingerprint, source_of
-from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.machine import machine
 from asvit_deploy.evaluation.saved_choice import choice_fields
 from asvit_deploy.files import write_text
-from asvit_deploy.runtimes import OF_KIND
 from asvit_deploy.sidecar import provenance
 from asvit_deploy.tuning.graphs import BF16, Graphs
 from asvit_deploy.tuning.latency import Timing
@@ -28,6 +26,8 @@ def write(
 ) -> None:  # fmt: skip
     """Put the winner into its folder: the bytes that were judged and timed.
 
+    Each file replaces an earlier run's only once it is whole: a full disk takes nothing away.
+
     Raises:
         UserError: it cannot be written.
     """
@@ -41,17 +41,14 @@ def write(
         "calibration": json.dumps({**candidate.fields(), "pictures": pictures.source}),
         "provenance": json.dumps(provenance(["torch"])),
     }  # fmt: skip
-    place.clear()
-    save_checkpoint(place.checkpoint, graphs.network(candidate), metadata)
     precision = "float32" if won.entry.precision == BF16 else won.entry.precision
-    size = "dynamic" if timing.batch > 1 and not won.entry.singly else "1"
-    made = graphs.artefact(candidate, precision, size)
+    made = graphs.artefact(candidate, precision, won.entry.size(timing.batch))
+    save_checkpoint(place.checkpoint, graphs.network(candidate), metadata)
     made.write(
         place.model, source=source_of(place.checkpoint, format="asvit-deploy", ema=False),
         compared={"pictures": pictures.source, **pictures.account}, tuned=promise,
     )  # fmt: skip
-    if won.entry.runtime not in OF_KIND["onnx"]:  # a choice file says nothing of it
-        raise UserError(f"{won.entry.runtime} runs no ONNX file")
+    place.choice.unlink(missing_ok=True)  # an earlier run's is of another file
     artefact = OnnxArtefact(place.model)
     way = next(iter(artefact.ways(threads, runtimes=(won.entry.runtime,)).runtimes))
     fields = choice_fields(

@@ -4,17 +4,19 @@
 
 FOLDER holds `job.json`, the pictures and the graphs; results go there too. A line on
 stdin begins a job, as many as there are; to import the runtimes takes longer than most of them. On
-stdout one line stands for each picture or round, so that whoever waits can tell a slow run from
-one that hangs. Which variant is about to run is written to `mark` first.
+stdout one empty line stands for each picture or round, and `ALIVE` between them for runs that take
+long, so that whoever waits can tell a slow run from one that hangs. Which variant is about to run
+is written to `mark` first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,10 @@ JOB, MARK, RESULT, PICTURES = "job.json", "mark", "result.npz", "pictures.npy"
 SAID = "said.json"
 _MARK = 8  # bytes
 DONE = "done"  # what ends a job on stdout
+ALIVE = "alive"
+_SIGN = 1.0  # seconds between signs of life: a short run is not to be timed with one
+FEWEST = 20  # rounds that a deadline may leave; a bootstrap of fewer says little
+LATE = "late"  # in `said.json`: the deadline came before that
 DISK_FULL = 28  # exit code
 
 
@@ -45,9 +51,13 @@ class Marked(RunnerBase):
     def __init__(self, runner: Runner, number: int, mark: int) -> None:
         self.runner, self._text, self._mark = runner, f"{number:<{_MARK}}".encode(), mark
         self.learns_shapes = getattr(runner, "learns_shapes", False)
+        self._said = time.monotonic()
 
     def mark(self) -> None:
         os.pwrite(self._mark, self._text, 0)
+        if (now := time.monotonic()) - self._said > _SIGN:
+            self._said = now
+            print(ALIVE, flush=True)
 
     def infer(self, images: NDArray[np.float32]) -> Any:
         self.mark()
@@ -61,16 +71,22 @@ class Marked(RunnerBase):
         return self.runner.describe()
 
 
+class _Late(Exception):
+    """The deadline came before anything was measured."""
+
+
 def main() -> None:
     """Do what `job.json` in the folder `sys.argv[1]` says, once for each line of stdin."""
     folder = Path(sys.argv[1])
     for _ in sys.stdin:
         job = json.loads((folder / JOB).read_text())
         try:
-            with torch_threads(job["threads"] or usable_cores()):
-                {"outputs": _outputs, "time": _time}[job["task"]](folder, job)
+            with torch_threads(job["threads"] or usable_cores()), _marking(folder) as mark:
+                {"outputs": _outputs, "time": _time}[job["task"]](folder, job, mark)
         except UserError as error:
             (folder / SAID).write_text(json.dumps({"refused": str(error)}))
+        except _Late:
+            (folder / SAID).write_text(json.dumps({LATE: True}))
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -78,18 +94,30 @@ def main() -> None:
         print(DONE, flush=True)
 
 
-def _opened(folder: Path, job: dict[str, Any]) -> list[Variant]:
+@contextlib.contextmanager
+def _marking(folder: Path) -> Iterator[int]:
     mark = os.open(folder / MARK, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        yield mark
+    finally:
+        os.close(mark)
+
+
+def _opened(
+    folder: Path, job: dict[str, Any], mark: int, ended: Callable[[], bool] = lambda: False
+) -> list[Variant]:
     found, loaded = [], dict[str, Any]()
     for number, one in enumerate(job["variants"]):
+        if ended():
+            raise _Late
         os.pwrite(mark, f"{number:<{_MARK}}".encode(), 0)
         if one["runtime"] == TORCH:
             runner: Runner = TorchRunner(_network(folder, one, loaded))
         else:
             model = onnx.load(folder / one["model"])
             runner = RUNTIMES[one["runtime"]].model(model, job["threads"])
-        runner = OneAtATime(runner) if one["singly"] else runner
-        marked = Marked(runner, number, mark)
+        marked: Runner = Marked(runner, number, mark)
+        marked = OneAtATime(marked) if one["singly"] else marked
         found.append(Variant(one["name"], one["runtime"], one["kind"] != "dense", marked,
                              one["precision"]))  # fmt: skip
         _tick()
@@ -113,9 +141,9 @@ def _tick() -> None:
     print(flush=True)
 
 
-def _outputs(folder: Path, job: dict[str, Any]) -> None:
+def _outputs(folder: Path, job: dict[str, Any], mark: int) -> None:
     """Outputs and kept rows of one variant on every picture, one at a time."""
-    (variant,) = _opened(folder, job)
+    (variant,) = _opened(folder, job, mark)
     pictures = np.load(folder / PICTURES, mmap_mode="r")
     outputs, lengths, start = [], [], time.perf_counter()
     for place in job["which"]:
@@ -128,9 +156,14 @@ def _outputs(folder: Path, job: dict[str, Any]) -> None:
           output=np.concatenate(outputs), lengths=np.array(lengths, np.int64))  # fmt: skip
 
 
-def _time(folder: Path, job: dict[str, Any]) -> None:
+def _time(folder: Path, job: dict[str, Any], mark: int) -> None:
     """Every variant in turn on the same batches; as many rounds as there are seconds for."""
-    variants = _opened(folder, job)
+    until = job["until"]
+
+    def ended() -> bool:
+        return until is not None and time.monotonic() > until
+
+    variants = _opened(folder, job, mark, ended)
     pictures = np.load(folder / PICTURES, mmap_mode="r")
     shown = [np.ascontiguousarray(pictures[i]) for i in job["which"]]
     batches = batches_of(shown, job["batch"])
@@ -138,28 +171,36 @@ def _time(folder: Path, job: dict[str, Any]) -> None:
     # Where kernels are compiled for counts not seen before, every picture has a round first.
     warmup = len(batches) if learning else min(len(batches), job["warmup"])
     first: dict[str, NDArray[np.float64]] = {}
-    interleave(variants, batches, warmup, 0, progress=_tick, first=first)
+    interleave(variants, batches, warmup, 0, progress=_tick, first=first, ended=ended)
+    lengths = _lengths(variants, batches, ended)
+    if ended():
+        raise _Late
     once = sum(float(np.median(seconds)) for seconds in first.values())
     low, high = job["rounds"]
     runs = int(np.clip(job["seconds"] / max(once, 1e-9), low, high))
-    seconds = interleave(variants, batches, 0, runs, seed=job["seed"], progress=_tick)
-    lengths = _lengths(variants, batches)
+    seconds = interleave(variants, batches, 0, runs, seed=job["seed"], progress=_tick, ended=ended)
+    done = len(seconds[variants[0].name])
+    if done < min(runs, FEWEST):
+        raise _Late
     described = [variant.runner.describe() for variant in variants]
     arrays: dict[str, NDArray] = {
         f"seconds_{i}": seconds[variant.name] for i, variant in enumerate(variants)
     }
     arrays |= {f"lengths_{i}": one for i, one in enumerate(lengths)}
-    _save(folder, {"described": described, "warmup": warmup, "runs": runs}, **arrays)
+    _save(folder, {"described": described, "warmup": warmup, "runs": done, "planned": runs},
+          **arrays)  # fmt: skip
 
 
 def _lengths(
-    variants: Sequence[Variant], batches: Sequence[NDArray[np.float32]]
+    variants: Sequence[Variant], batches: Sequence[NDArray[np.float32]], ended: Callable[[], bool]
 ) -> list[NDArray[np.int64]]:
     """Rows behind each cut of every picture, int64 [batches, B, cuts]; no cuts when dense."""
     found = []
     for variant in variants:
         rows = []
         for batch in batches:
+            if ended():
+                raise _Late
             made = variant.runner(batch) if variant.adaptive else None
             none = np.empty((len(batch), 0), np.int64)
             rows.append(none if made is None else np.stack(made.lengths, axis=1))

@@ -44,6 +44,19 @@ def test_every_variant_runs_every_round():
     assert all((t > 0).all() for t in seconds.values())
 
 
+@pytest.mark.parametrize(("after", "warm", "timed"), [(0, 0, 0), (5, 2, 0), (9, 2, 2)])
+def test_what_ends_in_a_round_keeps_the_whole_ones_before(after, warm, timed):
+    rows, first = variants(0, 0), dict[str, np.ndarray]()
+    images = [np.zeros((3, 2, 2), np.float32)]
+    seconds = timing.interleave(
+        rows, images, 2, 7, first=first,
+        ended=lambda: sum(row.runner.calls for row in rows) >= after,
+    )  # fmt: skip
+    assert {len(one) for one in first.values()} == {warm}
+    assert {len(one) for one in seconds.values()} == {timed}
+    assert all((one > 0).all() for one in [*seconds.values(), *first.values()])
+
+
 def test_ratio_and_interval():
     rng = np.random.default_rng(1)
     fast = rng.normal(1.0, 0.05, 400)

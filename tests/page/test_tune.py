@@ -39,7 +39,8 @@ def report(go: bool | None = True, task: str = "classes", **more: Any) -> dict[s
             "over_fastest_dense": SPAN, "fastest_dense": "openvino, dense",
         },
         "frontier": [{"name": ROW, "agreement": 0.99, "agreement_low": 0.98,
-                      "agreement_high": 1.0, "pictures": 700}],
+                      "agreement_high": 1.0, "pictures": 700, "loss": 0.2, "loss_bound": 1.25,
+                      "certified": bool(go)}],
         "promise": promise if go else None,
         "sequence": [tested, {"name": "tome at 0.4", "macs_share": 0.4, "tested": False}],
         "latency": [{"batch": 1, "runs": 40, "rows": rows, "notes": ["no rows of torch"],
@@ -69,7 +70,7 @@ def test_the_first_screen_has_the_verdict_and_three_figures(go, lead, task):
     assert f"<strong>{lead}</strong>: so it is." in first
     for words in ("1.40×", "the speed of openvino, dense", ">700<", "digits; 96 others"):
         assert words in first
-    assert ("0.9900" if task == "embeddings" else "1\u00a0%") in first
+    assert ("0.9900" if task == "embeddings" else "1.00\u00a0%") in first
     assert "Nothing was" not in shown(report(go, task))
 
 
@@ -91,6 +92,18 @@ def test_embeddings_are_shown_as_cosines():
     page = shown(report(task="embeddings"))
     assert "0.9900" in page
     assert "cosine (95" in page
+
+
+def test_labels_show_the_accuracy_that_was_judged_and_not_how_many_answers_changed():
+    first = shown(report(task="labels")).split("<nav")[0]
+    assert "0.20 points" in first
+    assert "at most 1.25 by the one-sided 95" in first
+    assert "another top-1" not in first
+
+
+def test_the_interval_of_the_first_screen_is_the_reports_own():
+    first = shown(report()).split("<nav")[0]
+    assert "interval 0.00\u00a0% to 2.00\u00a0%, 700 pictures" in first
 
 
 def test_what_is_no_report_of_tune_is_refused():

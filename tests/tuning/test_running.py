@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import pytest
 from asvit_deploy.evaluation.timing import run_once
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.tuning import running
+from asvit_deploy.tuning.clock import OutOfTime
 from asvit_deploy.tuning.running import Crashed, Runnable, Workshop
 
 
@@ -106,3 +108,49 @@ def test_a_full_disk_is_the_systems_own_error(workshop, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "unlink", lambda self, missing_ok=False: None)
     with pytest.raises(OSError, match="No space left"):
         workshop.outputs(runnable(), [0], lambda: None)
+
+
+def test_a_slow_round_is_no_hang(workshop, monkeypatch):
+    """A round over all variants may take longer than one is waited for; a run may not."""
+    many = [Runnable(f"{i}", "onnxruntime", "float32", "dense", "mini.onnx") for i in range(12)]
+    fake = workshop.folder / "fake"
+    fake.mkdir()
+    (fake / "sitecustomize.py").write_text(
+        "import time\n"
+        "from asvit_deploy.tuning import worker\n"
+        "real = worker.Marked.infer\n"
+        "def infer(self, images):\n"
+        "    time.sleep(0.5)\n"
+        "    return real(self, images)\n"
+        "worker.Marked.infer = infer\n"
+    )  # fmt: skip
+    put_first(monkeypatch, fake)
+    workshop.outputs(many[0], [0], lambda: None)  # imports take seconds
+    monkeypatch.setattr(running, "PATIENCE", 4)
+    ticks = []
+    found = workshop.timed(many, [0], 1, 0.1, (1, 1), 0, lambda: ticks.append(1))
+    assert found.arrays["seconds_0"] > 0.5
+    assert len(ticks) < 12 * 3, "signs of life are no progress"
+
+
+def test_a_deadline_leaves_fewer_rounds_or_none(workshop):
+    pair = [runnable(), Runnable("two", "onnxruntime", "float32", "dense", "mini.onnx")]
+    workshop.timed(pair, [0, 1], 1, 0.1, (10, 12), 0, lambda: None)  # imports take seconds
+    found = workshop.timed(
+        pair, [0, 1], 1, 600, (100_000, 100_000), 0, lambda: None, time.monotonic() + 6
+    )
+    assert 20 <= found.said["runs"] == len(found.arrays["seconds_0"]) < found.said["planned"]
+    assert len(found.arrays["seconds_1"]) == found.said["runs"]
+    with pytest.raises(OutOfTime):
+        workshop.timed(pair, [0, 1], 1, 1, (10, 12), 0, lambda: None, time.monotonic() - 1)
+
+
+def test_jobs_leave_no_file_open(workshop):
+    workshop.outputs(runnable(), [0], lambda: None)
+    place = f"/proc/{workshop._child._process.pid}/fd"
+    if not os.path.isdir(place):
+        pytest.skip("no /proc")
+    before = len(os.listdir(place))
+    for _ in range(4):
+        workshop.outputs(runnable(), [0], lambda: None)
+    assert len(os.listdir(place)) <= before

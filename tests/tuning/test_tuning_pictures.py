@@ -71,7 +71,7 @@ def test_none_are_refused(tmp_path):
 
 def test_the_same_picture_many_times_is_one(tmp_path):
     place = folder(tmp_path / "a", 30, alike=0.0)
-    raises_one_line(lambda: read(place), "1 picture", "30 are there, and so many differ")
+    raises_one_line(lambda: read(place), "1 picture", "30 were found, 1 of them distinct")
 
 
 def test_copies_are_left_out_with_a_line(tmp_path):
@@ -111,3 +111,11 @@ def test_more_pictures_bring_as_many_that_judge(have, judging):
     assert total - min(most, total // 2) >= judging
     if total > have:
         assert total - 1 - min(most, (total - 1) // 2) < judging
+
+
+@pytest.mark.parametrize(("name", "limit", "told"), [("a of b", 40, False), ("a", 30, True)])
+def test_a_folder_that_is_cut_off_is_told_by_its_counts(tmp_path, monkeypatch, name, limit, told):
+    monkeypatch.setattr(pictures, "sizes_of", lambda config: (16, limit - 16))
+    said: list[str] = []
+    read(folder(tmp_path / name, 40), say=said.append)
+    assert any("--limit takes more" in line for line in said) == told

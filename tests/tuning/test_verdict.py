@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from made import DEMAND, certificates, seen, shown, timing
+from made import DEMAND, candidate, certificates, seen, shown, timing
 
 from asvit_deploy.tuning.certify import Trial
-from asvit_deploy.tuning.demand import judged
+from asvit_deploy.tuning.demand import Demand, judged
 from asvit_deploy.tuning.verdict import decide, promise
 
 
@@ -111,8 +113,44 @@ def test_what_was_never_tested_is_not_taken():
     later = Trial(shown(budget=0.5).candidate, "float32", 0.1)
     run = timing({(None, "float32"): 10, (later.candidate, "float32"): 5})
     found = decide(run, certificates(failed, later), DEMAND, more)
+    assert (found.go, found.why, found.code) == (None, "not_tested", 4)
+    assert found.nearest == "onnxruntime, topk at 0.5"
+    assert "was not tested, because topk at 0.7 did not pass" in found.sentence
+
+
+def test_what_hardly_passes_on_the_calibrating_pictures_leaves_no_question_open():
+    failed = shown(budget=0.7, changed=60)
+    later = Trial(candidate(0.5, changed=20), "float32", 0.1)
+    run = timing({(None, "float32"): 10, (later.candidate, "float32"): 5})
+    found = decide(run, certificates(failed, later), DEMAND, more)
     assert found.why == "nothing_meets_the_demand"
     assert "topk at 0.7" in found.sentence
+
+
+def test_the_nearest_is_the_fastest_row_of_what_did_not_pass():
+    test = shown(changed=60)
+    run = timing({(None, "float32"): 10, (test.candidate, "float32"): 7})
+    slower = timing({(test.candidate, "float32"): 9})
+    run.entries.append(replace(slower.entries[0], runtime="openvino"))
+    run.seconds.append(slower.seconds[0])
+    run.macs.append(slower.macs[0])
+    run.runners.append(slower.runners[0])
+    found = decide(run, certificates(test), DEMAND, more)
+    assert found.nearest == "onnxruntime, topk at 0.6"
+    assert found.over is not None
+    assert found.over["value"] == pytest.approx(10 / 7, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("demand", "words"),
+    [
+        (DEMAND, "top-1 may differ on at most 0.5 % of the pictures"),
+        (Demand("labels", 0.5, 0.95), "accuracy may fall by at most 0.5 points"),
+        (Demand("embeddings", 0.5, 0.95), "the mean cosine may not be below 0.95"),
+    ],
+)
+def test_a_demand_in_words(demand, words):
+    assert demand.said() == words
 
 
 def test_a_busy_machine_is_said_instead_of_a_verdict():
