@@ -199,12 +199,13 @@ def test_batches_run_as_asked(model, shapes):
     assert (sweep["over"], [point["at"] for point in sweep["points"]]) == ("batch", [1, 4])
     assert sweep["notes"] == []
     single, four = sweep["points"]
-    for point, ways in ((single, 1), (four, 2)):
+    several = [(False, False), (True, False), (False, True)]  # padded, one by one, packed
+    for point, ways in ((single, several[:1]), (four, several)):
         assert point["batch"] == point["at"]
-        assert len(point["rows"]) == 2 * 3 * ways
+        assert len(point["rows"]) == 2 * 3 * len(ways)
         for kind in ("dense", "adaptive", "static"):
             own = [row for row in point["rows"] if row["kind"] == kind]
-            assert [row["singly"] for row in own] == [False, True][:ways] * 2
+            assert [(row["singly"], row["packed"]) for row in own] == ways * 2
             for row in own:
                 assert ("speedup" in row, "over_static" in row) == (
                     kind != "dense", kind == "adaptive"
