@@ -6,10 +6,11 @@ import unicodedata
 
 MOST_LINE = 1000  # characters of a line; the longest of ours, with two paths, has some 600
 _MOST_NAME = 300  # of a path or a name in it
-# Controls, halves of characters (bytes of a file's name that are no text) and separators of lines.
+# Controls, halves of characters (bytes of a file's name that are no text), characters that mean
+# what a font says, and separators of lines.
 # Of what has no width only the joiners stay, which words of some scripts and emoji are made with:
 # the others turn the direction of what follows, or hide.
-_STEERING = frozenset(("Cc", "Cs", "Zl", "Zp"))
+_STEERING = frozenset(("Cc", "Cs", "Co", "Zl", "Zp"))
 _JOINERS = "\u200c\u200d"
 
 

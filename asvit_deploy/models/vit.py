@@ -171,14 +171,13 @@ class ViT(Backbone):
             if torch.compiler.is_exporting():
                 trace.before.append(rows.tokens)
                 trace.weight += [] if decision.weight is None else [decision.weight]
-            given = None if decisions is None else decisions[stage]
+            given, goes = (None if one is None else one[stage] for one in (decisions, into))
             keep = None
             if mean_k and decision.boundary is not None:
                 keep = mean_k_keep_mask(decision.score, decision.boundary)
             elif rule is not None:
                 keep = rule(stage, decision.score, rows.living(self.config.prefix))
             assert self.reduction is not None
-            goes = None if into is None else into[stage]
             rows, done = remove(self.reduction, stage, rows, decision, padded, given, keep, goes)
             trace.scores.append(decision.score)
             trace.index.append(done.index)

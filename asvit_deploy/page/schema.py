@@ -8,16 +8,16 @@ a line around. What is not in a schema is dropped.
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from asvit_deploy.text import printable
 
 Reader = Callable[[object, str], Any]
 
 LONGEST = 300  # characters of a text that are shown
 _LARGEST = 1e15  # of any number that is measured or counted here
 _MOST = 200_000  # entries of one list
-_JOINERS = "\u200c\u200d"  # which scripts need, and which turn nothing around
 
 
 class Refused(ValueError):
@@ -42,14 +42,7 @@ def clean(text: str, most: int = LONGEST) -> str:
     """
     if len(text) > most:
         text = f"{text[: most * 2 // 3]}…{text[-(most // 3) :]}"
-    return "".join(map(_visible, " ".join(text.split())))
-
-
-def _visible(character: str) -> str:
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-    if not hidden or character in _JOINERS:
-        return character
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+    return printable(" ".join(text.split()))
 
 
 def text(value: object, at: str) -> str:

@@ -6,12 +6,7 @@ here those are wrong by half.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import lru_cache
-
-import numpy as np
-from numpy.typing import NDArray
 
 ERROR = 0.05  # one-sided, of each test
 # Of it, what goes to the pictures that get worse and to those that get better, with labels.
@@ -19,37 +14,11 @@ _WORSE, _BETTER = 0.8, 0.2
 _MOST_PICTURES = 10_000_000
 
 
-@lru_cache(maxsize=8)
-def _log_factorials(most: int) -> NDArray[np.float64]:
-    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, most + 1)))])
-
-
-def at_most(hits: int, total: int, share: float) -> float:
-    """P(X <= hits) of a binomial X of so many draws."""
-    if hits >= total or share <= 0:
-        return 1.0
-    if hits < 0 or share >= 1:
-        return 0.0
-    logs, k = _log_factorials(total), np.arange(hits + 1)
-    terms = logs[total] - logs[k] - logs[total - k]
-    terms = terms + k * math.log(share) + (total - k) * math.log1p(-share)
-    return float(min(1.0, np.exp(terms).sum()))
-
-
-def _crossing(falling: Callable[[float], float], value: float) -> float:
-    """Where a function that falls on [0, 1] comes down to a value."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if falling(middle) > value else (low, middle)
-    return high
-
-
 def upper(hits: int, total: int, error: float = ERROR) -> float:
     """The share that lies above the true one but with that probability (Clopper, Pearson, 1934)."""
-    if hits >= total:
-        return 1.0
-    return _crossing(lambda share: at_most(hits, total, share), error)
+    from scipy.stats import beta
+
+    return 1.0 if hits >= total else float(beta.ppf(1 - error, hits + 1, total - hits))
 
 
 def lower(hits: int, total: int, error: float = ERROR) -> float:
@@ -92,19 +61,12 @@ def expected(hits: int, total: int, other: int, error: float = ERROR) -> tuple[f
     Args:
         other: pictures of that sample.
     """
-    low = 0 if hits == 0 else _quantile(other, hits, total - hits + 1, error / 2)
-    high = other if hits == total else _quantile(other, hits + 1, total - hits, 1 - error / 2)
-    return low / other, high / other
+    from scipy.stats import betabinom
 
-
-def _quantile(draws: int, a: int, b: int, probability: float) -> int:
-    """Of a beta-binomial count: the least k with P(X <= k) >= probability."""
-    logs, k = _log_factorials(draws + a + b), np.arange(draws + 1)
-    # B(k + a, n - k + b) / B(a, b) by factorials, since a and b are whole.
-    terms = logs[draws] - logs[k] - logs[draws - k] + logs[k + a - 1] + logs[draws - k + b - 1]
-    terms = terms - logs[draws + a + b - 1] + logs[a + b - 1] - logs[a - 1] - logs[b - 1]
-    sums = np.cumsum(np.exp(terms))
-    return int(np.searchsorted(sums, probability * sums[-1]))
+    half = error / 2
+    low = 0 if hits == 0 else betabinom.ppf(half, other, hits, total - hits + 1)
+    high = other if hits == total else betabinom.ppf(1 - half, other, hits + 1, total - hits)
+    return float(low) / other, float(high) / other
 
 
 def pictures_needed(fits: Callable[[int], bool], have: int) -> int | None:
