@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from asvit_deploy.errors import UserError
@@ -19,6 +21,7 @@ from asvit_deploy.models.macs import (
     unavoidable_macs,
 )
 from asvit_deploy.models.vit import Trace, ViT
+from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.methods import rising
 from asvit_deploy.reduction.ranked import Ranked
 
@@ -157,10 +160,11 @@ def fixed_counts(
             cent of the budget.
     """
     _require_tokens(config)
-    blocks = _fitting(config, method, blocks)
+    blocks = fitting(config, method, blocks)
 
     def at(ratio: float) -> tuple[Ranked, float]:
-        made = method(blocks, planned_counts(config, method, blocks, ratio), config.prefix)
+        with torch.device("meta"):  # nothing is drawn at random for what is only counted
+            made = method.planned(config, blocks, planned_counts(config, method, blocks, ratio))
         return made, carried_out(config, made) / teacher_macs(config)
 
     low, high = 0.0, 1.0
@@ -178,7 +182,7 @@ def fixed_counts(
             f"{len(blocks)} cut{'s' * (len(blocks) != 1)} on {config.name} at "
             f"{config.image_size} px: it reaches {reached}; choose another budget or other cuts"
         )
-    return best
+    return method.planned(config, blocks, best.kept)
 
 
 def planned_counts(
@@ -193,14 +197,14 @@ def planned_counts(
         # The share is of what would be there exactly, so that rounding does not add up.
         exact = exact * ratio
         kept.append(max(1, min(round(exact), tokens)))
-        made = method(blocks[: stage + 1], kept, config.prefix)
+        made = method.planned(config, blocks[: stage + 1], kept)
         counted = made.counts(stage, tokens)
         assert counted is not None
         kept[-1], tokens = counted, counted + made.added(tokens, counted)
     return kept
 
 
-def carried_out(config: ArchConfig, reduction: Ranked) -> float:
+def carried_out(config: ArchConfig, reduction: Reduction) -> float:
     """MACs of the network with those fixed counts, its own included."""
     lengths = fixed_lengths(config, reduction)
     rows = [config.rows, *lengths]
@@ -208,8 +212,22 @@ def carried_out(config: ArchConfig, reduction: Ranked) -> float:
     return float(model_macs(config, lengths, reduction.cuts) + own)
 
 
-def _fitting(
-    config: ArchConfig, method: type[Ranked], blocks: Sequence[int] | None
+def macs_of(
+    config: ArchConfig, reduction: Reduction, lengths: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """MACs carried out for each picture, the method's own included, as `carried_out`.
+
+    Args:
+        lengths: int64 [images, cuts].
+    """
+    rows = list(lengths.T.astype(np.float64))
+    before = [np.full(len(lengths), float(config.rows)), *rows]
+    own = sum(reduction.macs(stage, before[stage]) for stage in range(len(reduction.cuts)))
+    return np.asarray(model_macs(config, rows, reduction.cuts) + own, np.float64)
+
+
+def fitting(
+    config: ArchConfig, method: type[Reduction], blocks: Sequence[int] | None
 ) -> tuple[int, ...]:
     """The blocks, once they rise and lie in the network.
 

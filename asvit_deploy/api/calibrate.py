@@ -20,7 +20,7 @@ from asvit_deploy.api.inputs import (
     require_whole,
     say_load,
 )
-from asvit_deploy.api.methods import EXECUTED, RELEASE, THRESHOLD, method_for
+from asvit_deploy.api.methods import AUTO, EXECUTED, RELEASE, THRESHOLD, method_for, require_trained
 from asvit_deploy.errors import UserError
 from asvit_deploy.status import Say, hide_bar, silent
 
@@ -124,6 +124,7 @@ def calibrate(
     ):
         checkpoint = load_checkpoint(place, image_size, arch, ema, known)
         method = method_for(checkpoint, method)
+        require_trained(checkpoint, method)
         wanted = _Wanted(method, budget, None if cuts is None else tuple(cuts), per_picture,
                          max_kept, budget_by, seed)  # fmt: skip
         wanted.check()
@@ -172,7 +173,7 @@ def _calibrated(
 
     from asvit_deploy import calibration, choice
     from asvit_deploy.checkpoints.load import build_model
-    from asvit_deploy.reduction.methods import RANKED
+    from asvit_deploy.reduction.methods import METHODS
 
     config = checkpoint.config
     if wanted.budget_by == RELEASE:
@@ -191,7 +192,8 @@ def _calibrated(
             result = calibration.calibrate(model, pictures, wanted.budget, wanted.seed, progress)
             made = calibration.with_thresholds(checkpoint, result.thresholds)
             return made, {"method": THRESHOLD, **result.report}
-        asked = choice.Wanted(RANKED.get(wanted.method), wanted.budget, wanted.cuts,
+        named = None if wanted.method == AUTO else METHODS[wanted.method]
+        asked = choice.Wanted(named, wanted.budget, wanted.cuts,
                               wanted.per_picture, wanted.max_kept)  # fmt: skip
         chosen = choice.choose(model, pictures, asked, progress)
     return model.with_reduction(chosen.reduction), chosen.report

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.scoring import class_attention_row
 
 Place = Literal["before", "inside"]
+# What a method needs beside dense weights: a budget alone, pictures too, or to be trained.
+Settled = Literal["budget", "pictures", "training"]
+Own = TypeVar("Own", bound="Reduction")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,28 @@ class Seen:
             logits = (self.query[:, :, 0:1].float() * scale) @ self.key.float().transpose(2, 3)
             logits = logits if bias is None else logits + bias
             return masked_softmax(logits, self.rows.keep).squeeze(2)
+
+    def column_mean(self) -> Tensor:
+        """What each row receives of the attention, mean over heads and over the rows that are
+        there; float32 [B, M] under autocast too.
+        """
+        with torch.autocast(self.query.device.type, enabled=False):
+            scale, bias = self.key.shape[3] ** -0.5, self.rows.bias()
+            logits = (self.query.float() * scale) @ self.key.float().transpose(2, 3)
+            logits = logits if bias is None else logits + bias
+            keep = self.rows.keep if self.masked else None
+            there = self.rows.alive if keep is None else keep.detach() > 0.5
+            if keep is not None:
+                weights = masked_softmax(logits, keep)
+            elif there is not None:
+                weights = logits.masked_fill(~there[:, None, None, :], -torch.inf).softmax(3)
+            else:
+                weights = logits.softmax(3)
+            each = weights.mean(1)  # (B, M, M)
+            if there is None:
+                return each.mean(1)
+            asks = there.float()
+            return (asks[:, None, :] @ each).squeeze(1) / asks.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -89,6 +114,9 @@ class Reduction(nn.Module):
         appends: rows that `combine` adds at each cut where something leaves.
         carries_sizes: whether rows say how many input tokens they stand for, so that a mean over
             tokens is one over those of the input.
+        settled: what dense weights need to get it.
+        adapts: whether thresholds can decide in place of counts.
+        compares: whether a score depends on other rows, not counting attention.
     """
 
     name: ClassVar[str]
@@ -96,6 +124,9 @@ class Reduction(nn.Module):
     place: ClassVar[Place]
     appends: ClassVar[int] = 0
     carries_sizes: ClassVar[bool] = False
+    settled: ClassVar[Settled] = "budget"
+    adapts: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:
         super().__init__()
@@ -164,6 +195,19 @@ class Reduction(nn.Module):
         with the network's.
         """
         return 0
+
+    def taught_by(self: Own, other: Reduction | None) -> Own:
+        """Itself, once it has what another of the same method learned beside its boundaries."""
+        if type(other) is type(self):
+            own = {id(boundary) for boundary in other.boundaries()}
+            learned = {name: value.detach() for name, value in other.named_parameters()
+                       if id(value) not in own}  # fmt: skip
+            self.load_state_dict(learned, strict=False)
+        return self
+
+    def fits(self, dim: int) -> bool:
+        """Whether it can stand in a network of that width."""
+        return True
 
     def fields(self) -> dict[str, Any]:
         """What restores it beside its parameters, JSON-ready."""
