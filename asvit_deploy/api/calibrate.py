@@ -136,7 +136,7 @@ def calibrate(
         pictures = open_images(folder, config, limit, skip_limit, say).readable()
         say(f"{place}: {config.name}, {config.image_size} px; {pictures.source}")
         model, found = _calibrated(checkpoint, pictures, wanted, say)
-        report = _save(target, model, checkpoint, pictures, wanted, found)
+        report = _save(target, model, checkpoint, pictures, wanted, found, say)
         values = tuple(model.threshold_values())
         made = Calibrated(target, model.config, report["method"], values, report, machine())
         if shown is not None:
@@ -181,7 +181,7 @@ def _calibrated(
     if wanted.method == THRESHOLD and wanted.cuts is not None:
         config = config.with_stages(wanted.cuts)
     checkpoint = replace(checkpoint, config=config)
-    model = build_model(checkpoint, dense=True)
+    model = build_model(checkpoint)  # what its own method learned may be taken over
     with tqdm(desc="calibrate", unit="pass", disable=hide_bar(say), leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -199,9 +199,25 @@ def _calibrated(
     return model.with_reduction(chosen.reduction), chosen.report
 
 
+def _backbone(target: Path, model: ViT, checkpoint: Checkpoint) -> Path | None:
+    """The network beside which the output need hold what ltmp learned alone; None where the output
+    is to hold all: of other methods, or in another folder."""
+    from asvit_deploy.checkpoints.learned import backbone_of
+    from asvit_deploy.reduction.ltmp import LTMP
+
+    if not isinstance(model.reduction, LTMP) or not checkpoint.path.is_file():
+        return None
+    place = checkpoint.path
+    if checkpoint.adaptive:
+        if "backbone" not in checkpoint.metadata:
+            return None
+        place = backbone_of(place, checkpoint.metadata)
+    return place if place.absolute().parent == target.absolute().parent else None
+
+
 def _save(
     target: Path, model: ViT, checkpoint: Checkpoint, pictures: ImageSet, wanted: _Wanted,
-    found: dict[str, Any],
+    found: dict[str, Any], say: Say,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the checkpoint and return the report, which is kept in it too."""
     from asvit_deploy.checkpoints.load import save_checkpoint
@@ -221,5 +237,8 @@ def _save(
         "source_sha256": report["source_sha256"],
         "provenance": json.dumps(provenance(["torch"])),
     }
-    save_checkpoint(target, model, metadata)
+    backbone = _backbone(target, model, checkpoint)
+    if backbone is not None:
+        say(f"{target}: thresholds alone; it stays beside its network, {backbone.name}")
+    save_checkpoint(target, model, metadata, backbone)
     return report

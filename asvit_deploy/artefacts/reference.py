@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from asvit_deploy.bounded import MOST_BYTES
 from asvit_deploy.checkpoints import default_checkpoint, facts
 from asvit_deploy.checkpoints.load import Checkpoint, build_model, load_checkpoint
@@ -62,10 +64,11 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
         refuse("prefix")
     if "reduction" in fields:
         try:
-            own = restored(fields["reduction"], config.prefix)
+            with torch.device("meta"):
+                own = restored(fields["reduction"], config.prefix)
         except (ValueError, TypeError, AttributeError):
             refuse("reduction")
-        if not within(own, config.depth):
+        if not within(own, config.depth) or not own.fits(config.dim):
             refuse("reduction")
         if fields.get("appended") != own.appends:
             refuse("appended")
@@ -97,7 +100,8 @@ def cuts_of(fields: dict[str, Any]) -> tuple[int, ...] | None:
     """As `ViT.cuts`, from a sidecar; None: before the blocks of the stages."""
     if "reduction" not in fields:
         return None
-    return restored(fields["reduction"], fields.get("prefix", 1)).cuts
+    with torch.device("meta"):
+        return restored(fields["reduction"], fields.get("prefix", 1)).cuts
 
 
 def config_of(fields: dict[str, Any]) -> ArchConfig:

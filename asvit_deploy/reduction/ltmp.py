@@ -31,8 +31,9 @@ from asvit_deploy.reduction.rows import Rows, averaged, moved
 from asvit_deploy.reduction.size_passing import every_block
 
 # Where training begins: pairs that are all but equal merge, and nothing is lost.
-INITIAL_MERGE, INITIAL_PRUNE = 0.1, 1e-6
-LEAST = 1e-6  # of a threshold, of 1 - cosine and of what a token receives
+LEAST = 1e-6  # of 1 - cosine and of what a token receives
+NEVER = LEAST / 2  # a threshold that nothing lies under
+INITIAL_MERGE, INITIAL_PRUNE = 0.1, NEVER
 _ROUNDING = 1e-6
 _STEEPNESS = 10.0  # of the relaxation, in logarithms of score over boundary
 
