@@ -206,10 +206,7 @@ def planned_counts(
 
 def carried_out(config: ArchConfig, reduction: Reduction) -> float:
     """MACs of the network with those fixed counts, its own included."""
-    lengths = fixed_lengths(config, reduction)
-    rows = [config.rows, *lengths]
-    own = sum(reduction.macs(stage, rows[stage]) for stage in range(len(reduction.cuts)))
-    return float(model_macs(config, lengths, reduction.cuts) + own)
+    return float(model_macs(config, fixed_lengths(config, reduction), reduction))
 
 
 def macs_of(
@@ -221,9 +218,7 @@ def macs_of(
         lengths: int64 [images, cuts].
     """
     rows = list(lengths.T.astype(np.float64))
-    before = [np.full(len(lengths), float(config.rows)), *rows]
-    own = sum(reduction.macs(stage, before[stage]) for stage in range(len(reduction.cuts)))
-    return np.asarray(model_macs(config, rows, reduction.cuts) + own, np.float64)
+    return np.asarray(model_macs(config, rows, reduction), np.float64)
 
 
 def fitting(

@@ -19,6 +19,7 @@ from asvit_deploy.files import sha256
 from asvit_deploy.models.archs import ARCHS, described
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.methods import restored, within
 
 _KINDS: dict[str, type] = {
@@ -96,12 +97,13 @@ def boundaries_of(fields: dict[str, Any]) -> list[float | None]:
     return list(fields["thresholds"])
 
 
-def cuts_of(fields: dict[str, Any]) -> tuple[int, ...] | None:
-    """As `ViT.cuts`, from a sidecar; None: before the blocks of the stages."""
+def method_of(fields: dict[str, Any]) -> Reduction | None:
+    """The method that a sidecar describes, without what it learned; None for AS-ViT's own, before
+    the blocks of the stages."""
     if "reduction" not in fields:
         return None
     with torch.device("meta"):
-        return restored(fields["reduction"], fields.get("prefix", 1)).cuts
+        return restored(fields["reduction"], fields.get("prefix", 1))
 
 
 def config_of(fields: dict[str, Any]) -> ArchConfig:

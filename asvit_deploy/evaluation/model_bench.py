@@ -120,7 +120,7 @@ def bench_model(
     """
     count = threads or machine()["cores"]
     loaded = [pictures[i] for i in range(len(pictures))]
-    config, cuts = artefact.config, artefact.cuts if artefact.adaptive else None
+    config, cuts = artefact.config, artefact.method if artefact.adaptive else None
     with torch_threads(count):
         variants, notes = _variants(artefact, threads, runtimes)
         outputs, lengths = _kept(artefact, loaded, runtimes)
