@@ -14,7 +14,7 @@ a threshold every picture keeps its own number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from torch import Tensor, nn
 from asvit_deploy.reduction.base import Decision, Place, Seen, Settled
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.rows import Rows
-
-if TYPE_CHECKING:
-    from asvit_deploy.models.config import ArchConfig
 
 KEEP_RATE = 0.7  # r of the published checkpoints, but for one
 _STEEPEST = 30.0  # of a logit: its exponential stays a number
@@ -84,10 +81,10 @@ class DynamicViT(Ranked):
 
     @classmethod
     def planned(
-        cls, config: ArchConfig, blocks: Sequence[int], kept: Sequence[int] | None,
+        cls, dim: int, prefix: int, blocks: Sequence[int], kept: Sequence[int] | None,
         most: Sequence[int] | None = None,
     ) -> DynamicViT:  # fmt: skip
-        return cls(blocks, kept, config.prefix, most, dim=config.dim)
+        return cls(blocks, kept, prefix, most, dim=dim)
 
     @classmethod
     def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:
