@@ -56,16 +56,18 @@ def fit(
             f"--max-kept {max_kept} is no more than the {plan.kept[-1] + config.prefix} rows that "
             "this budget keeps on average behind the last cut; pass more, or a smaller budget"
         )
-    made = method(plan.blocks, None, config.prefix, most)
+    made = method(plan.blocks, None, config.prefix, most).to(model.pos_embed.device)
     network = model.with_reduction(made)
     halves = list(pairwise((*made.cuts, 2 * config.depth)))
     targets = [part_macs(config, n, *part) for n, part in zip(fixed_lengths(config, plan), halves)]
     missed = 0.0
     with torch.inference_mode():
-        rows = [Rows(network.embed(torch.from_numpy(image)[None])[0]) for image in images]
+        place = network.pos_embed.device
+        pictures = (torch.from_numpy(image)[None].to(place) for image in images)
+        rows = [Rows(network.embed(picture)[0]) for picture in pictures]
         for stage, part in enumerate(halves):
             ranked = [network.scored(stage, one) for one in rows]
-            scores = [decision.score.numpy()[0] for _, decision in ranked]
+            scores = [decision.score.cpu().numpy()[0] for _, decision in ranked]
             cost = StageCost(config, part, scores, made.appends)
             aim = _AIM * budget_macs(config, budget)
             theta = _threshold(scores, cost, targets[stage] + missed, aim)

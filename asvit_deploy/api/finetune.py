@@ -22,6 +22,7 @@ from asvit_deploy.api.inputs import (
     require_whole,
     say_load,
 )
+from asvit_deploy.api.methods import THRESHOLD, method_for
 from asvit_deploy.errors import Interrupted, UserError
 from asvit_deploy.requirements import pip_install
 from asvit_deploy.status import Say, first_process, silent
@@ -35,12 +36,16 @@ if TYPE_CHECKING:
     from asvit_deploy.training.run import Trained
 
 _MOST_WORKERS = 1024
+_NO_NUMBERS = ("thresholds", "masking", "amp", "method", "per_picture", "cuts", "train", "labels")
 
 
 def finetune(
     data: PathLike, *, arch: str | None = None, pretrained: PathLike | None = None,
     teacher: PathLike | None = None, dense: bool = False, output: PathLike | None = None,
     image_size: int | None = None, stages: Sequence[int] | None = None,
+    method: str | None = None, per_picture: bool = False, cuts: Sequence[int] | None = None,
+    train: Literal["all", "thresholds"] | None = None,
+    labels: Literal["data", "none"] | None = None,
     recipe: PathLike | None = None, budget: float | None = None, epochs: int | None = None,
     steps: int | None = None, batch_size: int | None = None, lr: float | None = None,
     min_lr: float | None = None, warmup: int | None = None, weight_decay: float | None = None,
@@ -64,7 +69,15 @@ def finetune(
     architecture. Every process of `torchrun` calls it alike; all of them get the result.
 
     Args:
-        data: "digits", or a folder of class folders or of .tar shards.
+        data: "digits", or a folder of class folders or of .tar shards; with `labels="none"` any
+            folder of pictures.
+        method: a name of `reduction.methods.METHODS`; by default the checkpoint's own, and
+            "threshold" for dense weights. Rows of those with fixed counts are gathered in training.
+        per_picture: a threshold at each cut that learns, in place of a fixed number of tokens.
+        cuts: blocks at which tokens leave, rising; by default the method's usual ones.
+        train: "thresholds" leaves the weights as they are; only what is the method's own learns.
+        labels: "none" learns from the dense network alone: KL of its logits, or 1 - cosine of its
+            embeddings.
         recipe: a TOML file of options; those given here win.
         say: gets status lines in the first process; progress bars go with them.
 
@@ -79,16 +92,18 @@ def finetune(
         "erase": erase, "repeats": repeats, "flops_weight": flops_weight,
         "distill_weight": distill_weight, "temperature": temperature, "masking": masking,
         "thresholds": _thresholds(thresholds), "ema": ema_decay, "amp": amp, "seed": seed,
+        "method": method, "per_picture": per_picture or None, "cuts": _blocks("cuts", cuts),
+        "train": train, "labels": labels,
     }  # fmt: skip
     require_at_least(1, epochs=epochs, steps=steps, batch_size=batch_size, repeats=repeats)
     require_at_least(0, warmup=warmup, seed=seed)
-    require_numbers({k: v for k, v in given.items() if k not in ("thresholds", "masking", "amp")})
+    require_numbers({k: v for k, v in given.items() if k not in _NO_NUMBERS})
     require_whole(image_size=image_size)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     listening, say = say is not silent, say if first_process() else silent
     inputs = _Inputs(
         os.fspath(data), arch, _checkpoint(pretrained, say), _checkpoint(teacher, say), dense,
-        optional_path(output), image_size, _stages(stages),
+        optional_path(output), image_size, _blocks("stages", stages),
         optional_path(recipe), optional_path(classes), ema, known, given, resume, force,
     )  # fmt: skip
     running = _running(save_every, log_every, validation_limit, workers, skip_limit,
@@ -120,6 +135,11 @@ class _Inputs:
     resume: bool
     force: bool
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the data's labels are learnt."""
+        return self.given["labels"] != "none"
+
     def files(self) -> list[Path]:
         """What the run reads and must not write."""
         networks = (self.pretrained, self.teacher)
@@ -138,12 +158,12 @@ def _thresholds(value: Sequence[float] | Literal["fit"] | None) -> Any:
         ) from None
 
 
-def _stages(value: Sequence[int] | None) -> tuple[int, ...] | None:
+def _blocks(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:
     try:
-        stages = tuple(int(stage) for stage in value or ())
+        blocks = tuple(int(block) for block in value or ())
     except (TypeError, ValueError):
-        raise UserError(f"stages={value!r} cannot be used; pass a list such as [3, 6, 9]") from None
-    return stages or None
+        raise UserError(f"{name}={value!r} cannot be used; pass a list such as [3, 6, 9]") from None
+    return blocks or None
 
 
 def _checkpoint(value: PathLike | None, say: Say) -> Path | None:
@@ -174,29 +194,29 @@ def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
         if error.name != "accelerate":
             raise
         raise UserError(f"finetune needs accelerate; {pip_install('accelerate')}") from error
-    from asvit_deploy.checkpoints.load import require_one_token
+    from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.data.head_order import check_teacher
     from asvit_deploy.training.presets import check_options, read_recipe
 
     check_options(inputs.dense, inputs.given)
-    _check_combination(inputs)
     in_file = read_recipe(inputs.recipe) if inputs.recipe else {}
+    if not inputs.dense:
+        inputs = replace(inputs, given=_with_file(inputs.given, in_file))
+    _check_combination(inputs)
     start, mentor = _load(inputs, say)
     if start and not inputs.dense:
-        require_one_token(start)
-    if start and start.headless:
+        inputs = _with_method(inputs, start)
+    if start and start.headless and inputs.labelled:
         inputs = _with_fresh_head(inputs, start, say)
     config = _config(inputs, start)
     target = inputs.output or Path(f"{config.name}{'_dense' if inputs.dense else ''}.safetensors")
     state = _check_outputs(inputs, target)
     config, source, recipe = _prepared(inputs, config, start, in_file, say)
-    if mentor is not None:
+    if mentor is not None and inputs.labelled:
         check_teacher(source, mentor, say)
-    say(
-        f"{config.name}, {config.image_size} px, {len(source.classes)} classes of {source.name} "
-        f"({_pictures(source)}): {recipe.steps} steps of {recipe.batch_size}, learning rate "
-        f"{recipe.lr:g}"
-    )
+    if start is not None and not inputs.labelled:
+        start = named(start, of_checkpoint(start, None, say, assume=False))
+    say(_said(config, source, recipe))
     for note in source.notes:
         say(note)
     try:
@@ -215,8 +235,39 @@ def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
     return result
 
 
+# Options of a recipe that are looked at before there is one.
+_EARLY = ("method", "per_picture", "cuts", "train", "labels")
+
+
+def _with_file(given: dict[str, Any], in_file: dict[str, Any]) -> dict[str, Any]:
+    """The options that are given, with those of the file that say what is trained."""
+    return given | {name: in_file[name] for name in _EARLY
+                    if given[name] is None and name in in_file}  # fmt: skip
+
+
+def _with_method(inputs: _Inputs, start: Checkpoint) -> _Inputs:
+    """The method by name: as asked for, or the checkpoint's own, or AS-ViT's; and where it cuts.
+
+    Raises:
+        UserError: as `method_for`; stages of another method than AS-ViT's.
+    """
+    given, fields = inputs.given, start.reduction or {}
+    name = method_for(start, given["method"] or fields.get("name") or THRESHOLD)
+    own = {"per_picture": True} if fields and fields.get("kept", ()) is None else {}
+    if name != THRESHOLD:
+        if inputs.stages is not None:
+            raise UserError(f"--stages are those of --method {THRESHOLD}; pass --cuts for {name}")
+        return replace(inputs, given={**given, **own, "method": name})
+    if inputs.stages is not None and given["cuts"] is not None:
+        raise UserError("--stages and --cuts say the same thing; drop one")
+    stages = inputs.stages or given["cuts"]
+    return replace(inputs, stages=stages and tuple(stages), given={**given, "cuts": None})
+
+
 def _check_combination(inputs: _Inputs) -> None:
     """Refuse what contradicts itself, before anything is loaded."""
+    if inputs.classes is not None and not inputs.labelled:
+        raise UserError("--classes says what labels mean; drop one of it and --labels none")
     if inputs.dense and inputs.teacher is not None:
         raise UserError("--dense has no teacher; drop one of --dense and --teacher")
     if not inputs.dense and inputs.pretrained is None:
@@ -254,7 +305,7 @@ def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | No
     if teacher is not None:
         teach = partial(load_checkpoint, teacher, start.config.image_size)
     mentor = teach() if teach else None
-    if mentor is not None and mentor.headless:
+    if mentor is not None and mentor.headless and inputs.labelled:
         raise UserError(
             f"{teacher} gives embeddings and no classes, so it teaches none; name a --teacher with "
             "a head (finetune --dense --pretrained fits one), or leave it out"
@@ -283,8 +334,14 @@ def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
     another one distils nothing.
 
     Raises:
-        UserError: distillation is asked for, and there is nobody to learn from.
+        UserError: distillation is asked for, and there is nobody to learn from; or no weights, a
+            head's among them, are to learn.
     """
+    if inputs.given["train"] == "thresholds":
+        raise UserError(
+            f"{start.path} gives embeddings, and a loss on classes needs a head, which --train "
+            "thresholds would leave as it is; pass --labels none"
+        )
     alone, weight = not inputs.dense and inputs.teacher is None, inputs.given["distill_weight"]
     if alone and weight:
         raise UserError(
@@ -295,7 +352,8 @@ def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
     has, place = "has no head", ""
     if start.config.head != "none":
         has, place = "gives embeddings, no classes", " in place of its projection"
-    say(f"{start.path}: {has}; a fresh head is trained{place}{nothing}")
+    keep = "" if inputs.dense else " (--labels none would keep the embedding)"
+    say(f"{start.path}: {has}; a fresh head is trained{place}{keep}{nothing}")
     return replace(inputs, given={**inputs.given, "distill_weight": 0.0}) if alone else inputs
 
 
@@ -304,7 +362,7 @@ def _config(inputs: _Inputs, start: Checkpoint | None) -> ArchConfig:
     from asvit_deploy.models.archs import arch
 
     config = arch(inputs.arch or "").at(inputs.image_size) if start is None else start.config
-    config = telling_classes(config).released()
+    config = (telling_classes(config) if inputs.labelled else config).released()
     return config.with_stages(inputs.stages) if inputs.stages else config
 
 
@@ -336,6 +394,7 @@ def _prepared(
     """The architecture with the data's classes, the data, and the recipe for both."""
     from asvit_deploy.classes.name_files import read_names
     from asvit_deploy.data.head_order import in_head_order
+    from asvit_deploy.data.parts import unlabelled
     from asvit_deploy.data.sources import open_source
     from asvit_deploy.training.presets import recipe_for
 
@@ -344,7 +403,15 @@ def _prepared(
     # Twice: what a batch holds follows from the recipe, and how long an epoch is from the data.
     draft = make(epoch=1)
     names = read_names(inputs.classes, least=2) if inputs.classes else None
-    source = open_source(inputs.data, config, draft.seed, draft.augmentation, names)
+    if not inputs.labelled:
+        source = open_source(inputs.data, config, draft.seed, draft.augmentation, labelled=False)
+        return config, source, make(epoch=source.epoch)
+    try:
+        source = open_source(inputs.data, config, draft.seed, draft.augmentation, names)
+    except UserError as error:
+        if inputs.dense or not unlabelled(inputs.data):
+            raise
+        raise UserError(f"{error}; or pass --labels none, which needs no classes") from error
     source = in_head_order(source, names, inputs.classes, start, say)
     return config.at(num_classes=len(source.classes)), source, make(epoch=source.epoch)
 
@@ -367,6 +434,23 @@ def _identity(inputs: _Inputs, config: ArchConfig) -> dict[str, Any]:
         "facts": facts if facts != fields_of(described(config.name, traits)) else None,
         "architecture": traits,
     }
+
+
+def _said(config: ArchConfig, source: Source, recipe: Recipe) -> str:
+    """What is trained on what, in a line."""
+    of = f"{len(source.classes)} classes of {source.name}"
+    if recipe.labels == "none":
+        of = f"{source.name} without labels"
+    how = (
+        ""
+        if recipe.method == THRESHOLD
+        else f", {recipe.method}{', per picture' * recipe.per_picture}"
+    )
+    return (
+        f"{config.name}, {config.image_size} px, {of} ({_pictures(source)}){how}: {recipe.steps} "
+        f"steps of {recipe.batch_size}, learning rate {recipe.lr:g}"
+        f"{', thresholds alone' * (recipe.train == 'thresholds')}"
+    )
 
 
 def _pictures(source: Source) -> str:

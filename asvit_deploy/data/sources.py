@@ -35,8 +35,10 @@ from asvit_deploy.data.parts import (
     folders_to_evaluate,
     folders_to_train,
     is_sharded,
+    pictures_to_train,
     shards_to_evaluate,
     shards_to_train,
+    unused_labels,
 )
 from asvit_deploy.data.shard_order import ShardOrder
 from asvit_deploy.data.shards import ShardPictures
@@ -205,8 +207,10 @@ class PictureSource:
         share = Share.of(step, size, part, self._augmentation)
         found = self._threads.map(self._cropped, share.positions, share.numbers)
         pixels, labels, skipped = zip(*found)
+        # Pictures without labels are all of one class, which nobody asks for.
+        numbers, classes = torch.tensor(labels).clamp_min(0), max(1, len(self.classes))
         images, targets = share.finished(
-            np.stack(pixels), torch.tensor(labels), self._config, len(self.classes), self._seed
+            np.stack(pixels), numbers, self._config, classes, self._seed
         )
         return Batch(images, targets, tuple(sorted(set().union(*skipped))))
 
@@ -296,6 +300,26 @@ class ShardSource(PictureSource):
         )
 
 
+class UnlabelledSource(PictureSource):
+    """Pictures of a folder with its subfolders, whatever these are called: in `train/` and perhaps
+    `val/`, or in DIR itself.
+
+    Raises:
+        UserError: see `parts.pictures_to_train` and `PictureSource`.
+    """
+
+    def __init__(
+        self, folder: Path, config: ArchConfig, seed: int,
+        augmentation: Augmentation = NO_AUGMENTATION,
+    ) -> None:  # fmt: skip
+        parts = pictures_to_train(folder)
+        assert parts.train is not None
+        super().__init__(
+            str(folder), parts.train, parts.val, _Shuffled(len(parts.train), seed), config, seed,
+            augmentation, parts.notes,
+        )  # fmt: skip
+
+
 def fingerprint(names: Iterable[str]) -> str:
     """How many names, and the start of the sha256 of them all in their order."""
     listed = list(names)
@@ -327,24 +351,31 @@ def _is_digits(data: str) -> bool:
 
 def open_source(
     data: str, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | None = None, labelled: bool = True,
 ) -> Source:  # fmt: skip
     """`digits`, a folder of class subfolders, or one of shards.
 
     Args:
         names: what the labels of shards mean, in place of their `classes.txt`.
+        labelled: whether the pictures' labels are asked for; else any folder of pictures will do,
+            and where there are labels a note says that they are not used.
 
     Raises:
-        UserError: see `DigitsSource`, `FolderSource` and `ShardSource`.
+        UserError: see `DigitsSource`, `FolderSource`, `ShardSource` and `UnlabelledSource`.
     """
     if not data:
         raise UserError("--data is empty; pass a folder, or `digits`")
-    if _is_digits(data):
-        return DigitsSource(config, seed, augmentation)
     folder = Path(data)
-    if is_sharded(folder):
-        return ShardSource(folder, config, seed, augmentation, names)
-    return FolderSource(folder, config, seed, augmentation)
+    source: DigitsSource | ShardSource | None = None
+    if _is_digits(data):
+        source = DigitsSource(config, seed, augmentation)
+    elif is_sharded(folder):
+        source = ShardSource(folder, config, seed, augmentation, names)
+    if source is not None:
+        source.notes += [] if labelled else [unused_labels(data)]
+        return source
+    kind = FolderSource if labelled else UnlabelledSource
+    return kind(folder, config, seed, augmentation)
 
 
 def open_labelled(

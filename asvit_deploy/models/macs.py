@@ -80,6 +80,13 @@ def model_macs(
     return total
 
 
+def method_macs(config: ArchConfig, lengths: Sequence[Number], reduction: Reduction) -> Number:
+    """As `model_macs` at a method's cuts, what the method itself costs included."""
+    rows: list[Number] = [config.rows, *lengths]
+    own = sum(reduction.macs(stage, rows[stage]) for stage in range(len(reduction.cuts)))
+    return model_macs(config, lengths, reduction.cuts) + own
+
+
 def part_macs(config: ArchConfig, n: Number, first: int, last: int) -> Number:
     """The halves from `first` up to `last` on `n` rows."""
     total, whole = 0, 2 * config.depth
