@@ -249,10 +249,14 @@ def _with_method(inputs: _Inputs, start: Checkpoint) -> _Inputs:
     """The method by name: as asked for, or the checkpoint's own, or AS-ViT's; and where it cuts.
 
     Raises:
-        UserError: as `method_for`; stages of another method than AS-ViT's.
+        UserError: as `method_for` and `check_method`; stages of another method than AS-ViT's.
     """
+    from asvit_deploy.training.recipe import check_method
+
     given, fields = inputs.given, start.reduction or {}
-    name = method_for(start, given["method"] or fields.get("name") or THRESHOLD)
+    asked = given["method"] or fields.get("name") or THRESHOLD
+    check_method(asked, bool(given["per_picture"]))
+    name = method_for(start, asked)
     own = {"per_picture": True} if fields and fields.get("kept", ()) is None else {}
     if name != THRESHOLD:
         if inputs.stages is not None:
@@ -352,8 +356,8 @@ def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
     has, place = "has no head", ""
     if start.config.head != "none":
         has, place = "gives embeddings, no classes", " in place of its projection"
-    keep = "" if inputs.dense else " (--labels none would keep the embedding)"
-    say(f"{start.path}: {has}; a fresh head is trained{place}{keep}{nothing}")
+    keep = "" if inputs.dense else "; --labels none would keep the embedding"
+    say(f"{start.path}: {has}; a fresh head is trained{place}{nothing}{keep}")
     return replace(inputs, given={**inputs.given, "distill_weight": 0.0}) if alone else inputs
 
 

@@ -83,7 +83,8 @@ def _check(options: Any) -> None:
             raise UserError(f"--{option} {value} cannot be used; pass {meant}")
 
 
-def _check_method(name: str, per_picture: bool) -> None:
+def check_method(name: str, per_picture: bool) -> None:
+    """Raise UserError for a method that is not known or has no such training form."""
     able = [other for other, method in METHODS.items() if method.trains]
     if name not in METHODS:
         raise UserError(f"--method {name} is not known; pass one of {', '.join(able)}")
@@ -162,7 +163,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check(self)
-        _check_method(self.method, self.per_picture)
+        check_method(self.method, self.per_picture)
         if self.train == "thresholds" and self.ema:
             raise UserError(
                 "--ema-decay averages weights, and --train thresholds leaves them as they are; "

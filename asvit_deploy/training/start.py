@@ -82,14 +82,25 @@ def adaptive_start(config: ArchConfig, pretrained: Checkpoint, recipe: Recipe) -
 
 
 def settled(config: ArchConfig, pretrained: Checkpoint | None, recipe: Recipe) -> Recipe:
-    """The recipe, with thresholds that start on the budget where nothing else says where."""
-    method = METHODS[recipe.method]
-    if recipe.thresholds is not None or not recipe.per_picture or not issubclass(method, Ranked):
+    """The recipe, with thresholds that start on the budget where nothing else says where: those of
+    methods whose scores have any unit, and those of AS-ViT over weights that stay as they are."""
+    if recipe.budget is None or recipe.thresholds is not None or pretrained is None:
         return recipe
-    fields = pretrained.reduction if pretrained else None
+    method, fields = METHODS[recipe.method], pretrained.reduction
+    if method is Threshold:
+        known = recipe.train == "all" or _own_thresholds(config, pretrained)
+        return recipe if known else replace(recipe, thresholds=FIT)
+    if not recipe.per_picture or not issubclass(method, Ranked):
+        return recipe
     own = restored(fields, config.prefix) if fields and fields["name"] == method.name else None
     same = own is not None and own.boundaries() and recipe.cuts in (None, own.blocks)
     return recipe if same else replace(recipe, thresholds=FIT)
+
+
+def _own_thresholds(config: ArchConfig, pretrained: Checkpoint) -> bool:
+    """Whether the checkpoint has AS-ViT's thresholds at these stages."""
+    adaptive = pretrained.adaptive and pretrained.reduction is None
+    return adaptive and pretrained.config.stages == config.stages
 
 
 def _reduction(config: ArchConfig, pretrained: Checkpoint, recipe: Recipe) -> Reduction:
@@ -119,8 +130,7 @@ def _reduction(config: ArchConfig, pretrained: Checkpoint, recipe: Recipe) -> Re
 
 def _thresholds(config: ArchConfig, pretrained: Checkpoint) -> Threshold:
     made = Threshold(config.stages, config.prefix)
-    own = pretrained.adaptive and pretrained.reduction is None
-    own = own and pretrained.config.stages == config.stages
+    own = _own_thresholds(config, pretrained)
     for stage, threshold in enumerate(made):
         if own:
             threshold.data.copy_(pretrained.state[f"thresholds.{stage}"])

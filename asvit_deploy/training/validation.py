@@ -13,11 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from tqdm import tqdm
 
-from asvit_deploy import choice, per_picture
+from asvit_deploy import calibration, choice, per_picture
 from asvit_deploy.budget import MOST_PASSES, Fit, fit_thresholds, network_macs
 from asvit_deploy.data.sources import Source
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.ranked import Ranked
+from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.training.feed import Skipped
 from asvit_deploy.training.log import Log
 from asvit_deploy.training.recipe import Running, picture_bytes
@@ -109,26 +110,32 @@ def start_on_budget(
     trainer: Trainer, source: Source, log: Log, skipped: Skipped, running: Running
 ) -> None:
     """Thresholds onto the budget before the first step: cut by cut where a method ranks, whose
-    scores have any unit; by one factor where they start from those of a paper.
+    scores have any unit, or where the weights stay as they are; else by one factor.
 
     Raises:
         UserError: too many pictures cannot be read, or their scores meet no such budget.
     """
-    model, budget, what = trainer.model, trainer.recipe.budget, "starting thresholds"
-    reduction = model.reduction
-    if not isinstance(reduction, Ranked):
+    model, recipe, what = trainer.model, trainer.recipe, "starting thresholds"
+    reduction, budget = model.reduction, recipe.budget
+    by_cut = isinstance(reduction, Ranked) or (
+        isinstance(reduction, Threshold) and recipe.train == "thresholds"
+    )
+    if reduction is None or budget is None or not by_cut:
         land_on_budget(model, trainer, source, log, what, skipped, 0, running)
         return
-    assert budget is not None
     size = min(_fit_size(trainer), _START_PICTURES)
-    pictures = _fitting(trainer, source, size, 0, skipped)
-    images = [image.numpy() for image in pictures]
+    images = [image.numpy() for image in _fitting(trainer, source, size, 0, skipped)]
     with _bar(what, trainer.accelerator, running.bars, len(images)) as bar:
-        found = per_picture.fit(
-            model, type(reduction), images, budget, reduction.blocks, progress=bar.update
-        )
-    for threshold, value in zip(reduction.boundaries(), found.boundaries()):
-        threshold.data = broadcast(value.data.clone())
+        if isinstance(reduction, Ranked):
+            found = per_picture.fit(
+                model, type(reduction), images, budget, reduction.blocks, progress=bar.update
+            ).boundaries()
+        else:
+            equal = (1 / len(reduction.cuts),) * len(reduction.cuts)
+            values = calibration.on_budget(model, images, budget, equal).thresholds
+            found = [torch.tensor(value) for value in values]
+    for threshold, value in zip(reduction.boundaries(), found):
+        threshold.data = broadcast(value.data.to(threshold.device, copy=True))
     log.write({"event": f"{what} fitted to the budget", "step": 0, "pictures": len(images),
                "thresholds": model.threshold_values()})  # fmt: skip
 
