@@ -5,30 +5,36 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from asvit_deploy.api.finetune_inputs import (
+    Inputs,
+    check_combination,
+    config_of,
+    load,
+    with_file,
+    with_fresh_head,
+    with_method,
+)
 from asvit_deploy.api.inputs import (
     Channels,
     PathLike,
-    checkpoint_files,
     checkpoint_path,
     given_facts,
     optional_path,
     require_at_least,
     require_numbers,
     require_whole,
-    say_load,
 )
-from asvit_deploy.api.methods import THRESHOLD, method_for
+from asvit_deploy.api.methods import THRESHOLD
 from asvit_deploy.errors import Interrupted, UserError
 from asvit_deploy.requirements import pip_install
 from asvit_deploy.status import Say, first_process, silent
 
 if TYPE_CHECKING:
-    from asvit_deploy.checkpoints.facts import Given
     from asvit_deploy.checkpoints.load import Checkpoint
     from asvit_deploy.data.sources import Source
     from asvit_deploy.models.config import ArchConfig
@@ -101,7 +107,7 @@ def finetune(
     require_whole(image_size=image_size)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     listening, say = say is not silent, say if first_process() else silent
-    inputs = _Inputs(
+    inputs = Inputs(
         os.fspath(data), arch, _checkpoint(pretrained, say), _checkpoint(teacher, say), dense,
         optional_path(output), image_size, _blocks("stages", stages),
         optional_path(recipe), optional_path(classes), ema, known, given, resume, force,
@@ -109,42 +115,6 @@ def finetune(
     running = _running(save_every, log_every, validation_limit, workers, skip_limit,
                        optional_path(tensorboard), listening)  # fmt: skip
     return _finetune(inputs, running, say)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a run is asked to do; names as those of the options.
-
-    Attributes:
-        given: the recipe's options by their field, None where not given.
-    """
-
-    data: str
-    arch: str | None
-    pretrained: Path | None
-    teacher: Path | None
-    dense: bool
-    output: Path | None
-    image_size: int | None
-    stages: tuple[int, ...] | None
-    recipe: Path | None
-    classes: Path | None
-    averaged: bool
-    known: Given
-    given: dict[str, Any]
-    resume: bool
-    force: bool
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the data's labels are learnt."""
-        return self.given["labels"] != "none"
-
-    def files(self) -> list[Path]:
-        """What the run reads and must not write."""
-        networks = (self.pretrained, self.teacher)
-        weights = [file for path in networks if path for file in checkpoint_files(path)]
-        return weights + [path for path in (self.recipe, self.classes) if path]
 
 
 def _thresholds(value: Sequence[float] | Literal["fit"] | None) -> Any:
@@ -186,7 +156,7 @@ def _running(
     )  # fmt: skip
 
 
-def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
+def _finetune(inputs: Inputs, running: Running, say: Say) -> Trained:
     try:
         from asvit_deploy.training.run import finetune as run
         from asvit_deploy.training.summary import summary
@@ -201,14 +171,14 @@ def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
     check_options(inputs.dense, inputs.given)
     in_file = read_recipe(inputs.recipe) if inputs.recipe else {}
     if not inputs.dense:
-        inputs = replace(inputs, given=_with_file(inputs.given, in_file))
-    _check_combination(inputs)
-    start, mentor = _load(inputs, say)
+        inputs = replace(inputs, given=with_file(inputs.given, in_file))
+    check_combination(inputs)
+    start, mentor = load(inputs, say)
     if start and not inputs.dense:
-        inputs = _with_method(inputs, start)
+        inputs = with_method(inputs, start)
     if start and start.headless and inputs.labelled:
-        inputs = _with_fresh_head(inputs, start, say)
-    config = _config(inputs, start)
+        inputs = with_fresh_head(inputs, start, say)
+    config = config_of(inputs, start)
     target = inputs.output or Path(f"{config.name}{'_dense' if inputs.dense else ''}.safetensors")
     state = _check_outputs(inputs, target)
     config, source, recipe = _prepared(inputs, config, start, in_file, say)
@@ -235,142 +205,7 @@ def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
     return result
 
 
-# Options of a recipe that are looked at before there is one.
-_EARLY = ("method", "per_picture", "cuts", "train", "labels")
-
-
-def _with_file(given: dict[str, Any], in_file: dict[str, Any]) -> dict[str, Any]:
-    """The options that are given, with those of the file that say what is trained."""
-    return given | {name: in_file[name] for name in _EARLY
-                    if given[name] is None and name in in_file}  # fmt: skip
-
-
-def _with_method(inputs: _Inputs, start: Checkpoint) -> _Inputs:
-    """The method by name: as asked for, or the checkpoint's own, or AS-ViT's; and where it cuts.
-
-    Raises:
-        UserError: as `method_for` and `check_method`; stages of another method than AS-ViT's.
-    """
-    from asvit_deploy.training.recipe import check_method
-
-    given, fields = inputs.given, start.reduction or {}
-    asked = given["method"] or fields.get("name") or THRESHOLD
-    check_method(asked, bool(given["per_picture"]))
-    name = method_for(start, asked)
-    own = {"per_picture": True} if fields and fields.get("kept", ()) is None else {}
-    if name != THRESHOLD:
-        if inputs.stages is not None:
-            raise UserError(f"--stages are those of --method {THRESHOLD}; pass --cuts for {name}")
-        return replace(inputs, given={**given, **own, "method": name})
-    if inputs.stages is not None and given["cuts"] is not None:
-        raise UserError("--stages and --cuts say the same thing; drop one")
-    stages = inputs.stages or given["cuts"]
-    return replace(inputs, stages=stages and tuple(stages), given={**given, "cuts": None})
-
-
-def _check_combination(inputs: _Inputs) -> None:
-    """Refuse what contradicts itself, before anything is loaded."""
-    if inputs.classes is not None and not inputs.labelled:
-        raise UserError("--classes says what labels mean; drop one of it and --labels none")
-    if inputs.dense and inputs.teacher is not None:
-        raise UserError("--dense has no teacher; drop one of --dense and --teacher")
-    if not inputs.dense and inputs.pretrained is None:
-        raise UserError(
-            "adaptive training starts from dense weights: pass --pretrained FILE, "
-            "or train them first with --dense"
-        )
-    if inputs.arch is None and inputs.pretrained is None:
-        raise UserError("nothing says which network to train; pass --arch or --pretrained")
-    asked = inputs.known.options() + ["--ema"] * inputs.averaged
-    if inputs.pretrained is None and asked:
-        raise UserError(
-            f"{' and '.join(asked)} say something of --pretrained's weights; pass --pretrained, or "
-            "drop it"
-        )
-
-
-def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | None]:
-    """The weights to start from and those to learn from, with a line on each.
-
-    Raises:
-        UserError: as `load_checkpoint`; averaged weights are asked for and neither has any; those
-            to learn from give embeddings.
-    """
-    from asvit_deploy.checkpoints.facts import seen_alike
-    from asvit_deploy.checkpoints.load import load_checkpoint
-
-    pretrained, teacher, averaged = inputs.pretrained, inputs.teacher, inputs.averaged
-    if pretrained is None:
-        return None, None
-    load = partial(load_checkpoint, pretrained, inputs.image_size, inputs.arch,
-                   given=inputs.known)  # fmt: skip
-    start = load()
-    teach = None
-    if teacher is not None:
-        teach = partial(load_checkpoint, teacher, start.config.image_size)
-    mentor = teach() if teach else None
-    if mentor is not None and mentor.headless and inputs.labelled:
-        raise UserError(
-            f"{teacher} gives embeddings and no classes, so it teaches none; name a --teacher with "
-            "a head (finetune --dense --pretrained fits one), or leave it out"
-        )
-    if averaged and not (start.has_average or (mentor and mentor.has_average)):
-        where = f"{pretrained} holds" if mentor is None else f"{pretrained} and {teacher} hold"
-        raise UserError(f"{where} no moving average of its weights; drop --ema")
-    if averaged:
-        start = load(ema=True) if start.has_average else start
-        mentor = teach(ema=True) if teach and mentor and mentor.has_average else mentor
-    for checkpoint in (start, mentor):
-        if checkpoint is not None:
-            say_load(checkpoint, say)
-            if averaged and not checkpoint.has_average:
-                say(f"{checkpoint.path}: holds no moving average; its own weights are taken")
-    if mentor is not None:
-        alike = seen_alike(mentor.config, mentor.origins, start.config.preprocessing)
-        if alike != mentor.config:
-            say(f"{teacher}: what is assumed of its pictures is as {pretrained} sees them instead")
-        mentor = replace(mentor, config=alike)
-    return start, mentor
-
-
-def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
-    """Say that the head is fresh; such a network is no teacher, so that an adaptive run without
-    another one distils nothing.
-
-    Raises:
-        UserError: distillation is asked for, and there is nobody to learn from; or no weights, a
-            head's among them, are to learn.
-    """
-    if inputs.given["train"] == "thresholds":
-        raise UserError(
-            f"{start.path} gives embeddings, and a loss on classes needs a head, which --train "
-            "thresholds would leave as it is; pass --labels none"
-        )
-    alone, weight = not inputs.dense and inputs.teacher is None, inputs.given["distill_weight"]
-    if alone and weight:
-        raise UserError(
-            f"{start.path} tells no classes apart, so it teaches nothing and --distill-weight "
-            f"{weight:g} needs another teacher; pass --teacher, or drop it"
-        )
-    nothing = ", and without a --teacher nothing is distilled" if alone else ""
-    has, place = "has no head", ""
-    if start.config.head != "none":
-        has, place = "gives embeddings, no classes", " in place of its projection"
-    keep = "" if inputs.dense else "; --labels none would keep the embedding"
-    say(f"{start.path}: {has}; a fresh head is trained{place}{nothing}{keep}")
-    return replace(inputs, given={**inputs.given, "distill_weight": 0.0}) if alone else inputs
-
-
-def _config(inputs: _Inputs, start: Checkpoint | None) -> ArchConfig:
-    from asvit_deploy.checkpoints.load import telling_classes
-    from asvit_deploy.models.archs import arch
-
-    config = arch(inputs.arch or "").at(inputs.image_size) if start is None else start.config
-    config = (telling_classes(config) if inputs.labelled else config).released()
-    return config.with_stages(inputs.stages) if inputs.stages else config
-
-
-def _check_outputs(inputs: _Inputs, target: Path) -> Path:
+def _check_outputs(inputs: Inputs, target: Path) -> Path:
     """Where the run keeps its state, once it is sure that nothing is overwritten unasked.
 
     Raises:
@@ -392,7 +227,7 @@ def _check_outputs(inputs: _Inputs, target: Path) -> Path:
 
 
 def _prepared(
-    inputs: _Inputs, config: ArchConfig, start: Checkpoint | None, in_file: dict[str, Any],
+    inputs: Inputs, config: ArchConfig, start: Checkpoint | None, in_file: dict[str, Any],
     say: Say,
 ) -> tuple[ArchConfig, Source, Recipe]:  # fmt: skip
     """The architecture with the data's classes, the data, and the recipe for both."""
@@ -420,7 +255,7 @@ def _prepared(
     return config.at(num_classes=len(source.classes)), source, make(epoch=source.epoch)
 
 
-def _identity(inputs: _Inputs, config: ArchConfig) -> dict[str, Any]:
+def _identity(inputs: Inputs, config: ArchConfig) -> dict[str, Any]:
     """What, beside data and recipe, decides the result; None where nothing was said: states of
     earlier versions know of neither."""
     from asvit_deploy.checkpoints.facts import fields_of
