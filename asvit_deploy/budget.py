@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from asvit_deploy.errors import UserError
@@ -14,7 +16,6 @@ from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import (
     dense_macs,
     fixed_lengths,
-    method_macs,
     model_macs,
     teacher_macs,
     unavoidable_macs,
@@ -90,7 +91,7 @@ def network_macs(model: ViT, trace: Trace) -> Tensor:
     """As `trace_macs`, at the cuts of the network's own method, with what that costs itself."""
     assert model.reduction is not None
     lengths = [n.double() for n in trace.length]
-    return method_macs(model.config, lengths, model.reduction) / teacher_macs(model.config)
+    return model_macs(model.config, lengths, model.reduction) / teacher_macs(model.config)
 
 
 @torch.inference_mode()
@@ -168,10 +169,11 @@ def fixed_counts(
             cent of the budget.
     """
     _require_tokens(config)
-    blocks = fitting_blocks(config, method, blocks)
+    blocks = fitting(config, method, blocks)
 
     def at(ratio: float) -> tuple[Ranked, float]:
-        made = method(blocks, planned_counts(config, method, blocks, ratio), config.prefix)
+        with torch.device("meta"):  # nothing is drawn at random for what is only counted
+            made = method.planned(config, blocks, planned_counts(config, method, blocks, ratio))
         return made, carried_out(config, made) / teacher_macs(config)
 
     low, high = 0.0, 1.0
@@ -189,7 +191,7 @@ def fixed_counts(
             f"{len(blocks)} cut{'s' * (len(blocks) != 1)} on {config.name} at "
             f"{config.image_size} px: it reaches {reached}; choose another budget or other cuts"
         )
-    return best
+    return method.planned(config, blocks, best.kept)
 
 
 def planned_counts(
@@ -204,19 +206,31 @@ def planned_counts(
         # The share is of what would be there exactly, so that rounding does not add up.
         exact = exact * ratio
         kept.append(max(1, min(round(exact), tokens)))
-        made = method(blocks[: stage + 1], kept, config.prefix)
+        made = method.planned(config, blocks[: stage + 1], kept)
         counted = made.counts(stage, tokens)
         assert counted is not None
         kept[-1], tokens = counted, counted + made.added(tokens, counted)
     return kept
 
 
-def carried_out(config: ArchConfig, reduction: Ranked) -> float:
+def carried_out(config: ArchConfig, reduction: Reduction) -> float:
     """MACs of the network with those fixed counts, its own included."""
-    return float(method_macs(config, fixed_lengths(config, reduction), reduction))
+    return float(model_macs(config, fixed_lengths(config, reduction), reduction))
 
 
-def fitting_blocks(
+def macs_of(
+    config: ArchConfig, reduction: Reduction, lengths: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """MACs carried out for each picture, the method's own included, as `carried_out`.
+
+    Args:
+        lengths: int64 [images, cuts].
+    """
+    rows = list(lengths.T.astype(np.float64))
+    return np.asarray(model_macs(config, rows, reduction), np.float64)
+
+
+def fitting(
     config: ArchConfig, method: type[Reduction], blocks: Sequence[int] | None
 ) -> tuple[int, ...]:
     """The blocks, once they rise and lie in the network.

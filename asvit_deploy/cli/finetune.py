@@ -53,7 +53,8 @@ def _numbers(kind: type, context: click.Context, parameter: click.Parameter, tex
 @click.option(
     "--method", metavar="NAME",
     help="threshold (AS-ViT's), size-passing, tome, tome-stages, topk-nearest, topk-scalar, topk, "
-    "topk-attention, evit or bat [default: the checkpoint's own, threshold for dense weights].",
+    "topk-attention, evit, bat, schedule, dynamicvit or ltmp [default: the checkpoint's own, or "
+    "threshold].",
 )  # fmt: skip
 @click.option("--per-picture", is_flag=True, help="Thresholds that learn in place of fixed counts.")
 @click.option(

@@ -7,7 +7,7 @@ method; a method scores them, and may hand on what leaving rows carry.
 Training asks a method for little more (`training.trainer`): whether it `trains` at all; whether
 rows are really gathered then (`compacts`: counts are fixed) or stay in place, hidden by `mask`;
 what of it learns and how (`learning`); and what it adds to the loss (`own_loss`). A run starts from
-`fresh`. While it trains, the method is in training mode, the network in evaluation mode: where
+`planned`. While it trains, the method is in training mode, the network in evaluation mode: where
 `mask` draws at random, `self.training` says whether it should.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,13 @@ from asvit_deploy.reduction.masking import masked_softmax
 from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.scoring import class_attention_row
 
+if TYPE_CHECKING:
+    from asvit_deploy.models.config import ArchConfig
+
 Place = Literal["before", "inside"]
+# What a method needs beside dense weights: a budget alone, pictures too, or to be trained.
+Settled = Literal["budget", "pictures", "training"]
+Own = TypeVar("Own", bound="Reduction")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,28 @@ class Seen:
             logits = (self.query[:, :, 0:1].float() * scale) @ self.key.float().transpose(2, 3)
             logits = logits if bias is None else logits + bias
             return masked_softmax(logits, self.rows.keep).squeeze(2)
+
+    def column_mean(self) -> Tensor:
+        """What each row receives of the attention, mean over heads and over the rows that are
+        there; float32 [B, M] under autocast too.
+        """
+        with torch.autocast(self.query.device.type, enabled=False):
+            scale, bias = self.key.shape[3] ** -0.5, self.rows.bias()
+            logits = (self.query.float() * scale) @ self.key.float().transpose(2, 3)
+            logits = logits if bias is None else logits + bias
+            keep = self.rows.keep if self.masked else None
+            there = self.rows.alive if keep is None else keep.detach() > 0.5
+            if keep is not None:
+                weights = masked_softmax(logits, keep)
+            elif there is not None:
+                weights = logits.masked_fill(~there[:, None, None, :], -torch.inf).softmax(3)
+            else:
+                weights = logits.softmax(3)
+            each = weights.mean(1)  # (B, M, M)
+            if there is None:
+                return each.mean(1)
+            asks = there.float()
+            return (asks[:, None, :] @ each).squeeze(1) / asks.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -138,7 +166,9 @@ class Reduction(nn.Module):
             tokens is one over those of the input.
         trains: whether it has a training form.
         temperature: T of Eq. 9 (`mask`) unless a run says otherwise.
-        steers: whether `own_loss` pulls towards the budget, in place of Eq. 10.
+        settled: what dense weights need to get it.
+        adapts: whether thresholds can decide in place of counts.
+        compares: whether a score depends on other rows, not counting attention.
     """
 
     name: ClassVar[str]
@@ -148,7 +178,9 @@ class Reduction(nn.Module):
     carries_sizes: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     temperature: ClassVar[float] = 1e4
-    steers: ClassVar[bool] = False
+    settled: ClassVar[Settled] = "budget"
+    adapts: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:
         super().__init__()
@@ -224,6 +256,11 @@ class Reduction(nn.Module):
         picture keeps as many. No gradient then reaches what ranks."""
         return False
 
+    @property
+    def steers(self) -> bool:
+        """Whether `own_loss` pulls towards the budget, in place of Eq. 10."""
+        return False
+
     def learning(self) -> list[Learning]:
         """What of it learns; nothing by default."""
         return []
@@ -234,17 +271,28 @@ class Reduction(nn.Module):
         return {}
 
     @classmethod
-    def fresh(
-        cls, blocks: Sequence[int], prefix: int, width: int, kept: Sequence[int] | None
+    def planned(
+        cls, config: ArchConfig, blocks: Sequence[int], kept: Sequence[int] | None
     ) -> Reduction:
-        """One to train.
+        """The method for a network, with what it learns as it begins.
 
         Args:
-            width: D of the tokens.
-            kept: image rows behind each cut that meet the budget at one ratio, for every picture;
-                None: pictures are to keep what they need.
+            kept: image rows that stay at each cut; None: pictures keep what they need.
         """
-        return cls(blocks, prefix)
+        return cls(blocks, config.prefix)
+
+    def taught_by(self: Own, other: Reduction | None) -> Own:
+        """Itself, once it has what another of the same method learned beside its boundaries."""
+        if type(other) is type(self):
+            own = {id(boundary) for boundary in other.boundaries()}
+            learned = {name: value.detach() for name, value in other.named_parameters()
+                       if id(value) not in own}  # fmt: skip
+            self.load_state_dict(learned, strict=False)
+        return self
+
+    def fits(self, dim: int) -> bool:
+        """Whether it can stand in a network of that width."""
+        return True
 
     def fields(self) -> dict[str, Any]:
         """What restores it beside its parameters, JSON-ready."""

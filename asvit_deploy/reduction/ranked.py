@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from asvit_deploy.ops.torch_op import falling_order
 from asvit_deploy.reduction.base import Decision, Learning, Reduction, Seen
 from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.threshold import learnt_as_logarithms, soft_keep_mask
+
+if TYPE_CHECKING:
+    from asvit_deploy.models.config import ArchConfig
 
 
 class Ranked(Reduction):
@@ -29,9 +32,6 @@ class Ranked(Reduction):
 
     Raises:
         ValueError: not one number above 0 for each cut, or thresholds where `adapts` is false.
-
-    Attributes:
-        adapts: whether thresholds can decide.
     """
 
     adapts: ClassVar[bool] = True
@@ -55,6 +55,14 @@ class Ranked(Reduction):
         if len(counts) != len(self.blocks) or not all(type(k) is int and k > 0 for k in counts):
             raise ValueError(f"{list(counts)} tokens do not fit {len(self.blocks)} cuts")
         return tuple(counts)
+
+    @classmethod
+    def planned(
+        cls, config: ArchConfig, blocks: Sequence[int], kept: Sequence[int] | None,
+        most: Sequence[int] | None = None,
+    ) -> Ranked:  # fmt: skip
+        """The method for a network, with what it learns as it begins."""
+        return cls(blocks, kept, config.prefix, most)
 
     @abstractmethod
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
@@ -84,12 +92,6 @@ class Ranked(Reduction):
 
     def learning(self) -> list[Learning]:
         return learnt_as_logarithms(self._thresholds())
-
-    @classmethod
-    def fresh(
-        cls, blocks: Sequence[int], prefix: int, width: int, kept: Sequence[int] | None
-    ) -> Ranked:
-        return cls(blocks, kept, prefix)
 
     def least(self, tokens: int) -> int:
         """How many of so many image rows stay at a cut whatever is asked for."""

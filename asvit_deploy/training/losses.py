@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.macs import method_macs, model_macs, teacher_macs
+from asvit_deploy.models.macs import model_macs, teacher_macs
 from asvit_deploy.reduction.base import Reduction
 
 # Eq. 13 weighs GMACs by 2, which pulls less the smaller the network. Networks below DeiT-S get
@@ -46,9 +46,7 @@ def relative_macs(
         reduction: whose cuts they are, and whose own MACs count too; by default the cuts lie before
             the blocks of the architecture's stages.
     """
-    if reduction is None:
-        return model_macs(config, lengths) / teacher_macs(config)
-    return method_macs(config, lengths, reduction) / teacher_macs(config)
+    return model_macs(config, lengths, reduction) / teacher_macs(config)
 
 
 def mean_macs(macs: Tensor, mean: Mean = _alone) -> Tensor:

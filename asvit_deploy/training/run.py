@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from asvit_deploy.budget import Fit
+from asvit_deploy.checkpoints.learned import backbone_beside
 from asvit_deploy.checkpoints.load import Checkpoint, save_checkpoint, with_head
 from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.sources import Source
@@ -62,6 +63,7 @@ class Trained:
         fit: how the thresholds met the budget; None where there is none.
         average: the same of the moving average, where one is kept.
         skipped: pictures that no process could read.
+        backbone: the network's file, beside which the output must stay; None: it holds all.
     """
 
     output: Path
@@ -69,6 +71,7 @@ class Trained:
     fit: Fit | None
     average: Trained | None = None
     skipped: tuple[str, ...] = ()
+    backbone: Path | None = None
 
 
 @dataclass
@@ -295,12 +298,16 @@ def finetune(
         if pretrained and recipe.labels == "none":  # the outputs mean what they meant
             known = {key: pretrained.metadata.get(key) for key in ("classes", "classes_from")}
             facts |= {key: value for key, value in known.items() if value is not None}
-        end = _End(trainer, source, log, skipped, running, identity, facts, fit=selector is None)
+        beside = None
+        if pretrained and recipe.train == "thresholds":
+            beside = backbone_beside(output, model.reduction, pretrained)
+        end = _End(trainer, source, log, skipped, running, identity, facts,
+                   fit=selector is None, backbone=beside)  # fmt: skip
         averaged = None
         if (average := trainer.averaged()) is not None:
             averaged = end.finished(average_path(output), average, " of the average")
         result = replace(end.finished(output, model, ""), average=averaged)
-        result = replace(result, skipped=tuple(sorted(skipped.everywhere())))
+        result = replace(result, skipped=tuple(sorted(skipped.everywhere())), backbone=beside)
         if accelerator.is_main_process:
             state_path(output).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -314,6 +321,7 @@ class _End:
     Attributes:
         facts: where those of its start came from.
         fit: bring the thresholds onto the budget.
+        backbone: the file that holds the network's weights, beside which a method's own will do.
     """
 
     trainer: Trainer
@@ -324,6 +332,7 @@ class _End:
     identity: dict[str, Any]
     facts: dict[str, str]
     fit: bool
+    backbone: Path | None = None
 
     def finished(self, path: Path, network: ViT, of: str) -> Trained:
         """Thresholds onto the budget, held-out figures, and the file."""
@@ -354,4 +363,4 @@ class _End:
             metadata |= {"budget": str(recipe.budget), "budget_by": "release"}
         if (fit := trained.fit) is not None:
             metadata["budget_fit"] = json.dumps({**asdict(fit), "missed": fit.missed})
-        save_checkpoint(trained.output, network, metadata)
+        save_checkpoint(trained.output, network, metadata, self.backbone)

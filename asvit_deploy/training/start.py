@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import torch
 
-from asvit_deploy.budget import check_budget, fitting_blocks, fixed_counts
+from asvit_deploy.budget import TOLERANCE, carried_out, check_budget, fitting, fixed_counts
 from asvit_deploy.checkpoints.load import Checkpoint, build_model
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.macs import teacher_macs
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.base import Reduction
+from asvit_deploy.reduction.ltmp import LTMP
 from asvit_deploy.reduction.methods import METHODS, restored
 from asvit_deploy.reduction.ranked import Ranked
+from asvit_deploy.reduction.schedule import Schedule
 from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.training.recipe import FIT, Recipe
 
@@ -70,6 +73,7 @@ def adaptive_start(config: ArchConfig, pretrained: Checkpoint, recipe: Recipe) -
             meet the budget, has nothing to learn where it alone is to, or is told what it has not;
             or there are not as many thresholds as cuts.
     """
+    torch.manual_seed(recipe.seed)  # of what a method draws, at its start and later
     teacher = load_teacher(config, pretrained)
     reduction = _reduction(config, pretrained, recipe)
     _check(reduction, config, recipe)
@@ -90,7 +94,7 @@ def settled(config: ArchConfig, pretrained: Checkpoint | None, recipe: Recipe) -
     if method is Threshold:
         known = recipe.train == "all" or _own_thresholds(config, pretrained)
         return recipe if known else replace(recipe, thresholds=FIT)
-    if not recipe.per_picture or not issubclass(method, Ranked):
+    if method is not LTMP and not (recipe.per_picture and issubclass(method, Ranked)):
         return recipe
     own = restored(fields, config.prefix) if fields and fields["name"] == method.name else None
     same = own is not None and own.boundaries() and recipe.cuts in (None, own.blocks)
@@ -112,12 +116,14 @@ def _reduction(config: ArchConfig, pretrained: Checkpoint, recipe: Recipe) -> Re
     method, fields = METHODS[recipe.method], pretrained.reduction
     own = restored(fields, config.prefix) if fields and fields["name"] == method.name else None
     blocks, kept = recipe.cuts or (own.blocks if own else None), None
+    if isinstance(own, Schedule) and blocks == own.blocks:
+        return _as_searched(config, own, pretrained, recipe.budget)
     if issubclass(method, Ranked):
         plan = fixed_counts(config, method, recipe.budget, blocks)
         blocks, kept = plan.blocks, None if recipe.per_picture else plan.kept
     else:
-        blocks = fitting_blocks(config, method, blocks)
-    fresh = method.fresh(blocks, config.prefix, config.dim, kept)
+        blocks = fitting(config, method, blocks)
+    fresh = method.planned(config, blocks, kept)
     if own is None or own.blocks != fresh.blocks:
         return fresh
     slot = f"{own.slot}."
@@ -126,6 +132,19 @@ def _reduction(config: ArchConfig, pretrained: Checkpoint, recipe: Recipe) -> Re
     made = own if [*fresh.state_dict()] == [*state] and kept is None else fresh
     made.load_state_dict(state, strict=False)
     return made
+
+
+def _as_searched(
+    config: ArchConfig, own: Schedule, pretrained: Checkpoint, budget: float
+) -> Schedule:
+    """The schedule of a checkpoint, whose counts no other budget can have."""
+    macs = carried_out(config, own) / teacher_macs(config)
+    if abs(macs / budget - 1) > TOLERANCE:
+        raise UserError(
+            f"{pretrained.path} keeps the counts of its schedule, {macs:.3f} of the dense MACs by "
+            f"the release's count; pass --budget {macs:.3f}, or calibrate another schedule"
+        )
+    return own
 
 
 def _thresholds(config: ArchConfig, pretrained: Checkpoint) -> Threshold:

@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from tqdm import tqdm
 
-from asvit_deploy import calibration, choice, per_picture
+from asvit_deploy import calibration, per_picture
 from asvit_deploy.budget import MOST_PASSES, Fit, fit_thresholds, network_macs
 from asvit_deploy.data.sources import Source
+from asvit_deploy.distance import distance
 from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.base import Reduction
+from asvit_deploy.reduction.ltmp import LTMP
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.training.feed import Skipped
@@ -78,7 +83,7 @@ def validate(
             if dense is not None:
                 wanted = dense(images)[0].cpu()
                 labels = wanted.argmax(1)
-                apart = torch.from_numpy(choice.distance(model.config, wanted, output.cpu())).sum()
+                apart = torch.from_numpy(distance(model.config, wanted, output.cpu())).sum()
             right = (output.argmax(1).cpu() == labels).sum()
             macs = network_macs(model, trace).sum().cpu() if cuts else torch.tensor(0.0)
             kept = [(n - model.config.prefix).sum().cpu() for n in trace.length]
@@ -98,7 +103,7 @@ def validate(
 
 
 def _agreement(model: ViT, apart: float, same: float) -> dict[str, Any]:
-    """A mean `choice.distance` under its name, and the share of equal classes."""
+    """A mean `distance` under its name, and the share of equal classes."""
     if model.config.output == "embedding":
         return {"cosine": 1 - apart}
     if model.config.num_classes == 1:
@@ -117,7 +122,7 @@ def start_on_budget(
     """
     model, recipe, what = trainer.model, trainer.recipe, "starting thresholds"
     reduction, budget = model.reduction, recipe.budget
-    by_cut = isinstance(reduction, Ranked) or (
+    by_cut = isinstance(reduction, Ranked | LTMP) or (
         isinstance(reduction, Threshold) and recipe.train == "thresholds"
     )
     if reduction is None or budget is None or not by_cut:
@@ -126,18 +131,31 @@ def start_on_budget(
     size = min(_fit_size(trainer), _START_PICTURES)
     images = [image.numpy() for image in _fitting(trainer, source, size, 0, skipped)]
     with _bar(what, trainer.accelerator, running.bars, len(images)) as bar:
-        if isinstance(reduction, Ranked):
-            found = per_picture.fit(
-                model, type(reduction), images, budget, reduction.blocks, progress=bar.update
-            ).boundaries()
-        else:
-            equal = (1 / len(reduction.cuts),) * len(reduction.cuts)
-            values = calibration.on_budget(model, images, budget, equal).thresholds
-            found = [torch.tensor(value) for value in values]
-    for threshold, value in zip(reduction.boundaries(), found):
-        threshold.data = broadcast(value.data.to(threshold.device, copy=True))
+        found = _fitted(model, reduction, images, budget, bar.update)
+    for name, value in reduction.named_parameters():
+        value.data = broadcast(found[name].to(value.device, copy=True))
     log.write({"event": f"{what} fitted to the budget", "step": 0, "pictures": len(images),
                "thresholds": model.threshold_values()})  # fmt: skip
+
+
+def _fitted(
+    model: ViT, reduction: Reduction, images: list[np.ndarray], budget: float,
+    progress: Callable[[], object],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The method's parameters, with thresholds that meet the budget cut by cut."""
+    made: Reduction
+    if isinstance(reduction, LTMP):
+        made = per_picture.fit_pairs(model, images, budget, reduction.blocks, progress)
+    elif isinstance(reduction, Ranked):
+        method, blocks = type(reduction), reduction.blocks
+        made = per_picture.fit(model, method, images, budget, blocks, progress=progress)
+    else:
+        equal = (1 / len(reduction.cuts),) * len(reduction.cuts)
+        found = calibration.on_budget(model, images, budget, equal)
+        made = Threshold(reduction.blocks, reduction.prefix)
+        for threshold, value in zip(made, found.thresholds):
+            threshold.data.fill_(value)
+    return {name: value.detach() for name, value in made.named_parameters()}
 
 
 def _fit_size(trainer: Trainer) -> int:

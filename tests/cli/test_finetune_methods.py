@@ -172,6 +172,18 @@ def test_thresholds_alone_leave_the_weights(cli, data, dense, method):
     assert not OUTPUT.with_suffix(".ema.safetensors").exists()
 
 
+def test_what_ltmp_learns_is_a_file_beside_the_network(cli, data, dense):
+    result = cli("finetune", "--data", data, "--pretrained", dense, *SHORT, "--budget", 0.8,
+                 "--method", "ltmp", "--train", "thresholds")  # fmt: skip
+    assert result.code == 0, result.err
+    assert "thresholds alone; it stays beside its network, dense.safetensors" in result.err
+    assert OUTPUT.stat().st_size < 20_000
+    before, after = load_checkpoint(dense).state, load_checkpoint(OUTPUT).state
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    dense.rename(dense.with_name("moved.safetensors"))
+    refused(cli("evaluate", OUTPUT, "--data", data), "dense.safetensors")
+
+
 def test_calibrated_thresholds_are_where_training_starts(cli, data, dense):
     calibrated = cli(
         "calibrate",

@@ -16,6 +16,7 @@ from asvit_deploy.data.batches import Batch
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
+from asvit_deploy.models.macs import model_macs, teacher_macs
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.base import Learning, Passed
 from asvit_deploy.reduction.methods import METHODS, RANKED
@@ -28,8 +29,8 @@ from asvit_deploy.training.trainer import Trainer
 CONFIG = replace(
     arch("as_deit_mini").at(28, 10), stem="patch", dim=48, heads=3, depth=5, stages=(1, 2, 3)
 )
-TRAINED = [name for name, method in RANKED.items() if method.trains]
-ADAPTING = [name for name in TRAINED if RANKED[name].adapts]
+TRAINED = [*(name for name, method in RANKED.items() if method.trains), "schedule"]
+ADAPTING = [name for name in TRAINED if METHODS[name].adapts]
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def thresholds_at(trainer: Trainer, share: float = 0.3) -> None:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_fixed_counts_train_in_the_form_that_runs(dense, name):
-    model = dense.with_reduction(fixed_counts(CONFIG, RANKED[name], 0.7))
+    model = dense.with_reduction(fixed_counts(CONFIG, METHODS[name], 0.7))
     images = a_batch().images
     walk = model.forward_training(images)
     logits, trace = model(images)
@@ -87,7 +88,7 @@ def test_fixed_counts_train_in_the_form_that_runs(dense, name):
 
 @pytest.mark.parametrize("name", ["topk", "evit"])
 def test_rows_are_known_by_their_place(dense, name):
-    model = dense.with_reduction(fixed_counts(CONFIG, RANKED[name], 0.7))
+    model = dense.with_reduction(fixed_counts(CONFIG, METHODS[name], 0.7))
     walk, trace = model.forward_training(a_batch().images), model(a_batch().images)[1]
     place = torch.arange(CONFIG.rows).expand(4, -1)
     for index in trace.index:
@@ -202,7 +203,7 @@ class Judged(Threshold):
     """Thresholds in their own unit, and a predictor whose output is the score."""
 
     name: ClassVar[str] = "judged"
-    steers: ClassVar[bool] = True
+    steers = True  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__(CONFIG.stages)
@@ -251,6 +252,60 @@ def test_a_method_says_what_learns_and_adds_to_the_loss(dense):
     decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
     assert decays == [0.0, 0.5, 0.0]  # thresholds, the matrix, its bias
     assert torch.equal(student.head.weight, dense.head.weight)
+
+
+# --- LTMP, DynamicViT, schedules ----------------------------------------------------------------
+
+
+def test_both_thresholds_of_ltmp_learn_over_frozen_weights(saved):
+    recipe = Recipe(steps=9, budget=0.6, method="ltmp", train="thresholds", lr=1e-3)
+    assert settled(CONFIG, saved, recipe).thresholds == FIT
+    trainer = trainer_of(saved, recipe)
+    method = trainer.model.reduction
+    for merge, prune in zip(method.merge, method.prune):
+        merge.data.fill_(0.2)
+        prune.data.fill_(0.01)
+    before, weights = [t.item() for t in method.parameters()], trainer.model.head.weight.clone()
+    figures = trainer.step(0, a_batch())
+    assert figures["flops"] == pytest.approx(10 * (figures["macs"] - 0.6) ** 2, rel=1e-3)
+    total = figures["ce"] + 0.5 * figures["distill"] + figures["flops"]
+    assert figures["loss"] == pytest.approx(total, abs=1e-5)
+    moved = [abs(t.item() / b - 1) for t, b in zip(method.parameters(), before)]
+    assert all(move == pytest.approx(0.01, rel=0.05) for move in moved), moved
+    assert torch.equal(trainer.model.head.weight, weights)
+
+
+def test_dynamicvit_draws_in_training_and_learns_its_share(saved):
+    recipe = Recipe(steps=9, budget=0.8, method="dynamicvit", lr=1e-3)
+    trainer = trainer_of(saved, recipe)
+    method = trainer.model.reduction
+    kept = [figure / CONFIG.image_tokens for figure in method.kept]
+    before = method.predictors[0].in_conv[1].weight.clone()
+    figures = trainer.step(0, a_batch())
+    shares = [(figure / CONFIG.image_tokens) for figure in figures["kept"]]
+    ratio = 2 * sum((a - b) ** 2 for a, b in zip(shares, kept)) / len(kept)
+    assert figures["ratio"] == pytest.approx(ratio, rel=1e-3)
+    assert figures["tokens"] > 0
+    assert "flops" not in figures
+    assert not torch.equal(method.predictors[0].in_conv[1].weight, before)
+    # Another draw, and as it will run: as many of every picture.
+    images = a_batch().images
+    one, other = (trainer.model.forward_training(images).masks[0] for _ in range(2))
+    assert not torch.equal(one, other)
+    method.eval()
+    assert trainer.model.forward_training(images).masks[0].sum(1).tolist() == [method.kept[0]] * 4
+
+
+def test_a_schedule_keeps_the_counts_it_was_searched_for(saved, dense, tmp_path):
+    searched = METHODS["schedule"]((0, 1, 2, 3), (45, 30, 20, 12), merged=(2, 10, 5, 1))
+    path = tmp_path / "s.safetensors"
+    save_checkpoint(path, dense.with_reduction(searched), {})
+    own = load_checkpoint(path)
+    with pytest.raises(UserError, match=r"keeps the counts of its schedule, 0\.577 of .*--budget"):
+        adaptive_start(CONFIG, own, Recipe(steps=1, budget=0.8, method="schedule"))
+    macs = model_macs(CONFIG, [46, 31, 21, 13], searched.cuts) / teacher_macs(CONFIG)
+    student, _ = adaptive_start(CONFIG, own, Recipe(steps=1, budget=macs, method="schedule"))
+    assert student.reduction.fields() == searched.fields()
 
 
 # --- what is refused ----------------------------------------------------------------------------
