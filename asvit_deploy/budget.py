@@ -173,7 +173,9 @@ def fixed_counts(
 
     def at(ratio: float) -> tuple[Ranked, float]:
         with torch.device("meta"):  # nothing is drawn at random for what is only counted
-            made = method.planned(config, blocks, planned_counts(config, method, blocks, ratio))
+            made = method.planned(
+                config.dim, config.prefix, blocks, planned_counts(config, method, blocks, ratio)
+            )
         return made, carried_out(config, made) / teacher_macs(config)
 
     low, high = 0.0, 1.0
@@ -191,7 +193,7 @@ def fixed_counts(
             f"{len(blocks)} cut{'s' * (len(blocks) != 1)} on {config.name} at "
             f"{config.image_size} px: it reaches {reached}; choose another budget or other cuts"
         )
-    return method.planned(config, blocks, best.kept)
+    return method.planned(config.dim, config.prefix, blocks, best.kept)
 
 
 def planned_counts(
@@ -206,7 +208,7 @@ def planned_counts(
         # The share is of what would be there exactly, so that rounding does not add up.
         exact = exact * ratio
         kept.append(max(1, min(round(exact), tokens)))
-        made = method.planned(config, blocks[: stage + 1], kept)
+        made = method.planned(config.dim, config.prefix, blocks[: stage + 1], kept)
         counted = made.counts(stage, tokens)
         assert counted is not None
         kept[-1], tokens = counted, counted + made.added(tokens, counted)

@@ -64,7 +64,9 @@ def fit(
             f"--max-kept {max_kept} is no more than the {plan.kept[-1] + config.prefix} rows that "
             "this budget keeps on average behind the last cut; pass more, or a smaller budget"
         )
-    made = method.planned(config, plan.blocks, None, most).taught_by(model.reduction)
+    made = method.planned(config.dim, config.prefix, plan.blocks, None, most).taught_by(
+        model.reduction
+    )
     made = made.to(model.pos_embed.device)
     network = model.with_reduction(made)
     halves = list(pairwise((*made.cuts, 2 * config.depth)))

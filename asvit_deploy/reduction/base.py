@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from torch import Tensor, nn
 from asvit_deploy.reduction.masking import masked_softmax
 from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.scoring import class_attention_row
-
-if TYPE_CHECKING:
-    from asvit_deploy.models.config import ArchConfig
 
 Place = Literal["before", "inside"]
 # What a method needs beside dense weights: a budget alone, pictures too, or to be trained.
@@ -272,14 +269,14 @@ class Reduction(nn.Module):
 
     @classmethod
     def planned(
-        cls, config: ArchConfig, blocks: Sequence[int], kept: Sequence[int] | None
+        cls, dim: int, prefix: int, blocks: Sequence[int], kept: Sequence[int] | None
     ) -> Reduction:
-        """The method for a network, with what it learns as it begins.
+        """The method for a network of that width and prefix, with what it learns as it begins.
 
         Args:
             kept: image rows that stay at each cut; None: pictures keep what they need.
         """
-        return cls(blocks, config.prefix)
+        return cls(blocks, prefix)
 
     def taught_by(self: Own, other: Reduction | None) -> Own:
         """Itself, once it has what another of the same method learned beside its boundaries."""

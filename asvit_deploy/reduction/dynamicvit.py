@@ -22,7 +22,7 @@ beside the classes' divergence from the dense network, which every run has.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ from asvit_deploy.ops.torch_op import keep_mask
 from asvit_deploy.reduction.base import Decision, Learning, Passed, Place, Seen, Settled
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.rows import Rows
-
-if TYPE_CHECKING:
-    from asvit_deploy.models.config import ArchConfig
 
 KEEP_RATE = 0.7  # r of the published checkpoints, but for one
 _STEEPEST = 30.0  # of a logit: its exponential stays a number
@@ -93,10 +90,10 @@ class DynamicViT(Ranked):
 
     @classmethod
     def planned(
-        cls, config: ArchConfig, blocks: Sequence[int], kept: Sequence[int] | None,
+        cls, dim: int, prefix: int, blocks: Sequence[int], kept: Sequence[int] | None,
         most: Sequence[int] | None = None,
     ) -> DynamicViT:  # fmt: skip
-        return cls(blocks, kept, config.prefix, most, dim=config.dim)
+        return cls(blocks, kept, prefix, most, dim=dim)
 
     @classmethod
     def usual_blocks(cls, stages: tuple[int, ...], depth: int) -> tuple[int, ...]:

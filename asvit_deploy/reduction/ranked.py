@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from asvit_deploy.ops.torch_op import falling_order
 from asvit_deploy.reduction.base import Decision, Learning, Reduction, Seen
 from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.threshold import learnt_as_logarithms, soft_keep_mask
-
-if TYPE_CHECKING:
-    from asvit_deploy.models.config import ArchConfig
 
 
 class Ranked(Reduction):
@@ -58,11 +55,11 @@ class Ranked(Reduction):
 
     @classmethod
     def planned(
-        cls, config: ArchConfig, blocks: Sequence[int], kept: Sequence[int] | None,
+        cls, dim: int, prefix: int, blocks: Sequence[int], kept: Sequence[int] | None,
         most: Sequence[int] | None = None,
     ) -> Ranked:  # fmt: skip
-        """The method for a network, with what it learns as it begins."""
-        return cls(blocks, kept, config.prefix, most)
+        """The method for a network of that width and prefix, with what it learns as it begins."""
+        return cls(blocks, kept, prefix, most)
 
     @abstractmethod
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:

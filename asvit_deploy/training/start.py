@@ -123,7 +123,7 @@ def _reduction(config: ArchConfig, pretrained: Checkpoint, recipe: Recipe) -> Re
         blocks, kept = plan.blocks, None if recipe.per_picture else plan.kept
     else:
         blocks = fitting(config, method, blocks)
-    fresh = method.planned(config, blocks, kept)
+    fresh = method.planned(config.dim, config.prefix, blocks, kept)
     if own is None or own.blocks != fresh.blocks:
         return fresh
     slot = f"{own.slot}."

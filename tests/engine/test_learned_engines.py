@@ -39,7 +39,7 @@ def exported(tmp_path_factory):
         if name == "schedule":
             return Schedule((0, 1, 2), (40, 24, 11), 1, None, (5, 0, 9))
         torch.manual_seed(1)
-        own = DynamicViT.planned(config, (1, 2, 3), (34, 24, 16))
+        own = DynamicViT.planned(config.dim, config.prefix, (1, 2, 3), (34, 24, 16))
         with torch.no_grad():
             for predictor in own.predictors:
                 predictor.out_conv[4].weight.mul_(30)

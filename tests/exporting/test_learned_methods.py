@@ -55,7 +55,7 @@ def fitted(name, prefix=1):
     model, some = dense(prefix), list(_normal)
     if name == "ltmp":
         return model.with_reduction(per_picture.fit_pairs(model, some, 0.7))
-    own = DynamicViT.planned(model.config, (1, 2, 3), None)
+    own = DynamicViT.planned(model.config.dim, model.config.prefix, (1, 2, 3), None)
     with torch.no_grad():
         for predictor in own.predictors:
             predictor.out_conv[4].weight.mul_(30)

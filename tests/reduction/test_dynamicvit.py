@@ -120,7 +120,7 @@ def test_predictors_and_thresholds_learn_through_the_mask():
 def test_published_macs(name, rate, published):
     config = arch(name)
     blocks = DynamicViT.usual_blocks(config.stages, config.depth)
-    method = DynamicViT.planned(config, blocks, published_counts(196, 3, rate))
+    method = DynamicViT.planned(config.dim, config.prefix, blocks, published_counts(196, 3, rate))
     assert method.kept == (137, 96, 67)
     whole = carried_out(config, method) / 1e9
     assert whole == pytest.approx(published, rel=0.03)
