@@ -87,14 +87,20 @@ def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
     return model_macs(config, [n.double() for n in trace.length]) / teacher_macs(config)
 
 
+def network_macs(model: ViT, trace: Trace) -> Tensor:
+    """As `trace_macs`, at the cuts of the network's own method, with what that costs itself."""
+    assert model.reduction is not None
+    lengths = [n.double() for n in trace.length]
+    return model_macs(model.config, lengths, model.reduction) / teacher_macs(model.config)
+
+
 @torch.inference_mode()
 def _run(model: ViT, images: Sequence[Tensor], progress: Progress) -> tuple[float, list[Trace]]:
     device, traces = model.pos_embed.device, []
     for batch in images:
         traces.append(model(batch.to(device))[1])
         progress(len(batch))
-    macs = torch.cat([trace_macs(model.config, trace) for trace in traces])
-    return macs.mean().item(), traces
+    return torch.cat([network_macs(model, trace) for trace in traces]).mean().item(), traces
 
 
 def _neighbours(traces: Sequence[Trace], stage: int, threshold: float) -> tuple[float, float]:
@@ -117,16 +123,18 @@ def fit_thresholds(
     any rounding.
 
     Args:
+        model: its method has `boundaries`.
         images: float32 [P, 3, H, W], pictures of the training split.
         progress: called with how many more of them have passed, of at most `MOST_PASSES` times P.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     batches = images.split(_BATCH)
-    start = [threshold.item() for threshold in model.thresholds]
+    assert model.reduction is not None
+    thresholds, start = model.reduction.boundaries(), model.threshold_values()
 
     def scaled(factor: float) -> tuple[float, list[Trace]]:
-        for threshold, value in zip(model.thresholds, start):
+        for threshold, value in zip(thresholds, start):
             threshold.data.fill_(value * factor)
         return _run(model, batches, progress)
 
@@ -138,11 +146,12 @@ def fit_thresholds(
         if abs(after - budget) < 2e-4 * budget:
             break
         low, high = (factor, high) if after > budget else (low, factor)
-    for stage, threshold in enumerate(model.thresholds):
+    for stage, threshold in enumerate(thresholds):
         under, over = _neighbours(traces, stage, threshold.item())
         threshold.data.fill_((under + over) / 2)
     after, _ = _run(model, batches, progress)
-    model.train(was_training)
+    for module, training in modes:
+        module.training = training
     return Fit(budget, len(images), factor, before, after)
 
 

@@ -67,15 +67,18 @@ def fit(
     made = method.planned(config.dim, config.prefix, plan.blocks, None, most).taught_by(
         model.reduction
     )
+    made = made.to(model.pos_embed.device)
     network = model.with_reduction(made)
     halves = list(pairwise((*made.cuts, 2 * config.depth)))
     targets = [part_macs(config, n, *part) for n, part in zip(fixed_lengths(config, plan), halves)]
     missed = 0.0
     with torch.inference_mode():
-        rows = [Rows(network.embed(torch.from_numpy(image)[None])[0]) for image in images]
+        place = network.pos_embed.device
+        pictures = (torch.from_numpy(image)[None].to(place) for image in images)
+        rows = [Rows(network.embed(picture)[0]) for picture in pictures]
         for stage, part in enumerate(halves):
             ranked = [network.scored(stage, one) for one in rows]
-            scores = [decision.score.numpy()[0] for _, decision in ranked]
+            scores = [decision.score.cpu().numpy()[0] for _, decision in ranked]
             cost = StageCost(config, part, scores, made.appends)
             aim = _AIM * budget_macs(config, budget)
             theta = _threshold(scores, cost, targets[stage] + missed, aim)
@@ -107,13 +110,15 @@ def fit_pairs(
     """
     config = model.config
     plan = fixed_counts(config, Schedule, budget, blocks)  # cuts as LTMP does
-    made = LTMP(plan.blocks, config.prefix)
+    place = model.pos_embed.device
+    made = LTMP(plan.blocks, config.prefix).to(place)
     network = model.with_reduction(made)
     halves = list(pairwise((*made.cuts, 2 * config.depth)))
     targets = [part_macs(config, n, *part) for n, part in zip(fixed_lengths(config, plan), halves)]
     missed = 0.0
     with torch.inference_mode():
-        rows = [Rows(network.embed(torch.from_numpy(image)[None])[0]) for image in images]
+        pictures = (torch.from_numpy(image)[None].to(place) for image in images)
+        rows = [Rows(network.embed(picture)[0]) for picture in pictures]
         for stage, part in enumerate(halves):
             cut = _PairCut(config, part)
             for one in rows:
@@ -177,7 +182,7 @@ class _PairCut:
 
 
 def _pooled(values: Iterable[Tensor]) -> NDArray[np.float32]:
-    return np.unique(torch.cat(list(values)).numpy())
+    return np.unique(torch.cat(list(values)).cpu().numpy())
 
 
 def _between(values: NDArray[np.float32], share: float) -> float:

@@ -199,27 +199,12 @@ def _calibrated(
     return model.with_reduction(chosen.reduction), chosen.report
 
 
-def _backbone(target: Path, model: ViT, checkpoint: Checkpoint) -> Path | None:
-    """The network beside which the output need hold what ltmp learned alone; None where the output
-    is to hold all: of other methods, or in another folder."""
-    from asvit_deploy.checkpoints.learned import backbone_of
-    from asvit_deploy.reduction.ltmp import LTMP
-
-    if not isinstance(model.reduction, LTMP) or not checkpoint.path.is_file():
-        return None
-    place = checkpoint.path
-    if checkpoint.adaptive:
-        if "backbone" not in checkpoint.metadata:
-            return None
-        place = backbone_of(place, checkpoint.metadata)
-    return place if place.absolute().parent == target.absolute().parent else None
-
-
 def _save(
     target: Path, model: ViT, checkpoint: Checkpoint, pictures: ImageSet, wanted: _Wanted,
     found: dict[str, Any], say: Say,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the checkpoint and return the report, which is kept in it too."""
+    from asvit_deploy.checkpoints.learned import backbone_beside, beside_line
     from asvit_deploy.checkpoints.load import save_checkpoint
     from asvit_deploy.checkpoints.places import fingerprint
     from asvit_deploy.sidecar import provenance
@@ -237,8 +222,8 @@ def _save(
         "source_sha256": report["source_sha256"],
         "provenance": json.dumps(provenance(["torch"])),
     }
-    backbone = _backbone(target, model, checkpoint)
+    backbone = backbone_beside(target, model.reduction, checkpoint)
     if backbone is not None:
-        say(f"{target}: thresholds alone; it stays beside its network, {backbone.name}")
+        say(beside_line(target, backbone))
     save_checkpoint(target, model, metadata, backbone)
     return report

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.dynamicvit import KEEP_RATE, DynamicViT, published_counts
 from asvit_deploy.reduction.ltmp import LTMP, NEVER
 
@@ -141,6 +142,41 @@ def record_of(path: Path, backbone: Path) -> str:
     if backbone.absolute().parent.resolve() != path.absolute().parent.resolve():
         raise UserError(f"{path} is not written: it must lie beside its network, {backbone}")
     return json.dumps({"name": backbone.name, "sha256": sha256(backbone)})
+
+
+class Origin(Protocol):
+    """What is asked of a checkpoint; see `load.Checkpoint`."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def adaptive(self) -> bool: ...
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
+
+def backbone_beside(target: Path, reduction: Reduction | None, checkpoint: Origin) -> Path | None:
+    """The network beside which the output need hold what ltmp learned alone; None where the output
+    is to hold all: of other methods, or in another folder.
+
+    Args:
+        checkpoint: what the output was made from, its weights unchanged.
+    """
+    if not isinstance(reduction, LTMP) or not checkpoint.path.is_file():
+        return None
+    place = checkpoint.path
+    if checkpoint.adaptive:
+        if BACKBONE not in checkpoint.metadata:
+            return None
+        place = backbone_of(place, checkpoint.metadata)
+    return place if place.absolute().parent == target.absolute().parent else None
+
+
+def beside_line(target: Path, backbone: Path) -> str:
+    """What to say of such an output."""
+    return f"{target}: thresholds alone; it stays beside its network, {backbone.name}"
 
 
 def backbone_of(path: Path, metadata: Mapping[str, str]) -> Path:

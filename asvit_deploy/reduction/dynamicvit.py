@@ -9,6 +9,14 @@ are there; what it finds worthless is lost.
 
 At test the published form keeps the int(N r^s) tokens of the highest p_keep at cut s = 1, 2, 3; by
 a threshold every picture keeps its own number.
+
+Training with counts draws (Gumbel) which tokens stay, with p_keep, and adds
+
+    (4) 2 mean over cuts of (kept share - r^s)^2
+    (5) 0.5 mean over kept tokens of (token - the dense network's)^2, number by number, behind the
+        last norm
+
+beside the classes' divergence from the dense network, which every run has.
 """
 
 from __future__ import annotations
@@ -19,7 +27,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from asvit_deploy.reduction.base import Decision, Place, Seen, Settled
+from asvit_deploy.ops.torch_op import keep_mask
+from asvit_deploy.reduction.base import Decision, Learning, Passed, Place, Seen, Settled
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.rows import Rows
 
@@ -100,16 +109,45 @@ class DynamicViT(Ranked):
 
     def mask(self, stage: int, decision: Decision, alive: Tensor, temperature: float) -> Tensor:
         """0 or 1 forward; backward as p_keep itself, or, with a threshold t, as
-        score / (score + t): what p_keep would be if it were to be above a half.
+        score / (score + t): what p_keep would be if it were to be above a half. In training mode,
+        with counts, drawn.
 
         `temperature` is not used: the relaxation is the predictor's own.
         """
+        if self.training and decision.boundary is None:
+            return _drawn(decision.score, alive)
         hard = super().mask(stage, decision, alive, temperature).detach()
         bound = 1.0 if decision.boundary is None else decision.boundary
         # Of tokens that may not stay for a bound on their number the score is -inf.
         score = decision.score.masked_fill(decision.score == -torch.inf, 0)
         soft = score / (score + bound)
         return alive * (hard - soft.detach() + soft)
+
+    @property
+    def compacts(self) -> bool:
+        return False
+
+    @property
+    def steers(self) -> bool:
+        return self.kept is not None
+
+    def learning(self) -> list[Learning]:
+        predictors = Learning(tuple(self.predictors.parameters()), decayed=True)
+        return [*super().learning(), predictors]
+
+    def own_loss(self, passed: Passed) -> dict[str, Tensor]:
+        """(4), with counts, and (5), with a teacher."""
+        terms = {}
+        if self.kept is not None:
+            tokens = passed.masks[0].shape[1]
+            off = [mask.sum(1).mean() / tokens - kept / tokens
+                   for mask, kept in zip(passed.masks, self.kept)]  # fmt: skip
+            terms["ratio"] = 2 * torch.stack(off).square().mean()
+        if passed.target is not None:
+            stays = passed.masks[-1].detach() > 0.5
+            mine, other = (x[:, self.prefix :][stays] for x in (passed.tokens, passed.target))
+            terms["tokens"] = 0.5 * (mine.float() - other.float()).square().mean()
+        return terms
 
     def macs(self, stage: int, rows: Any) -> Any:
         c = self.dim
@@ -124,6 +162,16 @@ class DynamicViT(Ranked):
     @classmethod
     def restore(cls, fields: dict[str, Any], prefix: int) -> DynamicViT:
         return cls(fields["blocks"], fields["kept"], prefix, fields.get("most"), dim=fields["dim"])
+
+
+def _drawn(odds: Tensor, alive: Tensor) -> Tensor:
+    """Of two outcomes with these odds, float32 [B, N], one by the Gumbel trick: 0 or 1 forward, the
+    relaxation's gradient backward; the likeliest stays in any case."""
+    draw = torch.rand_like(odds).clamp(1e-6, 1 - 1e-6)
+    logit = odds.log() + (draw / (1 - draw)).log()  # the difference of two Gumbel variables
+    there = logit.detach().masked_fill(alive.detach() < 0.5, -torch.inf)
+    hard, soft = keep_mask(there, 0.0).float(), torch.sigmoid(logit)
+    return alive * (hard - soft.detach() + soft)
 
 
 def published_counts(tokens: int, cuts: int, rate: float = KEEP_RATE) -> list[int]:

@@ -25,10 +25,19 @@ import torch
 from torch import Tensor, nn
 
 from asvit_deploy.ops.torch_op import keep_mask
-from asvit_deploy.reduction.base import Decision, Place, Reduction, Seen, Settled
+from asvit_deploy.reduction.base import (
+    Decision,
+    Learning,
+    Passed,
+    Place,
+    Reduction,
+    Seen,
+    Settled,
+)
 from asvit_deploy.reduction.matching import Pairs, likeness, pairs
 from asvit_deploy.reduction.rows import Rows, averaged, moved
 from asvit_deploy.reduction.size_passing import every_block
+from asvit_deploy.reduction.threshold import learnt_as_logarithms
 
 # Where training begins: pairs that are all but equal merge, and nothing is lost.
 LEAST = 1e-6  # of 1 - cosine and of what a token receives
@@ -72,6 +81,19 @@ class LTMP(Reduction):
 
     def boundaries(self) -> list[Tensor]:
         return list(self.prune)
+
+    @property
+    def steers(self) -> bool:
+        return True
+
+    def learning(self) -> list[Learning]:
+        """All thresholds as logarithms, from a start on the budget: the published rates, 5e-3 and
+        5e-6, are for an epoch of 10,000 steps from thresholds that do nothing."""
+        return learnt_as_logarithms([*self.merge, *self.prune])
+
+    def own_loss(self, passed: Passed) -> dict[str, Tensor]:
+        """10 (MACs - f)^2, in place of Eq. 10."""
+        return {"flops": 10 * (passed.macs - passed.budget) ** 2}
 
     def evidence(self, rows: Rows, seen: Seen) -> Evidence:
         received = seen.column_mean()[:, self.prefix :]

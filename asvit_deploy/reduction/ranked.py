@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from asvit_deploy.ops.torch_op import falling_order
-from asvit_deploy.reduction.base import Decision, Reduction, Seen
+from asvit_deploy.reduction.base import Decision, Learning, Reduction, Seen
 from asvit_deploy.reduction.rows import Rows
-from asvit_deploy.reduction.threshold import soft_keep_mask
+from asvit_deploy.reduction.threshold import learnt_as_logarithms, soft_keep_mask
 
 
 class Ranked(Reduction):
@@ -76,9 +76,19 @@ class Ranked(Reduction):
         return replace(ranked, score=score, boundary=self._parameters[str(stage)])
 
     def boundaries(self) -> list[Tensor]:
+        return [*self._thresholds()]
+
+    def _thresholds(self) -> list[nn.Parameter]:
         if self.kept is not None:
             return []
         return [self._parameters[str(stage)] for stage in range(len(self.blocks))]  # type: ignore[misc]
+
+    @property
+    def compacts(self) -> bool:
+        return self.kept is not None
+
+    def learning(self) -> list[Learning]:
+        return learnt_as_logarithms(self._thresholds())
 
     def least(self, tokens: int) -> int:
         """How many of so many image rows stay at a cut whatever is asked for."""
