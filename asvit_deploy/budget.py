@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from asvit_deploy.errors import UserError
@@ -19,6 +21,7 @@ from asvit_deploy.models.macs import (
     unavoidable_macs,
 )
 from asvit_deploy.models.vit import Trace, ViT
+from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.methods import rising
 from asvit_deploy.reduction.ranked import Ranked
 
@@ -84,14 +87,20 @@ def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
     return model_macs(config, [n.double() for n in trace.length]) / teacher_macs(config)
 
 
+def network_macs(model: ViT, trace: Trace) -> Tensor:
+    """As `trace_macs`, at the cuts of the network's own method, with what that costs itself."""
+    assert model.reduction is not None
+    lengths = [n.double() for n in trace.length]
+    return model_macs(model.config, lengths, model.reduction) / teacher_macs(model.config)
+
+
 @torch.inference_mode()
 def _run(model: ViT, images: Sequence[Tensor], progress: Progress) -> tuple[float, list[Trace]]:
     device, traces = model.pos_embed.device, []
     for batch in images:
         traces.append(model(batch.to(device))[1])
         progress(len(batch))
-    macs = torch.cat([trace_macs(model.config, trace) for trace in traces])
-    return macs.mean().item(), traces
+    return torch.cat([network_macs(model, trace) for trace in traces]).mean().item(), traces
 
 
 def _neighbours(traces: Sequence[Trace], stage: int, threshold: float) -> tuple[float, float]:
@@ -114,16 +123,18 @@ def fit_thresholds(
     any rounding.
 
     Args:
+        model: its method has `boundaries`.
         images: float32 [P, 3, H, W], pictures of the training split.
         progress: called with how many more of them have passed, of at most `MOST_PASSES` times P.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     batches = images.split(_BATCH)
-    start = [threshold.item() for threshold in model.thresholds]
+    assert model.reduction is not None
+    thresholds, start = model.reduction.boundaries(), model.threshold_values()
 
     def scaled(factor: float) -> tuple[float, list[Trace]]:
-        for threshold, value in zip(model.thresholds, start):
+        for threshold, value in zip(thresholds, start):
             threshold.data.fill_(value * factor)
         return _run(model, batches, progress)
 
@@ -135,11 +146,12 @@ def fit_thresholds(
         if abs(after - budget) < 2e-4 * budget:
             break
         low, high = (factor, high) if after > budget else (low, factor)
-    for stage, threshold in enumerate(model.thresholds):
+    for stage, threshold in enumerate(thresholds):
         under, over = _neighbours(traces, stage, threshold.item())
         threshold.data.fill_((under + over) / 2)
     after, _ = _run(model, batches, progress)
-    model.train(was_training)
+    for module, training in modes:
+        module.training = training
     return Fit(budget, len(images), factor, before, after)
 
 
@@ -157,10 +169,13 @@ def fixed_counts(
             cent of the budget.
     """
     _require_tokens(config)
-    blocks = _fitting(config, method, blocks)
+    blocks = fitting(config, method, blocks)
 
     def at(ratio: float) -> tuple[Ranked, float]:
-        made = method(blocks, planned_counts(config, method, blocks, ratio), config.prefix)
+        with torch.device("meta"):  # nothing is drawn at random for what is only counted
+            made = method.planned(
+                config.dim, config.prefix, blocks, planned_counts(config, method, blocks, ratio)
+            )
         return made, carried_out(config, made) / teacher_macs(config)
 
     low, high = 0.0, 1.0
@@ -178,7 +193,7 @@ def fixed_counts(
             f"{len(blocks)} cut{'s' * (len(blocks) != 1)} on {config.name} at "
             f"{config.image_size} px: it reaches {reached}; choose another budget or other cuts"
         )
-    return best
+    return method.planned(config.dim, config.prefix, blocks, best.kept)
 
 
 def planned_counts(
@@ -193,23 +208,32 @@ def planned_counts(
         # The share is of what would be there exactly, so that rounding does not add up.
         exact = exact * ratio
         kept.append(max(1, min(round(exact), tokens)))
-        made = method(blocks[: stage + 1], kept, config.prefix)
+        made = method.planned(config.dim, config.prefix, blocks[: stage + 1], kept)
         counted = made.counts(stage, tokens)
         assert counted is not None
         kept[-1], tokens = counted, counted + made.added(tokens, counted)
     return kept
 
 
-def carried_out(config: ArchConfig, reduction: Ranked) -> float:
+def carried_out(config: ArchConfig, reduction: Reduction) -> float:
     """MACs of the network with those fixed counts, its own included."""
-    lengths = fixed_lengths(config, reduction)
-    rows = [config.rows, *lengths]
-    own = sum(reduction.macs(stage, rows[stage]) for stage in range(len(reduction.cuts)))
-    return float(model_macs(config, lengths, reduction.cuts) + own)
+    return float(model_macs(config, fixed_lengths(config, reduction), reduction))
 
 
-def _fitting(
-    config: ArchConfig, method: type[Ranked], blocks: Sequence[int] | None
+def macs_of(
+    config: ArchConfig, reduction: Reduction, lengths: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """MACs carried out for each picture, the method's own included, as `carried_out`.
+
+    Args:
+        lengths: int64 [images, cuts].
+    """
+    rows = list(lengths.T.astype(np.float64))
+    return np.asarray(model_macs(config, rows, reduction), np.float64)
+
+
+def fitting(
+    config: ArchConfig, method: type[Reduction], blocks: Sequence[int] | None
 ) -> tuple[int, ...]:
     """The blocks, once they rise and lie in the network.
 

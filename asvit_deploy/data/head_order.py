@@ -13,7 +13,8 @@ from asvit_deploy.checkpoints.load import Checkpoint
 from asvit_deploy.classes.matching import label_map
 from asvit_deploy.classes.network import of_checkpoint
 from asvit_deploy.data.batches import Batch
-from asvit_deploy.data.sources import Source, fingerprint
+from asvit_deploy.data.picture_sources import fingerprint
+from asvit_deploy.data.sources import Source
 from asvit_deploy.errors import UserError
 from asvit_deploy.status import Say
 

@@ -66,8 +66,9 @@ def graphs_of(mode: str) -> tuple[bool, ...]:
 def source_size(leaves: Reduction | None, mode: str, batch: int, config: ArchConfig) -> str:
     """The batch of the ONNX file that an engine is built from, as `to_onnx` names it."""
     assert leaves is not None or mode == "dense"
-    hides = mode in ("padded", "bucketed")
-    if hides and leaves is not None and (leaves.hands_on() or leaves.carries_sizes):
+    if mode in ("padded", "bucketed") and leaves is not None and (
+        leaves.hands_on() or leaves.carries_sizes or leaves.compares
+    ):  # fmt: skip
         return "dynamic"  # a graph of one picture looks at rows that only fill
     if mode == "bucketed":  # one picture at a time
         return "1"

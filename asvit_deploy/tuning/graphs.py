@@ -187,7 +187,8 @@ class Graphs:
         """A network's graph; tracing is what takes longest, so those that differ in nothing but
         thresholds share it. `made` compares each with PyTorch."""
         leaves = network.reduction
-        key = json.dumps([None if leaves is None else leaves.fields(), batch])
+        own = None if leaves is None else {**state_of(leaves), "thresholds": None}
+        key = json.dumps([own, batch])  # what else a method learned stands in its graph
         if leaves is not None and key in self._traces:
             proto = onnx.load(str(self.folder / self._traces[key]))
             if give_thresholds(proto, [float(one) for one in leaves.boundaries()]):

@@ -23,16 +23,10 @@ from asvit_deploy.data.augment import Augmentation
 from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.digits import ClutteredDigits
 from asvit_deploy.data.images import load_picture, preprocess
+from asvit_deploy.data.picture_sources import FolderSource, _Shuffled, random_crop
 from asvit_deploy.data.shard_order import ShardOrder
 from asvit_deploy.data.skips import Skips
-from asvit_deploy.data.sources import (
-    FolderSource,
-    Source,
-    _Shuffled,
-    open_labelled,
-    open_source,
-    random_crop,
-)
+from asvit_deploy.data.sources import Source, open_labelled, open_source
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.archs import arch
 
