@@ -12,15 +12,17 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from asvit_deploy.data.augment import NO_AUGMENTATION, Augmentation
 from asvit_deploy.data.batches import Batch, Share, Threads, normalise
+from asvit_deploy.data.crops import Crops
 from asvit_deploy.data.digits import CANVAS, CLASSES, ClutteredDigits
 from asvit_deploy.data.folders import (
     Pictures,
@@ -46,7 +48,6 @@ from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.status import Say, silent
 
 DIGITS_EPOCH = 50_000  # placements; the stream itself has no end
-_BICUBIC = Image.Resampling.BICUBIC
 _CROPS = 1  # the stream of draws; augmentation has others
 # So many unreadable pictures in a row are no accident, and the search must end.
 _STAND_INS = 64
@@ -107,7 +108,6 @@ class DigitsSource:
     def __init__(
         self, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION
     ) -> None:
-        augmentation.check_installed()
         if config.image_size != CANVAS:
             raise UserError(
                 f"digits are {CANVAS}x{CANVAS} pixels and {config.name} takes "
@@ -121,11 +121,15 @@ class DigitsSource:
         self._train, self._test = ClutteredDigits("train", seed), ClutteredDigits("test", seed)
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
-        share = Share.of(step, size, part, self._augmentation)
-        placed = self._train.batch(np.array(share.positions))
-        labels = torch.from_numpy(placed.labels)
-        classes = len(self.classes)
-        return Batch(*share.finished(placed.images, labels, self._config, classes, self._seed))
+        share = Share.of(step, size, part, self._augmentation, self._config, self._seed)
+        (positions, rows), images = zip(*share.copies.items()), share.room()
+        placed = self._train.batch(np.array(positions))
+        labels = torch.empty(len(share.part), dtype=torch.int64)
+        for own, label, pixels in zip(rows, placed.labels, placed.images):
+            labels[own] = int(label)
+            for row in own:
+                share.put(Image.fromarray(pixels.transpose(1, 2, 0)), images, row)
+        return Batch(images, share.mixed(images, labels, len(self.classes)))
 
     def fitting(self, count: int, after: int) -> Batch:
         start = math.ceil(after / count) * count
@@ -168,15 +172,13 @@ class PictureSource:
     picture that cannot be read, the next of the order that can stands in.
 
     Raises:
-        UserError: training and held-out pictures have different classes; kornia is needed and
-            missing.
+        UserError: training and held-out pictures have different classes.
     """
 
     def __init__(
         self, name: str, train: Pictures, held_out: Pictures | None, order: Callable[[int], int],
         config: ArchConfig, seed: int, augmentation: Augmentation, notes: Iterable[str] = (),
     ) -> None:  # fmt: skip
-        augmentation.check_installed()
         self.name, self.classes, self.epoch = name, train.classes, len(train)
         self.classes_from = train.classes_from
         if held_out is not None and held_out.classes != train.classes:
@@ -202,37 +204,39 @@ class PictureSource:
         self._config, self._seed, self._augmentation = config, seed, augmentation
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
-        share = Share.of(step, size, part, self._augmentation)
-        found = self._threads.map(self._cropped, share.positions, share.numbers)
-        pixels, labels, skipped = zip(*found)
-        images, targets = share.finished(
-            np.stack(pixels), torch.tensor(labels), self._config, len(self.classes), self._seed
-        )
+        share = Share.of(step, size, part, self._augmentation, self._config, self._seed)
+        images, labels = share.room(), torch.empty(len(share.part), dtype=torch.int64)
+
+        def put(position: int, rows: list[int]) -> list[str]:
+            """Each of the picture's copies into its row; the names of pictures passed over."""
+            crops, skipped = Crops(self._train.load, self._config.image_size), []
+            for row in rows:
+                draws = self._seed, _CROPS, share.number(row)
+                picture, labels[row], passed = self._readable(position, partial(crops.one, draws))
+                share.put(picture, images, row)
+                skipped += passed
+            return skipped
+
+        skipped = self._threads.map(put, *zip(*share.copies.items()))
+        targets = share.mixed(images, labels, len(self.classes))
         return Batch(images, targets, tuple(sorted(set().union(*skipped))))
 
-    def _readable(self, position: int) -> tuple[Image.Image, int, list[str]]:
-        """The picture there, or the next that can be read; its label; those passed over."""
+    def _readable(
+        self, position: int, load: Callable[[int], Image.Image]
+    ) -> tuple[Image.Image, int, list[str]]:
+        """What `load` makes of the picture there, or of the next that can be read; its label;
+        those passed over."""
         skipped: list[str] = []
         first: UserError | None = None
         for place in range(position, position + _STAND_INS):
             number = self._order(place)
             try:
-                return self._train.load(number), self._train.label(number), skipped
+                return load(number), self._train.label(number), skipped
             except UserError as error:
                 first = first or error
                 skipped.append(self._train.name(number))
         assert first is not None
         raise UserError(f"{first} (so are the {_STAND_INS - 1} that come next)") from first
-
-    def _cropped(self, position: int, number: int) -> tuple[np.ndarray, int, list[str]]:
-        """uint8 [3, H, W], cut and mirrored as the picture's own number says."""
-        picture, label, skipped = self._readable(position)
-        rng = np.random.default_rng((self._seed, _CROPS, number))
-        side = self._config.image_size
-        picture = picture.resize((side, side), _BICUBIC, box=random_crop(picture.size, rng))
-        if rng.random() < 0.5:
-            picture = ImageOps.mirror(picture)
-        return np.asarray(picture).transpose(2, 0, 1), label, skipped
 
     def fitting(self, count: int, after: int) -> Batch:
         count = min(count, self.epoch)
@@ -241,7 +245,7 @@ class PictureSource:
         start = after if place + count <= self.epoch else (epoch + 1) * self.epoch
 
         def seen(position: int) -> tuple[np.ndarray, int, list[str]]:
-            picture, label, skipped = self._readable(position)
+            picture, label, skipped = self._readable(position, self._train.load)
             return preprocess(picture, self._config), label, skipped
 
         images, labels, skipped = zip(*self._threads.map(seen, range(start, start + count)))
@@ -302,23 +306,6 @@ def fingerprint(names: Iterable[str]) -> str:
     # A file name may hold bytes that are no text; no name holds a zero.
     digest = hashlib.sha256("\0".join(listed).encode(errors="surrogateescape"))
     return f"{len(listed)} (sha256 {digest.hexdigest()[:12]})"
-
-
-def random_crop(
-    size: tuple[int, int], rng: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """A box (left, top, right, bottom) of 8-100 % of the area and sides between 3:4 and 4:3."""
-    width, height = size
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1.0)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if 1 <= w <= width and 1 <= h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return left, top, left + w, top + h
-    side = min(width, height)  # too elongated for any such box: the middle square
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
 
 
 def _is_digits(data: str) -> bool:

@@ -343,7 +343,7 @@ class _End:
     def _save(self, network: ViT, trained: Trained) -> None:
         """Write the network and its sidecar."""
         recipe, source = self.trainer.recipe, self.source
-        made = provenance(("torch", "accelerate", "kornia", "mlxtend"))
+        made = provenance(("torch", "accelerate", "pillow", "mlxtend"))
         made |= {"recipe": asdict(recipe), **self.identity, **trained.validation}
         metadata = {"classes": json.dumps(source.classes), "classes_from": source.classes_from}
         metadata |= {"provenance": json.dumps(made), **self.facts}
