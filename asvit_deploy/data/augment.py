@@ -59,9 +59,15 @@ class Augmentation:
             )
 
     def position(self, step: int, size: int, number: int) -> int:
-        """Where picture `number` of batch `step` stands in the endless order of the pictures."""
-        different = -(-size // self.repeats)
-        return step * different + number % different
+        """Where picture `number` of batch `step` stands in the endless order of the pictures.
+
+        So many pictures as there are copies follow one another, then their copies: copies are near
+        enough for one process to decode them together, and none is mixed with its own.
+        """
+        several, block = self.repeats, self.repeats**2
+        blocks, rest = divmod(size, block)
+        different = blocks * several + min(several, rest)
+        return step * different + number // block * several + number % several
 
     def changed(self, picture: Image.Image, fill: Colour, seed: int, number: int) -> Image.Image:
         """RandAugment, where it is on, by the draws of picture `number` of the run."""

@@ -227,3 +227,19 @@ def test_repeats_walk_the_order_without_gaps():
     assert seen[0] == [0, 1, 2, 0, 1, 2, 0, 1]
     assert seen[1] == [3, 4, 5, 3, 4, 5, 3, 4]
     assert [Augmentation().position(2, 8, n) for n in range(8)] == list(range(16, 24))
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+@pytest.mark.parametrize("size", [1, 7, 32, 64, 512])
+def test_copies_stand_close_and_are_not_mixed_with_each_other(repeats, size):
+    wanted = Augmentation(repeats=repeats)
+    seen = [[wanted.position(step, size, n) for n in range(size)] for step in range(2)]
+    whole = sorted({position for batch in seen for position in batch})
+    assert whole == list(range(len(whole)))
+    assert not set(seen[0]) & set(seen[1])
+    for position in set(seen[0]):
+        places = [n for n, other in enumerate(seen[0]) if other == position]
+        assert len(places) <= repeats
+        assert places[-1] - places[0] < repeats**2
+    assert all(a != b for a, b in zip(seen[0][::2], seen[0][1::2]))
+    assert len(set(seen[0])) < size / repeats + repeats
