@@ -1,12 +1,10 @@
-"""Thresholds brought onto the budget after training, on training pictures."""
+"""What a budget of MACs allows, and fixed counts that meet it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from asvit_deploy.errors import UserError
@@ -18,17 +16,11 @@ from asvit_deploy.models.macs import (
     teacher_macs,
     unavoidable_macs,
 )
-from asvit_deploy.models.vit import Trace, ViT
+from asvit_deploy.models.vit import Trace
 from asvit_deploy.reduction.methods import rising
 from asvit_deploy.reduction.ranked import Ranked
 
-_BATCH = 64
-_HALVINGS = 24  # of the factor's interval, in logarithms
-MOST_PASSES = _HALVINGS + 2  # over the pictures: before and after too
-_RANGE = (1e-4, 1e3)
 TOLERANCE = 0.01  # of the budget
-
-Progress = Callable[[int], object]
 
 
 def check_budget(config: ArchConfig, budget: float) -> None:
@@ -57,90 +49,9 @@ def _require_tokens(config: ArchConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The factor that all thresholds took, and mean MACs / teacher of the pictures it was fitted
-    on, before and after."""
-
-    budget: float
-    pictures: int
-    factor: float
-    before: float
-    after: float
-
-    @property
-    def off(self) -> float:
-        """How far the MACs ended from the budget, as a fraction of it."""
-        return self.after / self.budget - 1
-
-    @property
-    def missed(self) -> bool:
-        """Whether that is over one per cent; no factor can tell equal scores apart."""
-        return abs(self.off) > TOLERANCE
-
-
 def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
     """MACs / teacher of each image of a batch, float64 [B]."""
     return model_macs(config, [n.double() for n in trace.length]) / teacher_macs(config)
-
-
-@torch.inference_mode()
-def _run(model: ViT, images: Sequence[Tensor], progress: Progress) -> tuple[float, list[Trace]]:
-    device, traces = model.pos_embed.device, []
-    for batch in images:
-        traces.append(model(batch.to(device))[1])
-        progress(len(batch))
-    macs = torch.cat([trace_macs(model.config, trace) for trace in traces])
-    return macs.mean().item(), traces
-
-
-def _neighbours(traces: Sequence[Trace], stage: int, threshold: float) -> tuple[float, float]:
-    """The largest score at or under a threshold and the smallest one over it."""
-    scores = torch.cat([trace.scores[stage].flatten() for trace in traces])
-    scores = scores[scores.isfinite()]
-    under, over = scores[scores <= threshold], scores[scores > threshold]
-    low = under.max().item() if under.numel() else 0.0
-    high = over.min().item() if over.numel() else 2 * threshold - low
-    return low, high
-
-
-def fit_thresholds(
-    model: ViT, images: Tensor, budget: float, progress: Progress = lambda passed: None
-) -> Fit:
-    """Scale all thresholds by one factor, so that the mean MACs of these images meet the budget.
-
-    Training only pulls towards the budget; this lands on it. The shape that training gave the
-    stages stays. Each threshold ends in the middle between the two scores around it, far from
-    any rounding.
-
-    Args:
-        images: float32 [P, 3, H, W], pictures of the training split.
-        progress: called with how many more of them have passed, of at most `MOST_PASSES` times P.
-    """
-    was_training = model.training
-    model.eval()
-    batches = images.split(_BATCH)
-    start = [threshold.item() for threshold in model.thresholds]
-
-    def scaled(factor: float) -> tuple[float, list[Trace]]:
-        for threshold, value in zip(model.thresholds, start):
-            threshold.data.fill_(value * factor)
-        return _run(model, batches, progress)
-
-    before, _ = scaled(1.0)
-    low, high = _RANGE
-    for _ in range(_HALVINGS):
-        factor = (low * high) ** 0.5
-        after, traces = scaled(factor)
-        if abs(after - budget) < 2e-4 * budget:
-            break
-        low, high = (factor, high) if after > budget else (low, factor)
-    for stage, threshold in enumerate(model.thresholds):
-        under, over = _neighbours(traces, stage, threshold.item())
-        threshold.data.fill_((under + over) / 2)
-    after, _ = _run(model, batches, progress)
-    model.train(was_training)
-    return Fit(budget, len(images), factor, before, after)
 
 
 def fixed_counts(

@@ -79,11 +79,12 @@ class Source(Protocol):
         """
         ...
 
-    def fitting(self, count: int, after: int) -> Batch:
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
         """At most `count` training pictures as evaluation would see them.
 
         Args:
             after: pictures trained on so far; those that come next are taken.
+            part: numbers of those wanted; by default all.
         """
         ...
 
@@ -131,9 +132,9 @@ class DigitsSource:
                 share.put(Image.fromarray(pixels.transpose(1, 2, 0)), images, row)
         return Batch(images, share.mixed(images, labels, len(self.classes)))
 
-    def fitting(self, count: int, after: int) -> Batch:
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
         start = math.ceil(after / count) * count
-        placed = self._train.batch(np.arange(start, start + count))
+        placed = self._train.batch(start + np.arange(count)[_slice(part)])
         images = normalise(placed.images, self._config.preprocessing)
         return Batch(images, torch.from_numpy(placed.labels))
 
@@ -238,7 +239,7 @@ class PictureSource:
         assert first is not None
         raise UserError(f"{first} (so are the {_STAND_INS - 1} that come next)") from first
 
-    def fitting(self, count: int, after: int) -> Batch:
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
         count = min(count, self.epoch)
         epoch, place = divmod(after, self.epoch)
         # Within one epoch, so that no picture counts twice.
@@ -248,7 +249,8 @@ class PictureSource:
             picture, label, skipped = self._readable(position, self._train.load)
             return preprocess(picture, self._config), label, skipped
 
-        images, labels, skipped = zip(*self._threads.map(seen, range(start, start + count)))
+        positions = range(start, start + count)[_slice(part)]
+        images, labels, skipped = zip(*self._threads.map(seen, positions))
         unread = tuple(sorted(set().union(*skipped)))
         return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels), unread)
 
@@ -298,6 +300,10 @@ class ShardSource(PictureSource):
         super().__init__(
             str(folder), parts.train, parts.val, order, config, seed, augmentation, parts.notes
         )
+
+
+def _slice(part: range | None) -> slice:
+    return slice(None) if part is None else slice(part.start, part.stop)
 
 
 def fingerprint(names: Iterable[str]) -> str:

@@ -19,11 +19,12 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from asvit_deploy.budget import Fit, check_budget
+from asvit_deploy.budget import check_budget
 from asvit_deploy.checkpoints.load import Checkpoint, save_checkpoint, with_head
 from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.sources import Source
 from asvit_deploy.errors import UserError
+from asvit_deploy.fitting import Fit
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import Selector, ViT
 from asvit_deploy.sidecar import provenance

@@ -5,19 +5,23 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from torch import Tensor
 from tqdm import tqdm
 
-from asvit_deploy.budget import MOST_PASSES, Fit, fit_thresholds, trace_macs
+from asvit_deploy.budget import trace_macs
 from asvit_deploy.data.sources import Source
+from asvit_deploy.fitting import MOST_PASSES, Fit, Shares, fit_thresholds
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.training.feed import Skipped
 from asvit_deploy.training.log import Log
+from asvit_deploy.training.processes import summed, together
 from asvit_deploy.training.recipe import Running, picture_bytes
 from asvit_deploy.training.trainer import Trainer
 
@@ -32,6 +36,12 @@ def _bar(what: str, accelerator: Accelerator | None, shown: bool, total: int | N
     shown = shown and accelerator is not None and accelerator.is_main_process
     return tqdm(total=total, desc=what, unit="img", file=sys.stderr, leave=False, delay=1.0,
                 mininterval=1.0, disable=not shown)  # fmt: skip
+
+
+def _taken(batches: list[Tensor]) -> Iterator[Tensor]:
+    """One after the other, each let go by the list."""
+    while batches:
+        yield batches.pop(0)
 
 
 @torch.inference_mode()
@@ -93,13 +103,18 @@ def land_on_budget(
     if recipe.budget is None:
         return None
     seen, (fewest, most) = recipe.steps * recipe.batch_size, _FIT_PICTURES
-    size = min(max(seen, fewest), most, _FIT_BYTES // picture_bytes(config))
-    pictures = source.fitting(size, after=step * recipe.batch_size)
-    skipped.names.update(pictures.skipped)
+    size = min(max(seen, fewest), most, _FIT_BYTES // picture_bytes(config), source.epoch)
+    accelerator = trainer.accelerator
+    shares = Shares(size, accelerator.process_index, accelerator.num_processes,
+                    lambda own: summed(accelerator, own))  # fmt: skip
+    with together(accelerator):
+        found = [source.fitting(size, step * recipe.batch_size, own) for own in shares.batches]
+    skipped.names.update(*(batch.skipped for batch in found))
     skipped.check()
-    passes = MOST_PASSES * len(pictures.images)
-    with _bar(what, trainer.accelerator, running.bars, passes) as bar:
-        fit = fit_thresholds(model, pictures.images, recipe.budget, bar.update)
+    images = [batch.images for batch in found]
+    del found  # so that each batch goes as soon as it is taken
+    with _bar(what, accelerator, running.bars, MOST_PASSES * sum(map(len, images))) as bar:
+        fit = fit_thresholds(model, _taken(images), recipe.budget, shares, bar.update)
     # Processes may round differently; the first one's is what is written.
     for threshold in model.thresholds:
         threshold.data = broadcast(threshold.data)
