@@ -40,6 +40,18 @@ def is_full(path: Path | str) -> bool:
     return found.f_bavail * found.f_frsize < _ROOM
 
 
+def require_room(folder: Path) -> None:
+    """Find out whether a program that failed may have had no room, in the folder that it wrote to
+    or in the system's for temporary files.
+
+    Raises:
+        UserError: one of them is full.
+    """
+    for place in (folder, require_temporary_folder()):
+        if is_full(place):
+            raise unfitting(place)
+
+
 def temporary_folder() -> Path | None:
     """The system's folder for temporary files; None where none of its candidates takes any."""
     try:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx.shape_inference
 import onnx_ir as ir
+from onnx import numpy_helper
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from asvit_deploy.errors import UserError
@@ -289,6 +290,23 @@ def with_lengths_from_zero(model: onnx.ModelProto) -> onnx.ModelProto:
         copy.graph.insert_before(cut, bounded)
         cut.replace_input_with(1, bounded.outputs[0])
     return closed(copy)
+
+
+def give_thresholds(model: onnx.ModelProto, values: Sequence[float]) -> bool:
+    """Put other thresholds, one a cut, in the place of a model's own.
+
+    Returns:
+        whether that could be done: not where one is missing, or where anything reads it but a cut
+        or a comparison. The model then stays as it is.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    names = [f"threshold_{stage}" for stage in range(len(values))]
+    readers = {node.op_type for node in model.graph.node if set(names) & set(node.input)}
+    if not stored.keys() >= set(names) or not readers <= {onnx_op.OP_TYPE, "Greater"}:
+        return False
+    for name, value in zip(names, values):
+        stored[name].CopyFrom(numpy_helper.from_array(np.array(value, np.float32), name))
+    return True
 
 
 def with_stage_outputs(model: onnx.ModelProto, stages: int) -> onnx.ModelProto:

@@ -16,6 +16,8 @@ import pytest
 
 from asvit_deploy import child, disk, files, sidecar, trusted
 from asvit_deploy.errors import UserError
+from asvit_deploy.ops import trt_library
+from asvit_deploy.ops.library import run_compiler
 
 
 @pytest.fixture
@@ -51,6 +53,27 @@ def test_the_file_that_did_not_fit_is_named(small):
         sidecar.write(path, bytes(16), {"kind": "onnx", "classes": "x" * (1 << 20)})
     full(caught.value, small, "m.onnx.json: No space")
     assert list(small.iterdir()) == []
+
+
+def test_programs_that_had_no_room_are_not_blamed(small, tmp_path, monkeypatch):
+    """pip says ERROR: Exception, apt that a signature is missing."""
+    folder = tmp_path / "wheel"
+    folder.mkdir()
+    (small / "fill").write_bytes(bytes(240 << 10))  # more than a probe writes is left
+    monkeypatch.setenv("TMPDIR", str(small))
+    monkeypatch.setattr(tempfile, "tempdir", str(small))
+    with pytest.raises(UserError) as caught:
+        trt_library._download_wheel(folder)
+    full(caught.value, small, "small: No space", temporary=True)
+    (small / "fill").unlink()
+    disk.require_room(folder)
+
+
+def test_a_compiler_at_a_limit_on_file_sizes(tmp_path):
+    output = tmp_path / "out"
+    line = f'echo "{output}: {os.strerror(errno.EFBIG)}" >&2; exit 1'
+    with pytest.raises(UserError, match=f"^cannot write {output}: File too large; a limit on"):
+        run_compiler(["sh", "-c", line])
 
 
 def test_what_fails_in_a_scratch_folder_on_a_full_disk(small, monkeypatch):

@@ -43,7 +43,10 @@ def _number(value: Any) -> float | None:
 
 def _triple(value: Any) -> tuple[float, ...] | None:
     if hasattr(value, "tolist"):  # a tensor among a run's options
-        value = value.tolist()
+        try:
+            value = value.tolist()
+        except RuntimeError:  # a tensor without values, as on the meta device
+            return None
     numbers = [_number(v) for v in value] if isinstance(value, (list, tuple)) else [_number(value)]
     numbers = numbers * 3 if len(numbers) == 1 else numbers
     if len(numbers) != 3 or any(n is None or abs(n) > 10 for n in numbers):

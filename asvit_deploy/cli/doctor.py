@@ -40,6 +40,7 @@ def _print(findings: list[Finding]) -> None:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         status = click.style(f"{finding.status:<7}", fg=_COLOURS[finding.status])
-        options.echo(f"{finding.name:<{width}}  {status}  {finding.detail}")
+        click.echo(f"{finding.name:<{width}}  {status}  ", nl=False)  # with its colour
+        options.echo(finding.detail)
         if finding.remedy:
             options.echo(f"{'':<{width}}  {'':<7}  -> {finding.remedy}")

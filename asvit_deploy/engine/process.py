@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy import child
-from asvit_deploy.disk import FULL, is_full, unfitting
+from asvit_deploy.disk import FULL, is_full, unfitting, unwritten
 from asvit_deploy.engine.job import Job
 from asvit_deploy.errors import UserError
 from asvit_deploy.ops import onnx_op
@@ -83,8 +84,10 @@ def run(job: Job, flavour: Flavour, folder: Path, name: str, progress: Progress)
         if is_full(folder):
             raise unfitting(job.plan)
         raise UserError(f"{flavour.title} cannot build {name}: {_reason(last)}")
-    full = re.search(r"OSError: \[Errno (\d+)\]", printed)
-    if is_full(folder) or (full and int(full[1]) in FULL):
+    found = re.search(r"OSError: \[Errno (\d+)\]", printed)
+    if found and (number := int(found[1])) in FULL:
+        raise unwritten(job.plan, OSError(number, os.strerror(number)))
+    if is_full(folder):
         raise unfitting(job.plan)
     raise UserError(_ended(process.returncode, stage, printed, job, flavour, name))
 

@@ -171,7 +171,7 @@ class Made:
 def made(
     model: ViT, checkpoint: Checkpoint, pictures: Sequence[NDArray[np.float32]],
     names: Sequence[str], output: Path, batch: str = "1", ops: str = "auto",
-    stage_outputs: bool = False, opset: int = OPSET,
+    stage_outputs: bool = False, opset: int = OPSET, traced: onnx.ModelProto | None = None,
 ) -> Made:  # fmt: skip
     """A network's graph, compared with PyTorch.
 
@@ -180,11 +180,12 @@ def made(
         pictures, names: as `verify`.
         output: where it is to go, for messages.
         batch, ops, stage_outputs, opset: as `to_onnx`.
+        traced: the graph, where there is one that these would make.
 
     Raises:
         CheckFailed: it does not agree.
     """
-    proto = to_onnx(model, batch, ops, opset, stage_outputs)
+    proto = traced or to_onnx(model, batch, ops, opset, stage_outputs)
     fields = {**describe_model(model, checkpoint, proto, batch, ops), **sidecar.provenance()}
     embed_metadata(proto, fields)
     parity = verify(proto, model, pictures, names, batch)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asvit_deploy import trusted
-from asvit_deploy.disk import unfitting
+from asvit_deploy.disk import require_room, unfitting
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cached, make_cache_dir, scratch
 from asvit_deploy.ops.prebuilt import usable_tree
@@ -164,6 +164,7 @@ def _obtain(say: Say) -> Headers:
             except _Unavailable as error:
                 if os.strerror(errno.ENOSPC) in str(error):
                     raise unfitting(folder) from error
+                require_room(folder)  # apt then says that a signature is missing
                 reasons.append(str(error))
     raise _Unavailable("; ".join(reasons))
 

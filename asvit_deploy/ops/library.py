@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import platform
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asvit_deploy import child, trusted
-from asvit_deploy.disk import unfitting
+from asvit_deploy.disk import FULL, unwritten
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, make_cache_dir, scratch
 from asvit_deploy.ops.headers import (
@@ -214,10 +213,11 @@ def _compiled(command: Sequence[str | Path], environment: dict[str, str]) -> str
         return f"it cannot be run: {error.strerror}"
     if done.returncode == 0:
         return None
-    if (full := os.strerror(errno.ENOSPC)) in done.stderr:
-        # Of which file it said so stands in front, `Fatal error: can't write 80 bytes to …: …`.
-        files_of = re.findall(rf"(/[^\s:]+): {full}", done.stderr)
-        raise unfitting(files_of[0] if files_of else _output_of(command))
+    for number in FULL:
+        if (full := os.strerror(number)) in done.stderr:
+            # Of which file it said so stands in front: `Fatal error: can't write 80 bytes to …: …`.
+            named = re.findall(rf"(/[^\s:]+): {full}", done.stderr)
+            raise unwritten(named[0] if named else _output_of(command), OSError(number, full))
     lines = (done.stderr + done.stdout).splitlines() or [f"exit code {done.returncode}"]
     reason = next((line for line in lines if "error" in line or "fatal" in line), lines[-1])
     return reason[:200]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asvit_deploy import child, trusted
+from asvit_deploy.disk import require_room
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, cached, make_cache_dir, scratch
 from asvit_deploy.ops.headers import Say, silent
@@ -143,6 +144,7 @@ def _download_wheel(scratch: Path) -> Path:
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     if done.returncode:
+        require_room(scratch)
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
         reason = next((line for line in said if "error" in line.lower()), said[-1]).strip()
         raise UserError(

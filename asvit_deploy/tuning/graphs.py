@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from asvit_deploy.errors import CheckFailed, UserError
 from asvit_deploy.evaluation.sweep_points import static_rival
 from asvit_deploy.exporting.export import Made, in_int8, made
 from asvit_deploy.exporting.to_onnx import to_onnx
+from asvit_deploy.graph import give_thresholds
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.parity import Parity
 from asvit_deploy.precision import FLOAT32
@@ -108,6 +110,7 @@ class Graphs:
         self.pictures, self.names, self.say = list(pictures), list(names), say
         self._made: dict[_Key, _Filed] = {}
         self._static: dict[tuple[str, str], str] = {}
+        self._traces: dict[str, str] = {}  # files by method, cuts and batch
         self._count = 0
 
     def network(self, candidate: Candidate | None) -> ViT:
@@ -138,13 +141,29 @@ class Graphs:
             if precision == INT8:
                 one = self._int8(candidate, name)
             else:
+                network = self.network(candidate)
                 one = made(
-                    self.network(candidate), self.described(candidate),
-                    self.pictures[:_COMPARED], self.names[:_COMPARED], Path(f"{name}.onnx"), batch,
+                    network, self.described(candidate), self.pictures[:_COMPARED],
+                    self.names[:_COMPARED], Path(f"{name}.onnx"), batch,
+                    traced=self._traced(network, batch),
                 )  # fmt: skip
             # On disk and not in memory: DeiT-B takes 350 MB, and there are many.
             self._made[key] = _Filed(self._write(one.proto), one.fields, one.parity)
         return self._made[key]
+
+    def _traced(self, network: ViT, batch: str) -> onnx.ModelProto:
+        """A network's graph; tracing is what takes longest, so those that differ in nothing but
+        thresholds share it. `made` compares each with PyTorch."""
+        leaves = network.reduction
+        key = json.dumps([None if leaves is None else leaves.fields(), batch])
+        if leaves is not None and key in self._traces:
+            proto = onnx.load(str(self.folder / self._traces[key]))
+            if give_thresholds(proto, [float(one) for one in leaves.boundaries()]):
+                return proto
+        proto = to_onnx(network, batch)
+        if leaves is not None and leaves.boundaries():
+            self._traces[key] = self._write(proto)
+        return proto
 
     def _write(self, proto: onnx.ModelProto) -> str:
         name = f"{self._count}.onnx"

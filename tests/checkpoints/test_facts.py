@@ -393,6 +393,7 @@ def test_configs_that_lie_are_cut_or_cannot_be_obeyed(files, words, tmp_path):
     ("args", "words"),
     [
         ({"std": [0.5, 0, 0.5]}, "args says std"),
+        ({"mean": torch.zeros(3, device="meta")}, "args says mean a Tensor"),
         ({"crop_pct": 0}, "args says crop_pct 0"),
         ({"eval_crop_ratio": 1.5}, "args says eval_crop_ratio 1.5"),
         ({"num_heads": 7}, "the 7 heads of args"),

@@ -352,4 +352,4 @@ def test_a_full_disk_costs_one_line(model, mode, kilobytes, monkeypatch):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     refused(conftest.Result(done.returncode, done.stdout, done.stderr), "File too large",
-            "free space, or set TMPDIR to another disk")  # fmt: skip
+            "a limit on file sizes is set here (ulimit -f)")  # fmt: skip

@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(data, tmp_path, size, l
     )  # fmt: skip
     where = state_path(OUTPUT) if left else log_path(OUTPUT)
     refused(Result(done.returncode, done.stdout, done.stderr),
-            f"cannot write {where}: File too large; free space")  # fmt: skip
+            f"cannot write {where}: File too large; a limit on file sizes")  # fmt: skip
     assert files(tmp_path) == {"data", *([left.name] if left else [])}
 
 
@@ -262,7 +262,7 @@ def test_a_full_disk_under_tensorboard_is_one_line(data, tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )  # fmt: skip
     refused(Result(done.returncode, done.stdout, done.stderr),
-            "cannot write events: File too large; free space")  # fmt: skip
+            "cannot write events: File too large; a limit on file sizes")  # fmt: skip
 
 
 @contextlib.contextmanager
