@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ from asvit_deploy.graph import with_decisions
 from asvit_deploy.parity import compare
 from asvit_deploy.reduction.size_passing import SizePassing
 from asvit_deploy.runners.onnx_bounds import VOCABULARY
-from asvit_deploy.runners.onnx_runtime import OrtRunner, import_onnxruntime, session_options
+from asvit_deploy.runners.onnx_runtime import PART, OrtRunner, import_onnxruntime, session_options
 from asvit_deploy.runners.pytorch import TorchRunner
 
 
@@ -55,6 +56,29 @@ def test_the_tokens_and_logits_of_each_picture_alone(mini, packed, photos, pictu
 
 def test_with_the_library(mini, packed, photos, pictures, op_library):
     assert agrees(mini, packed, pictures, photos.names, 5, op_library).failures == []
+
+
+@pytest.mark.parametrize("count", [1, PART, PART + 1, 12])
+def test_one_thread_takes_a_few_at_a_time(mini, packed, pictures, count):
+    """Unless tokens are recorded: what is checked is the whole batch."""
+    assert PART == GROUPS
+    images = np.stack(pictures[:count])
+    runner, whole = OrtRunner(packed, record=False), OrtRunner(packed)
+    expected = whole(images)
+    sizes: list[int] = []
+
+    def counted(outputs, given, *options):
+        sizes.append(len(given["images"]))
+        return session.run(outputs, given, *options)
+
+    session = runner.session
+    runner.session = SimpleNamespace(run=counted)
+    for found in (runner(images).output, runner.infer(images)[0]):
+        np.testing.assert_allclose(found, expected.output, rtol=0, atol=2e-5)
+    parts = [len(images[start : start + PART]) for start in range(0, count, PART)]
+    assert sizes == parts * 2
+    lengths = runner(images).lengths
+    assert [one.tolist() for one in lengths] == [one.tolist() for one in expected.lengths]
 
 
 def test_openvino_runs_it_too(mini, packed, photos, pictures):
