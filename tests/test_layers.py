@@ -51,7 +51,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("drawing",),
     ("page",),
     ("answers",),
-    ("bulk", "doctor", "engine", "evaluation", "exporting", "training"),
+    ("bulk", "doctor", "engine", "evaluation", "exporting", "serving", "training"),
     ("tuning",),
     ("api",),
     ("__init__",),
