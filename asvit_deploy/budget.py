@@ -1,12 +1,13 @@
-"""Thresholds brought onto the budget after training, on training pictures."""
+"""What a budget of MACs allows, and fixed counts that meet it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from asvit_deploy.errors import UserError
@@ -19,16 +20,11 @@ from asvit_deploy.models.macs import (
     unavoidable_macs,
 )
 from asvit_deploy.models.vit import Trace, ViT
+from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.methods import rising
 from asvit_deploy.reduction.ranked import Ranked
 
-_BATCH = 64
-_HALVINGS = 24  # of the factor's interval, in logarithms
-MOST_PASSES = _HALVINGS + 2  # over the pictures: before and after too
-_RANGE = (1e-4, 1e3)
 TOLERANCE = 0.01  # of the budget
-
-Progress = Callable[[int], object]
 
 
 def check_budget(config: ArchConfig, budget: float) -> None:
@@ -57,90 +53,16 @@ def _require_tokens(config: ArchConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The factor that all thresholds took, and mean MACs / teacher of the pictures it was fitted
-    on, before and after."""
-
-    budget: float
-    pictures: int
-    factor: float
-    before: float
-    after: float
-
-    @property
-    def off(self) -> float:
-        """How far the MACs ended from the budget, as a fraction of it."""
-        return self.after / self.budget - 1
-
-    @property
-    def missed(self) -> bool:
-        """Whether that is over one per cent; no factor can tell equal scores apart."""
-        return abs(self.off) > TOLERANCE
-
-
 def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
     """MACs / teacher of each image of a batch, float64 [B]."""
     return model_macs(config, [n.double() for n in trace.length]) / teacher_macs(config)
 
 
-@torch.inference_mode()
-def _run(model: ViT, images: Sequence[Tensor], progress: Progress) -> tuple[float, list[Trace]]:
-    device, traces = model.pos_embed.device, []
-    for batch in images:
-        traces.append(model(batch.to(device))[1])
-        progress(len(batch))
-    macs = torch.cat([trace_macs(model.config, trace) for trace in traces])
-    return macs.mean().item(), traces
-
-
-def _neighbours(traces: Sequence[Trace], stage: int, threshold: float) -> tuple[float, float]:
-    """The largest score at or under a threshold and the smallest one over it."""
-    scores = torch.cat([trace.scores[stage].flatten() for trace in traces])
-    scores = scores[scores.isfinite()]
-    under, over = scores[scores <= threshold], scores[scores > threshold]
-    low = under.max().item() if under.numel() else 0.0
-    high = over.min().item() if over.numel() else 2 * threshold - low
-    return low, high
-
-
-def fit_thresholds(
-    model: ViT, images: Tensor, budget: float, progress: Progress = lambda passed: None
-) -> Fit:
-    """Scale all thresholds by one factor, so that the mean MACs of these images meet the budget.
-
-    Training only pulls towards the budget; this lands on it. The shape that training gave the
-    stages stays. Each threshold ends in the middle between the two scores around it, far from
-    any rounding.
-
-    Args:
-        images: float32 [P, 3, H, W], pictures of the training split.
-        progress: called with how many more of them have passed, of at most `MOST_PASSES` times P.
-    """
-    was_training = model.training
-    model.eval()
-    batches = images.split(_BATCH)
-    start = [threshold.item() for threshold in model.thresholds]
-
-    def scaled(factor: float) -> tuple[float, list[Trace]]:
-        for threshold, value in zip(model.thresholds, start):
-            threshold.data.fill_(value * factor)
-        return _run(model, batches, progress)
-
-    before, _ = scaled(1.0)
-    low, high = _RANGE
-    for _ in range(_HALVINGS):
-        factor = (low * high) ** 0.5
-        after, traces = scaled(factor)
-        if abs(after - budget) < 2e-4 * budget:
-            break
-        low, high = (factor, high) if after > budget else (low, factor)
-    for stage, threshold in enumerate(model.thresholds):
-        under, over = _neighbours(traces, stage, threshold.item())
-        threshold.data.fill_((under + over) / 2)
-    after, _ = _run(model, batches, progress)
-    model.train(was_training)
-    return Fit(budget, len(images), factor, before, after)
+def network_macs(model: ViT, trace: Trace) -> Tensor:
+    """As `trace_macs`, at the cuts of the network's own method, with what that costs itself."""
+    assert model.reduction is not None
+    lengths = [n.double() for n in trace.length]
+    return model_macs(model.config, lengths, model.reduction) / teacher_macs(model.config)
 
 
 def fixed_counts(
@@ -157,10 +79,13 @@ def fixed_counts(
             cent of the budget.
     """
     _require_tokens(config)
-    blocks = _fitting(config, method, blocks)
+    blocks = fitting(config, method, blocks)
 
     def at(ratio: float) -> tuple[Ranked, float]:
-        made = method(blocks, planned_counts(config, method, blocks, ratio), config.prefix)
+        with torch.device("meta"):  # nothing is drawn at random for what is only counted
+            made = method.planned(
+                config.dim, config.prefix, blocks, planned_counts(config, method, blocks, ratio)
+            )
         return made, carried_out(config, made) / teacher_macs(config)
 
     low, high = 0.0, 1.0
@@ -178,7 +103,7 @@ def fixed_counts(
             f"{len(blocks)} cut{'s' * (len(blocks) != 1)} on {config.name} at "
             f"{config.image_size} px: it reaches {reached}; choose another budget or other cuts"
         )
-    return best
+    return method.planned(config.dim, config.prefix, blocks, best.kept)
 
 
 def planned_counts(
@@ -193,23 +118,32 @@ def planned_counts(
         # The share is of what would be there exactly, so that rounding does not add up.
         exact = exact * ratio
         kept.append(max(1, min(round(exact), tokens)))
-        made = method(blocks[: stage + 1], kept, config.prefix)
+        made = method.planned(config.dim, config.prefix, blocks[: stage + 1], kept)
         counted = made.counts(stage, tokens)
         assert counted is not None
         kept[-1], tokens = counted, counted + made.added(tokens, counted)
     return kept
 
 
-def carried_out(config: ArchConfig, reduction: Ranked) -> float:
+def carried_out(config: ArchConfig, reduction: Reduction) -> float:
     """MACs of the network with those fixed counts, its own included."""
-    lengths = fixed_lengths(config, reduction)
-    rows = [config.rows, *lengths]
-    own = sum(reduction.macs(stage, rows[stage]) for stage in range(len(reduction.cuts)))
-    return float(model_macs(config, lengths, reduction.cuts) + own)
+    return float(model_macs(config, fixed_lengths(config, reduction), reduction))
 
 
-def _fitting(
-    config: ArchConfig, method: type[Ranked], blocks: Sequence[int] | None
+def macs_of(
+    config: ArchConfig, reduction: Reduction, lengths: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """MACs carried out for each picture, the method's own included, as `carried_out`.
+
+    Args:
+        lengths: int64 [images, cuts].
+    """
+    rows = list(lengths.T.astype(np.float64))
+    return np.asarray(model_macs(config, rows, reduction), np.float64)
+
+
+def fitting(
+    config: ArchConfig, method: type[Reduction], blocks: Sequence[int] | None
 ) -> tuple[int, ...]:
     """The blocks, once they rise and lie in the network.
 

@@ -251,7 +251,8 @@ class _Work:
         """
         states = []
         for image in images:
-            x = self.model.embed(torch.from_numpy(image)[None])[0]
+            place = self.model.pos_embed.device
+            x = self.model.embed(torch.from_numpy(image)[None].to(place))[0]
             states.append(self._scored(0, x))
             self._tick()
         return states
@@ -296,7 +297,7 @@ class _Work:
             last = stage == len(parts) - 1
             # The last stage makes up for what the ones before missed.
             target = left if last else parts[stage]
-            pooled = [s.numpy()[0] for s in scores]
+            pooled = [s.cpu().numpy()[0] for s in scores]
             cost = StageCost(config, halves[stage], pooled)
             theta = mid_gap_threshold(pooled, cost, target, _AIM * budget_macs(config, budget))
             left -= cost(theta)

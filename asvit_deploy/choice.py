@@ -15,15 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asvit_deploy import per_picture, similarity
-from asvit_deploy.budget import fixed_counts
+from asvit_deploy import per_picture, settling, similarity
+from asvit_deploy.budget import fixed_counts, macs_of
 from asvit_deploy.calibration import MIN_IMAGES, Outcome, agreement_of
+from asvit_deploy.distance import distance, measure
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
+from asvit_deploy.models.macs import dense_macs, teacher_macs
 from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.baselines import Random
 from asvit_deploy.reduction.ranked import Ranked
+from asvit_deploy.reduction.schedule import Schedule
 from asvit_deploy.reduction.size_passing import SizePassing
 from asvit_deploy.reduction.tome import ToMe
 from asvit_deploy.reduction.topk import TopKNearest
@@ -40,7 +42,7 @@ Progress = Callable[[int, int], None]
 class Choice:
     """A method on budget, and the figures it reached (JSON-ready)."""
 
-    reduction: Ranked
+    reduction: Reduction
     report: dict[str, Any]
 
 
@@ -56,7 +58,7 @@ class Wanted:
         max_kept: as `per_picture.fit`.
     """
 
-    method: type[Ranked] | None
+    method: type[Reduction] | None
     budget: float
     blocks: tuple[int, ...] | None = None
     per_picture: bool = False
@@ -70,7 +72,8 @@ def choose(
     """Choose a method on every second picture, at most `CHOOSING`, and judge it on all others.
 
     Args:
-        model: in eval mode; its own reduction, if any, is not looked at.
+        model: in eval mode; of its own reduction, if any, what it learned beside thresholds is
+            taken over.
         images: float32 [3, H, W] each, normalised; at least `MIN_IMAGES`.
         progress: called with how many passes of an image are done, of how many.
 
@@ -93,27 +96,31 @@ class _Trial:
     def __init__(
         self, model: ViT, images: Sequence[np.ndarray], wanted: Wanted, progress: Progress
     ) -> None:
-        self.model, self.images, self.wanted = model.with_reduction(None), images, wanted
+        self.model, self.images, self.wanted = model, images, wanted
         self.config = model.config
         count = len(images)
         picked = range(0, count, max(2, -(-count // CHOOSING)))
         self.choosing = list(picked)
         self.judging = sorted(set(range(count)) - set(picked))
         self.out_of_reach: dict[str, str] = {}
-        self.tried = self._contenders()
-        self.done, self.progress = 0, progress
-        # Dense, chance, every contender, and thresholds: fitted on some and carried out on others.
-        self.total = (len(self.tried) + 3) * count
-
-    def _contenders(self) -> dict[str, Ranked]:
-        """The methods at fixed counts; of what is not asked for by name, those that reach it."""
-        wanted, found = self.wanted, dict[str, Ranked]()
-        asked: tuple[type[Ranked], ...] = (FIRST, *CHALLENGERS)
+        asked: tuple[type[Reduction], ...] = (FIRST, *CHALLENGERS)
         if wanted.method is not None:
             asked = (wanted.method,)
+        self.done, self.progress = 0, progress
+        # Dense, chance, every contender, and thresholds: fitted on some and carried out on others.
+        self.total = (len(asked) + 3) * count
+        self.total += sum(map(settling.passes, asked)) * len(self.choosing)
+        self.tried = self._contenders(asked)
+
+    def _contenders(self, asked: Sequence[type[Reduction]]) -> dict[str, Reduction]:
+        """The methods on budget; of what is not asked for by name, those that reach it."""
+        wanted, found = self.wanted, dict[str, Reduction]()
+        some = [self.images[i] for i in self.choosing]
         for method in asked:
             try:
-                found[method.name] = fixed_counts(self.config, method, wanted.budget, wanted.blocks)
+                found[method.name] = settling.on_budget(
+                    self.model, method, some, wanted.budget, wanted.blocks, self._tick
+                )
             except UserError as error:
                 self.out_of_reach[method.name] = str(error)
         if not found:
@@ -124,7 +131,7 @@ class _Trial:
         self.done += 1
         self.progress(min(self.done, self.total), self.total)
 
-    def _carried_out(self, reduction: Ranked | None, which: Sequence[int]) -> Outcome:
+    def _carried_out(self, reduction: Reduction | None, which: Sequence[int]) -> Outcome:
         network = self.model.with_reduction(reduction)
         return carried_out_on(network, (self.images[i] for i in which), self._tick)
 
@@ -145,6 +152,12 @@ class _Trial:
             chance, beside, dense, distance(self.config, dense, beside.output), apart[name]
         )
         adaptive, thresholds, no_thresholds = None, None, None
+        if method is Schedule:  # what the search brought
+            one_ratio = fixed_counts(self.config, Schedule, self.wanted.budget, self.wanted.blocks)
+            name_of_it, start = f"{Schedule.name}, one ratio", self._carried_out(one_ratio, every)
+            rows[name_of_it] = self._row(
+                one_ratio, start, dense, distance(self.config, dense, start.output), apart[name]
+            )
         if method.adapts or self.wanted.per_picture:
             try:
                 adaptive, thresholds = self._by_thresholds(method, dense, apart[name])
@@ -168,14 +181,14 @@ class _Trial:
         return Choice(reduction, report)
 
     def _row(
-        self, reduction: Ranked, outcome: Outcome, dense: Tensor, apart: NDArray[np.float64],
+        self, reduction: Reduction, outcome: Outcome, dense: Tensor, apart: NDArray[np.float64],
         chosen: NDArray[np.float64],
     ) -> dict[str, Any]:  # fmt: skip
         """What a method costs, keeps and gets right on the pictures that judge."""
         config, judged = self.config, self.judging
         lengths = outcome.lengths[judged]
         kept = lengths - config.prefix - reduction.appends
-        macs = model_macs(config, list(lengths.T.astype(np.float64)), reduction.cuts)
+        macs = macs_of(config, reduction, lengths)
         return {
             "macs_ratio": float(np.mean(macs)) / teacher_macs(config),
             "kept_tokens": [
@@ -188,8 +201,8 @@ class _Trial:
         }
 
     def _by_thresholds(
-        self, method: type[Ranked], dense: Tensor, fixed: NDArray[np.float64]
-    ) -> tuple[Ranked, dict[str, Any]]:
+        self, method: type[Reduction], dense: Tensor, fixed: NDArray[np.float64]
+    ) -> tuple[Reduction, dict[str, Any]]:
         """The method picture by picture: what that brings at equal mean MACs, and its drift."""
         wanted, config = self.wanted, self.config
         made = per_picture.fit(
@@ -241,29 +254,6 @@ def chosen(apart: dict[str, NDArray[np.float64]]) -> tuple[str, str]:
         return first, f"no other is closer to the dense network beyond chance than {first}"
     best = max(better, key=lambda other: better[other])
     return best, f"closer to the dense network than {first} on the pictures that choose"
-
-
-def measure(config: ArchConfig) -> str:
-    """What `distance` is of that network's output."""
-    if config.output == "embedding":
-        return "1 - cosine"
-    return "|difference|" if config.num_classes == 1 else "KL"
-
-
-def distance(config: ArchConfig, dense: Tensor, other: Tensor) -> NDArray[np.float64]:
-    """Of each picture's output [P, C] from the dense network's, float64 [P]; 0 where equal.
-
-    Raises:
-        UserError: an embedding without a direction.
-    """
-    if config.output == "embedding":
-        similarity.directions(dense.numpy(), f"{config.name}, dense,")
-        similarity.directions(other.numpy(), config.name)
-        return 1 - similarity.cosines(dense.numpy(), other.numpy())
-    if config.num_classes == 1:
-        return (other.double() - dense.double()).abs()[:, 0].numpy()
-    log_p, log_q = dense.double().log_softmax(1), other.double().log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1).numpy()
 
 
 def _mean(values: NDArray[np.float64]) -> dict[str, float]:

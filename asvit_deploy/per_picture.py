@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from asvit_deploy.budget import TOLERANCE, carried_out, fixed_counts
 from asvit_deploy.calibration import StageCost, mid_gap_threshold
@@ -15,15 +16,18 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import budget_macs, fixed_lengths, part_macs, teacher_macs
 from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.base import Decision, Reduction
+from asvit_deploy.reduction.ltmp import LEAST, LTMP, Evidence
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.removal import remove
 from asvit_deploy.reduction.rows import Rows
+from asvit_deploy.reduction.schedule import Schedule
 
 _AIM = 0.001  # of the budget; within it, the widest gap between two scores is taken
 
 
 def fit(
-    model: ViT, method: type[Ranked], images: Sequence[np.ndarray], budget: float,
+    model: ViT, method: type[Reduction], images: Sequence[np.ndarray], budget: float,
     blocks: Sequence[int] | None = None, max_kept: int | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> Ranked:  # fmt: skip
@@ -33,6 +37,7 @@ def fit(
     MACs; what a cut misses, the next makes up for.
 
     Args:
+        model: in eval mode; what its own reduction learned beside thresholds is taken over.
         images: float32 [3, H, W] each, normalised.
         budget: f, as `budget.fixed_counts` has it.
         max_kept: rows, prefix included, that any picture keeps behind the last cut at most; the
@@ -45,10 +50,13 @@ def fit(
     """
     config = model.config
     if not method.adapts:
-        raise UserError(
-            f"{method.name} keeps as many tokens of every picture: it has no thresholds to fit; "
-            "drop --per-picture"
+        what = (
+            "keeps its own number of every picture anyway"
+            if method is LTMP
+            else "keeps as many tokens of every picture: it has no thresholds to fit"
         )
+        raise UserError(f"{method.name} {what}; drop --per-picture")
+    assert issubclass(method, Ranked)
     plan = fixed_counts(config, method, budget, blocks)
     most = None if max_kept is None else bounds(config, plan, max_kept)
     if most and plan.kept and most[-1] <= plan.kept[-1]:
@@ -56,16 +64,21 @@ def fit(
             f"--max-kept {max_kept} is no more than the {plan.kept[-1] + config.prefix} rows that "
             "this budget keeps on average behind the last cut; pass more, or a smaller budget"
         )
-    made = method(plan.blocks, None, config.prefix, most)
+    made = method.planned(config.dim, config.prefix, plan.blocks, None, most).taught_by(
+        model.reduction
+    )
+    made = made.to(model.pos_embed.device)
     network = model.with_reduction(made)
     halves = list(pairwise((*made.cuts, 2 * config.depth)))
     targets = [part_macs(config, n, *part) for n, part in zip(fixed_lengths(config, plan), halves)]
     missed = 0.0
     with torch.inference_mode():
-        rows = [Rows(network.embed(torch.from_numpy(image)[None])[0]) for image in images]
+        place = network.pos_embed.device
+        pictures = (torch.from_numpy(image)[None].to(place) for image in images)
+        rows = [Rows(network.embed(picture)[0]) for picture in pictures]
         for stage, part in enumerate(halves):
             ranked = [network.scored(stage, one) for one in rows]
-            scores = [decision.score.numpy()[0] for _, decision in ranked]
+            scores = [decision.score.cpu().numpy()[0] for _, decision in ranked]
             cost = StageCost(config, part, scores, made.appends)
             aim = _AIM * budget_macs(config, budget)
             theta = _threshold(scores, cost, targets[stage] + missed, aim)
@@ -83,6 +96,103 @@ def fit(
             f"{ratio:.4f}); give other images{', pass more' * bool(bound)} or another budget"
         )
     return made
+
+
+def fit_pairs(
+    model: ViT, images: Sequence[np.ndarray], budget: float,
+    blocks: Sequence[int] | None = None, progress: Callable[[], object] = lambda: None,
+) -> LTMP:  # fmt: skip
+    """As `fit`, of LTMP: at each cut as many pairs lie under the one threshold as tokens under the
+    other, which for want of training is as good as any other share.
+
+    Raises:
+        UserError: as `fit`.
+    """
+    config = model.config
+    plan = fixed_counts(config, Schedule, budget, blocks)  # cuts as LTMP does
+    place = model.pos_embed.device
+    made = LTMP(plan.blocks, config.prefix).to(place)
+    network = model.with_reduction(made)
+    halves = list(pairwise((*made.cuts, 2 * config.depth)))
+    targets = [part_macs(config, n, *part) for n, part in zip(fixed_lengths(config, plan), halves)]
+    missed = 0.0
+    with torch.inference_mode():
+        pictures = (torch.from_numpy(image)[None].to(place) for image in images)
+        rows = [Rows(network.embed(picture)[0]) for picture in pictures]
+        for stage, part in enumerate(halves):
+            cut = _PairCut(config, part)
+            for one in rows:
+                before, seen = network.segment(stage, one)
+                assert seen is not None
+                cut.add(before, made.evidence(before, seen))
+            merge, prune = cut.thresholds(made, targets[stage] + missed)
+            made.merge[stage].fill_(merge)
+            made.prune[stage].fill_(prune)
+            missed += targets[stage] - cut.cost(made, merge, prune)
+            decided = cut.decided(made, made.merge[stage], made.prune[stage])
+            rows = [
+                remove(made, stage, before, decision, padded=False)[0]
+                for (before, _), decision in zip(cut.seen, decided)
+            ]
+            if stage == 0:
+                for _ in images:
+                    progress()
+    ratio = (carried_out(config, plan) - missed) / teacher_macs(config)
+    if abs(ratio / budget - 1) > TOLERANCE:
+        raise UserError(
+            f"budget {budget:g} cannot be met within 1 % with these images (nearest {ratio:.4f}); "
+            "give other images or another budget"
+        )
+    return made
+
+
+class _PairCut:
+    """What pictures bring to a cut of LTMP."""
+
+    def __init__(self, config: ArchConfig, part: tuple[int, int]) -> None:
+        self.config, self.part = config, part
+        self.seen: list[tuple[Rows, Evidence]] = []
+
+    def add(self, rows: Rows, evidence: Evidence) -> None:
+        self.seen.append((rows, evidence))
+
+    def decided(self, made: LTMP, merge: Tensor, prune: Tensor) -> list[Decision]:
+        return [made.judged(evidence, merge, prune) for _, evidence in self.seen]
+
+    def cost(self, made: LTMP, merge: float, prune: float) -> float:
+        """Mean MACs up to the next cut."""
+        found = self.decided(made, torch.tensor(merge), torch.tensor(prune))
+        kept = [max(1, int((one.score > prune).sum())) for one in found]
+        rows = np.array(kept, np.float64) + self.config.prefix
+        return float(part_macs(self.config, rows, *self.part).mean())
+
+    def thresholds(self, made: LTMP, target: float) -> tuple[float, float]:
+        """The pair, between what occurred, whose cost is nearest to the target."""
+        gaps = _pooled(evidence.apart()[evidence.found.paired] for _, evidence in self.seen)
+        received = _pooled(evidence.received.flatten() for _, evidence in self.seen)
+
+        def at(share: float) -> tuple[float, float]:
+            return _between(gaps, share), _between(received, share / 2)
+
+        low, high = 0.0, 1.0
+        for _ in range(16):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.cost(made, *at(middle)) > target else (low, middle)
+        return min((at(low), at(high)), key=lambda one: abs(self.cost(made, *one) - target))
+
+
+def _pooled(values: Iterable[Tensor]) -> NDArray[np.float32]:
+    return np.unique(torch.cat(list(values)).cpu().numpy())
+
+
+def _between(values: NDArray[np.float32], share: float) -> float:
+    """A number that has that share of the rising values under it, in the middle of a gap."""
+    if not len(values):
+        return LEAST
+    under = round(share * len(values))
+    low = values[under - 1] if under else values[0] / 2
+    high = values[under] if under < len(values) else values[-1] * 2
+    return max(float(np.float32((float(low) + float(high)) / 2)), LEAST)
 
 
 def _threshold(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from asvit_deploy.choice import Wanted, choose, chosen, distance, measure
+from asvit_deploy.choice import Wanted, choose, chosen
 from asvit_deploy.data.images import open_images
+from asvit_deploy.distance import distance, measure
 from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch

@@ -29,6 +29,8 @@ EXECUTED = {
     "asvit-deploy evaluate as_deit_s.safetensors": "tests/training/test_documented_paths.py",
     "asvit-deploy export --ckpt as_deit_s.safetensors": "tests/training/test_documented_paths.py",
     "asvit-deploy finetune --data birds": "tests/training/test_documented_paths.py",
+    "asvit-deploy finetune --data DIR": "tests/cli/test_finetune_methods.py",
+    "asvit-deploy finetune --data PICTURES": "tests/cli/test_finetune_methods.py",
     "asvit-deploy evaluate birds.safetensors": "tests/training/test_documented_paths.py",
     "asvit-deploy export --ckpt birds.safetensors": "tests/training/test_documented_paths.py",
     "./scripts/test": ".ci/run",

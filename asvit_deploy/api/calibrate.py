@@ -20,7 +20,7 @@ from asvit_deploy.api.inputs import (
     require_whole,
     say_load,
 )
-from asvit_deploy.api.methods import EXECUTED, RELEASE, THRESHOLD, method_for
+from asvit_deploy.api.methods import AUTO, EXECUTED, RELEASE, THRESHOLD, method_for, require_trained
 from asvit_deploy.errors import UserError
 from asvit_deploy.status import Say, hide_bar, silent
 
@@ -124,6 +124,7 @@ def calibrate(
     ):
         checkpoint = load_checkpoint(place, image_size, arch, ema, known)
         method = method_for(checkpoint, method)
+        require_trained(checkpoint, method)
         wanted = _Wanted(method, budget, None if cuts is None else tuple(cuts), per_picture,
                          max_kept, budget_by, seed)  # fmt: skip
         wanted.check()
@@ -135,7 +136,7 @@ def calibrate(
         pictures = open_images(folder, config, limit, skip_limit, say).readable()
         say(f"{place}: {config.name}, {config.image_size} px; {pictures.source}")
         model, found = _calibrated(checkpoint, pictures, wanted, say)
-        report = _save(target, model, checkpoint, pictures, wanted, found)
+        report = _save(target, model, checkpoint, pictures, wanted, found, say)
         values = tuple(model.threshold_values())
         made = Calibrated(target, model.config, report["method"], values, report, machine())
         if shown is not None:
@@ -172,7 +173,7 @@ def _calibrated(
 
     from asvit_deploy import calibration, choice
     from asvit_deploy.checkpoints.load import build_model
-    from asvit_deploy.reduction.methods import RANKED
+    from asvit_deploy.reduction.methods import METHODS
 
     config = checkpoint.config
     if wanted.budget_by == RELEASE:
@@ -180,7 +181,7 @@ def _calibrated(
     if wanted.method == THRESHOLD and wanted.cuts is not None:
         config = config.with_stages(wanted.cuts)
     checkpoint = replace(checkpoint, config=config)
-    model = build_model(checkpoint, dense=True)
+    model = build_model(checkpoint)  # what its own method learned may be taken over
     with tqdm(desc="calibrate", unit="pass", disable=hide_bar(say), leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -191,7 +192,8 @@ def _calibrated(
             result = calibration.calibrate(model, pictures, wanted.budget, wanted.seed, progress)
             made = calibration.with_thresholds(checkpoint, result.thresholds)
             return made, {"method": THRESHOLD, **result.report}
-        asked = choice.Wanted(RANKED.get(wanted.method), wanted.budget, wanted.cuts,
+        named = None if wanted.method == AUTO else METHODS[wanted.method]
+        asked = choice.Wanted(named, wanted.budget, wanted.cuts,
                               wanted.per_picture, wanted.max_kept)  # fmt: skip
         chosen = choice.choose(model, pictures, asked, progress)
     return model.with_reduction(chosen.reduction), chosen.report
@@ -199,9 +201,10 @@ def _calibrated(
 
 def _save(
     target: Path, model: ViT, checkpoint: Checkpoint, pictures: ImageSet, wanted: _Wanted,
-    found: dict[str, Any],
+    found: dict[str, Any], say: Say,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the checkpoint and return the report, which is kept in it too."""
+    from asvit_deploy.checkpoints.learned import backbone_beside, beside_line
     from asvit_deploy.checkpoints.load import save_checkpoint
     from asvit_deploy.checkpoints.places import fingerprint
     from asvit_deploy.sidecar import provenance
@@ -219,5 +222,8 @@ def _save(
         "source_sha256": report["source_sha256"],
         "provenance": json.dumps(provenance(["torch"])),
     }
-    save_checkpoint(target, model, metadata)
+    backbone = backbone_beside(target, model.reduction, checkpoint)
+    if backbone is not None:
+        say(beside_line(target, backbone))
+    save_checkpoint(target, model, metadata, backbone)
     return report

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from asvit_deploy.evaluation.accuracy import LabelledArrays
     from asvit_deploy.evaluation.pictures import EvaluationPictures
     from asvit_deploy.models.config import ArchConfig, Output
+    from asvit_deploy.models.macs import Cuts
     from asvit_deploy.models.vit import BatchRule, ViT
     from asvit_deploy.runners.base import Runner
 
@@ -211,7 +212,7 @@ class _Opened:
 
     Attributes:
         names: of its classes, where they are known.
-        cuts: those of its method where they are not before the blocks of the stages.
+        cuts: its method, where that is another than AS-ViT's own: see `macs.Cuts`.
         twin: the dense one of a network that gives embeddings, or why there is none.
         aim: the budget that its thresholds were calibrated to, in MACs as they are carried out.
         sha256: of an ONNX file.
@@ -220,7 +221,7 @@ class _Opened:
     runner: Runner
     config: ArchConfig
     names: ClassNames | None
-    cuts: tuple[int, ...] | None
+    cuts: Cuts
     twin: Runner | str
     aim: float | None = None
     sha256: str | None = None
@@ -246,7 +247,7 @@ def _open(
         runner = runner_of(session, runtime, choice, say)
         fields, adapts = session.fields, bool(session.fields["thresholds"])
         aim = fields.get("budget") if adapts and fields.get("budget_by") == EXECUTED else None
-        return _Opened(runner, session.config, found, session.cuts, twin, aim,
+        return _Opened(runner, session.config, found, session.method, twin, aim,
                        fields.get("sha256"))  # fmt: skip
     from asvit_deploy.checkpoints.load import build_model, load_checkpoint
     from asvit_deploy.runners.pytorch import TorchRunner
@@ -255,14 +256,14 @@ def _open(
     say_load(checkpoint, say)
     network = build_model(checkpoint, dense=dense or not checkpoint.adaptive).to(place.device)
     found = of_checkpoint(checkpoint, classes, say)
-    cuts = network.cuts if checkpoint.reduction else None
+    cuts = network.reduction if checkpoint.reduction else None
     twin = _twin(checkpoint.config, network.adaptive, lambda: network.with_reduction(None), place)
     kept = checkpoint.metadata
     aim = None
     if network.threshold_values() and kept.get("budget_by") == EXECUTED and "budget" in kept:
         aim = float(kept["budget"])
     eager = TorchRunner(network, batch_rule)
-    return _Opened(eager, checkpoint.config, found, cuts or None, twin, aim)
+    return _Opened(eager, checkpoint.config, found, cuts, twin, aim)
 
 
 def _twin(

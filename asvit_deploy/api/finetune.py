@@ -5,29 +5,36 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from asvit_deploy.api.finetune_inputs import (
+    Inputs,
+    check_combination,
+    config_of,
+    load,
+    with_file,
+    with_fresh_head,
+    with_method,
+)
 from asvit_deploy.api.inputs import (
     Channels,
     PathLike,
-    checkpoint_files,
     checkpoint_path,
     given_facts,
     optional_path,
     require_at_least,
     require_numbers,
     require_whole,
-    say_load,
 )
+from asvit_deploy.api.methods import THRESHOLD
 from asvit_deploy.errors import Interrupted, UserError
 from asvit_deploy.requirements import pip_install
 from asvit_deploy.status import Say, first_process, silent
 
 if TYPE_CHECKING:
-    from asvit_deploy.checkpoints.facts import Given
     from asvit_deploy.checkpoints.load import Checkpoint
     from asvit_deploy.data.sources import Source
     from asvit_deploy.models.config import ArchConfig
@@ -35,12 +42,16 @@ if TYPE_CHECKING:
     from asvit_deploy.training.run import Trained
 
 _MOST_WORKERS = 1024
+_NO_NUMBERS = ("thresholds", "masking", "amp", "method", "per_picture", "cuts", "train", "labels")
 
 
 def finetune(
     data: PathLike, *, arch: str | None = None, pretrained: PathLike | None = None,
     teacher: PathLike | None = None, dense: bool = False, output: PathLike | None = None,
     image_size: int | None = None, stages: Sequence[int] | None = None,
+    method: str | None = None, per_picture: bool = False, cuts: Sequence[int] | None = None,
+    train: Literal["all", "thresholds"] | None = None,
+    labels: Literal["data", "none"] | None = None,
     recipe: PathLike | None = None, budget: float | None = None, epochs: int | None = None,
     steps: int | None = None, batch_size: int | None = None, lr: float | None = None,
     min_lr: float | None = None, warmup: int | None = None, weight_decay: float | None = None,
@@ -64,7 +75,15 @@ def finetune(
     architecture. Every process of `torchrun` calls it alike; all of them get the result.
 
     Args:
-        data: "digits", or a folder of class folders or of .tar shards.
+        data: "digits", or a folder of class folders or of .tar shards; with `labels="none"` any
+            folder of pictures.
+        method: a name of `reduction.methods.METHODS`; by default the checkpoint's own, and
+            "threshold" for dense weights. Rows of those with fixed counts are gathered in training.
+        per_picture: a threshold at each cut that learns, in place of a fixed number of tokens.
+        cuts: blocks at which tokens leave, rising; by default the method's usual ones.
+        train: "thresholds" leaves the weights as they are; only what is the method's own learns.
+        labels: "none" learns from the dense network alone: KL of its logits, or 1 - cosine of its
+            embeddings.
         recipe: a TOML file of options; those given here win.
         say: gets status lines in the first process; progress bars go with them.
 
@@ -79,52 +98,23 @@ def finetune(
         "erase": erase, "repeats": repeats, "flops_weight": flops_weight,
         "distill_weight": distill_weight, "temperature": temperature, "masking": masking,
         "thresholds": _thresholds(thresholds), "ema": ema_decay, "amp": amp, "seed": seed,
+        "method": method, "per_picture": per_picture or None, "cuts": _blocks("cuts", cuts),
+        "train": train, "labels": labels,
     }  # fmt: skip
     require_at_least(1, epochs=epochs, steps=steps, batch_size=batch_size, repeats=repeats)
     require_at_least(0, warmup=warmup, seed=seed)
-    require_numbers({k: v for k, v in given.items() if k not in ("thresholds", "masking", "amp")})
+    require_numbers({k: v for k, v in given.items() if k not in _NO_NUMBERS})
     require_whole(image_size=image_size)
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     listening, say = say is not silent, say if first_process() else silent
-    inputs = _Inputs(
+    inputs = Inputs(
         os.fspath(data), arch, _checkpoint(pretrained, say), _checkpoint(teacher, say), dense,
-        optional_path(output), image_size, _stages(stages),
+        optional_path(output), image_size, _blocks("stages", stages),
         optional_path(recipe), optional_path(classes), ema, known, given, resume, force,
     )  # fmt: skip
     running = _running(save_every, log_every, validation_limit, workers, skip_limit,
                        optional_path(tensorboard), listening)  # fmt: skip
     return _finetune(inputs, running, say)
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a run is asked to do; names as those of the options.
-
-    Attributes:
-        given: the recipe's options by their field, None where not given.
-    """
-
-    data: str
-    arch: str | None
-    pretrained: Path | None
-    teacher: Path | None
-    dense: bool
-    output: Path | None
-    image_size: int | None
-    stages: tuple[int, ...] | None
-    recipe: Path | None
-    classes: Path | None
-    averaged: bool
-    known: Given
-    given: dict[str, Any]
-    resume: bool
-    force: bool
-
-    def files(self) -> list[Path]:
-        """What the run reads and must not write."""
-        networks = (self.pretrained, self.teacher)
-        weights = [file for path in networks if path for file in checkpoint_files(path)]
-        return weights + [path for path in (self.recipe, self.classes) if path]
 
 
 def _thresholds(value: Sequence[float] | Literal["fit"] | None) -> Any:
@@ -138,12 +128,12 @@ def _thresholds(value: Sequence[float] | Literal["fit"] | None) -> Any:
         ) from None
 
 
-def _stages(value: Sequence[int] | None) -> tuple[int, ...] | None:
+def _blocks(name: str, value: Sequence[int] | None) -> tuple[int, ...] | None:
     try:
-        stages = tuple(int(stage) for stage in value or ())
+        blocks = tuple(int(block) for block in value or ())
     except (TypeError, ValueError):
-        raise UserError(f"stages={value!r} cannot be used; pass a list such as [3, 6, 9]") from None
-    return stages or None
+        raise UserError(f"{name}={value!r} cannot be used; pass a list such as [3, 6, 9]") from None
+    return blocks or None
 
 
 def _checkpoint(value: PathLike | None, say: Say) -> Path | None:
@@ -166,7 +156,7 @@ def _running(
     )  # fmt: skip
 
 
-def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
+def _finetune(inputs: Inputs, running: Running, say: Say) -> Trained:
     try:
         from asvit_deploy.training.run import finetune as run
         from asvit_deploy.training.summary import summary
@@ -174,29 +164,29 @@ def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
         if error.name != "accelerate":
             raise
         raise UserError(f"finetune needs accelerate; {pip_install('accelerate')}") from error
-    from asvit_deploy.checkpoints.load import require_one_token
+    from asvit_deploy.classes.network import named, of_checkpoint
     from asvit_deploy.data.head_order import check_teacher
     from asvit_deploy.training.presets import check_options, read_recipe
 
     check_options(inputs.dense, inputs.given)
-    _check_combination(inputs)
     in_file = read_recipe(inputs.recipe) if inputs.recipe else {}
-    start, mentor = _load(inputs, say)
+    if not inputs.dense:
+        inputs = replace(inputs, given=with_file(inputs.given, in_file))
+    check_combination(inputs)
+    start, mentor = load(inputs, say)
     if start and not inputs.dense:
-        require_one_token(start)
-    if start and start.headless:
-        inputs = _with_fresh_head(inputs, start, say)
-    config = _config(inputs, start)
+        inputs = with_method(inputs, start)
+    if start and start.headless and inputs.labelled:
+        inputs = with_fresh_head(inputs, start, say)
+    config = config_of(inputs, start)
     target = inputs.output or Path(f"{config.name}{'_dense' if inputs.dense else ''}.safetensors")
     state = _check_outputs(inputs, target)
     config, source, recipe = _prepared(inputs, config, start, in_file, say)
-    if mentor is not None:
+    if mentor is not None and inputs.labelled:
         check_teacher(source, mentor, say)
-    say(
-        f"{config.name}, {config.image_size} px, {len(source.classes)} classes of {source.name} "
-        f"({_pictures(source)}): {recipe.steps} steps of {recipe.batch_size}, learning rate "
-        f"{recipe.lr:g}"
-    )
+    if start is not None and not inputs.labelled:
+        start = named(start, of_checkpoint(start, None, say, assume=False))
+    say(_said(config, source, recipe))
     for note in source.notes:
         say(note)
     try:
@@ -215,100 +205,7 @@ def _finetune(inputs: _Inputs, running: Running, say: Say) -> Trained:
     return result
 
 
-def _check_combination(inputs: _Inputs) -> None:
-    """Refuse what contradicts itself, before anything is loaded."""
-    if inputs.dense and inputs.teacher is not None:
-        raise UserError("--dense has no teacher; drop one of --dense and --teacher")
-    if not inputs.dense and inputs.pretrained is None:
-        raise UserError(
-            "adaptive training starts from dense weights: pass --pretrained FILE, "
-            "or train them first with --dense"
-        )
-    if inputs.arch is None and inputs.pretrained is None:
-        raise UserError("nothing says which network to train; pass --arch or --pretrained")
-    asked = inputs.known.options() + ["--ema"] * inputs.averaged
-    if inputs.pretrained is None and asked:
-        raise UserError(
-            f"{' and '.join(asked)} say something of --pretrained's weights; pass --pretrained, or "
-            "drop it"
-        )
-
-
-def _load(inputs: _Inputs, say: Say) -> tuple[Checkpoint | None, Checkpoint | None]:
-    """The weights to start from and those to learn from, with a line on each.
-
-    Raises:
-        UserError: as `load_checkpoint`; averaged weights are asked for and neither has any; those
-            to learn from give embeddings.
-    """
-    from asvit_deploy.checkpoints.facts import seen_alike
-    from asvit_deploy.checkpoints.load import load_checkpoint
-
-    pretrained, teacher, averaged = inputs.pretrained, inputs.teacher, inputs.averaged
-    if pretrained is None:
-        return None, None
-    load = partial(load_checkpoint, pretrained, inputs.image_size, inputs.arch,
-                   given=inputs.known)  # fmt: skip
-    start = load()
-    teach = None
-    if teacher is not None:
-        teach = partial(load_checkpoint, teacher, start.config.image_size)
-    mentor = teach() if teach else None
-    if mentor is not None and mentor.headless:
-        raise UserError(
-            f"{teacher} gives embeddings and no classes, so it teaches none; name a --teacher with "
-            "a head (finetune --dense --pretrained fits one), or leave it out"
-        )
-    if averaged and not (start.has_average or (mentor and mentor.has_average)):
-        where = f"{pretrained} holds" if mentor is None else f"{pretrained} and {teacher} hold"
-        raise UserError(f"{where} no moving average of its weights; drop --ema")
-    if averaged:
-        start = load(ema=True) if start.has_average else start
-        mentor = teach(ema=True) if teach and mentor and mentor.has_average else mentor
-    for checkpoint in (start, mentor):
-        if checkpoint is not None:
-            say_load(checkpoint, say)
-            if averaged and not checkpoint.has_average:
-                say(f"{checkpoint.path}: holds no moving average; its own weights are taken")
-    if mentor is not None:
-        alike = seen_alike(mentor.config, mentor.origins, start.config.preprocessing)
-        if alike != mentor.config:
-            say(f"{teacher}: what is assumed of its pictures is as {pretrained} sees them instead")
-        mentor = replace(mentor, config=alike)
-    return start, mentor
-
-
-def _with_fresh_head(inputs: _Inputs, start: Checkpoint, say: Say) -> _Inputs:
-    """Say that the head is fresh; such a network is no teacher, so that an adaptive run without
-    another one distils nothing.
-
-    Raises:
-        UserError: distillation is asked for, and there is nobody to learn from.
-    """
-    alone, weight = not inputs.dense and inputs.teacher is None, inputs.given["distill_weight"]
-    if alone and weight:
-        raise UserError(
-            f"{start.path} tells no classes apart, so it teaches nothing and --distill-weight "
-            f"{weight:g} needs another teacher; pass --teacher, or drop it"
-        )
-    nothing = ", and without a --teacher nothing is distilled" if alone else ""
-    has, place = "has no head", ""
-    if start.config.head != "none":
-        has, place = "gives embeddings, no classes", " in place of its projection"
-    say(f"{start.path}: {has}; a fresh head is trained{place}{nothing}")
-    return replace(inputs, given={**inputs.given, "distill_weight": 0.0}) if alone else inputs
-
-
-def _config(inputs: _Inputs, start: Checkpoint | None) -> ArchConfig:
-    from asvit_deploy.checkpoints.load import telling_classes
-    from asvit_deploy.models.archs import arch
-
-    config = arch(inputs.arch or "").at(inputs.image_size) if start is None else start.config
-    config = telling_classes(config).released()
-    return config.with_stages(inputs.stages) if inputs.stages else config
-
-
-def _check_outputs(inputs: _Inputs, target: Path) -> Path:
+def _check_outputs(inputs: Inputs, target: Path) -> Path:
     """Where the run keeps its state, once it is sure that nothing is overwritten unasked.
 
     Raises:
@@ -330,12 +227,13 @@ def _check_outputs(inputs: _Inputs, target: Path) -> Path:
 
 
 def _prepared(
-    inputs: _Inputs, config: ArchConfig, start: Checkpoint | None, in_file: dict[str, Any],
+    inputs: Inputs, config: ArchConfig, start: Checkpoint | None, in_file: dict[str, Any],
     say: Say,
 ) -> tuple[ArchConfig, Source, Recipe]:  # fmt: skip
     """The architecture with the data's classes, the data, and the recipe for both."""
     from asvit_deploy.classes.name_files import read_names
     from asvit_deploy.data.head_order import in_head_order
+    from asvit_deploy.data.parts import unlabelled
     from asvit_deploy.data.sources import open_source
     from asvit_deploy.training.presets import recipe_for
 
@@ -344,12 +242,20 @@ def _prepared(
     # Twice: what a batch holds follows from the recipe, and how long an epoch is from the data.
     draft = make(epoch=1)
     names = read_names(inputs.classes, least=2) if inputs.classes else None
-    source = open_source(inputs.data, config, draft.seed, draft.augmentation, names)
+    if not inputs.labelled:
+        source = open_source(inputs.data, config, draft.seed, draft.augmentation, labelled=False)
+        return config, source, make(epoch=source.epoch)
+    try:
+        source = open_source(inputs.data, config, draft.seed, draft.augmentation, names)
+    except UserError as error:
+        if inputs.dense or not unlabelled(inputs.data):
+            raise
+        raise UserError(f"{error}; or pass --labels none, which needs no classes") from error
     source = in_head_order(source, names, inputs.classes, start, say)
     return config.at(num_classes=len(source.classes)), source, make(epoch=source.epoch)
 
 
-def _identity(inputs: _Inputs, config: ArchConfig) -> dict[str, Any]:
+def _identity(inputs: Inputs, config: ArchConfig) -> dict[str, Any]:
     """What, beside data and recipe, decides the result; None where nothing was said: states of
     earlier versions know of neither."""
     from asvit_deploy.checkpoints.facts import fields_of
@@ -367,6 +273,23 @@ def _identity(inputs: _Inputs, config: ArchConfig) -> dict[str, Any]:
         "facts": facts if facts != fields_of(described(config.name, traits)) else None,
         "architecture": traits,
     }
+
+
+def _said(config: ArchConfig, source: Source, recipe: Recipe) -> str:
+    """What is trained on what, in a line."""
+    of = f"{len(source.classes)} classes of {source.name}"
+    if recipe.labels == "none":
+        of = f"{source.name} without labels"
+    how = (
+        ""
+        if recipe.method == THRESHOLD
+        else f", {recipe.method}{', per picture' * recipe.per_picture}"
+    )
+    return (
+        f"{config.name}, {config.image_size} px, {of} ({_pictures(source)}){how}: {recipe.steps} "
+        f"steps of {recipe.batch_size}, learning rate {recipe.lr:g}"
+        f"{', thresholds alone' * (recipe.train == 'thresholds')}"
+    )
 
 
 def _pictures(source: Source) -> str:

@@ -54,6 +54,18 @@ def require_sizes(checkpoint: Checkpoint, name: str) -> None:
         )
 
 
+def require_trained(checkpoint: Checkpoint, name: str) -> None:
+    """Raise UserError for a method that must be trained where the checkpoint is not of it."""
+    from asvit_deploy.reduction.methods import METHODS
+
+    own = checkpoint.reduction and checkpoint.reduction["name"]
+    if name != AUTO and METHODS[name].settled == "training" and own != name:
+        raise UserError(
+            f"{checkpoint.path} has none of what {name} learns: pass a checkpoint of {name}, or "
+            f"run `asvit-deploy finetune --method {name}` first"
+        )
+
+
 def with_method(
     checkpoint: Checkpoint, method: str | None, budget: float | None, cuts: Sequence[int] | None,
     max_kept: int | None = None,
@@ -72,12 +84,15 @@ def with_method(
     Raises:
         UserError: the options do not go together, or as `method_for` and `fixed_counts`.
     """
+    from asvit_deploy.reduction.methods import RANKED
+
     require_numbers({"budget": budget})
     if method is not None:
         method = method_for(checkpoint, method)
     if checkpoint.adaptive or method is None:
         return _bounded(checkpoint, budget, cuts, max_kept)
-    if method in (AUTO, THRESHOLD):
+    require_trained(checkpoint, method)
+    if method not in RANKED:
         raise UserError(
             f"{checkpoint.path} is dense, and --method {method} is settled on pictures: run "
             f"`asvit-deploy calibrate --method {method}` first"
@@ -88,7 +103,6 @@ def with_method(
             "each; drop it, or run `asvit-deploy calibrate --per-picture` first"
         )
     from asvit_deploy.budget import fixed_counts
-    from asvit_deploy.reduction.methods import RANKED
 
     budget = 0.65 if budget is None else budget
     made = fixed_counts(checkpoint.config, RANKED[method], budget, cuts)

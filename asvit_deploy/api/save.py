@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # What the network itself says anew, and what is true of an adaptive one alone.
 _OWN = ("format", "schema", "arch", "image_size", "num_classes", "stages", "reduction",
-        "architecture", "preprocessing", "heads", "eps")  # fmt: skip
+        "architecture", "preprocessing", "heads", "eps", "backbone")  # fmt: skip
 _ADAPTIVE = ("budget", "budget_by", "calibration")
 
 

@@ -160,7 +160,22 @@ def _methods(checkpoint: Checkpoint, given: str | Sequence[str] | None) -> tuple
     for name in named:
         require_one_of("methods", name, tuple(METHODS))
         require_sizes(checkpoint, name)
+        _require_numbers(checkpoint, name)
+    if not named and checkpoint.reduction is not None:
+        _require_numbers(checkpoint, checkpoint.reduction["name"])
     return tuple(named)
+
+
+def _require_numbers(checkpoint: Checkpoint, name: str) -> None:
+    """Raise UserError for a method that learned more than a few numbers, as dynamicvit's networks:
+    tune compares what any weights can be given."""
+    from asvit_deploy.reduction.methods import METHODS
+
+    if METHODS[name].settled == "training":
+        raise UserError(
+            f"{checkpoint.path}: tune does not search for {name}, whose predictors are trained; "
+            "run `asvit-deploy calibrate --budget` on a checkpoint of it, then `bench`"
+        )
 
 
 def _demand(

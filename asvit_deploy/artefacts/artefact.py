@@ -11,11 +11,12 @@ from typing import Any
 from asvit_deploy.artefacts.reference import (
     boundaries_of,
     config_of,
-    cuts_of,
+    method_of,
     reference_model,
 )
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.runners.base import Reference, Runner
 
 Opener = Callable[[], Runner]
@@ -90,9 +91,14 @@ class Artefact(ABC):
         return boundaries_of(self.fields)
 
     @property
+    def method(self) -> Reduction | None:
+        """As `reference.method_of`."""
+        return method_of(self.fields)
+
+    @property
     def cuts(self) -> tuple[int, ...] | None:
         """Halves in front of which rows leave; None: before the blocks of the stages."""
-        return cuts_of(self.fields)
+        return None if self.method is None else self.method.cuts
 
     @property
     def dynamic_batch(self) -> bool:

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from asvit_deploy.bounded import MOST_BYTES
 from asvit_deploy.checkpoints import default_checkpoint, facts
 from asvit_deploy.checkpoints.load import Checkpoint, build_model, load_checkpoint
@@ -17,6 +19,7 @@ from asvit_deploy.files import sha256
 from asvit_deploy.models.archs import ARCHS, described
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.methods import restored, within
 
 _KINDS: dict[str, type] = {
@@ -62,10 +65,11 @@ def check_fields(artefact: Path, fields: dict[str, Any]) -> None:
         refuse("prefix")
     if "reduction" in fields:
         try:
-            own = restored(fields["reduction"], config.prefix)
+            with torch.device("meta"):
+                own = restored(fields["reduction"], config.prefix)
         except (ValueError, TypeError, AttributeError):
             refuse("reduction")
-        if not within(own, config.depth):
+        if not within(own, config.depth) or not own.fits(config.dim):
             refuse("reduction")
         if fields.get("appended") != own.appends:
             refuse("appended")
@@ -93,11 +97,13 @@ def boundaries_of(fields: dict[str, Any]) -> list[float | None]:
     return list(fields["thresholds"])
 
 
-def cuts_of(fields: dict[str, Any]) -> tuple[int, ...] | None:
-    """As `ViT.cuts`, from a sidecar; None: before the blocks of the stages."""
+def method_of(fields: dict[str, Any]) -> Reduction | None:
+    """The method that a sidecar describes, without what it learned; None for AS-ViT's own, before
+    the blocks of the stages."""
     if "reduction" not in fields:
         return None
-    return restored(fields["reduction"], fields.get("prefix", 1)).cuts
+    with torch.device("meta"):
+        return restored(fields["reduction"], fields.get("prefix", 1))
 
 
 def config_of(fields: dict[str, Any]) -> ArchConfig:

@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from asvit_deploy import sidecar
-from asvit_deploy.checkpoints import facts, formats, model_types, relatives, unwrapping, within
+from asvit_deploy.checkpoints import (
+    facts,
+    formats,
+    learned,
+    model_types,
+    relatives,
+    unwrapping,
+    within,
+)
 from asvit_deploy.checkpoints.configs import CONFIG, Beside, refuse_others, sources_beside
 from asvit_deploy.checkpoints.damage import sealed, unsealed
 from asvit_deploy.checkpoints.facts import NOTHING_GIVEN, Given, Origins
@@ -34,6 +42,7 @@ from asvit_deploy.checkpoints.network import (
     resized_line,
 )
 from asvit_deploy.checkpoints.ours import (
+    BESIDE,
     FACTS,
     FORMAT,
     METHOD,
@@ -126,6 +135,8 @@ def load_checkpoint(
         path, lines = weights_at(path)
         content, metadata, notes = content_at(path)
         metadata, ours = _own_metadata(path, content, metadata)
+        if ours and learned.BACKBONE in metadata:
+            return _on_backbone(path, content, metadata, asked)
         beside = Beside() if ours or recorded else sources_beside(path)
         return _loaded(_Held(path, content, metadata, (*lines, *notes), ours, beside), asked)
     except Refused as refused:
@@ -180,10 +191,10 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
     refuse_others(held.beside)
     options = unwrapping.options_in(content)
     names = within.model_names(content, options)
-    relatives.refuse_options(options, names.values())
+    found = unwrapping.select(content, asked.ema)
+    relatives.refuse_options(options, names.values(), learned.method_named(found.state))
     for place, name in names.items():
         model_types.refuse_name(name, f"{place} is", unlike=False)
-    found = unwrapping.select(content, asked.ema)
     relatives.refuse_keys(found.state)
     if ours:
         stated, form = stated_config(metadata), None
@@ -200,6 +211,9 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
         check_metadata(metadata, config)
         config = staged(metadata, config)
     method = method_of(metadata, config) if ours else None
+    theirs = None if ours else learned.learned_in(state, config, options)
+    if theirs is not None:
+        state, method = theirs.state, theirs.fields
     adaptive = method is not None or any(map(THRESHOLD.match, state))
     state = checked_state(state, config, adaptive, method)
     image_size, origins, lines = asked.image_size, Origins(), list[str]()
@@ -218,6 +232,8 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
         lines += [*held.beside.lines, *(note for source in inside for note in source.notes)]
     own_size, config = config, at_size(state, config, image_size)
     lines += resized_line(own_size, config)
+    if theirs is not None:
+        lines += theirs.notes
     # What was made earlier is compared with as it was carried out then.
     config = config if asked.recorded is not None else config.saving()
     return Checkpoint(
@@ -225,13 +241,34 @@ def _loaded(held: _Held, asked: _Asked) -> Checkpoint:
         state=state,
         adaptive=adaptive,
         path=held.path,
-        format=FORMAT if form is None else _format_of(form.name, config, adaptive),
+        format=FORMAT if form is None else _format_of(form.name, config, adaptive, method),
         metadata=metadata if ours else {},
         origins=origins,
         notes=(*held.notes, *found.notes, *_notes(translated, config, found.beside), *lines),
         has_average=found.average,
         reduction=method,
     )
+
+
+def _on_backbone(
+    path: Path, content: Any, metadata: dict[str, str], asked: _Asked
+) -> Checkpoint:  # fmt: skip
+    """What a method learned, on the network that lies beside it."""
+    place = learned.backbone_of(path, metadata)
+    backbone = load_checkpoint(
+        place, asked.image_size, asked.arch, asked.ema, asked.given, asked.recorded
+    )
+
+    def check(
+        state: dict[str, Tensor], config: ArchConfig
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        fields = method_of(metadata, config)
+        if fields is None:
+            raise Refused("does not say its reduction; write it again with this tool")
+        return fields, checked_state(state, config, True, fields)
+
+    whole = learned.joined(content, metadata, backbone, check)
+    return replace(whole, path=path, format=FORMAT)
 
 
 def _pictures(
@@ -271,7 +308,9 @@ def _own_metadata(
     return unsealed(metadata), ours
 
 
-def _format_of(form: str, config: ArchConfig, adaptive: bool) -> str:
+def _format_of(form: str, config: ArchConfig, adaptive: bool, method: dict[str, Any] | None) -> str:
+    if method is not None:
+        return method["name"]
     if adaptive:
         return "as-vit"
     if config.name not in ARCHS or form != "timm":
@@ -349,17 +388,21 @@ def build_model(checkpoint: Checkpoint, dense: bool = False) -> ViT:
     return model.eval()
 
 
-def save_checkpoint(path: Path, model: ViT, metadata: dict[str, str]) -> None:
+def save_checkpoint(
+    path: Path, model: ViT, metadata: dict[str, str], backbone: Path | None = None
+) -> None:  # fmt: skip
     """Write a model as `.safetensors` and its sidecar, whole or not at all.
 
     Args:
         metadata: text or JSON, kept beside the weights; format, schema, arch, image_size,
             num_classes, preprocessing, heads, eps and, where they are not the arch's own, stages
             are added and cannot be overridden.
+        backbone: the file of the dense network, in the same folder: only what the method learned
+            is written, and which file that is.
 
     Raises:
-        UserError: another suffix than `.safetensors`, a weight or threshold that is not finite, or
-            the folder cannot be written.
+        UserError: another suffix than `.safetensors`, a weight or threshold that is not finite, a
+            backbone elsewhere, or the folder cannot be written.
     """
     path, config = Path(path), model.config
     if path.suffix != ".safetensors":
@@ -383,6 +426,10 @@ def save_checkpoint(path: Path, model: ViT, metadata: dict[str, str]) -> None:
         own |= {"schema": str(TRAITS), "architecture": json.dumps(own_traits)}
     own |= {name: json.dumps(value) for name, value in known.items()}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    metadata = {key: value for key, value in metadata.items() if key != learned.BACKBONE}
+    if backbone is not None:
+        own |= {"schema": str(BESIDE), learned.BACKBONE: learned.record_of(path, backbone)}
+        tensors = {key: value for key, value in tensors.items() if LEARNED.match(key)}
     if odd := [key for key, value in tensors.items() if not value.isfinite().all()]:
         raise UserError(
             f"{path} is not written: {listed(odd)} holds NaN or infinite values; "

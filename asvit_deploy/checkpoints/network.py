@@ -208,6 +208,8 @@ def checked_state(
         )
         clean[key] = _converted(key, value, like)
     for key in filter(LEARNED.match, sorted(clean)):
+        if clean[key].ndim:  # no threshold
+            continue
         if not 0 < clean[key].item() < float("inf"):
             raise Refused(
                 f"has threshold {key} = {clean[key].item():g}; thresholds are finite and above 0: "

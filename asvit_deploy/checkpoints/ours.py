@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from asvit_deploy.bounded import parse_json
 from asvit_deploy.checkpoints.damage import check_seal, is_sealed
 from asvit_deploy.checkpoints.reading import quoted
@@ -17,9 +19,10 @@ from asvit_deploy.reduction.methods import restored, within
 
 FORMAT = "asvit-deploy"
 # 2 has stages of its own, 3 other facts than the arch's, 4 another method than thresholds, 5 an
-# architecture that is no row of the table; what came before would ignore them.
-SCHEMA = 5
-FACTS, METHOD, TRAITS = 3, 4, 5
+# architecture that is no row of the table, 6 its network in another file; what came before would
+# ignore them.
+SCHEMA = 6
+FACTS, METHOD, TRAITS, BESIDE = 3, 4, 5, 6
 
 
 def parsed(value: str) -> Any:
@@ -109,10 +112,10 @@ def method_of(metadata: Mapping[str, str], config: ArchConfig) -> dict[str, Any]
         return None
     fields = parsed(metadata["reduction"])
     try:
-        if not within(
-            restored(fields if isinstance(fields, dict) else {}, config.prefix), config.depth
-        ):
-            raise ValueError("cuts outside the network")
+        with torch.device("meta"):
+            made = restored(fields if isinstance(fields, dict) else {}, config.prefix)
+        if not within(made, config.depth) or not made.fits(config.dim):
+            raise ValueError("cuts outside the network, or of another width")
     except (ValueError, TypeError) as error:
         raise Refused(
             f"says reduction {quoted(metadata['reduction'])}, which does not fit {config.name}; "

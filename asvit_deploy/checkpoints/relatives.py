@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from asvit_deploy.checkpoints.learned import method_named
 from asvit_deploy.checkpoints.reading import quoted
 from asvit_deploy.checkpoints.refused import Refused
 
@@ -79,13 +80,8 @@ _KEYS: tuple[tuple[str, str, str], ...] = (
     (r"(?:model\.)?layer\.\d+\.attention\.o_proj\.|(?:.*\.)?rope_embed(?:dings)?\.",
      "has rotary position embeddings, as DINOv3 does ({key})", _LATER),
     (r"(?:.*\.)?mlp\.weights_(?:in|out)\.", "has a gated MLP ({key})", _LATER),
-    (
-        r"score_predictor\.\d+\.(?:in_conv|out_conv)\.",
-        "holds DynamicViT predictors (in_conv); AS-ViT needs keep_threshold",
-        "pass an AS-ViT file, or dense weights to `calibrate` or `finetune`",
-    ),
-    (r"blocks\.\d+\.(?:merge|prune)_masker\.", "is an LTMP network ({key})", _LATER),
-    (r"blocks\.\d+\.(?:merge|prune)_ddp\.", "is a DiffRate network ({key})", _LATER),
+    (r"blocks\.\d+\.(?:merge|prune)_ddp\.", "is a DiffRate network ({key})",
+     "pass its dense weights to `calibrate --method schedule`"),
     (r"decoder_(?:blocks\.|embed\.|pos_embed)", "is an MAE with its decoder ({key})",
      "pass the encoder alone to `finetune`"),
     (r"(?:.*\.)?vision_model\.head\.", f"is a SigLIP and {_HF} ({{key}})", _LATER),
@@ -103,17 +99,20 @@ _KEYS: tuple[tuple[str, str, str], ...] = (
 )  # fmt: skip
 
 
-def refuse_options(sources: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
+def refuse_options(
+    sources: Mapping[str, Mapping[str, Any]], names: Iterable[str], held: str | None = None
+) -> None:
     """Refuse a file whose own options, or whose model's name, belong to another method.
 
     Args:
         sources: options by the key of the file that holds them.
         names: what the file calls its model.
+        held: the method whose parameters it holds, which is none of the others.
     """
     for options in sources.values():
         for flags, shows, method in _OPTIONS:
             for flag in flags:
-                if flag in options and shows(options[flag]):
+                if method != held and flag in options and shows(options[flag]):
                     _refuse_method(method, f"--{flag} {quoted(options[flag])}")
         if "base_keep_rate" not in options:
             for flag in _EVIT_TOO:
@@ -121,7 +120,7 @@ def refuse_options(sources: Mapping[str, Mapping[str, Any]], names: Iterable[str
                     _refuse_method("EViT", f"--{flag} {quoted(options[flag])}")
     for name in names:
         for pattern, method in _MODELS:
-            if re.match(pattern, name):
+            if method != held and re.match(pattern, name):
                 _refuse_method(method, f"the model {quoted(name)}")
 
 
@@ -134,6 +133,11 @@ def _refuse_method(method: str, evidence: str) -> None:
 
 def refuse_keys(state: Mapping[str, Any]) -> None:
     """Refuse a state dict that holds what only another network has, by that network's name."""
+    if "cls_token" not in state and (name := method_named(state)):
+        raise Refused(
+            f"holds what {name} learned ({next(iter(state))}) and not its network; pass a "
+            "checkpoint with both"
+        )
     for pattern, what, advice in _KEYS:
         if key := next((key for key in state if re.match(pattern, key)), None):
             raise Refused(f"{what.format(key=quoted(key)[1:-1])}; {advice}")

@@ -51,6 +51,25 @@ def _numbers(kind: type, context: click.Context, parameter: click.Parameter, tex
     "--stages", callback=partial(_numbers, int), help="Blocks before which tokens leave: 3,6,9.",
 )  # fmt: skip
 @click.option(
+    "--method", metavar="NAME",
+    help="threshold (AS-ViT's), size-passing, tome, tome-stages, topk-nearest, topk-scalar, topk, "
+    "topk-attention, evit, bat, schedule, dynamicvit or ltmp [default: the checkpoint's own, or "
+    "threshold].",
+)  # fmt: skip
+@click.option("--per-picture", is_flag=True, help="Thresholds that learn in place of fixed counts.")
+@click.option(
+    "--cuts", type=options.Blocks(),
+    help="Blocks at which tokens leave [default: the method's own].",
+)  # fmt: skip
+@click.option(
+    "--train", type=click.Choice(["all", "thresholds"]),
+    help="What learns: the weights too, or what is the method's own [default: all].",
+)  # fmt: skip
+@click.option(
+    "--labels", type=click.Choice(["data", "none"]),
+    help="none: learn from the dense network alone, on any folder of pictures [default: data].",
+)  # fmt: skip
+@click.option(
     "--recipe", type=options.PATH,
     help="TOML file of the options below; those given here win.",
 )  # fmt: skip
@@ -109,6 +128,7 @@ def command(ema: bool | float, **chosen: Any) -> None:
 
     \b
     asvit-deploy finetune --data DIR --pretrained deit_small.pth --budget 0.65
+    asvit-deploy finetune --data DIR --pretrained clip --labels none --train thresholds
     asvit-deploy finetune --data digits --arch as_deit_mini --dense --steps 4000
 
     Options that are not given are the paper's, by arch. With several GPUs or machines, start it

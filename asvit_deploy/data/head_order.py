@@ -13,7 +13,8 @@ from asvit_deploy.checkpoints.load import Checkpoint
 from asvit_deploy.classes.matching import label_map
 from asvit_deploy.classes.network import of_checkpoint
 from asvit_deploy.data.batches import Batch
-from asvit_deploy.data.sources import Source, fingerprint
+from asvit_deploy.data.picture_sources import fingerprint
+from asvit_deploy.data.sources import Source
 from asvit_deploy.errors import UserError
 from asvit_deploy.status import Say
 
@@ -44,8 +45,8 @@ class Relabelled:
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
         return self._relabelled(self._source.train_batch(step, size, part))
 
-    def fitting(self, count: int, after: int) -> Batch:
-        return self._relabelled(self._source.fitting(count, after))
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
+        return self._relabelled(self._source.fitting(count, after, part))
 
     def validation(
         self, size: int, limit: int | None = None, rank: int = 0, world: int = 1

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from asvit_deploy.data.folders import FolderPictures, Pictures, Splits, parted
+from asvit_deploy.data.folders import (
+    FolderPictures,
+    Pictures,
+    Splits,
+    UnlabelledPictures,
+    parted,
+    why_unlabelled,
+)
+from asvit_deploy.data.listing import pictures_below
 from asvit_deploy.data.shard_folders import (
     by_split,
     compressed_in,
@@ -83,6 +91,46 @@ def folders_to_evaluate(folder: Path) -> Parts:
             "evaluate on those"
         )
     return Parts(None, FolderPictures(folder))
+
+
+# --- folders of pictures, whatever their folders are called -------------------------------------
+
+
+def pictures_to_train(folder: Path) -> Parts:
+    """Raises UserError where there is nothing to train on; see `UnlabelledPictures`."""
+    splits = Splits(folder)
+    if splits.train is None and splits.val is not None and parted(splits.val):
+        raise UserError(
+            f"{folder} has {splits.val.name}/ and nothing to train on; put the training pictures "
+            "into train/"
+        )
+    place = splits.train or folder
+    parts = Parts(UnlabelledPictures(place))
+    if place.is_dir() and why_unlabelled(place) is None:
+        parts.notes.append(unused_labels(str(place)))
+    if splits.train is None:
+        parts.notes.append(f"{NO_VALIDATION}: {folder} has no train/ and val/")
+        return parts
+    if splits.val is None:
+        parts.notes.append(f"{NO_VALIDATION}: there is no val/ beside {splits.train}")
+    else:
+        parts.val = UnlabelledPictures(splits.val)
+    parts.notes += splits.unused() + splits.same()
+    return parts
+
+
+def unlabelled(data: str) -> bool:
+    """Whether it is a folder of pictures whose training part is no class folders."""
+    folder = Path(data)
+    if not folder.is_dir() or is_sharded(folder):
+        return False
+    place = Splits(folder).train or folder
+    return why_unlabelled(place) is not None and bool(pictures_below(place).names)
+
+
+def unused_labels(data: str) -> str:
+    """The line on labels that nobody asked for."""
+    return f"{data} has labels, which are not used"
 
 
 # --- folders of shards --------------------------------------------------------------------------

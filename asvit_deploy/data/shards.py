@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from asvit_deploy import trusted
 from asvit_deploy.bounded import open_regular, parse_json
-from asvit_deploy.data.decode import SUFFIXES, decode_picture
+from asvit_deploy.data.decode import SUFFIXES, Reduction, decode_picture
 from asvit_deploy.data.limits import MAX_FILE
 from asvit_deploy.data.listing import BEHIND, HIDDEN, Passed, ending_of
 from asvit_deploy.data.shard_folders import class_names, shards_in
@@ -400,7 +400,7 @@ class ShardPictures:
         """The class of a picture."""
         return int(self._find(number)[1]["label"])
 
-    def load(self, number: int) -> Image.Image:
+    def load(self, number: int, reduction: Reduction | None = None) -> Image.Image:
         """A picture, as `load_picture` gives it.
 
         Raises:
@@ -413,7 +413,7 @@ class ShardPictures:
         name = _member_name(shard, data)
         file = io.BytesIO(memoryview(data)[_BLOCK:])
         del data  # before the pixels come
-        return decode_picture(file, name, ending_of(name))
+        return decode_picture(file, name, ending_of(name), reduction)
 
     def name(self, number: int) -> str:
         """Shard and member, for messages; a long name may be shortened as in its header."""

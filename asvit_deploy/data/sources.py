@@ -7,49 +7,39 @@ any number of processes and threads share a batch out without changing it.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from asvit_deploy.data.augment import NO_AUGMENTATION, Augmentation
-from asvit_deploy.data.batches import Batch, Share, Threads, normalise
+from asvit_deploy.data.batches import Batch, Share, normalise, slice_of
 from asvit_deploy.data.digits import CANVAS, CLASSES, ClutteredDigits
-from asvit_deploy.data.folders import (
-    Pictures,
-    Splits,
-    UnlabelledPictures,
-    parted,
-    why_unlabelled,
-)
-from asvit_deploy.data.images import preprocess
+from asvit_deploy.data.folders import Splits, UnlabelledPictures, parted, why_unlabelled
 from asvit_deploy.data.labelled import LabelledPictures
 from asvit_deploy.data.parts import (
     folders_to_evaluate,
-    folders_to_train,
     is_sharded,
     shards_to_evaluate,
-    shards_to_train,
+    unused_labels,
 )
-from asvit_deploy.data.shard_order import ShardOrder
-from asvit_deploy.data.shards import ShardPictures
+from asvit_deploy.data.picture_sources import (
+    FolderSource,
+    ShardSource,
+    UnlabelledSource,
+    fingerprint,
+)
 from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.status import Say, silent
 
 DIGITS_EPOCH = 50_000  # placements; the stream itself has no end
-_BICUBIC = Image.Resampling.BICUBIC
-_CROPS = 1  # the stream of draws; augmentation has others
-# So many unreadable pictures in a row are no accident, and the search must end.
-_STAND_INS = 64
 
 
 class Source(Protocol):
@@ -78,11 +68,12 @@ class Source(Protocol):
         """
         ...
 
-    def fitting(self, count: int, after: int) -> Batch:
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
         """At most `count` training pictures as evaluation would see them.
 
         Args:
             after: pictures trained on so far; those that come next are taken.
+            part: numbers of those wanted; by default all.
         """
         ...
 
@@ -107,7 +98,6 @@ class DigitsSource:
     def __init__(
         self, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION
     ) -> None:
-        augmentation.check_installed()
         if config.image_size != CANVAS:
             raise UserError(
                 f"digits are {CANVAS}x{CANVAS} pixels and {config.name} takes "
@@ -121,15 +111,19 @@ class DigitsSource:
         self._train, self._test = ClutteredDigits("train", seed), ClutteredDigits("test", seed)
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
-        share = Share.of(step, size, part, self._augmentation)
-        placed = self._train.batch(np.array(share.positions))
-        labels = torch.from_numpy(placed.labels)
-        classes = len(self.classes)
-        return Batch(*share.finished(placed.images, labels, self._config, classes, self._seed))
+        share = Share.of(step, size, part, self._augmentation, self._config, self._seed)
+        (positions, rows), images = zip(*share.copies.items()), share.room()
+        placed = self._train.batch(np.array(positions))
+        labels = torch.empty(len(share.part), dtype=torch.int64)
+        for own, label, pixels in zip(rows, placed.labels, placed.images):
+            labels[own] = int(label)
+            for row in own:
+                share.put(Image.fromarray(pixels.transpose(1, 2, 0)), images, row)
+        return Batch(images, share.mixed(images, labels, len(self.classes)))
 
-    def fitting(self, count: int, after: int) -> Batch:
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
         start = math.ceil(after / count) * count
-        placed = self._train.batch(np.arange(start, start + count))
+        placed = self._train.batch(start + np.arange(count)[slice_of(part)])
         images = normalise(placed.images, self._config.preprocessing)
         return Batch(images, torch.from_numpy(placed.labels))
 
@@ -143,208 +137,37 @@ class DigitsSource:
             yield Batch(images, torch.from_numpy(placed.labels))
 
 
-class _Shuffled:
-    """The endless order of pictures that can be had in any order: a permutation an epoch."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def __call__(self, position: int) -> int:
-        """The number of the picture that stands there."""
-        epoch, place = divmod(position, self._count)
-        known = self._order  # one read: another thread may be in another epoch
-        if known[0] != epoch:
-            known = (epoch, np.random.default_rng((self._seed, epoch)).permutation(self._count))
-            self._order = known
-        return int(known[1][place])
-
-
-class PictureSource:
-    """Training pictures in an endless order, and perhaps held-out ones.
-
-    Training takes random resized crops (8-100 % of the area, sides up to 4:3) and mirrors every
-    second one, then augments; validation takes the arch's own preprocessing. For a training
-    picture that cannot be read, the next of the order that can stands in.
-
-    Raises:
-        UserError: training and held-out pictures have different classes; kornia is needed and
-            missing.
-    """
-
-    def __init__(
-        self, name: str, train: Pictures, held_out: Pictures | None, order: Callable[[int], int],
-        config: ArchConfig, seed: int, augmentation: Augmentation, notes: Iterable[str] = (),
-    ) -> None:  # fmt: skip
-        augmentation.check_installed()
-        self.name, self.classes, self.epoch = name, train.classes, len(train)
-        self.classes_from = train.classes_from
-        if held_out is not None and held_out.classes != train.classes:
-            odd = sorted(set(held_out.classes) ^ set(train.classes))
-            difference = (
-                f"differ in class {odd[0]!r}" if odd else "have their classes in another order"
-            )
-            raise UserError(f"{name}: train and val {difference}; make them equal")
-        self.identity = {
-            "data": self.name,
-            "classes": fingerprint(self.classes),
-            "pictures": fingerprint(train.names),
-        }
-        parts = [train] if held_out is None else [train, held_out]
-        self.held_out: int | None = 0 if held_out is None else len(held_out)
-        self.passed_over = sum((part.passed_over for part in parts), Counter[str]())
-        self.notes = [*notes, *(note for part in parts for note in part.notes)]
-        self._train, self._order, self._threads = train, order, Threads()
-        # The run itself counts them: those of training and of all processes too.
-        self._held_out: LabelledPictures | None = None
-        if held_out is not None:
-            self._held_out = LabelledPictures(held_out, config, Skips(sys.maxsize))
-        self._config, self._seed, self._augmentation = config, seed, augmentation
-
-    def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
-        share = Share.of(step, size, part, self._augmentation)
-        found = self._threads.map(self._cropped, share.positions, share.numbers)
-        pixels, labels, skipped = zip(*found)
-        images, targets = share.finished(
-            np.stack(pixels), torch.tensor(labels), self._config, len(self.classes), self._seed
-        )
-        return Batch(images, targets, tuple(sorted(set().union(*skipped))))
-
-    def _readable(self, position: int) -> tuple[Image.Image, int, list[str]]:
-        """The picture there, or the next that can be read; its label; those passed over."""
-        skipped: list[str] = []
-        first: UserError | None = None
-        for place in range(position, position + _STAND_INS):
-            number = self._order(place)
-            try:
-                return self._train.load(number), self._train.label(number), skipped
-            except UserError as error:
-                first = first or error
-                skipped.append(self._train.name(number))
-        assert first is not None
-        raise UserError(f"{first} (so are the {_STAND_INS - 1} that come next)") from first
-
-    def _cropped(self, position: int, number: int) -> tuple[np.ndarray, int, list[str]]:
-        """uint8 [3, H, W], cut and mirrored as the picture's own number says."""
-        picture, label, skipped = self._readable(position)
-        rng = np.random.default_rng((self._seed, _CROPS, number))
-        side = self._config.image_size
-        picture = picture.resize((side, side), _BICUBIC, box=random_crop(picture.size, rng))
-        if rng.random() < 0.5:
-            picture = ImageOps.mirror(picture)
-        return np.asarray(picture).transpose(2, 0, 1), label, skipped
-
-    def fitting(self, count: int, after: int) -> Batch:
-        count = min(count, self.epoch)
-        epoch, place = divmod(after, self.epoch)
-        # Within one epoch, so that no picture counts twice.
-        start = after if place + count <= self.epoch else (epoch + 1) * self.epoch
-
-        def seen(position: int) -> tuple[np.ndarray, int, list[str]]:
-            picture, label, skipped = self._readable(position)
-            return preprocess(picture, self._config), label, skipped
-
-        images, labels, skipped = zip(*self._threads.map(seen, range(start, start + count)))
-        unread = tuple(sorted(set().union(*skipped)))
-        return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels), unread)
-
-    def validation(
-        self, size: int, limit: int | None = None, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
-        if self._held_out is not None:
-            yield from self._held_out.validation(size, limit, rank, world)
-
-
-class FolderSource(PictureSource):
-    """Pictures in one subfolder per class, in `train/` and perhaps `val/`, or in DIR itself.
-
-    Raises:
-        UserError: see `parts.folders_to_train` and `PictureSource`.
-    """
-
-    def __init__(
-        self, folder: Path, config: ArchConfig, seed: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
-    ) -> None:  # fmt: skip
-        parts = folders_to_train(folder)
-        assert parts.train is not None
-        super().__init__(
-            str(folder), parts.train, parts.val, _Shuffled(len(parts.train), seed), config, seed,
-            augmentation, parts.notes,
-        )  # fmt: skip
-
-
-class ShardSource(PictureSource):
-    """Pictures in shards (`shards.py`), in `train/` and perhaps `val/`, or in DIR itself.
-
-    Args:
-        names: of the labels, in place of `classes.txt`.
-
-    Raises:
-        UserError: see `parts.shards_to_train` and `PictureSource`.
-    """
-
-    def __init__(
-        self, folder: Path, config: ArchConfig, seed: int,
-        augmentation: Augmentation = NO_AUGMENTATION, names: Sequence[str] | None = None,
-    ) -> None:  # fmt: skip
-        parts = shards_to_train(folder, names)
-        assert isinstance(parts.train, ShardPictures)
-        order = ShardOrder(parts.train.counts, seed)
-        super().__init__(
-            str(folder), parts.train, parts.val, order, config, seed, augmentation, parts.notes
-        )
-
-
-def fingerprint(names: Iterable[str]) -> str:
-    """How many names, and the start of the sha256 of them all in their order."""
-    listed = list(names)
-    # A file name may hold bytes that are no text; no name holds a zero.
-    digest = hashlib.sha256("\0".join(listed).encode(errors="surrogateescape"))
-    return f"{len(listed)} (sha256 {digest.hexdigest()[:12]})"
-
-
-def random_crop(
-    size: tuple[int, int], rng: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """A box (left, top, right, bottom) of 8-100 % of the area and sides between 3:4 and 4:3."""
-    width, height = size
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1.0)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if 1 <= w <= width and 1 <= h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return left, top, left + w, top + h
-    side = min(width, height)  # too elongated for any such box: the middle square
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
-
-
 def _is_digits(data: str) -> bool:
     return data == "digits" and not Path(data).exists()
 
 
 def open_source(
     data: str, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION,
-    names: Sequence[str] | None = None,
+    names: Sequence[str] | None = None, labelled: bool = True,
 ) -> Source:  # fmt: skip
     """`digits`, a folder of class subfolders, or one of shards.
 
     Args:
         names: what the labels of shards mean, in place of their `classes.txt`.
+        labelled: whether the pictures' labels are asked for; else any folder of pictures will do,
+            and where there are labels a note says that they are not used.
 
     Raises:
-        UserError: see `DigitsSource`, `FolderSource` and `ShardSource`.
+        UserError: see `DigitsSource`, `FolderSource`, `ShardSource` and `UnlabelledSource`.
     """
     if not data:
         raise UserError("--data is empty; pass a folder, or `digits`")
-    if _is_digits(data):
-        return DigitsSource(config, seed, augmentation)
     folder = Path(data)
-    if is_sharded(folder):
-        return ShardSource(folder, config, seed, augmentation, names)
-    return FolderSource(folder, config, seed, augmentation)
+    source: DigitsSource | ShardSource | None = None
+    if _is_digits(data):
+        source = DigitsSource(config, seed, augmentation)
+    elif is_sharded(folder):
+        source = ShardSource(folder, config, seed, augmentation, names)
+    if source is not None:
+        source.notes += [] if labelled else [unused_labels(data)]
+        return source
+    kind = FolderSource if labelled else UnlabelledSource
+    return kind(folder, config, seed, augmentation)
 
 
 def open_labelled(

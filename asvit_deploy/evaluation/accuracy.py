@@ -13,6 +13,7 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.costs import kept_of, macs_of, summarise_costs
 from asvit_deploy.intervals import wilson
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.macs import Cuts
 from asvit_deploy.runners.base import Runner
 
 # images float32 [B, 3, H, W], normalised; labels int64 [B], the model's own class numbers
@@ -37,7 +38,7 @@ class Scored:
 
 def score(
     runner: Runner, batches: Iterable[LabelledArrays], config: ArchConfig,
-    cuts: Sequence[int] | None = None,
+    cuts: Cuts = None,
 ) -> Scored:  # fmt: skip
     """Run every batch as it comes.
 

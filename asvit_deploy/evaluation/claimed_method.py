@@ -102,7 +102,7 @@ def _require_derived(artefact: Artefact, own: str, max_kept: int | None) -> None
                 f"{path} is of {own}, whose counts here --max-kept does not bound; drop it"
             )
         _require_bound(artefact, made, theirs, max_kept)
-    for key in ("blocks", "kept"):
+    for key in ("blocks", "kept", "merged"):
         if key in base and base[key] != theirs[key]:
             raise UserError(
                 f"the sidecar of {path} says {key} {theirs[key]!r} where {own} has {base[key]!r} "

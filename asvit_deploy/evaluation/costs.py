@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
+from asvit_deploy.models.macs import Cuts, dense_macs, model_macs, teacher_macs
 from asvit_deploy.runners.base import Prediction
 
 
@@ -19,9 +18,7 @@ def kept_of(prediction: Prediction, config: ArchConfig) -> NDArray[np.int64]:
     return lengths.reshape(-1, len(prediction.output)).T - config.prefix
 
 
-def macs_of(
-    kept: NDArray[np.int64], config: ArchConfig, cuts: Sequence[int] | None = None
-) -> NDArray[np.float64]:
+def macs_of(kept: NDArray[np.int64], config: ArchConfig, cuts: Cuts = None) -> NDArray[np.float64]:
     """float64 [P], of image tokens left after each stage [P, stages].
 
     Args:

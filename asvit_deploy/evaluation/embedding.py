@@ -14,6 +14,7 @@ from asvit_deploy.evaluation.accuracy import LabelledArrays
 from asvit_deploy.evaluation.costs import kept_of, macs_of, summarise_costs
 from asvit_deploy.intervals import wilson
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.models.macs import Cuts
 from asvit_deploy.runners.base import Runner
 from asvit_deploy.similarity import agreement, directions, voted
 from asvit_deploy.status import Say
@@ -63,7 +64,7 @@ def joined(parts: Sequence[Embedded]) -> Embedded:
 
 
 def summarise(
-    found: Embedded, config: ArchConfig, cuts: Sequence[int] | None, neighbours: int, model: str,
+    found: Embedded, config: ArchConfig, cuts: Cuts, neighbours: int, model: str,
     say: Say,
 ) -> dict[str, Any]:  # fmt: skip
     """Figures for JSON.

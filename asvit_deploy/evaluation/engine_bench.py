@@ -135,7 +135,7 @@ def bench_engine(
         str(artefact.path), fields["arch"], fields["flavour"], fields["flavour_version"],
         fields["precision"], fields["mode"], torch.cuda.get_device_name(), warmup, runs,
         pictures.source, len(loaded), pictures.account,
-        macs_summary(config, lengths, runs, artefact.cuts) if artefact.adaptive else None,
+        macs_summary(config, lengths, runs, artefact.method) if artefact.adaptive else None,
         agreed, rows, against_kept(variants, times, lengths - config.prefix), verdict(rows),
         machine(), fields.get("sha256"),
     )  # fmt: skip

@@ -46,7 +46,6 @@ from asvit_deploy.ops import onnx_op
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.processor import torch_threads
 from asvit_deploy.reduction.methods import RANKED
-from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.runners.pytorch import TorchRunner
 from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO_BF16, TORCH
 
@@ -121,7 +120,7 @@ def bench_model(
     """
     count = threads or machine()["cores"]
     loaded = [pictures[i] for i in range(len(pictures))]
-    config, cuts = artefact.config, artefact.cuts if artefact.adaptive else None
+    config, cuts = artefact.config, artefact.method if artefact.adaptive else None
     with torch_threads(count):
         variants, notes = _variants(artefact, threads, runtimes)
         outputs, lengths = _kept(artefact, loaded, runtimes)
@@ -282,7 +281,7 @@ def _agreements(
         shown = {}
         for name, network in beside.items():
             made = torch.from_numpy(run_once(TorchRunner(network), images)[0])
-            assert isinstance(network.reduction, Ranked)
+            assert network.reduction is not None
             share = carried_out(config, network.reduction) / teacher_macs(config)
             shown[name] = {"macs_share": share, "agreement": agreement_of(config, dense, made)}
         return own, shown

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from asvit_deploy.artefacts.onnx_file import RUNTIMES, OnnxArtefact
 from asvit_deploy.artefacts.reference import reference_model
-from asvit_deploy.budget import carried_out
+from asvit_deploy.budget import carried_out, macs_of
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import bar
 from asvit_deploy.evaluation.machine import machine
 from asvit_deploy.evaluation.model_bench import as_precise
-from asvit_deploy.evaluation.sweep_points import Plan, Point, at_size, macs_of
+from asvit_deploy.evaluation.sweep_points import Plan, Point, at_size
 from asvit_deploy.evaluation.sweep_types import Kind, Sweep, SweepPoint, SweepRow
 from asvit_deploy.evaluation.sweep_verdict import verdicts
 from asvit_deploy.evaluation.timing import (
@@ -41,7 +41,6 @@ from asvit_deploy.models.vit import BatchRule, ViT
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.processor import torch_threads
 from asvit_deploy.reduction.base import Reduction
-from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.runners.base import Prediction, Runner, RunnerBase, stack
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
@@ -250,7 +249,6 @@ def _macs(
     if reduction is None:
         return np.full(len(batches), float(dense_macs(config)))
     if not reduction.boundaries():
-        assert isinstance(reduction, Ranked)
         return np.full(len(batches), carried_out(config, reduction))
     lengths = [np.stack(runner(batch).lengths, axis=1) for batch in batches]
     return np.array([macs_of(config, reduction, one).mean() for one in lengths])

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from asvit_deploy import calibration, per_picture
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact
 from asvit_deploy.artefacts.reference import reference_model
-from asvit_deploy.budget import fixed_counts
+from asvit_deploy.budget import fixed_counts, macs_of
 from asvit_deploy.data.images import ImageSet
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.sweep_types import Over
 from asvit_deploy.evaluation.timing import run_once
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.macs import model_macs, teacher_macs
+from asvit_deploy.models.macs import teacher_macs
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.reduction.base import Place, Reduction
@@ -220,20 +220,6 @@ def lengths_of(network: ViT, images: Sequence[NDArray[np.float32]]) -> NDArray[n
     return run_once(TorchRunner(network), images)[1]
 
 
-def macs_of(
-    config: ArchConfig, reduction: Reduction, lengths: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """MACs carried out for each picture, the method's own included, as `budget.carried_out`.
-
-    Args:
-        lengths: int64 [images, cuts].
-    """
-    rows = list(lengths.T.astype(np.float64))
-    before = [np.full(len(lengths), float(config.rows)), *rows]
-    own = sum(reduction.macs(stage, before[stage]) for stage in range(len(reduction.cuts)))
-    return np.asarray(model_macs(config, rows, reduction.cuts) + own, np.float64)
-
-
 class _Planned:
     """One artefact's sweeps."""
 
@@ -302,17 +288,19 @@ class _Planned:
             for threshold, value in zip(made, found.thresholds):
                 threshold.data.fill_(value)
             return made
-        assert isinstance(own, Ranked)
-        plan = fixed_counts(config, type(own), share, own.blocks)
-        if own.kept is not None:
-            return plan
+        if isinstance(own, Ranked) and own.kept is not None:
+            return fixed_counts(config, type(own), share, own.blocks).taught_by(own)
         if len(images) < calibration.MIN_IMAGES:
             raise UserError(
                 f"{len(images)} images are too few to fit thresholds on; give at least "
                 f"{calibration.MIN_IMAGES}"
             )
+        if not isinstance(own, Ranked):
+            return per_picture.fit_pairs(dense, images, share, own.blocks)
+        plan = fixed_counts(config, type(own), share, own.blocks)
         bound = self._bound(own, plan, config)
-        return per_picture.fit(dense, type(own), images, share, own.blocks, bound)
+        taught = dense.with_reduction(own)
+        return per_picture.fit(taught, type(own), images, share, own.blocks, bound)
 
     def _bound(self, own: Ranked, plan: Ranked, config: ArchConfig) -> int | None:
         """Rows that a picture keeps at most, as far above the mean ones as the artefact's are."""
@@ -361,8 +349,10 @@ def static_rival(
     if not reduction.boundaries():
         return None, ("no static rows: it keeps as many tokens of every picture itself",)
     method = FixedScore if isinstance(reduction, Threshold) else type(reduction)
-    assert issubclass(method, Ranked)
+    if not issubclass(method, Ranked):
+        return None, (f"no static rows: {method.name} has no fixed counts",)
     try:
-        return fixed_counts(config, method, share, reduction.blocks), ()
+        made = fixed_counts(config, method, share, reduction.blocks)
+        return made.taught_by(reduction), ()
     except UserError as error:
         return None, (f"no static rows: {error}",)

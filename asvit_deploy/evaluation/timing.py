@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.models.macs import dense_macs, model_macs
+from asvit_deploy.models.macs import Cuts, dense_macs, halves_of, model_macs
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.runners.base import Runner
 
@@ -219,7 +219,7 @@ def share_of_macs_ratio(
 
 
 def macs_by_round(
-    config: ArchConfig, lengths: NDArray[np.int64], runs: int, cuts: Sequence[int] | None = None
+    config: ArchConfig, lengths: NDArray[np.int64], runs: int, cuts: Cuts = None
 ) -> NDArray[np.float64]:
     """Adaptive MACs of the image that each round ran: [runs].
 
@@ -232,7 +232,7 @@ def macs_by_round(
 
 
 def tokens_by_image(
-    config: ArchConfig, lengths: NDArray[np.int64], cuts: Sequence[int] | None = None
+    config: ArchConfig, lengths: NDArray[np.int64], cuts: Cuts = None
 ) -> NDArray[np.float64]:
     """Image tokens that the blocks see, as a mean over the blocks: [images].
 
@@ -240,8 +240,7 @@ def tokens_by_image(
         lengths: int64 [images, stages], prefix included.
         cuts: as `model_macs`.
     """
-    cuts = [2 * stage for stage in config.stages] if cuts is None else cuts
-    halves = np.diff([0, *cuts, 2 * config.depth])
+    halves = np.diff([0, *halves_of(config, cuts), 2 * config.depth])
     rows = np.concatenate([np.full((len(lengths), 1), config.rows), lengths], axis=1)
     return np.asarray((rows - config.prefix) @ halves / halves.sum(), np.float64)
 
@@ -297,7 +296,7 @@ def too_busy(rounds: Sequence[NDArray[np.float64]]) -> str | None:
 
 
 def macs_summary(
-    config: ArchConfig, lengths: NDArray[np.int64], runs: int, cuts: Sequence[int] | None = None
+    config: ArchConfig, lengths: NDArray[np.int64], runs: int, cuts: Cuts = None
 ) -> Macs:
     """Mean MACs over the rounds as they ran, and the ratio that a perfect runtime would show."""
     adaptive = float(macs_by_round(config, lengths, runs, cuts).mean())

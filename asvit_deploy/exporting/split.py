@@ -34,7 +34,7 @@ def split_segments(model: onnx.ModelProto, name: str = "model") -> list[onnx.Mod
     Args:
         model: from `export` with its op nodes (`--ops auto` or `custom`), float32 or after
             `to_half`; T is the type of its tokens. With `--batch 1`, or `--batch dynamic` where the
-            method hands sizes on.
+            method hands sizes on or compares rows.
         name: how messages call it.
 
     Returns:
@@ -76,7 +76,8 @@ def _refuse_misfit(model: onnx.ModelProto, name: str) -> None:
             "those that stay; build it dynamic, or with --mode padded"
         )
     sizes = any(_sizes_of(cut) for cut in graph.cuts_of(whole))
-    if sizes or "into_0" in made or (method is not None and method.hands_on()):
+    looks = method is not None and (method.hands_on() or method.compares)
+    if sizes or "into_0" in made or looks:
         if batch is not None:
             raise UserError(
                 f"{name} takes one picture, and {named} looks at rows that only fill a bucket; "

@@ -11,15 +11,16 @@ What is counted is what is carried out: a network whose last block works out the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from asvit_deploy.models.config import STEM_WIDTH, ArchConfig
-
-if TYPE_CHECKING:
-    from asvit_deploy.reduction.base import Reduction
+from asvit_deploy.reduction.base import Reduction
 
 # An int, a float, a numpy array or a torch tensor: whatever has + and *.
 Number = Any
+# Halves in front of which rows leave, as `ViT.cuts` has them, or the method, whose own cost then
+# counts too; None: before the blocks of the architecture's stages.
+Cuts: TypeAlias = "Sequence[int] | Reduction | None"
 
 # Operations per element as the LV-ViT half of the release counts them.
 _LAYER_NORM, _ACTIVATION, _SOFTMAX = 5, 8, 5
@@ -59,25 +60,31 @@ def feed_macs(config: ArchConfig, n: Number) -> Number:
     return n * linear
 
 
-def model_macs(
-    config: ArchConfig, lengths: Sequence[Number], cuts: Sequence[int] | None = None
-) -> Number:
+def model_macs(config: ArchConfig, lengths: Sequence[Number], cuts: Cuts = None) -> Number:
     """The whole network, given the rows left after each cut.
 
     Args:
         lengths: one entry per cut, prefix included, in order.
-        cuts: halves in front of which rows leave, as `ViT.cuts` has them; by default before the
-            blocks of the architecture's stages.
+        cuts: see `Cuts`.
     """
-    cuts = [2 * stage for stage in config.stages] if cuts is None else cuts
+    halves = halves_of(config, cuts)
     rows: list[Number | int] = [config.rows, *lengths]
-    edges = [0, *cuts, 2 * config.depth]
+    edges = [0, *halves, 2 * config.depth]
     if len(rows) != len(edges) - 1:
-        raise ValueError(f"{config.name} has {len(cuts)} stages, got {len(lengths)}")
+        raise ValueError(f"{config.name} has {len(halves)} stages, got {len(lengths)}")
     total = stem_macs(config)
+    if isinstance(cuts, Reduction):
+        total = sum((cuts.macs(stage, rows[stage]) for stage in range(len(halves))), total)
     for n, first, last in zip(rows, edges, edges[1:]):
         total = total + part_macs(config, n, first, last)
     return total
+
+
+def halves_of(config: ArchConfig, cuts: Cuts) -> Sequence[int]:
+    """The cuts themselves."""
+    if cuts is None:
+        return [2 * stage for stage in config.stages]
+    return cuts.cuts if isinstance(cuts, Reduction) else cuts
 
 
 def part_macs(config: ArchConfig, n: Number, first: int, last: int) -> Number:

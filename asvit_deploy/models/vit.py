@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,6 +32,29 @@ Masking = Literal["attention", "activation"]
 Selector = Callable[[int, Tensor, Tensor], Tensor]
 # (stage, scores float32 [B, N], alive bool [B, N]) -> bool [B, N]; inference form
 Rule = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One pass of a training form.
+
+    Attributes:
+        logits: [B, C], or embeddings.
+        tokens: T [B, M, D] behind the last norm.
+        masks: per cut float32 [B, M-P], 1 or 0, differentiable; none where rows were gathered.
+        lengths: per cut float32 [B], rows in use behind it, prefix and added ones included;
+            differentiable through the masks.
+        alive: bool [B, M], the rows of `tokens` in use that were rows of the input or stand for
+            some; None: all.
+        place: int64 [B, M], each row's place in the input, -1 of added ones; None: its own.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    masks: list[Tensor]
+    lengths: list[Tensor]
+    alive: Tensor | None = None
+    place: Tensor | None = None
 
 
 class ViT(Backbone):
@@ -208,8 +231,25 @@ class ViT(Backbone):
             logits [B, C], final tokens [B, M, D] after the last norm, and per stage the keep mask
             float32 [B, M-P] (1 or 0; gradients reach thresholds and scores).
         """
+        walk = self._walked_masked(images, temperature, selector, masking)
+        return walk.logits, walk.tokens, walk.masks
+
+    def forward_training(
+        self, images: Tensor, temperature: float = TEMPERATURE, selector: Selector | None = None,
+        masking: Masking = "attention",
+    ) -> Walk:  # fmt: skip
+        """Training form of the reduction's own kind: rows are masked, or gathered where every
+        picture keeps as many; arguments as `forward_masked`."""
+        if selector is None and self.reduction is not None and self.reduction.compacts:
+            return self._walked_compacted(images)
+        return self._walked_masked(images, temperature, selector, masking)
+
+    def _walked_masked(
+        self, images: Tensor, temperature: float, selector: Selector | None, masking: Masking
+    ) -> Walk:
         rows, prefix = Rows(self.embed(images)), self.config.prefix
         masks: list[Tensor] = []
+        lengths: list[Tensor] = []
         stay = rows.tokens.new_ones(rows.tokens.shape[:2], dtype=torch.float32)
         for stage in range(len(self.cuts)):
             rows, seen = self.segment(stage, rows, masked=True)
@@ -230,10 +270,30 @@ class ViT(Backbone):
                 # What is added stands for what leaves, and for nothing where nothing does.
                 added = rows.tokens.shape[1] - stay.shape[1]
                 stay = torch.cat([stay, leaves.expand(-1, added)], 1)
+                lengths.append(prefix + mask.sum(1) + added * leaves[:, 0])
             if masking == "activation":
                 rows = replace(rows, tokens=rows.tokens * stay.unsqueeze(2).to(rows.tokens.dtype))
             else:
                 rows = replace(rows, keep=stay)
         rows, _ = self.segment(len(self.cuts), rows, masked=True)
         in_use = stay.detach() > 0.5 if masks else None
-        return self.classify(replace(rows, alive=in_use)), self.norm(rows.tokens), masks
+        logits = self.classify(replace(rows, alive=in_use))
+        return Walk(logits, self.norm(rows.tokens), masks, lengths, in_use)
+
+    def _walked_compacted(self, images: Tensor) -> Walk:
+        rows, lengths = Rows(self.embed(images)), list[Tensor]()
+        place = torch.arange(rows.tokens.shape[1], device=images.device).expand(len(images), -1)
+        for stage in range(len(self.cuts)):
+            # With no row masked it is the form for training all the same, whose attention is the
+            # faster one to differentiate.
+            rows, seen = self.segment(stage, rows, masked=True)
+            assert self.reduction is not None
+            assert seen is not None
+            with torch.autocast(images.device.type, enabled=False):
+                decision = self.reduction.decide(stage, rows, seen)
+                rows, done = remove(self.reduction, stage, rows, decision, padded=False)
+            added = rows.tokens.shape[1] - done.index.shape[1]
+            place = F.pad(place.gather(1, done.index), (0, added), value=-1)
+            lengths.append(done.length.float())
+        rows, _ = self.segment(len(self.cuts), rows, masked=True)
+        return Walk(self.classify(rows), self.norm(rows.tokens), [], lengths, place >= 0, place)

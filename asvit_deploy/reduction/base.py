@@ -3,13 +3,19 @@
 A network is 2 x depth halves: every block attends, then feeds. A reduction acts at cuts between two
 halves, before a block or inside it. Only the network's walk removes rows, the same way for every
 method; a method scores them, and may hand on what leaving rows carry.
+
+Training asks a method for little more (`training.trainer`): whether it `trains` at all; whether
+rows are really gathered then (`compacts`: counts are fixed) or stay in place, hidden by `mask`;
+what of it learns and how (`learning`); and what it adds to the loss (`own_loss`). A run starts from
+`planned`. While it trains, the method is in training mode, the network in evaluation mode: where
+`mask` draws at random, `self.training` says whether it should.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +25,9 @@ from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.scoring import class_attention_row
 
 Place = Literal["before", "inside"]
+# What a method needs beside dense weights: a budget alone, pictures too, or to be trained.
+Settled = Literal["budget", "pictures", "training"]
+Own = TypeVar("Own", bound="Reduction")
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,28 @@ class Seen:
             logits = logits if bias is None else logits + bias
             return masked_softmax(logits, self.rows.keep).squeeze(2)
 
+    def column_mean(self) -> Tensor:
+        """What each row receives of the attention, mean over heads and over the rows that are
+        there; float32 [B, M] under autocast too.
+        """
+        with torch.autocast(self.query.device.type, enabled=False):
+            scale, bias = self.key.shape[3] ** -0.5, self.rows.bias()
+            logits = (self.query.float() * scale) @ self.key.float().transpose(2, 3)
+            logits = logits if bias is None else logits + bias
+            keep = self.rows.keep if self.masked else None
+            there = self.rows.alive if keep is None else keep.detach() > 0.5
+            if keep is not None:
+                weights = masked_softmax(logits, keep)
+            elif there is not None:
+                weights = logits.masked_fill(~there[:, None, None, :], -torch.inf).softmax(3)
+            else:
+                weights = logits.softmax(3)
+            each = weights.mean(1)  # (B, M, M)
+            if there is None:
+                return each.mean(1)
+            asks = there.float()
+            return (asks[:, None, :] @ each).squeeze(1) / asks.sum(1, keepdim=True)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -79,6 +110,47 @@ class Decision:
     onward_margin: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Learning:
+    """Parameters of a method that learn together.
+
+    Attributes:
+        parameters: the method's own.
+        rate: of AdamW at the top of the run's schedule; None: that of the network's weights.
+        relative: they are above 0 and learn as logarithms, so that `rate` is a share of themselves
+            a step, whatever their unit.
+        least: what they never fall below.
+        decayed: whether weight decay is for them, of matrices alone.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    rate: float | None = None
+    relative: bool = False
+    least: float | None = None
+    decayed: bool = False
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one training pass of this process's pictures left behind.
+
+    Attributes:
+        budget: f.
+        macs: mean MACs over the dense network's, float32 scalar: the value over the pictures of all
+            processes, the gradient of one's own.
+        masks: which image rows stayed at each cut, float32 [B, M-P], 1 or 0, differentiable; none
+            of a method that compacts.
+        tokens: T [B, M, D], all rows behind the last norm.
+        target: likewise, of the dense teacher [B, P+N, D]; None where nothing is distilled.
+    """
+
+    budget: float
+    macs: Tensor
+    masks: list[Tensor]
+    tokens: Tensor
+    target: Tensor | None
+
+
 class Reduction(nn.Module):
     """A method. Its parameters stand in a network's state under `slot`.
 
@@ -89,6 +161,11 @@ class Reduction(nn.Module):
         appends: rows that `combine` adds at each cut where something leaves.
         carries_sizes: whether rows say how many input tokens they stand for, so that a mean over
             tokens is one over those of the input.
+        trains: whether it has a training form.
+        temperature: T of Eq. 9 (`mask`) unless a run says otherwise.
+        settled: what dense weights need to get it.
+        adapts: whether thresholds can decide in place of counts.
+        compares: whether a score depends on other rows, not counting attention.
     """
 
     name: ClassVar[str]
@@ -96,6 +173,11 @@ class Reduction(nn.Module):
     place: ClassVar[Place]
     appends: ClassVar[int] = 0
     carries_sizes: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    temperature: ClassVar[float] = 1e4
+    settled: ClassVar[Settled] = "budget"
+    adapts: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:
         super().__init__()
@@ -164,6 +246,50 @@ class Reduction(nn.Module):
         with the network's.
         """
         return 0
+
+    @property
+    def compacts(self) -> bool:
+        """Whether rows are gathered in training, as at inference, and not masked: where every
+        picture keeps as many. No gradient then reaches what ranks."""
+        return False
+
+    @property
+    def steers(self) -> bool:
+        """Whether `own_loss` pulls towards the budget, in place of Eq. 10."""
+        return False
+
+    def learning(self) -> list[Learning]:
+        """What of it learns; nothing by default."""
+        return []
+
+    def own_loss(self, passed: Passed) -> dict[str, Tensor]:
+        """Terms that it adds to the loss, by name and weighted: float32 scalars. Frozen weights
+        and a run without labels have them too."""
+        return {}
+
+    @classmethod
+    def planned(
+        cls, dim: int, prefix: int, blocks: Sequence[int], kept: Sequence[int] | None
+    ) -> Reduction:
+        """The method for a network of that width and prefix, with what it learns as it begins.
+
+        Args:
+            kept: image rows that stay at each cut; None: pictures keep what they need.
+        """
+        return cls(blocks, prefix)
+
+    def taught_by(self: Own, other: Reduction | None) -> Own:
+        """Itself, once it has what another of the same method learned beside its boundaries."""
+        if type(other) is type(self):
+            own = {id(boundary) for boundary in other.boundaries()}
+            learned = {name: value.detach() for name, value in other.named_parameters()
+                       if id(value) not in own}  # fmt: skip
+            self.load_state_dict(learned, strict=False)
+        return self
+
+    def fits(self, dim: int) -> bool:
+        """Whether it can stand in a network of that width."""
+        return True
 
     def fields(self) -> dict[str, Any]:
         """What restores it beside its parameters, JSON-ready."""

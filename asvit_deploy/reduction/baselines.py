@@ -19,6 +19,7 @@ class Random(TopK):
 
     name: ClassVar[str] = "random"
     adapts: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         # A cube modulo a prime scatters as a generator does, and is exact in every runtime.
@@ -36,6 +37,7 @@ class MinK(TopK):
     """The lowest of AS-ViT's scores stay: 1 / S ranks."""
 
     name: ClassVar[str] = "min-k"
+    trains: ClassVar[bool] = False
 
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         return Decision(1 / super().rank(stage, rows, seen).score.clamp_min(1e-9))

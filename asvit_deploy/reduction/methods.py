@@ -9,18 +9,28 @@ from typing import Any
 from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.baselines import MinK, Random
 from asvit_deploy.reduction.bat import BAT
+from asvit_deploy.reduction.dynamicvit import DynamicViT
+from asvit_deploy.reduction.ltmp import LTMP
 from asvit_deploy.reduction.ranked import Ranked
+from asvit_deploy.reduction.schedule import Schedule
 from asvit_deploy.reduction.size_passing import SizePassing
 from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.reduction.tome import ToMe, ToMeStages
 from asvit_deploy.reduction.topk import EViT, TopK, TopKAttention, TopKNearest, TopKScalar
 
+# Those that a budget alone settles on dense weights.
 RANKED: dict[str, type[Ranked]] = {
     method.name: method
     for method in (SizePassing, ToMe, ToMeStages, TopKNearest, TopKScalar, TopK, TopKAttention,
                    EViT, BAT, MinK, Random)
 }  # fmt: skip
-METHODS: dict[str, type[Reduction]] = {Threshold.name: Threshold, **RANKED}
+METHODS: dict[str, type[Reduction]] = {
+    Threshold.name: Threshold,
+    **RANKED,
+    Schedule.name: Schedule,
+    DynamicViT.name: DynamicViT,
+    LTMP.name: LTMP,
+}
 
 
 def method_of(fields: Mapping[str, Any]) -> type[Reduction] | None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from asvit_deploy.ops.torch_op import falling_order
-from asvit_deploy.reduction.base import Decision, Reduction, Seen
+from asvit_deploy.reduction.base import Decision, Learning, Reduction, Seen
 from asvit_deploy.reduction.rows import Rows
-from asvit_deploy.reduction.threshold import soft_keep_mask
+from asvit_deploy.reduction.threshold import learnt_as_logarithms, soft_keep_mask
 
 
 class Ranked(Reduction):
@@ -29,9 +29,6 @@ class Ranked(Reduction):
 
     Raises:
         ValueError: not one number above 0 for each cut, or thresholds where `adapts` is false.
-
-    Attributes:
-        adapts: whether thresholds can decide.
     """
 
     adapts: ClassVar[bool] = True
@@ -56,6 +53,14 @@ class Ranked(Reduction):
             raise ValueError(f"{list(counts)} tokens do not fit {len(self.blocks)} cuts")
         return tuple(counts)
 
+    @classmethod
+    def planned(
+        cls, dim: int, prefix: int, blocks: Sequence[int], kept: Sequence[int] | None,
+        most: Sequence[int] | None = None,
+    ) -> Ranked:  # fmt: skip
+        """The method for a network of that width and prefix, with what it learns as it begins."""
+        return cls(blocks, kept, prefix, most)
+
     @abstractmethod
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         """Scores, and where what leaves goes; the boundary is not its to say."""
@@ -71,9 +76,19 @@ class Ranked(Reduction):
         return replace(ranked, score=score, boundary=self._parameters[str(stage)])
 
     def boundaries(self) -> list[Tensor]:
+        return [*self._thresholds()]
+
+    def _thresholds(self) -> list[nn.Parameter]:
         if self.kept is not None:
             return []
         return [self._parameters[str(stage)] for stage in range(len(self.blocks))]  # type: ignore[misc]
+
+    @property
+    def compacts(self) -> bool:
+        return self.kept is not None
+
+    def learning(self) -> list[Learning]:
+        return learnt_as_logarithms(self._thresholds())
 
     def least(self, tokens: int) -> int:
         """How many of so many image rows stay at a cut whatever is asked for."""

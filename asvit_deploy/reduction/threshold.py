@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from asvit_deploy.ops.torch_op import keep_mask
-from asvit_deploy.reduction.base import Decision, Place, Reduction, Seen
+from asvit_deploy.reduction.base import Decision, Learning, Place, Reduction, Seen
 from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.scoring import token_scores
 
 # T of Eq. 9: how steep the sigmoid is through which the thresholds learn.
 TEMPERATURE = 1e4
+
+# The paper's rate, 2e-5, moves a threshold of 0.002 by one per cent a step. Thresholds keep that
+# pace relative to themselves, whatever the weights' rate: trained attention can be so sharp that
+# they belong at 1e-4 or below, where steps of 2e-5 would jump, and cross zero.
+PACE = 0.01
+# Far below any that matters; a checkpoint with a threshold of zero would be refused.
+MIN_THRESHOLD = 1e-9
 
 # Where the paper's fine-tuning starts: 0.001, 0.002, 0.003. A fresh adaptive model carries these.
 INITIAL_THRESHOLD = 0.001
@@ -30,6 +37,7 @@ class Threshold(Reduction):
     name: ClassVar[str] = "threshold"
     slot: ClassVar[str] = "thresholds"
     place: ClassVar[Place] = "before"
+    temperature: ClassVar[float] = TEMPERATURE
 
     def __init__(self, blocks: Sequence[int], prefix: int = 1) -> None:
         super().__init__(blocks, prefix)
@@ -55,6 +63,16 @@ class Threshold(Reduction):
 
     def mask(self, stage: int, decision: Decision, alive: Tensor, temperature: float) -> Tensor:
         return soft_keep_mask(decision.score, self[stage], alive, temperature)
+
+    def learning(self) -> list[Learning]:
+        return learnt_as_logarithms(list(self))
+
+
+def learnt_as_logarithms(thresholds: Sequence[nn.Parameter]) -> list[Learning]:
+    """How thresholds above 0 learn, whatever the scores' unit."""
+    if not thresholds:
+        return []
+    return [Learning(tuple(thresholds), PACE, relative=True, least=MIN_THRESHOLD)]
 
 
 def soft_keep_mask(scores: Tensor, threshold: Tensor, alive: Tensor, temperature: float) -> Tensor:

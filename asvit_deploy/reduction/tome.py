@@ -29,6 +29,7 @@ class ToMe(EverySecond):
     """
 
     name: ClassVar[str] = "tome"
+    temperature: ClassVar[float] = 200.0  # its scores are of another unit, near 0.1
 
     def rank(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         found = pairs(rows, likeness(seen, self.prefix), self.prefix)

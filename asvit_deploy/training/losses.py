@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import model_macs, teacher_macs
+from asvit_deploy.reduction.base import Reduction
 
 # Eq. 13 weighs GMACs by 2, which pulls less the smaller the network. Networks below DeiT-S get
 # the pull that DeiT-S has. In short trials on the default arch (200 steps) the literal weight met
@@ -35,26 +36,39 @@ def flops_weight(config: ArchConfig, per_gmac: float = PAPER_WEIGHT) -> float:
     return per_gmac * max(teacher_macs(config), reference) / 1e9
 
 
-def relative_macs(config: ArchConfig, masks: Sequence[Tensor]) -> Tensor:
+def relative_macs(
+    config: ArchConfig, lengths: Sequence[Tensor], reduction: Reduction | None = None
+) -> Tensor:
     """MACs of each image as a fraction of the teacher's, float32 [B]; differentiable.
 
     Args:
-        masks: keep masks of the stages, float32 [B, N].
+        lengths: rows in use behind each cut, float32 [B].
+        reduction: whose cuts they are, and whose own MACs count too; by default the cuts lie before
+            the blocks of the architecture's stages.
     """
-    lengths = [config.prefix + mask.sum(1) for mask in masks]
-    return model_macs(config, lengths) / teacher_macs(config)
+    return model_macs(config, lengths, reduction) / teacher_macs(config)
 
 
-def flops_loss(
-    config: ArchConfig, masks: Sequence[Tensor], budget: float, mean: Mean = _alone
-) -> Tensor:
+def mean_macs(macs: Tensor, mean: Mean = _alone) -> Tensor:
+    """float32 scalar: the mean over the pictures of all processes, with the gradient of one's own.
+
+    Args:
+        macs: `relative_macs` of this process's pictures, [B].
+    """
+    own = macs.mean()
+    return own - own.detach() + mean(own.detach())
+
+
+def flops_loss(macs: Tensor, budget: float) -> Tensor:
     """(10) | mean_b FLOPs(x_b) - t | / teacher, with t = budget * teacher.
 
     The mean is over the pictures of all processes and stands inside the absolute value: each
     process's gradient is that of its own pictures, with the sign of them all.
+
+    Args:
+        macs: `mean_macs`.
     """
-    own = relative_macs(config, masks).mean()
-    return (own - own.detach() + mean(own.detach()) - budget).abs()
+    return (macs - budget).abs()
 
 
 def distillation(student: Tensor, teacher: Tensor) -> Tensor:
@@ -71,6 +85,16 @@ def distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
+def output_distance(config: ArchConfig, student: Tensor, teacher: Tensor) -> Tensor:
+    """How far outputs [B, C] are from the teacher's, mean over the pictures: (12) of classes,
+    1 - cosine of embeddings, |difference| of a single number."""
+    if config.output == "embedding":
+        return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=1)).mean()
+    if student.shape[1] == 1:
+        return (student.float() - teacher.float()).abs().mean()
+    return distillation(student, teacher)
+
+
 def token_distillation(
     student: Tensor, teacher: Tensor, alive: Tensor, mean: Mean = _alone
 ) -> Tensor:
@@ -78,7 +102,7 @@ def token_distillation(
 
     Args:
         student, teacher: token logits [B, N, C].
-        alive: keep mask of the last stage, float32 [B, N].
+        alive: which count, [B, N], above 0.5 where they do.
     """
     rows = alive.detach() > 0.5
     # Every token weighs the same, in whatever process it is.
@@ -98,41 +122,74 @@ class Weights:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one forward pass gave: logits [B, C], token logits [B, N, C] or None, keep masks."""
+    """What one forward pass gave.
+
+    Attributes:
+        logits: [B, C], or embeddings.
+        tokens: token logits [B, M-P, C], or None.
+        macs: `mean_macs`; None of a dense network.
+        alive: which image rows are in use at the end, [B, M-P]; None: all.
+        place: int64 [B, M-P], each row's place among the teacher's image rows, -1 of one that it
+            does not have; None: its own.
+        terms: what a method adds to the loss.
+    """
 
     logits: Tensor
-    tokens: Tensor | None
-    masks: list[Tensor]
+    tokens: Tensor | None = None
+    macs: Tensor | None = None
+    alive: Tensor | None = None
+    place: Tensor | None = None
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def total_loss(
     config: ArchConfig,
     student: Outputs,
     teacher: Outputs | None,
-    labels: Tensor,
+    labels: Tensor | None,
     budget: float | None,
     weights: Weights,
     mean: Mean = _alone,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(13) L = L_ce + w_flops L_flops + w_distill L_distill (+ w_token L_token), and its parts.
 
-    Without a teacher or a budget the parts that need them are left out.
+    Without labels, a teacher or a budget the parts that need them are left out.
 
     Args:
-        labels: int64 [B], or float32 [B, C] where pictures were mixed.
+        labels: int64 [B], or float32 [B, C] where pictures were mixed; None: there is no L_ce.
+        budget: None too where nothing is to be pulled there.
         mean: over all processes.
     """
     logits = student.logits.float()
-    parts = {"ce": F.cross_entropy(logits, labels, label_smoothing=weights.smoothing)}  # (11)
-    loss = parts["ce"]
+    parts, weighed = dict[str, Tensor](), list[Tensor]()
+    if labels is not None:
+        parts["ce"] = F.cross_entropy(logits, labels, label_smoothing=weights.smoothing)  # (11)
+        weighed.append(parts["ce"])
     if budget is not None:
-        parts["flops"] = flops_loss(config, student.masks, budget, mean)
-        loss = loss + weights.flops * parts["flops"]
+        assert student.macs is not None
+        parts["flops"] = flops_loss(student.macs, budget)
+        weighed.append(weights.flops * parts["flops"])
     if teacher is not None:
-        parts["distill"] = distillation(logits, teacher.logits)
-        loss = loss + weights.distill * parts["distill"]
+        parts["distill"] = output_distance(config, logits, teacher.logits)
+        weighed.append(weights.distill * parts["distill"])
         if student.tokens is not None and teacher.tokens is not None:
-            alive = student.masks[-1] if student.masks else torch.ones_like(student.tokens[:, :, 0])
-            parts["token"] = token_distillation(student.tokens, teacher.tokens, alive, mean)
-            loss = loss + weights.token * parts["token"]
-    return loss, {name: part.detach() for name, part in parts.items()}
+            parts["token"] = token_distillation(*_beside(student, teacher.tokens), mean)
+            weighed.append(weights.token * parts["token"])
+    for name, term in student.terms.items():
+        parts[name] = term
+        weighed.append(term)
+    return sum(weighed[1:], weighed[0]), {name: part.detach() for name, part in parts.items()}
+
+
+def _beside(student: Outputs, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token logits of student and teacher row by row, and which rows count."""
+    assert student.tokens is not None
+    alive, place = student.alive, student.place
+    alive = torch.ones_like(student.tokens[:, :, 0]) if alive is None else alive
+    if place is not None:
+        teacher = teacher.gather(1, place.clamp_min(0)[:, :, None].expand(-1, -1, teacher.shape[2]))
+    elif (added := student.tokens.shape[1] - teacher.shape[1]) > 0:
+        # Rows that a method added stand behind those of the input; the teacher has none of them.
+        teacher, alive = F.pad(teacher, (0, 0, 0, added)), alive.clone()
+        alive[:, -added:] = 0
+    return student.tokens, teacher, alive

@@ -11,6 +11,8 @@ from typing import Any
 from asvit_deploy.bounded import read_bounded
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
+from asvit_deploy.reduction.methods import METHODS
+from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.requirements import pip_install
 from asvit_deploy.training.recipe import FIT, Recipe, wanted
 
@@ -33,7 +35,13 @@ _OTHER = {**_PAPER, "budget": 0.65}  # networks of no row of the table
 # What only adaptive training knows.
 _ADAPTIVE = (
     "budget", "flops_weight", "distill_weight", "temperature", "thresholds", "masking", "ema",
+    "method", "per_picture", "cuts", "train", "labels",
 )  # fmt: skip
+# What a loss on labels knows, and what a moving average of frozen weights would be: none of a
+# preset's.
+_OF_LABELS, _OF_WEIGHTS = ("smoothing",), ("ema",)
+# Without labels the dense network's answers are all there is to learn.
+_UNLABELLED = {"distill_weight": 1.0}
 _PAPER_LR, _PAPER_BATCH = 2e-5, 512  # the rate grows with the batch
 _SCRATCH_LR = 1e-3
 
@@ -68,8 +76,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         if name not in _KNOWN:
             known = ", ".join(sorted(_KNOWN)).replace("_", "-")
             raise UserError(f"{path} has an unknown option {reprlib.repr(name)}; known: {known}")
-        several = name == "thresholds" and value != FIT
-        parts, kinds = (value, (int, float)) if several else ([value], _kinds(name))
+        several = name == "cuts" or (name == "thresholds" and value != FIT)
+        parts, kinds = (value if several else [value]), _kinds(name, several)
         if not isinstance(parts, list) or not all(type(part) in kinds for part in parts):
             raise UserError(
                 f"{path} says {name} = {reprlib.repr(value)}, which it cannot be; correct it"
@@ -79,11 +87,15 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return given
 
 
-def _kinds(name: str) -> tuple[type, ...]:
-    """What an option's value may be in a file."""
-    if name in ("amp", "masking", "thresholds"):
+def _kinds(name: str, several: bool) -> tuple[type, ...]:
+    """What an option's value may be in a file, or each of several."""
+    if name in ("amp", "masking", "method", "train", "labels") or (
+        name == "thresholds" and not several
+    ):
         return (str,)
-    whole = name in ("steps", "epochs", "batch_size", "warmup", "repeats", "seed")
+    if name == "per_picture":
+        return (bool,)
+    whole = name in ("steps", "epochs", "batch_size", "warmup", "repeats", "seed", "cuts")
     return (int,) if whole else (int, float)
 
 
@@ -96,10 +108,23 @@ def check_options(dense: bool, given: Mapping[str, Any]) -> None:
     named = {name for name, value in given.items() if value is not None}
     if {"steps", "epochs"} <= named:
         raise UserError("--steps and --epochs say the same thing; drop one")
+    if dense and given.get("labels") == "none":
+        raise UserError("--dense learns from labels; drop one of --dense and --labels none")
     for name in _ADAPTIVE:
         if dense and name in named:
             option = "ema-decay" if name == "ema" else name.replace("_", "-")
             raise UserError(f"--dense has no {option}; drop one of --dense and --{option}")
+
+
+def _preset(config: ArchConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arch's, as far as it fits what the options ask for."""
+    preset = dict(PRESETS.get(config.name, _OTHER))
+    if options.get("labels") == "none":
+        preset = {name: value for name, value in preset.items() if name not in _OF_LABELS}
+        preset |= _UNLABELLED
+    if options.get("train") == "thresholds":
+        preset = {name: value for name, value in preset.items() if name not in _OF_WEIGHTS}
+    return preset
 
 
 def recipe_for(
@@ -126,7 +151,7 @@ def recipe_for(
     check_options(False, in_file)
     # Steps of a file stand above the preset's epochs, those of the command line above both.
     length: dict[str, Any] = {}
-    preset = PRESETS.get(config.name, _OTHER)
+    preset = _preset(config, {**in_file, **given})
     for options in (preset, in_file, given):
         length = {k: options[k] for k in ("steps", "epochs") if k in options} or length
     merged = {**preset, **in_file, **given}
@@ -135,6 +160,11 @@ def recipe_for(
         merged = {name: value for name, value in merged.items() if name not in _ADAPTIVE}
     if merged.get("thresholds", FIT) != FIT:
         merged["thresholds"] = tuple(float(value) for value in merged["thresholds"])
+    if merged.get("cuts") is not None:
+        merged["cuts"] = tuple(merged["cuts"])
+    method = METHODS.get(merged.get("method", Threshold.name))
+    if method is not None:  # the recipe refuses what is none
+        merged.setdefault("temperature", method.temperature)
     batch = merged.setdefault("batch_size", 64)
     if "lr" not in merged:
         merged["lr"] = _SCRATCH_LR if scratch else _PAPER_LR * batch / _PAPER_BATCH

@@ -14,10 +14,16 @@ from asvit_deploy.data.augment import Augmentation
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import Masking
-from asvit_deploy.reduction.threshold import TEMPERATURE
+from asvit_deploy.reduction.methods import METHODS
+from asvit_deploy.reduction.ranked import Ranked
+from asvit_deploy.reduction.threshold import TEMPERATURE, Threshold
 
 # What products are computed in; weights, scores and thresholds stay float32.
 Amp = Literal["no", "bf16", "fp16"]
+
+# What learns, and what a run learns from: the data's labels, or the dense network alone.
+Learns = Literal["all", "thresholds"]
+Labels = Literal["data", "none"]
 
 # Thresholds that start on the budget, by one factor on where they would start otherwise.
 FIT: Literal["fit"] = "fit"
@@ -48,6 +54,8 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "repeats": (lambda x: 1 <= x < _WHOLE, "a whole number of at least 1"),
     "amp": (lambda x: x in get_args(Amp), f"one of {', '.join(get_args(Amp))}"),
     "masking": (lambda x: x in get_args(Masking), f"one of {', '.join(get_args(Masking))}"),
+    "train": (lambda x: x in get_args(Learns), f"one of {', '.join(get_args(Learns))}"),
+    "labels": (lambda x: x in get_args(Labels), f"one of {', '.join(get_args(Labels))}"),
     "thresholds": (
         lambda x: x == FIT if isinstance(x, str) else all(0 < t <= _MOST for t in x),
         f"numbers above 0, up to 1e12, or {FIT!r}",
@@ -75,6 +83,36 @@ def _check(options: Any) -> None:
             raise UserError(f"--{option} {value} cannot be used; pass {meant}")
 
 
+def check_method(name: str, per_picture: bool) -> None:
+    """Raise UserError for a method that is not known or has no such training form."""
+    able = [other for other, method in METHODS.items() if method.trains]
+    if name not in METHODS:
+        raise UserError(f"--method {name} is not known; pass one of {', '.join(able)}")
+    method = METHODS[name]
+    if not method.trains:
+        raise UserError(
+            f"--method {name} has no training form: it is what methods must beat; pass one of "
+            f"{', '.join(able)}"
+        )
+    if per_picture and issubclass(method, Ranked) and not method.adapts:
+        raise UserError(
+            f"{name} keeps as many tokens of every picture: it has no thresholds to learn; drop "
+            "--per-picture"
+        )
+
+
+def _check_unlabelled(recipe: Recipe) -> None:
+    if recipe.smoothing:
+        raise UserError(
+            "--smoothing is of a loss on labels, and --labels none has no such loss; drop one"
+        )
+    if not recipe.distill_weight:
+        raise UserError(
+            "--labels none learns from the dense network alone, and --distill-weight 0 leaves "
+            "nothing of it; drop one"
+        )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a run's result beside data and starting weights.
@@ -86,8 +124,13 @@ class Recipe:
     dropped token loses (Table 3), for adaptive runs. `ema` is the decay of a moving average of the
     weights; `randaugment` to `repeats` are `Augmentation`'s.
 
+    `method` is that of an adaptive run, `per_picture` and `cuts` are as `calibrate` has them;
+    `train` is what learns, the thresholds meaning all that is a method's own; without `labels` the
+    dense network's answers are learnt alone, and `distill_weight` is their weight.
+
     Raises:
-        UserError: a number is out of its range or not finite, or `min_lr` is above `lr`.
+        UserError: a number is out of its range or not finite, or `min_lr` is above `lr`; a method
+            that is not known or cannot be trained; options that contradict one another.
     """
 
     steps: int
@@ -112,9 +155,22 @@ class Recipe:
     repeats: int = 1
     amp: Amp = "no"
     seed: int = 0
+    method: str = Threshold.name
+    per_picture: bool = False
+    cuts: tuple[int, ...] | None = None
+    train: Learns = "all"
+    labels: Labels = "data"
 
     def __post_init__(self) -> None:
         _check(self)
+        check_method(self.method, self.per_picture)
+        if self.train == "thresholds" and self.ema:
+            raise UserError(
+                "--ema-decay averages weights, and --train thresholds leaves them as they are; "
+                "drop one"
+            )
+        if self.labels == "none" and self.budget is not None:
+            _check_unlabelled(self)
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; lower it")
 

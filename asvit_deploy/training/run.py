@@ -19,11 +19,12 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from asvit_deploy.budget import Fit, check_budget
+from asvit_deploy.checkpoints.learned import backbone_beside
 from asvit_deploy.checkpoints.load import Checkpoint, save_checkpoint, with_head
 from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.sources import Source
 from asvit_deploy.errors import UserError
+from asvit_deploy.fitting import Fit
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import Selector, ViT
 from asvit_deploy.sidecar import provenance
@@ -46,9 +47,10 @@ from asvit_deploy.training.recipe import (
     check_memory,
     memory_failures,
 )
+from asvit_deploy.training.start import adaptive_start, dense_start, load_teacher, settled
 from asvit_deploy.training.state import state_path
-from asvit_deploy.training.trainer import Trainer, adaptive_start, dense_start, load_teacher
-from asvit_deploy.training.validation import land_on_budget, validate
+from asvit_deploy.training.trainer import Trainer
+from asvit_deploy.training.validation import land_on_budget, start_on_budget, validate
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Trained:
         fit: how the thresholds met the budget; None where there is none.
         average: the same of the moving average, where one is kept.
         skipped: pictures that no process could read.
+        backbone: the network's file, beside which the output must stay; None: it holds all.
     """
 
     output: Path
@@ -68,6 +71,7 @@ class Trained:
     fit: Fit | None
     average: Trained | None = None
     skipped: tuple[str, ...] = ()
+    backbone: Path | None = None
 
 
 @dataclass
@@ -123,8 +127,7 @@ def train(
     progress = Progress(trainer, output, identity, resume, running, force)
     fit_first = trainer.recipe.thresholds == FIT and not resume
     if fit_first:
-        what = "starting thresholds"
-        land_on_budget(trainer.model, trainer, source, progress.log, what, skipped, 0, running)
+        start_on_budget(trainer, source, progress.log, skipped, running)
     loop = _Loop(trainer, source, progress, skipped, running, changed=fit_first)
     with stop_signals() as signals, loop.bar:
         first, recipe = progress.first, trainer.recipe
@@ -214,7 +217,7 @@ class _Loop:
             figures.pop(name, None)
         running, names = self._running, self._skipped.names
         held_out = validate(trainer.model, self._source, running.validation_limit,
-                            trainer.accelerator, names, running.bars)  # fmt: skip
+                            trainer.accelerator, names, running.bars, trainer.judge)  # fmt: skip
         unreadable = len(self._skipped.everywhere())
         self._progress.log.write({
             "event": "epoch", "epoch": epoch, "step": done, "steps": steps, **figures,
@@ -235,7 +238,7 @@ def _start(
     config = config.released()
     if pretrained is not None:
         pretrained = replace(pretrained, config=pretrained.config.released())
-    if pretrained is not None and pretrained.headless:
+    if pretrained is not None and pretrained.headless and recipe.labels == "data":
         pretrained = with_head(pretrained, config.num_classes, recipe.seed)
     if accelerator.device.type == "cpu":  # a GPU says itself when it is full
         check_memory(config, recipe.batch_size, accelerator.num_processes)
@@ -243,9 +246,7 @@ def _start(
         return dense_start(config, pretrained, recipe.seed), None
     if pretrained is None:
         raise UserError("adaptive training starts from dense weights; pass --pretrained")
-    check_budget(config, recipe.budget)
-    thresholds = None if recipe.thresholds == FIT else recipe.thresholds
-    student, own = adaptive_start(config, pretrained, thresholds)
+    student, own = adaptive_start(config, pretrained, recipe)
     if not recipe.distill_weight:
         if teacher is not None:
             raise UserError("--distill-weight 0 needs no teacher; drop one of it and --teacher")
@@ -279,7 +280,7 @@ def finetune(
         Interrupted, UserError: see `train`; a budget out of reach; a batch that does not fit into
             memory; a teacher of another kind.
     """
-    accelerator = accelerator_for(recipe.amp)
+    accelerator, recipe = accelerator_for(recipe.amp), settled(config, pretrained, recipe)
     model, mentor = _start(config, pretrained, teacher, recipe, accelerator)
     identity = {**source.identity, **identity}
     with contextlib.ExitStack() as stack:
@@ -294,12 +295,19 @@ def finetune(
         log = train(trainer, source, output, identity, skipped, resume, running, force)
         stack.enter_context(kept_when_stopped(output, recipe.steps))
         facts = pretrained.origins.metadata() if pretrained else {}
-        end = _End(trainer, source, log, skipped, running, identity, facts, fit=selector is None)
+        if pretrained and recipe.labels == "none":  # the outputs mean what they meant
+            known = {key: pretrained.metadata.get(key) for key in ("classes", "classes_from")}
+            facts |= {key: value for key, value in known.items() if value is not None}
+        beside = None
+        if pretrained and recipe.train == "thresholds":
+            beside = backbone_beside(output, model.reduction, pretrained)
+        end = _End(trainer, source, log, skipped, running, identity, facts,
+                   fit=selector is None, backbone=beside)  # fmt: skip
         averaged = None
         if (average := trainer.averaged()) is not None:
             averaged = end.finished(average_path(output), average, " of the average")
         result = replace(end.finished(output, model, ""), average=averaged)
-        result = replace(result, skipped=tuple(sorted(skipped.everywhere())))
+        result = replace(result, skipped=tuple(sorted(skipped.everywhere())), backbone=beside)
         if accelerator.is_main_process:
             state_path(output).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -313,6 +321,7 @@ class _End:
     Attributes:
         facts: where those of its start came from.
         fit: bring the thresholds onto the budget.
+        backbone: the file that holds the network's weights, beside which a method's own will do.
     """
 
     trainer: Trainer
@@ -323,6 +332,7 @@ class _End:
     identity: dict[str, Any]
     facts: dict[str, str]
     fit: bool
+    backbone: Path | None = None
 
     def finished(self, path: Path, network: ViT, of: str) -> Trained:
         """Thresholds onto the budget, held-out figures, and the file."""
@@ -332,7 +342,7 @@ class _End:
             fit = land_on_budget(network, trainer, self.source, self.log, what, self.skipped,
                                   step, running)  # fmt: skip
         figures = validate(network, self.source, running.validation_limit, trainer.accelerator,
-                           self.skipped.names, running.bars)  # fmt: skip
+                           self.skipped.names, running.bars, trainer.judge)  # fmt: skip
         self.skipped.check()
         self.log.write({"event": f"validation{of}", **figures})
         trained = Trained(path, figures, fit)
@@ -343,11 +353,14 @@ class _End:
     def _save(self, network: ViT, trained: Trained) -> None:
         """Write the network and its sidecar."""
         recipe, source = self.trainer.recipe, self.source
-        made = provenance(("torch", "accelerate", "kornia", "mlxtend"))
+        made = provenance(("torch", "accelerate", "pillow", "mlxtend"))
         made |= {"recipe": asdict(recipe), **self.identity, **trained.validation}
-        metadata = {"classes": json.dumps(source.classes), "classes_from": source.classes_from}
-        metadata |= {"provenance": json.dumps(made), **self.facts}
+        metadata = {"provenance": json.dumps(made), **self.facts}
+        if recipe.labels == "data":
+            metadata["classes"] = json.dumps(source.classes)
+            metadata["classes_from"] = source.classes_from
+        if recipe.budget is not None and self.fit:
+            metadata |= {"budget": str(recipe.budget), "budget_by": "release"}
         if (fit := trained.fit) is not None:
-            metadata["budget"] = str(recipe.budget)
             metadata["budget_fit"] = json.dumps({**asdict(fit), "missed": fit.missed})
-        save_checkpoint(trained.output, network, metadata)
+        save_checkpoint(trained.output, network, metadata, self.backbone)

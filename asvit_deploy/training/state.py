@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from asvit_deploy.training.trainer import Trainer
 
 
+# What a run was before there was a choice.
+_BEFORE = {"method": "threshold", "per_picture": False, "cuts": None, "train": "all",
+           "labels": "data"}  # fmt: skip
+
+
 def state_path(output: Path) -> Path:
     """Where the unfinished run of `output` keeps its state."""
     return output.with_name(output.name + ".unfinished.pt")
@@ -61,6 +66,7 @@ def load_state(path: Path, trainer: Trainer, recipe: dict[str, Any]) -> int:
     step, saved = content.get("step"), content.get("recipe")
     if type(step) is not int or not isinstance(saved, Mapping):
         raise UserError(damaged)
+    saved = {**_BEFORE, **saved}
     changed = [key for key in recipe if saved.get(key) != recipe[key]]
     if changed:
         differences = ", ".join(

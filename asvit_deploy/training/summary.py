@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from asvit_deploy.checkpoints.learned import beside_line
 from asvit_deploy.training.run import Trained
 
 _NAMED = 10  # skipped pictures
@@ -14,6 +15,8 @@ def summary(result: Trained) -> Iterator[str]:
     if result.average:
         yield from _of_network(result.average, "its moving average: ")
     yield from _of_network(result, "")
+    if result.backbone is not None:
+        yield beside_line(result.output, result.backbone)
     if skipped := result.skipped:
         more, plural = ", …" * (len(skipped) > _NAMED), "s" * (len(skipped) > 1)
         yield (

@@ -12,16 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from asvit_deploy import calibration, per_picture, similarity
-from asvit_deploy.budget import fixed_counts
+from asvit_deploy import calibration, per_picture, settling, similarity
+from asvit_deploy.budget import macs_of
 from asvit_deploy.choice import CHALLENGERS, FIRST, carried_out_on
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluation.sweep_points import macs_of
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import teacher_macs
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.base import Reduction
-from asvit_deploy.reduction.methods import RANKED, restored
+from asvit_deploy.reduction.methods import METHODS, restored
 from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.tuning.demand import Evidence, evidence
@@ -194,20 +193,26 @@ class Bench:
         if way.method == Threshold.name:
             result = calibration.calibrate(self.dense, self.pictures, budget)
             return with_values(Threshold(config.stages, config.prefix), result.thresholds)
-        method = RANKED[way.method]
+        method = METHODS[way.method]
         if way.per_picture:
             return per_picture.fit(self.dense, method, self.pictures, budget, way.blocks)
-        return fixed_counts(config, method, budget, way.blocks)
+        return settling.on_budget(self.dense, method, self.pictures, budget, way.blocks)
 
 
 def state_of(reduction: Reduction) -> dict[str, Any]:
-    """What `reduction_of` makes it from again, JSON-ready."""
-    return {"fields": reduction.fields(),
+    """What `reduction_of` makes it from again, JSON-ready: of methods that learn numbers alone."""
+    own = {id(boundary) for boundary in reduction.boundaries()}
+    learned = {name: value.item() for name, value in reduction.named_parameters()
+               if id(value) not in own}  # fmt: skip
+    return {"fields": reduction.fields(), **({"learned": learned} if learned else {}),
             "thresholds": [one.item() for one in reduction.boundaries()]}  # fmt: skip
 
 
 def reduction_of(state: Mapping[str, Any], prefix: int) -> Reduction:
-    return with_values(restored(state["fields"], prefix), state["thresholds"])
+    made = restored(state["fields"], prefix)
+    learned = {name: torch.tensor(value) for name, value in state.get("learned", {}).items()}
+    made.load_state_dict(learned, strict=False)
+    return with_values(made, state["thresholds"])
 
 
 def with_values(reduction: Reduction, values: Sequence[float]) -> Reduction:
@@ -226,7 +231,7 @@ def usual_ways(config: ArchConfig, methods: Sequence[str]) -> list[Way]:
     if not methods:
         first: tuple[type[Ranked], ...] = (FIRST, *CHALLENGERS)
         found = [Way(method.name) for method in first]
-        found = [way for way in found if RANKED[way.method].carries_sizes or not config.averages]
+        found = [way for way in found if METHODS[way.method].carries_sizes or not config.averages]
         return [*found, Way(FIRST.name, per_picture=True)]
     ways = []
     for name in methods:
@@ -234,7 +239,7 @@ def usual_ways(config: ArchConfig, methods: Sequence[str]) -> list[Way]:
             ways.append(Way(name, per_picture=True))
             continue
         ways.append(Way(name))
-        if RANKED[name].adapts:
+        if METHODS[name].adapts:
             ways.append(Way(name, per_picture=True))
     return ways
 
@@ -244,7 +249,7 @@ def other_placements(config: ArchConfig, way: Way) -> list[Way]:
     first quarter of the network, and at the architecture's stages."""
     if way.method == Threshold.name:  # its stages are the architecture's
         return []
-    method: type[Ranked] = RANKED[way.method]
+    method = METHODS[way.method]
     usual = method.usual_blocks(config.stages, config.depth)
     # Cuts inside a block come before its second half: the stages' tokens leave one half earlier.
     shifted = tuple(stage - (method.place == "inside") for stage in config.stages)

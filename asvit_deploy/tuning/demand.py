@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from asvit_deploy import similarity
-from asvit_deploy.choice import distance
+from asvit_deploy.distance import distance
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.tuning import bounds
 
@@ -59,7 +59,7 @@ class Evidence:
     """What one artefact answers on pictures, beside its dense twin: arrays [pictures].
 
     Attributes:
-        apart: `choice.distance`.
+        apart: `distance.distance`.
         changed: the top-1 is another; None for embeddings.
         worse, better: only the twin was right, only the artefact was; None without labels.
         cosine: None but for embeddings.

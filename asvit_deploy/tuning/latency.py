@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asvit_deploy.budget import macs_of
 from asvit_deploy.errors import UserError
-from asvit_deploy.evaluation.sweep_points import macs_of
 from asvit_deploy.evaluation.timing import Interval, interval_of, share_of_macs_ratio, too_busy
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import dense_macs

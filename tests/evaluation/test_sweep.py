@@ -13,7 +13,7 @@ from conftest import raises_one_line, refused
 import asvit_deploy
 from asvit_deploy import per_picture
 from asvit_deploy.artefacts.opening import open_artefact
-from asvit_deploy.budget import carried_out, fixed_counts
+from asvit_deploy.budget import carried_out, fixed_counts, macs_of
 from asvit_deploy.calibration import on_budget
 from asvit_deploy.checkpoints import default_checkpoint
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
@@ -21,7 +21,7 @@ from asvit_deploy.data.images import open_images
 from asvit_deploy.evaluation import sweep_points
 from asvit_deploy.evaluation.bench import bench
 from asvit_deploy.evaluation.sweep import OneAtATime, Rounds, batches_of, run_sweep
-from asvit_deploy.evaluation.sweep_points import Asked, FixedScore, asked, macs_of, plans, split_of
+from asvit_deploy.evaluation.sweep_points import Asked, FixedScore, asked, plans, split_of
 from asvit_deploy.models.macs import dense_macs, model_macs, teacher_macs
 from asvit_deploy.reduction.bat import BAT
 from asvit_deploy.reduction.threshold import Threshold

@@ -21,6 +21,7 @@ from asvit_deploy.training.losses import (
     distillation,
     flops_loss,
     flops_weight,
+    mean_macs,
     relative_macs,
     token_distillation,
     total_loss,
@@ -34,12 +35,18 @@ def masks_of(*counts: int) -> list[Tensor]:
     return [(torch.arange(196) < count).float()[None] for count in counts]
 
 
+def lengths(masks: list[Tensor], prefix: int = 1) -> list[Tensor]:
+    """Rows in use behind each cut."""
+    return [prefix + mask.sum(1) for mask in masks]
+
+
 def test_flops_loss_is_the_distance_of_the_mean_from_the_target():
     few, many = masks_of(50, 40, 30), masks_of(196, 196, 196)
     masks = [torch.cat(pair) for pair in zip(few, many)]
     share = [model_macs(MINI, n) / teacher_macs(MINI) for n in ([51, 41, 31], [197, 197, 197])]
-    torch.testing.assert_close(relative_macs(MINI, masks), torch.tensor(share))
-    loss = flops_loss(MINI, masks, 0.65).item()
+    macs = relative_macs(MINI, lengths(masks))
+    torch.testing.assert_close(macs, torch.tensor(share))
+    loss = flops_loss(mean_macs(macs), 0.65).item()
     # The mean over the batch is taken before the distance: images may differ from the budget.
     assert loss == pytest.approx(abs(sum(share) / 2 - 0.65), abs=1e-6)
 
@@ -47,7 +54,8 @@ def test_flops_loss_is_the_distance_of_the_mean_from_the_target():
 def test_rows_in_front_cost_too():
     config = replace(MINI, prefix=5)
     share = model_macs(config, [55, 45, 35]) / teacher_macs(config)
-    assert relative_macs(config, masks_of(50, 40, 30)).item() == pytest.approx(share, rel=1e-6)
+    rows = lengths(masks_of(50, 40, 30), prefix=5)
+    assert relative_macs(config, rows).item() == pytest.approx(share, rel=1e-6)
 
 
 def test_flops_weight_is_two_per_gmac_from_deit_small_on():
@@ -89,8 +97,10 @@ def test_every_token_weighs_the_same_in_whatever_process():
 
 def test_total_is_the_weighted_sum_and_names_its_parts():
     logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
-    outputs = Outputs(logits, torch.zeros(1, 196, 2), masks_of(196, 100, 50))
-    teacher = Outputs(torch.zeros(1, 2), torch.randn(1, 196, 2), [])
+    masks = masks_of(196, 100, 50)
+    macs = mean_macs(relative_macs(MINI, lengths(masks)))
+    outputs = Outputs(logits, torch.zeros(1, 196, 2), macs, masks[-1])
+    teacher = Outputs(torch.zeros(1, 2), torch.randn(1, 196, 2))
     weights = Weights(flops=3.0, distill=0.5, token=0.25)
     loss, parts = total_loss(MINI, outputs, teacher, labels, 0.65, weights)
     assert parts["ce"].item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-6)
@@ -103,7 +113,7 @@ def test_total_is_the_weighted_sum_and_names_its_parts():
 
 def test_label_smoothing_mixes_in_the_uniform_distribution():
     logits = torch.tensor([[2.0, 0.0]])
-    outputs = Outputs(logits, None, [])
+    outputs = Outputs(logits)
     loss, _ = total_loss(MINI, outputs, None, torch.tensor([0]), None, Weights(1.0, smoothing=0.2))
     logs = logits.log_softmax(1)[0]
     assert loss.item() == pytest.approx(-(0.9 * logs[0] + 0.1 * logs[1]).item(), abs=1e-6)
@@ -135,7 +145,8 @@ def test_budget_pulls_thresholds_the_right_way(budget, sign):
     model = with_thresholds(small_model(), 0.036, 0.036, 0.036)
     images = torch.randn(4, 3, 20, 20)
     _, _, masks = model.forward_masked(images, temperature=300.0)
-    flops_loss(model.config, masks, budget).backward()
+    macs = relative_macs(model.config, lengths(masks))
+    flops_loss(mean_macs(macs), budget).backward()
     gradients = [threshold.grad.item() for threshold in model.thresholds]
     # Too many tokens: descent raises the thresholds, so their gradient is negative.
     assert all(gradient * sign > 0 for gradient in gradients), gradients

