@@ -300,5 +300,6 @@ def write(repository: Path, called: str, models: Sequence[Model]) -> None:
             shutil.rmtree(left)
         except OSError as error:
             raise UserError(
-                f"{left} is of the model before and cannot be removed ({error.strerror}); remove it"
+                f"{left} is of the model before and cannot be removed ({error.strerror or error}); "
+                "remove it"
             ) from None
