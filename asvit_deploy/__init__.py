@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from asvit_deploy.api.export import export
     from asvit_deploy.api.finetune import finetune
     from asvit_deploy.api.load import load
+    from asvit_deploy.api.package import package
     from asvit_deploy.api.predict import predict
     from asvit_deploy.api.report import report
     from asvit_deploy.api.save import save
@@ -53,6 +54,7 @@ __all__ = [
     "export",
     "finetune",
     "load",
+    "package",
     "predict",
     "report",
     "save",
@@ -76,6 +78,7 @@ _MODULES = {
     "export": "api.export",
     "finetune": "api.finetune",
     "load": "api.load",
+    "package": "api.package",
     "predict": "api.predict",
     "report": "api.report",
     "save": "api.save",

@@ -1,10 +1,9 @@
-"""Thresholds brought onto the budget after training, on training pictures."""
+"""What a budget of MACs allows, and fixed counts that meet it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,13 +24,7 @@ from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.methods import rising
 from asvit_deploy.reduction.ranked import Ranked
 
-_BATCH = 64
-_HALVINGS = 24  # of the factor's interval, in logarithms
-MOST_PASSES = _HALVINGS + 2  # over the pictures: before and after too
-_RANGE = (1e-4, 1e3)
 TOLERANCE = 0.01  # of the budget
-
-Progress = Callable[[int], object]
 
 
 def check_budget(config: ArchConfig, budget: float) -> None:
@@ -60,28 +53,6 @@ def _require_tokens(config: ArchConfig) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The factor that all thresholds took, and mean MACs / teacher of the pictures it was fitted
-    on, before and after."""
-
-    budget: float
-    pictures: int
-    factor: float
-    before: float
-    after: float
-
-    @property
-    def off(self) -> float:
-        """How far the MACs ended from the budget, as a fraction of it."""
-        return self.after / self.budget - 1
-
-    @property
-    def missed(self) -> bool:
-        """Whether that is over one per cent; no factor can tell equal scores apart."""
-        return abs(self.off) > TOLERANCE
-
-
 def trace_macs(config: ArchConfig, trace: Trace) -> Tensor:
     """MACs / teacher of each image of a batch, float64 [B]."""
     return model_macs(config, [n.double() for n in trace.length]) / teacher_macs(config)
@@ -92,67 +63,6 @@ def network_macs(model: ViT, trace: Trace) -> Tensor:
     assert model.reduction is not None
     lengths = [n.double() for n in trace.length]
     return model_macs(model.config, lengths, model.reduction) / teacher_macs(model.config)
-
-
-@torch.inference_mode()
-def _run(model: ViT, images: Sequence[Tensor], progress: Progress) -> tuple[float, list[Trace]]:
-    device, traces = model.pos_embed.device, []
-    for batch in images:
-        traces.append(model(batch.to(device))[1])
-        progress(len(batch))
-    return torch.cat([network_macs(model, trace) for trace in traces]).mean().item(), traces
-
-
-def _neighbours(traces: Sequence[Trace], stage: int, threshold: float) -> tuple[float, float]:
-    """The largest score at or under a threshold and the smallest one over it."""
-    scores = torch.cat([trace.scores[stage].flatten() for trace in traces])
-    scores = scores[scores.isfinite()]
-    under, over = scores[scores <= threshold], scores[scores > threshold]
-    low = under.max().item() if under.numel() else 0.0
-    high = over.min().item() if over.numel() else 2 * threshold - low
-    return low, high
-
-
-def fit_thresholds(
-    model: ViT, images: Tensor, budget: float, progress: Progress = lambda passed: None
-) -> Fit:
-    """Scale all thresholds by one factor, so that the mean MACs of these images meet the budget.
-
-    Training only pulls towards the budget; this lands on it. The shape that training gave the
-    stages stays. Each threshold ends in the middle between the two scores around it, far from
-    any rounding.
-
-    Args:
-        model: its method has `boundaries`.
-        images: float32 [P, 3, H, W], pictures of the training split.
-        progress: called with how many more of them have passed, of at most `MOST_PASSES` times P.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    batches = images.split(_BATCH)
-    assert model.reduction is not None
-    thresholds, start = model.reduction.boundaries(), model.threshold_values()
-
-    def scaled(factor: float) -> tuple[float, list[Trace]]:
-        for threshold, value in zip(thresholds, start):
-            threshold.data.fill_(value * factor)
-        return _run(model, batches, progress)
-
-    before, _ = scaled(1.0)
-    low, high = _RANGE
-    for _ in range(_HALVINGS):
-        factor = (low * high) ** 0.5
-        after, traces = scaled(factor)
-        if abs(after - budget) < 2e-4 * budget:
-            break
-        low, high = (factor, high) if after > budget else (low, factor)
-    for stage, threshold in enumerate(thresholds):
-        under, over = _neighbours(traces, stage, threshold.item())
-        threshold.data.fill_((under + over) / 2)
-    after, _ = _run(model, batches, progress)
-    for module, training in modes:
-        module.training = training
-    return Fit(budget, len(images), factor, before, after)
 
 
 def fixed_counts(

@@ -33,6 +33,7 @@ FUNCTIONS = (
     "export",
     "finetune",
     "load",
+    "package",
     "predict",
     "report",
     "save",

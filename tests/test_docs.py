@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md",
                                    "scripts/README.md", "plugins/README.md",
-                                   "trt_plugins/README.md")]  # fmt: skip
+                                   "trt_plugins/README.md", "plugins/sample/README.md",
+                                   "trt_plugins/sample/README.md")]  # fmt: skip
 
 # Which test executes a command line of the pages, or why none does.
 EXECUTED = {

@@ -153,7 +153,7 @@ def test_parts_with_other_runtimes_end_too(folder, tmp_path):
 @pytest.mark.slow
 def test_training_ends_too_where_its_packages_are(folder, tmp_path):
     """`evaluate` and `finetune` as commands, and steps of each kind."""
-    for name in ("accelerate", "kornia", "mlxtend"):
+    for name in ("accelerate", "mlxtend"):
         pytest.importorskip(name)
     output = tmp_path / "out"
     done = suite("run", "--prepared", folder, "-o", output, "--rehearse", "--only", "training")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -155,6 +155,7 @@ def _build(
     from asvit_deploy.engine.bucketed import build_bucketed
     from asvit_deploy.engine.build import build_engine as build_plan
     from asvit_deploy.engine.build import default_output
+    from asvit_deploy.engine.plugin import with_plugin
     from asvit_deploy.engine.source import open_source
     from asvit_deploy.files import check_writable
 
@@ -170,42 +171,12 @@ def _build(
         if source.artefact is None:
             say(f"{path} is not an artefact of ours: built as it is, compared with nothing")
         if source.needs_plugin and wanted.mode == "dynamic":
-            wanted = _with_plugin(wanted, flavour, say)
+            wanted = with_plugin(wanted, flavour, say)
         build = build_bucketed if wanted.mode == "bucketed" else build_plan
         with _Bar(say) as bar:
             built = build(source, target, flavour, wanted, bar.update, say)
     _say_built(built, flavour.title, say)
     return BuiltEngine(target, built.fields, tuple(built.warnings))
-
-
-def _with_plugin(wanted: Options, flavour: Flavour, say: Say) -> Options:
-    """The options with the op's library: the one named, the one built before, or built now."""
-    from asvit_deploy.ops.trt_library import build_trt, find_trt_plugin, runs_on_gpus
-
-    if wanted.plugin is not None:
-        if not wanted.plugin.is_file():
-            raise UserError(
-                f"{wanted.plugin} does not exist; `asvit-deploy build-plugins trt` makes the plugin"
-            )
-        if (flavour.enterprise or wanted.embed_plugin) and not runs_on_gpus(wanted.plugin):
-            why = "--embed-plugin" if wanted.embed_plugin else flavour.title
-            raise UserError(
-                f"{wanted.plugin} holds no CUDA code (a host twin, for building only) and {why} "
-                "needs it; `asvit-deploy build-plugins trt` makes a plugin that has it"
-            )
-        return wanted
-    if found := find_trt_plugin():
-        return replace(wanted, plugin=found)
-    try:
-        return replace(wanted, plugin=build_trt())
-    except UserError:
-        # RTX never runs the kernel while it builds, so the plugin's host twin will do there.
-        if flavour.enterprise or wanted.embed_plugin:
-            raise
-        twin = build_trt(twin=True)
-        say("no CUDA compiler here: built with the plugin's host twin; to run the engine, "
-            "`asvit-deploy build-plugins trt` where there is one")  # fmt: skip
-        return replace(wanted, plugin=twin)
 
 
 class _Bar:

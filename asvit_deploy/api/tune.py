@@ -40,8 +40,8 @@ class Frontier:
 
     Attributes:
         output: the folder.
-        model: the winner's ONNX file, with its sidecar and `MODEL.choice.json` beside it; None
-            where nothing was exported.
+        model: the winner's ONNX file, with its sidecar, `MODEL.choice.json` and, where that won,
+            its engine beside it; None where nothing was exported.
         verdict: `go` (True, False, or None: not shown), `why`, `sentence`, `exit_code`, and the
             winner or what came nearest.
         points: every adaptive row that was timed, the fastest first: candidate, runtime, precision,
@@ -83,12 +83,13 @@ def tune(
         labels: their folders are classes, and accuracy is what may be lost.
         max_drop: points of accuracy, or of the pictures whose top-1 changes, that may be lost at
             most, by a one-sided 95 % bound of each test. Tests of adaptive networks are in
-            sequence, so that the chance that any passes falsely is 5 % in all; dense int8 and bf16
-            are tested beside them.
+            sequence, so that the chance that any passes falsely is 5 % in all; dense int8, bf16 and
+            engines are tested beside them.
         min_cosine: of embeddings, the least mean cosine, likewise.
         methods: names; by default those that hold without training.
         batch: one or several; the verdict is of the first.
-        runtime, precision: names; by default what is at hand.
+        runtime, precision: names; by default what is at hand, on a GPU engines of TensorRT in
+            float32 and fp16 too.
         minutes: how long it may take at most; what is left out for it is said.
         output: a folder, by default `NAME.tune` here; one of an earlier run is taken up.
         threads: of every runtime; 0: every core.

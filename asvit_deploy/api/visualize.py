@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asvit_deploy.answers import predicted
 from asvit_deploy.api.inputs import PathLike, optional_path, path_of, require_at_least
-from asvit_deploy.api.predict import predicted
 from asvit_deploy.api.runner import runner_of
 from asvit_deploy.errors import UserError
 from asvit_deploy.runtimes import (

@@ -93,6 +93,19 @@ def write(folder: Path, files: Mapping[str, bytes], fields: dict[str, Any]) -> d
     return fields
 
 
+def remove(folder: Path) -> None:
+    """Take a bundle away, the manifest last; where there is none, nothing happens.
+
+    Raises:
+        UserError: it is not a folder that this tool made, or holds other files too.
+    """
+    if folder.is_dir():
+        _refuse_foreign(folder, KINDS[folder.suffix])
+        for name in (*_manifest(folder)["files"], MANIFEST):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     fields = read_signed(path, "manifest", folder.name, "kind", "files")

@@ -26,6 +26,11 @@ _KINDS: dict[str, type] = {
 }  # fmt: skip
 
 
+def way_of(graph: bool) -> str:
+    """What `ways` calls running an engine."""
+    return "engine, CUDA graph" if graph else "engine"
+
+
 @dataclass
 class EngineArtefact(Artefact):
     """An engine of ours.
@@ -113,9 +118,9 @@ class EngineArtefact(Artefact):
         """With and without CUDA graphs where the mode allows both; threads are the GPU's own."""
         of_kind(self.path, "engine", runtimes)
         self.require_runnable()
-        openers: dict[str, Opener] = {"engine": self.runner}
+        openers: dict[str, Opener] = {way_of(graph=False): self.runner}
         if self.graphs:
-            openers["engine, CUDA graph"] = lambda: self.runner(graph=True)
+            openers[way_of(graph=True)] = lambda: self.runner(graph=True)
         return Ways(openers, dict.fromkeys(openers, self.fields["flavour"]))
 
 

@@ -13,7 +13,7 @@ from asvit_deploy.artefacts.onnx_file import OnnxArtefact
 from asvit_deploy.errors import UserError
 from asvit_deploy.runners.trt_plan import NOTHING, Allowed
 
-_ENGINES: dict[str, type[EngineArtefact]] = {"engine": EngineArtefact, "bucketed": BundleArtefact}
+ENGINES: dict[str, type[EngineArtefact]] = {"engine": EngineArtefact, "bucketed": BundleArtefact}
 
 
 def kind_of(path: Path) -> str | None:
@@ -41,7 +41,7 @@ def open_artefact(
         UserError: it is not whole, not ours, of another network than the original, or an engine
             and an original is given.
     """
-    if (engine := _ENGINES.get(kind_of(path) or "")) is not None:
+    if (engine := ENGINES.get(kind_of(path) or "")) is not None:
         artefact = engine(path, allowed)
         if original is not None:
             raise UserError(
@@ -77,7 +77,7 @@ def engines_of(folder: Path, onnx: Path, say: Callable[[str], None] = lambda _: 
     engines = []
     for path in found:
         try:
-            if _ENGINES[str(kind_of(path))](path).built_from(onnx):
+            if ENGINES[str(kind_of(path))](path).built_from(onnx):
                 engines.append(path)
         except UserError as error:
             say(str(error))

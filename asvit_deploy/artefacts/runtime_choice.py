@@ -2,7 +2,8 @@
 
 `--runtime auto` reads one, `MODEL.choice.json` unless another is named. It holds for one file, by
 its sha256, and for one machine, by the name of its processor and the cores that may be used; it
-carries a digest of its own fields, as sidecars do.
+carries a digest of its own fields, as sidecars do. `tune` writes them too, and may say that an
+engine beside the file is the fastest: then it holds for that engine, and for the GPU.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asvit_deploy.artefacts.artefact import Ways
+from asvit_deploy.artefacts.engine_file import EngineArtefact, way_of
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact
+from asvit_deploy.artefacts.opening import ENGINES, kind_of, open_artefact
 from asvit_deploy.bounded import MOST_ONNX
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.processor import cpu_name, require_threads, usable_cores
 from asvit_deploy.runners.base import Runner
-from asvit_deploy.runtimes import OF_KIND
+from asvit_deploy.runners.trt_plan import gpu_name
+from asvit_deploy.runtimes import OF_KIND, TENSORRT
 from asvit_deploy.sidecar import read_signed
 
 KIND = "choice"
@@ -52,6 +56,8 @@ class RuntimeChoice:
     def line(self, model: Path) -> str:
         """What is run, and why."""
         runtime, way, threads = (self.fields[name] for name in ("runtime", "way", "threads"))
+        if runtime == TENSORRT:
+            way = self.fields["engine"]["file"] + way.removeprefix(way_of(graph=False))
         of = "" if way in (runtime, "dense", "static") else f" ({way})"
         count = "all threads" if threads == 0 else f"{threads} thread{'s' * (threads > 1)}"
         return (
@@ -66,25 +72,53 @@ class RuntimeChoice:
             UserError: its runtime, or the op's library, is not here any more.
         """
         runtime, way = self.fields["runtime"], self.fields["way"]
+        if runtime == TENSORRT:
+            return self._engine_ways(artefact)
         try:
             return artefact.ways(self.fields["threads"], record, (runtime,)).only(way)
         except KeyError:
             lacks = "the op's library is not here, `asvit-deploy build-plugins ort` makes it"
             if way != "library":
                 lacks = f"{artefact.path} has no such way"
-            raise UserError(f"{self.path} says {runtime} ({way}): {lacks}; {self._again}") from None
+            raise UserError(f"{self.path} says {runtime} ({way}): {lacks}; {self.again}") from None
         except UserError as error:
             raise UserError(f"{self.path} says {runtime}: {error}") from None
 
+    def _engine_ways(self, artefact: OnnxArtefact) -> Ways:
+        """Likewise, of the engine that was built from the artefact."""
+        said, way = self.fields["engine"], self.fields["way"]
+        path = self.path.with_name(said["file"])
+        try:
+            engine = open_artefact(path)
+            assert isinstance(engine, EngineArtefact)
+            if engine.fields["digest"] != said["digest"] or not engine.built_from(artefact.path):
+                raise UserError(f"{path} is another engine than the one that was timed")
+            engine.require_runnable()
+            if (here := gpu_name()) != said["gpu"]:
+                raise UserError(f"it was timed on {said['gpu'][:80]}, and here is {here}")
+            found = engine.ways().only(way)
+        except KeyError:
+            raise UserError(f"{self.path}: {path} has no way {way[:40]!r}; {self.again}") from None
+        except UserError as error:
+            raise UserError(f"{self.path} says {TENSORRT}: {error}; {self.again}") from None
+        return Ways({way: lambda: found[way]}, {way: TENSORRT}, {way: engine.parity})
+
     @property
-    def _again(self) -> str:
+    def again(self) -> str:
+        if self.fields["runtime"] == TENSORRT:
+            return "run `asvit-deploy tune` again here, or name another --runtime"
         return again(self.path, self.fields["models"])
 
     def say_version(self, runner: Runner, say: Callable[[str], None]) -> None:
         """A line where another version of the runtime was measured than the one that runs."""
         here, measured = runner.describe()["backend"], self.fields["backend"]
         if here != measured:
-            say(f"{self.path} is of {measured}, and {here} is installed; {self._again}")
+            say(f"{self.path} is of {measured}, and {here} is installed; {self.again}")
+
+
+def engine_fields(engine: EngineArtefact) -> dict[str, Any]:
+    """What a choice file says of the engine that runs, which must lie beside it."""
+    return {"file": engine.path.name, "digest": engine.fields["digest"], "gpu": gpu_name() or ""}
 
 
 def again(path: Path, models: Iterable[object]) -> str:
@@ -150,8 +184,16 @@ def _check_fields(path: Path, fields: dict[str, Any]) -> None:
     for name, kind in _KINDS.items():
         if type(fields.get(name)) is not kind:
             refuse(name)
-    if fields["runtime"] not in OF_KIND["onnx"]:
+    if fields["runtime"] not in (*OF_KIND["onnx"], TENSORRT):
         refuse("runtime")
+    if fields["runtime"] == TENSORRT:
+        said = fields.get("engine")
+        if not isinstance(said, dict) or not all(
+            type(said.get(name)) is str for name in ("file", "digest", "gpu")
+        ):  # fmt: skip
+            refuse("engine")
+        if kind_of(Path(said["file"])) not in ENGINES or Path(said["file"]).name != said["file"]:
+            refuse("engine")
     if fields["threads"] < 0:
         refuse("threads")
     if not fields["models"] or not all(type(name) is str for name in fields["models"]):
@@ -187,7 +229,7 @@ def _require_machine(choice: RuntimeChoice) -> None:
     if (fields["cpu"], fields["cores"]) != (cpu, cores):
         raise UserError(
             f"{choice.path} was made on another machine ({_machine(fields['cpu'], fields['cores'])}"
-            f"; here {_machine(cpu, cores)}); {again(choice.path, fields['models'])}"
+            f"; here {_machine(cpu, cores)}); {choice.again}"
         )
     try:
         require_threads(fields["threads"])

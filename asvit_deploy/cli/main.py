@@ -38,6 +38,7 @@ COMMANDS = {
     "predict": "Top-5 and kept tokens of pictures.",
     "visualize": "Pictures of which tokens stay, cut by cut.",
     "report": "One page of what the others wrote as JSON: the verdict first.",
+    "package": "A model repository for Triton, preprocessing included.",
     "build-plugins": "Compile the C++ libraries into the user cache.",
     "doctor": "What is installed, what clashes, what to do about it.",
 }

@@ -27,7 +27,7 @@ from asvit_deploy.cli.sweeps import interval_text
               help="Pictures at a time; the verdict is of the first.")  # fmt: skip
 @options.runtimes
 @click.option("--precision", multiple=True, metavar="A,B,...",
-              help="Of float32, int8, bf16 [default: what is at hand].")  # fmt: skip
+              help="Of float32, fp16 (engines), int8, bf16 [default: at hand].")  # fmt: skip
 @click.option("--minutes", type=float, help="Take so long at most; what is left out is said.")
 @click.option("-o", "--output", type=options.PATH,
               help="Folder [default: stem of --ckpt and `.tune`, here].")  # fmt: skip
@@ -54,7 +54,8 @@ def command(as_json: bool, **chosen: Any) -> None:
     Some pictures fit methods to budgets, all others judge what comes of it; what keeps within
     --max-drop by a one-sided 95 % bound is timed beside dense and static networks, in every runtime
     and precision at hand. The first adaptive candidate that does not pass ends the tests, so that
-    any passes falsely with a chance of 5 % in all; dense int8 and bf16 are tested beside them.
+    any passes falsely with a chance of 5 % in all; dense int8, bf16 and engines are tested beside
+    them. On a GPU TensorRT engines are built, judged and timed too, with and without CUDA graphs.
     A run that was stopped is taken up where it was.
 
     Exit code 0: go; 3: no go; 4: not shown.

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from asvit_deploy.data.augment import Augmentation, erased, mixed, randaugmented
+from asvit_deploy.data.augment import Augmentation, mixed
 from asvit_deploy.models.config import ArchConfig, Preprocessing
 
 _T = TypeVar("_T")
@@ -29,54 +30,80 @@ class Batch(NamedTuple):
 
 def normalise(pixels: np.ndarray, rules: Preprocessing) -> Tensor:
     """uint8 [B, 3, H, W] -> float32, (pixel / 255 - mean) / std."""
-    return _standardised(torch.from_numpy(pixels).float() / 255, rules)
+    images = torch.from_numpy(pixels).float()
+    _standardise(images, rules)
+    return images
 
 
-def _standardised(images: Tensor, rules: Preprocessing) -> Tensor:
+def slice_of(part: range | None) -> slice:
+    """Where those of a part stand among all; None: all of them."""
+    return slice(None) if part is None else slice(part.start, part.stop)
+
+
+def _standardise(images: Tensor, rules: Preprocessing) -> None:
+    """In place: passes over new memory take longer than the arithmetic."""
     mean = torch.tensor(rules.mean).view(3, 1, 1)
     std = torch.tensor(rules.std).view(3, 1, 1)
-    return (images - mean) / std
+    images.div_(255).sub_(mean).div_(std)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Part of one training batch: which pictures, and where they come from."""
+    """Part of one training batch: which pictures, where they come from, and what they become."""
 
     step: int
     size: int
     part: range
     augmentation: Augmentation
+    config: ArchConfig
+    seed: int
 
     @staticmethod
-    def of(step: int, size: int, part: range | None, augmentation: Augmentation) -> Share:
+    def of(
+        step: int, size: int, part: range | None, augmentation: Augmentation, config: ArchConfig,
+        seed: int,
+    ) -> Share:  # fmt: skip
+        """All of the batch by default.
+
+        Raises:
+            UserError: see `Augmentation.check_part`.
+        """
         part = range(size) if part is None else part
         augmentation.check_part(size, part)
-        return Share(step, size, part, augmentation)
+        return Share(step, size, part, augmentation, config, seed)
+
+    def number(self, row: int) -> int:
+        """A picture's own number in the run, which seeds what happens to it."""
+        return self.step * self.size + self.part[row]
 
     @property
-    def numbers(self) -> list[int]:
-        """Each picture's own number in the run, which seeds what happens to it."""
-        return [self.step * self.size + number for number in self.part]
+    def copies(self) -> dict[int, list[int]]:
+        """For each place in the endless order, the rows of this part that show its picture."""
+        found: dict[int, list[int]] = {}
+        for row, number in enumerate(self.part):
+            position = self.augmentation.position(self.step, self.size, number)
+            found.setdefault(position, []).append(row)
+        return found
 
-    @property
-    def positions(self) -> list[int]:
-        """Each picture's place in the endless order; copies of a picture share one."""
-        return [self.augmentation.position(self.step, self.size, n) for n in self.part]
+    def room(self) -> Tensor:
+        """float32 [B, 3, H, W], for `put` to fill."""
+        side = self.config.image_size
+        return torch.empty(len(self.part), 3, side, side)
 
-    def finished(
-        self, pixels: np.ndarray, labels: Tensor, config: ArchConfig, classes: int, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        """From uint8 pixels [B, 3, H, W] to a network's input, augmented."""
-        rules, augmentation = config.preprocessing, self.augmentation
-        images = torch.from_numpy(pixels).float() / 255
-        if augmentation.randaugment:
-            images = randaugmented(images, augmentation.randaugment, seed, self.numbers)
-        images = _standardised(images, rules)
-        if augmentation.erase:
-            images = erased(images, augmentation.erase, seed, self.numbers)
-        if augmentation.mixes:
-            return mixed(images, labels, classes, augmentation, seed, self.step, self.part)
-        return images, labels
+    def put(self, picture: Image.Image, images: Tensor, row: int) -> None:
+        """Augment a picture, cut and mirrored, and normalise it into its row."""
+        rules, number, image = self.config.preprocessing, self.number(row), images[row]
+        red, green, blue = (min(255, round(255 * mean)) for mean in rules.mean)
+        picture = self.augmentation.changed(picture, (red, green, blue), self.seed, number)
+        image.copy_(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        _standardise(image, rules)
+        self.augmentation.erase_from(image, self.seed, number)
+
+    def mixed(self, images: Tensor, labels: Tensor, classes: int) -> Tensor:
+        """Labels of all the pictures, once these have been mixed where that is on."""
+        if not self.augmentation.mixes:
+            return labels
+        return mixed(images, labels, classes, self.augmentation, self.seed, self.step, self.part)
 
 
 class Threads:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL.JpegImagePlugin import JpegImageFile
 
 from asvit_deploy.data.limits import (
     MAX_FILE,
@@ -51,6 +52,9 @@ _ENDINGS = {
     "WEBP": (".webp",),
 }
 _LIBRARIES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "WEBP": "webp"}
+# The upright size of a picture -> how many times smaller, out of `REDUCED`, it may be decoded.
+Reduction = Callable[[tuple[int, int]], int]
+REDUCED = (1, 2, 4, 8)
 MAX_ASPECT = 100  # the resized picture would be this many times the crop
 _MOST_WITHOUT_EXIF = 100_000_000  # bytes, of a file that is read as a whole
 _STRIP = 1 << 18  # pixels
@@ -63,6 +67,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Of which width becomes height.
+_LYING = [turn for number, turn in _TURNS.items() if number > 4]
 
 
 class PictureError(UserError):
@@ -94,11 +100,15 @@ def _formats(suffix: str) -> tuple[str, ...]:
     return tuple(name for name in known if name != "TGA" or suffix in _ENDINGS["TGA"])
 
 
-def load_picture(path: Path) -> Image.Image:
+def load_picture(path: Path, reduction: Reduction | None = None) -> Image.Image:
     """Read a picture of any usual kind as RGB, 8 bits a channel, the right way up.
 
     Transparent pixels are laid on white, as viewers show them. 16-bit greyscale is scaled to 8
     bits over its whole range. Of an animation, the first frame counts.
+
+    Args:
+        reduction: asked of JPEGs alone, whose decoder makes each 2x2, 4x4 or 8x8 pixels one at no
+            cost; sides are then rounded up.
 
     Raises:
         PictureError: there is no such file, it is no picture or a broken one, it holds more pixels
@@ -106,7 +116,7 @@ def load_picture(path: Path) -> Image.Image:
             `MAX_ASPECT` times, or its numbers have no known range (float, 32-bit).
     """
     _refuse_no_file(path)
-    return decode_picture(path, path, path.suffix.lower())
+    return decode_picture(path, path, path.suffix.lower(), reduction)
 
 
 def _refuse_no_file(path: Path) -> None:
@@ -128,7 +138,9 @@ def _refuse_no_file(path: Path) -> None:
         )
 
 
-def decode_picture(file: Path | io.BytesIO, name: object, suffix: str = "") -> Image.Image:
+def decode_picture(
+    file: Path | io.BytesIO, name: object, suffix: str = "", reduction: Reduction | None = None
+) -> Image.Image:
     """`load_picture` of a file, or of bytes that came from elsewhere; messages call it `name`."""
 
     def stop() -> PictureError:
@@ -152,6 +164,8 @@ def decode_picture(file: Path | io.BytesIO, name: object, suffix: str = "") -> I
                 for held in sizes(picture, opened):
                     _refuse_odd_size(name, *held, *most)
                 _refuse_many_scans(name, picture, opened)
+                if reduction is not None and isinstance(picture, JpegImageFile):
+                    _reduce(picture, reduction)
                 turn = _loaded(picture)
                 rgb = _to_rgb(picture)
                 if turn is None:
@@ -246,10 +260,23 @@ def _loaded(picture: Image.Image) -> Image.Transpose | None:
         with suppress(Exception):
             picture.getexif()
     picture.load()
+    return _turn(picture)
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
     try:
         return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever a damaged block makes the parser raise
         return None
+
+
+def _reduce(picture: JpegImageFile, reduction: Reduction) -> None:
+    """Have it decoded as small as it may be."""
+    width, height = picture.size
+    upright = (height, width) if _turn(picture) in _LYING else (width, height)
+    times = reduction(upright)
+    if times > 1:
+        picture.draft(None, (width // times, height // times))
 
 
 # --- pixels -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from asvit_deploy.classes.order import in_order
-from asvit_deploy.data.decode import SUFFIXES, load_picture
+from asvit_deploy.data.decode import SUFFIXES, Reduction, load_picture
 from asvit_deploy.data.listing import (
     LOOSE,
     Listing,
@@ -49,8 +49,8 @@ class Pictures(Protocol):
 
     def label(self, number: int) -> int: ...
 
-    def load(self, number: int) -> Image.Image:
-        """Raises UserError where it cannot be read."""
+    def load(self, number: int, reduction: Reduction | None = None) -> Image.Image:
+        """As `load_picture`; raises UserError where it cannot be read."""
         ...
 
     def name(self, number: int) -> str:
@@ -89,8 +89,8 @@ class FolderPictures:
     def label(self, number: int) -> int:
         return int(self._labels[number])
 
-    def load(self, number: int) -> Image.Image:
-        return load_picture(self._folder / self._names[number])
+    def load(self, number: int, reduction: Reduction | None = None) -> Image.Image:
+        return load_picture(self._folder / self._names[number], reduction)
 
     def name(self, number: int) -> str:
         return str(self._folder / self._names[number])
@@ -132,8 +132,8 @@ class UnlabelledPictures:
     def label(self, number: int) -> int:
         return -1
 
-    def load(self, number: int) -> Image.Image:
-        return load_picture(self._folder / self._names[number])
+    def load(self, number: int, reduction: Reduction | None = None) -> Image.Image:
+        return load_picture(self._folder / self._names[number], reduction)
 
     def name(self, number: int) -> str:
         return str(self._folder / self._names[number])

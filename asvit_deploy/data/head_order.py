@@ -45,8 +45,8 @@ class Relabelled:
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
         return self._relabelled(self._source.train_batch(step, size, part))
 
-    def fitting(self, count: int, after: int) -> Batch:
-        return self._relabelled(self._source.fitting(count, after))
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
+        return self._relabelled(self._source.fitting(count, after, part))
 
     def validation(
         self, size: int, limit: int | None = None, rank: int = 0, world: int = 1

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from asvit_deploy.data.augment import NO_AUGMENTATION, Augmentation
-from asvit_deploy.data.batches import Batch, Share, Threads
+from asvit_deploy.data.batches import Batch, Share, Threads, slice_of
+from asvit_deploy.data.crops import Crops
 from asvit_deploy.data.folders import Pictures
 from asvit_deploy.data.images import preprocess
 from asvit_deploy.data.labelled import LabelledPictures
@@ -25,7 +26,6 @@ from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
 
-_BICUBIC = Image.Resampling.BICUBIC
 _CROPS = 1  # the stream of draws; augmentation has others
 # So many unreadable pictures in a row are no accident, and the search must end.
 _STAND_INS = 64
@@ -56,15 +56,13 @@ class PictureSource:
     picture that cannot be read, the next of the order that can stands in.
 
     Raises:
-        UserError: training and held-out pictures have different classes; kornia is needed and
-            missing.
+        UserError: training and held-out pictures have different classes.
     """
 
     def __init__(
         self, name: str, train: Pictures, held_out: Pictures | None, order: Callable[[int], int],
         config: ArchConfig, seed: int, augmentation: Augmentation, notes: Iterable[str] = (),
     ) -> None:  # fmt: skip
-        augmentation.check_installed()
         self.name, self.classes, self.epoch = name, train.classes, len(train)
         self.classes_from = train.classes_from
         if held_out is not None and held_out.classes != train.classes:
@@ -90,51 +88,53 @@ class PictureSource:
         self._config, self._seed, self._augmentation = config, seed, augmentation
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
-        share = Share.of(step, size, part, self._augmentation)
-        found = self._threads.map(self._cropped, share.positions, share.numbers)
-        pixels, labels, skipped = zip(*found)
+        share = Share.of(step, size, part, self._augmentation, self._config, self._seed)
+        images, labels = share.room(), torch.empty(len(share.part), dtype=torch.int64)
+
+        def put(position: int, rows: list[int]) -> list[str]:
+            """Each of the picture's copies into its row; the names of pictures passed over."""
+            crops, skipped = Crops(self._train.load, self._config.image_size), []
+            for row in rows:
+                draws = self._seed, _CROPS, share.number(row)
+                picture, labels[row], passed = self._readable(position, partial(crops.one, draws))
+                share.put(picture, images, row)
+                skipped += passed
+            return skipped
+
+        skipped = self._threads.map(put, *zip(*share.copies.items()))
         # Pictures without labels are all of one class, which nobody asks for.
-        numbers, classes = torch.tensor(labels).clamp_min(0), max(1, len(self.classes))
-        images, targets = share.finished(
-            np.stack(pixels), numbers, self._config, classes, self._seed
-        )
+        targets = share.mixed(images, labels.clamp_min(0), max(1, len(self.classes)))
         return Batch(images, targets, tuple(sorted(set().union(*skipped))))
 
-    def _readable(self, position: int) -> tuple[Image.Image, int, list[str]]:
-        """The picture there, or the next that can be read; its label; those passed over."""
+    def _readable(
+        self, position: int, load: Callable[[int], Image.Image]
+    ) -> tuple[Image.Image, int, list[str]]:
+        """What `load` makes of the picture there, or of the next that can be read; its label;
+        those passed over."""
         skipped: list[str] = []
         first: UserError | None = None
         for place in range(position, position + _STAND_INS):
             number = self._order(place)
             try:
-                return self._train.load(number), self._train.label(number), skipped
+                return load(number), self._train.label(number), skipped
             except UserError as error:
                 first = first or error
                 skipped.append(self._train.name(number))
         assert first is not None
         raise UserError(f"{first} (so are the {_STAND_INS - 1} that come next)") from first
 
-    def _cropped(self, position: int, number: int) -> tuple[np.ndarray, int, list[str]]:
-        """uint8 [3, H, W], cut and mirrored as the picture's own number says."""
-        picture, label, skipped = self._readable(position)
-        rng = np.random.default_rng((self._seed, _CROPS, number))
-        side = self._config.image_size
-        picture = picture.resize((side, side), _BICUBIC, box=random_crop(picture.size, rng))
-        if rng.random() < 0.5:
-            picture = ImageOps.mirror(picture)
-        return np.asarray(picture).transpose(2, 0, 1), label, skipped
-
-    def fitting(self, count: int, after: int) -> Batch:
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
         count = min(count, self.epoch)
         epoch, place = divmod(after, self.epoch)
         # Within one epoch, so that no picture counts twice.
         start = after if place + count <= self.epoch else (epoch + 1) * self.epoch
 
         def seen(position: int) -> tuple[np.ndarray, int, list[str]]:
-            picture, label, skipped = self._readable(position)
+            picture, label, skipped = self._readable(position, self._train.load)
             return preprocess(picture, self._config), label, skipped
 
-        images, labels, skipped = zip(*self._threads.map(seen, range(start, start + count)))
+        positions = range(start, start + count)[slice_of(part)]
+        images, labels, skipped = zip(*self._threads.map(seen, positions))
         unread = tuple(sorted(set().union(*skipped)))
         return Batch(torch.from_numpy(np.stack(images)), torch.tensor(labels), unread)
 
@@ -212,20 +212,3 @@ def fingerprint(names: Iterable[str]) -> str:
     # A file name may hold bytes that are no text; no name holds a zero.
     digest = hashlib.sha256("\0".join(listed).encode(errors="surrogateescape"))
     return f"{len(listed)} (sha256 {digest.hexdigest()[:12]})"
-
-
-def random_crop(
-    size: tuple[int, int], rng: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """A box (left, top, right, bottom) of 8-100 % of the area and sides between 3:4 and 4:3."""
-    width, height = size
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1.0)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if 1 <= w <= width and 1 <= h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return left, top, left + w, top + h
-    side = min(width, height)  # too elongated for any such box: the middle square
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side

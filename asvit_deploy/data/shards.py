@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from asvit_deploy import trusted
 from asvit_deploy.bounded import open_regular, parse_json
-from asvit_deploy.data.decode import SUFFIXES, decode_picture
+from asvit_deploy.data.decode import SUFFIXES, Reduction, decode_picture
 from asvit_deploy.data.limits import MAX_FILE
 from asvit_deploy.data.listing import BEHIND, HIDDEN, Passed, ending_of
 from asvit_deploy.data.shard_folders import class_names, shards_in
@@ -82,7 +82,7 @@ class Shard:
     changed: int
 
     @staticmethod
-    def at(path: Path, cache: Path) -> Shard:
+    def at(path: Path, cache: Path, labelled: bool = True) -> Shard:
         """Raises UserError where there is no such file."""
         try:
             status = path.stat()
@@ -92,6 +92,7 @@ class Shard:
             raise UserError(f"cannot read the shard {path}: it is a device, a pipe or a socket")
         endings = ",".join(sorted(SUFFIXES))  # another Pillow may read others
         key = f"{_FORMAT}\0{endings}\0{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+        key += "" if labelled else "\0without labels"
         name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32]
         return Shard(path, cache / f"{name}.npy", status.st_size, status.st_mtime_ns)
 
@@ -192,10 +193,13 @@ def _temporary_cache(why: str) -> Path:
     return Path(folder)
 
 
-def indexed(paths: Sequence[Path]) -> list[Shard]:
+def indexed(paths: Sequence[Path], labelled: bool = True) -> list[Shard]:
     """These tar files with their indices made, in the order given; a bar on stderr meanwhile.
 
     Where the user's cache cannot be written, the indices are made for this run alone.
+
+    Args:
+        labelled: a picture has its label beside it; otherwise labels are members as others are.
 
     Raises:
         UserError: a shard is damaged, or its members are not what this module's heading says.
@@ -205,14 +209,14 @@ def indexed(paths: Sequence[Path]) -> list[Shard]:
     with contextlib.suppress(UserError):  # a cache that may only be read may hold them all
         cache = cache_dir() / name
         trusted.require_folder(cache)
-        shards = [Shard.at(path, cache) for path in paths]
+        shards = [Shard.at(path, cache, labelled) for path in paths]
         if all(shard.index.is_file() for shard in shards):
             return shards
     try:
         cache = make_cache_dir(name)
     except UserError as error:
         cache = _temporary_cache(str(error))
-    shards = [Shard.at(path, cache) for path in paths]
+    shards = [Shard.at(path, cache, labelled) for path in paths]
     missing = [shard for shard in shards if not shard.index.exists()]
     # Processes that start together each begin elsewhere, and so share the work.
     random.Random(os.getpid()).shuffle(missing)
@@ -221,7 +225,7 @@ def indexed(paths: Sequence[Path]) -> list[Shard]:
     for shard in bar:
         if not shard.index.exists():
             passed = Passed()
-            entries = np.array(list(_scan(shard.path, passed)), _ENTRY)
+            entries = np.array(list(_scan(shard.path, passed, labelled)), _ENTRY)
             with atomic(shard.index) as temporary, open(temporary, "wb") as file:
                 np.save(file, entries, allow_pickle=False)
                 file.write(json.dumps([passed.endings, passed.kinds]).encode())
@@ -242,11 +246,12 @@ class _Sample:
     label: int | None = None
 
 
-def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
+def _scan(path: Path, passed: Passed, labelled: bool) -> Iterator[tuple[int, int, int]]:
     """Offset, size and label of each picture of a tar file, from its headers and labels alone.
 
     Args:
         passed: gets the members that are neither.
+        labelled: as `indexed`; the label is 0 where it is not looked at.
     """
     sample = _Sample("")
     try:
@@ -263,10 +268,10 @@ def _scan(path: Path, passed: Passed) -> Iterator[tuple[int, int, int]]:
                     passed.add_kind(HIDDEN, member.name)
                     continue
                 if (key, members.archive) != (sample.key, sample.archive):
-                    yield from _finished(path, sample)
+                    yield from _finished(path, sample, labelled)
                     sample = _Sample(key, members.archive)
-                _note(path, file, member, suffix, sample, passed)
-            yield from _finished(path, sample)
+                _note(path, file, member, suffix, sample, passed, labelled)
+            yield from _finished(path, sample, labelled)
             if members.rest:
                 passed.add_kind(BEHIND, path.name)
     except (tarfile.TarError, EOFError, ValueError) as error:
@@ -287,7 +292,7 @@ def _split(name: str) -> tuple[str, str]:
 
 def _note(
     path: Path, file: BinaryIO, member: Member, suffix: str, sample: _Sample,
-    passed: Passed,
+    passed: Passed, labelled: bool,
 ) -> None:  # fmt: skip
     if suffix in SUFFIXES:
         if sample.picture is not None and (sample.suffix in _USUAL) == (suffix in _USUAL):
@@ -298,7 +303,7 @@ def _note(
         if sample.picture is not None:
             passed.add(f"x{sample.suffix}")
         sample.picture, sample.suffix = (member.offset, member.size), suffix
-    elif suffix == ".cls":
+    elif suffix == ".cls" and labelled:
         file.seek(member.offset)
         raw = file.read(min(member.size, 20))
         if len(raw) < min(member.size, 20):
@@ -317,9 +322,12 @@ def _note(
         passed.endings[suffix if ending_of(f"x{suffix}") else ""] += 1
 
 
-def _finished(path: Path, sample: _Sample) -> Iterator[tuple[int, int, int]]:
+def _finished(path: Path, sample: _Sample, labelled: bool) -> Iterator[tuple[int, int, int]]:
     """The sample's entry; none for members that are neither picture nor label."""
     if sample.picture is None and sample.label is None:
+        return
+    if sample.picture is not None and not labelled:
+        yield (*sample.picture, 0)
         return
     if sample.picture is None or sample.label is None:
         lacks = "picture" if sample.picture is None else ".cls"
@@ -340,6 +348,7 @@ class ShardPictures:
         folder: holds the tar files.
         paths: those of them that are meant; by default all.
         names: of the labels, in place of `classes.txt`.
+        labelled: as `indexed`; there are no classes where labels are not looked at.
 
     Raises:
         UserError: see `class_names` and `indexed`; no picture at all; a label that `classes.txt`
@@ -347,17 +356,19 @@ class ShardPictures:
     """
 
     def __init__(
-        self, folder: Path, paths: Sequence[Path] | None = None, names: Sequence[str] | None = None
-    ) -> None:
-        self.classes = class_names(folder) if names is None else list(names)
-        self.classes_from = "classes.txt" if names is None else GIVEN
-        self._shards = indexed(shards_in(folder) if paths is None else paths)
+        self, folder: Path, paths: Sequence[Path] | None = None,
+        names: Sequence[str] | None = None, labelled: bool = True,
+    ) -> None:  # fmt: skip
+        self.classes = list(names or ()) if names or not labelled else class_names(folder)
+        self.classes_from = ("classes.txt" if names is None else GIVEN) if labelled else "none"
+        self._shards = indexed(shards_in(folder) if paths is None else paths, labelled)
         counts, passed = [], Passed()
         for shard in self._shards:
             entries = shard.entries()
             passed.update(shard.passed())
             counts.append(len(entries))
-            if len(entries) and (worst := int(entries["label"].max())) >= len(self.classes):
+            worst = int(entries["label"].max()) if labelled and len(entries) else -1
+            if worst >= len(self.classes):
                 raise UserError(
                     f"the shard {shard.path} holds label {worst}, and {self.classes_from} names "
                     f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}; correct one of "
@@ -389,7 +400,7 @@ class ShardPictures:
         """The class of a picture."""
         return int(self._find(number)[1]["label"])
 
-    def load(self, number: int) -> Image.Image:
+    def load(self, number: int, reduction: Reduction | None = None) -> Image.Image:
         """A picture, as `load_picture` gives it.
 
         Raises:
@@ -402,7 +413,7 @@ class ShardPictures:
         name = _member_name(shard, data)
         file = io.BytesIO(memoryview(data)[_BLOCK:])
         del data  # before the pixels come
-        return decode_picture(file, name, ending_of(name))
+        return decode_picture(file, name, ending_of(name), reduction)
 
     def name(self, number: int) -> str:
         """Shard and member, for messages; a long name may be shortened as in its header."""

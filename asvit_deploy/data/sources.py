@@ -15,9 +15,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
 from asvit_deploy.data.augment import NO_AUGMENTATION, Augmentation
-from asvit_deploy.data.batches import Batch, Share, normalise
+from asvit_deploy.data.batches import Batch, Share, normalise, slice_of
 from asvit_deploy.data.digits import CANVAS, CLASSES, ClutteredDigits
 from asvit_deploy.data.folders import Splits, UnlabelledPictures, parted, why_unlabelled
 from asvit_deploy.data.labelled import LabelledPictures
@@ -67,11 +68,12 @@ class Source(Protocol):
         """
         ...
 
-    def fitting(self, count: int, after: int) -> Batch:
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
         """At most `count` training pictures as evaluation would see them.
 
         Args:
             after: pictures trained on so far; those that come next are taken.
+            part: numbers of those wanted; by default all.
         """
         ...
 
@@ -96,7 +98,6 @@ class DigitsSource:
     def __init__(
         self, config: ArchConfig, seed: int, augmentation: Augmentation = NO_AUGMENTATION
     ) -> None:
-        augmentation.check_installed()
         if config.image_size != CANVAS:
             raise UserError(
                 f"digits are {CANVAS}x{CANVAS} pixels and {config.name} takes "
@@ -110,15 +111,19 @@ class DigitsSource:
         self._train, self._test = ClutteredDigits("train", seed), ClutteredDigits("test", seed)
 
     def train_batch(self, step: int, size: int, part: range | None = None) -> Batch:
-        share = Share.of(step, size, part, self._augmentation)
-        placed = self._train.batch(np.array(share.positions))
-        labels = torch.from_numpy(placed.labels)
-        classes = len(self.classes)
-        return Batch(*share.finished(placed.images, labels, self._config, classes, self._seed))
+        share = Share.of(step, size, part, self._augmentation, self._config, self._seed)
+        (positions, rows), images = zip(*share.copies.items()), share.room()
+        placed = self._train.batch(np.array(positions))
+        labels = torch.empty(len(share.part), dtype=torch.int64)
+        for own, label, pixels in zip(rows, placed.labels, placed.images):
+            labels[own] = int(label)
+            for row in own:
+                share.put(Image.fromarray(pixels.transpose(1, 2, 0)), images, row)
+        return Batch(images, share.mixed(images, labels, len(self.classes)))
 
-    def fitting(self, count: int, after: int) -> Batch:
+    def fitting(self, count: int, after: int, part: range | None = None) -> Batch:
         start = math.ceil(after / count) * count
-        placed = self._train.batch(np.arange(start, start + count))
+        placed = self._train.batch(start + np.arange(count)[slice_of(part)])
         images = normalise(placed.images, self._config.preprocessing)
         return Batch(images, torch.from_numpy(placed.labels))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -165,18 +165,18 @@ def _with_method(
     """Another method's row."""
     if runtime == TORCH:
         return Variant(f"torch eager, {name}", TORCH, True, TorchRunner(network))
-    model = as_precise(artefact, to_onnx(network))
+    model = as_precise(artefact.fields, to_onnx(network))
     runner, precision = RUNTIMES[runtime].model(model, threads), artefact.fields["precision"]
     name = f"{runtime}, {name}" + f", {precision}" * (precision != FLOAT32.name)
     return Variant(name, runtime, True, runner, precision, model)
 
 
-def as_precise(artefact: OnnxArtefact, model: onnx.ModelProto) -> onnx.ModelProto:
-    """A float32 model in the artefact's precision, quantised as that was.
+def as_precise(fields: Mapping[str, Any], model: onnx.ModelProto) -> onnx.ModelProto:
+    """A float32 model in an artefact's precision, quantised as its sidecar says that it was.
 
     Its ranges are those of a picture of noise: they change what it computes, not how long.
     """
-    made = artefact.fields.get("quantisation")
+    made = fields.get("quantisation")
     if made is None:
         return model
     shape = [side.dim_value for side in model.graph.input[0].type.tensor_type.shape.dim[1:]]
@@ -343,7 +343,7 @@ def _references(
             runner = RUNTIMES[runtime].model(twin, threads)
             variants.append(Variant(f"{runtime}, dense", runtime, False, runner, model=twin))
             if (precision := artefact.fields["precision"]) != FLOAT32.name:
-                model = as_precise(artefact, twin)
+                model = as_precise(artefact.fields, twin)
                 runner = RUNTIMES[runtime].model(model, threads)
                 name = f"{runtime}, dense, {precision}"
                 variants.append(Variant(name, runtime, False, runner, precision, model))

@@ -157,7 +157,7 @@ class _Exports:
         model = to_onnx(self.with_reduction(reduction), batch)
         made = self.artefact.fields.get("quantisation")
         if made is None or reduction is None or not reduction.boundaries():
-            return as_precise(self.artefact, model)
+            return as_precise(self.artefact.fields, model)
         # Scores decide what leaves, so that the ranges are those of pictures.
         some = self.images[:_QUANTISING]
         return to_int8(smoothed(model, some), made["kind"], made["float32_layers"], some)

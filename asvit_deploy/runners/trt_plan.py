@@ -24,7 +24,7 @@ from asvit_deploy.files import sha256
 from asvit_deploy.ops import onnx_op
 from asvit_deploy.requirements import pip_install_extra
 from asvit_deploy.runners.place import Place
-from asvit_deploy.runners.trt_flavour import FLAVOURS, Flavour
+from asvit_deploy.runners.trt_flavour import FLAVOURS, Flavour, find_flavour
 from asvit_deploy.text import one_line
 
 if TYPE_CHECKING:
@@ -40,13 +40,36 @@ def require_gpu(name: str) -> None:
     Raises:
         UserError: it says what to do.
     """
+    if (why := _no_gpu()) is not None:
+        raise UserError(
+            f"{name} is an engine and runs on an NVIDIA GPU, which PyTorch must see ({why}); "
+            "install a CUDA build of torch on a machine with a GPU, or name the .onnx file"
+        )
+
+
+def _no_gpu() -> str | None:
     if torch.cuda.is_available():
-        return
-    why = "this PyTorch is built without CUDA" if torch.version.cuda is None else "no GPU is found"
-    raise UserError(
-        f"{name} is an engine and runs on an NVIDIA GPU, which PyTorch must see ({why}); "
-        "install a CUDA build of torch on a machine with a GPU, or name the .onnx file"
-    )
+        return None
+    return "this PyTorch is built without CUDA" if torch.version.cuda is None else "no GPU is found"
+
+
+def why_not() -> str | None:
+    """Why engines cannot be built and run here, with what to do; None where they can."""
+    if (why := _no_gpu()) is not None:
+        return (
+            f"tensorrt runs engines on an NVIDIA GPU, which PyTorch must see ({why}); install a "
+            "CUDA build of torch on a machine with a GPU, or leave it out"
+        )
+    try:
+        find_flavour()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def gpu_name() -> str | None:
+    """What engines run on; None where PyTorch sees no GPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def import_flavour(name: str) -> tuple[Flavour, Any]:

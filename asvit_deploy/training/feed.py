@@ -91,8 +91,8 @@ def _handed_over(loader: DataLoader[Batch | UserError]) -> Iterator[Batch | User
                 raise
             # The others: what it was handing over broke off.
             batch = UserError(
-                "a process of --workers was killed, perhaps because memory ran out; go on with "
-                "--resume, with fewer --workers if need be"
+                "a process of --workers was killed, perhaps because memory ran out; with fewer "
+                "--workers if need be, go on with --resume, or start anew where no step was made"
             )
         if batch is None:
             return

@@ -112,3 +112,10 @@ def total(accelerator: Accelerator, *numbers: float) -> list[float]:
         return list(numbers)
     summed = accelerator.reduce(torch.tensor(numbers, device=accelerator.device), reduction="sum")
     return summed.tolist()  # type: ignore[union-attr]
+
+
+def summed(accelerator: Accelerator, own: torch.Tensor) -> torch.Tensor:
+    """A tensor's sum over all processes, on the CPU and in its own precision."""
+    if accelerator.num_processes == 1:
+        return own
+    return accelerator.reduce(own.to(accelerator.device), reduction="sum").cpu()  # type: ignore[union-attr]

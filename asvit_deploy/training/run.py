@@ -19,12 +19,12 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from asvit_deploy.budget import Fit
 from asvit_deploy.checkpoints.learned import backbone_beside
 from asvit_deploy.checkpoints.load import Checkpoint, save_checkpoint, with_head
 from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.sources import Source
 from asvit_deploy.errors import UserError
+from asvit_deploy.fitting import Fit
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import Selector, ViT
 from asvit_deploy.sidecar import provenance
@@ -353,7 +353,7 @@ class _End:
     def _save(self, network: ViT, trained: Trained) -> None:
         """Write the network and its sidecar."""
         recipe, source = self.trainer.recipe, self.source
-        made = provenance(("torch", "accelerate", "kornia", "mlxtend"))
+        made = provenance(("torch", "accelerate", "pillow", "mlxtend"))
         made |= {"recipe": asdict(recipe), **self.identity, **trained.validation}
         metadata = {"provenance": json.dumps(made), **self.facts}
         if recipe.labels == "data":

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from torch import Tensor
 from tqdm import tqdm
 
 from asvit_deploy import calibration, per_picture
-from asvit_deploy.budget import MOST_PASSES, Fit, fit_thresholds, network_macs
+from asvit_deploy.budget import network_macs
 from asvit_deploy.data.sources import Source
 from asvit_deploy.distance import distance
+from asvit_deploy.fitting import MOST_PASSES, Fit, Shares, fit_thresholds
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.ltmp import LTMP
@@ -26,6 +28,7 @@ from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.threshold import Threshold
 from asvit_deploy.training.feed import Skipped
 from asvit_deploy.training.log import Log
+from asvit_deploy.training.processes import summed, together
 from asvit_deploy.training.recipe import Running, picture_bytes
 from asvit_deploy.training.trainer import Trainer
 
@@ -41,6 +44,12 @@ def _bar(what: str, accelerator: Accelerator | None, shown: bool, total: int | N
     shown = shown and accelerator is not None and accelerator.is_main_process
     return tqdm(total=total, desc=what, unit="img", file=sys.stderr, leave=False, delay=1.0,
                 mininterval=1.0, disable=not shown)  # fmt: skip
+
+
+def _taken(batches: list[Tensor]) -> Iterator[Tensor]:
+    """One after the other, each let go by the list."""
+    while batches:
+        yield batches.pop(0)
 
 
 @torch.inference_mode()
@@ -193,9 +202,18 @@ def land_on_budget(
     thresholds = [] if model.reduction is None else model.reduction.boundaries()
     if budget is None or not thresholds:
         return None
-    images = _fitting(trainer, source, _fit_size(trainer), step, skipped)
-    with _bar(what, trainer.accelerator, running.bars, MOST_PASSES * len(images)) as bar:
-        fit = fit_thresholds(model, images, budget, bar.update)
+    recipe, accelerator = trainer.recipe, trainer.accelerator
+    size = min(_fit_size(trainer), source.epoch)
+    shares = Shares(size, accelerator.process_index, accelerator.num_processes,
+                    lambda own: summed(accelerator, own))  # fmt: skip
+    with together(accelerator):
+        found = [source.fitting(size, step * recipe.batch_size, own) for own in shares.batches]
+    skipped.names.update(*(batch.skipped for batch in found))
+    skipped.check()
+    images = [batch.images for batch in found]
+    del found  # so that each batch goes as soon as it is taken
+    with _bar(what, accelerator, running.bars, MOST_PASSES * sum(map(len, images))) as bar:
+        fit = fit_thresholds(model, _taken(images), budget, shares, bar.update)
     # Processes may round differently; the first one's is what is written.
     for threshold in thresholds:
         threshold.data = broadcast(threshold.data)

@@ -1,8 +1,9 @@
 """The judging pictures: candidates one after the other until one does not pass (`search`).
 
 Each test takes a one-sided 95 % bound. The 5 % that anything false passes hold for the adaptive
-candidates, whose tests are in sequence; the dense network in int8 and bf16 is tested beside it,
-once each, at 5 % of its own.
+candidates, whose tests are in sequence; the dense network in int8, bf16 and as engines is tested
+beside it, once each, at 5 % of its own. A candidate's engines of all modes are one test, each
+picture by the worst of them: what passes does so in every mode.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.tuning.clock import Clock
 from asvit_deploy.tuning.contenders import Candidate
-from asvit_deploy.tuning.demand import Demand, Evidence, evidence, judged
-from asvit_deploy.tuning.graphs import Entry, Graphs, judging_runtime
+from asvit_deploy.tuning.demand import Demand, Evidence, evidence, judged, together
+from asvit_deploy.tuning.graphs import Entry, Graphs, artefacts_of, judging_runtime
 from asvit_deploy.tuning.pictures import Pictures
 from asvit_deploy.tuning.running import Crashed, Workshop
 from asvit_deploy.tuning.store import Store
@@ -93,6 +94,8 @@ class Judge:
 
     Args:
         tick: called once for each picture.
+        batch: pictures at a time, of which the verdict is; the engines are those for so many, and
+            all else is judged by the file that takes one.
 
     Attributes:
         seconds: that a picture took in the last run of judging ones.
@@ -101,10 +104,11 @@ class Judge:
     def __init__(
         self, pictures: Pictures, graphs: Graphs, workshop: Workshop, store: Store,
         runtimes: Sequence[str], demand: Demand, clock: Clock, tick: Callable[[], object],
+        batch: int = 1,
     ) -> None:  # fmt: skip
         self.pictures, self.graphs, self.workshop, self.store = pictures, graphs, workshop, store
         self.runtimes, self.demand, self.clock, self.tick = runtimes, demand, clock, tick
-        self.seconds = 0.0
+        self.seconds, self.batch = 0.0, batch
         self._twins: dict[str, NDArray[np.float32]] = {}
         self.config = graphs.dense.config
 
@@ -118,7 +122,9 @@ class Judge:
         made.tests = self._sequence(candidates, precisions, made.notes)
         for test in made.tests:
             self.clock.require()
-            found = self._tried(test.candidate, test.precision, "judging", made.notes)
+            found = None
+            if self.clock.allows(self._building(test), f"{test.name} (its engines)"):
+                found = self._tried(test.candidate, test.precision, "judging", made.notes)
             if found is None:
                 continue
             test.found = judged(found, self.demand)
@@ -157,6 +163,10 @@ class Judge:
             tests += [Trial(one, precision, _distance(one.seen.apart) + apart) for one in own]
         return sorted(tests, key=lambda test: (test.distance, test.candidate.share))
 
+    def _building(self, test: Trial) -> float:
+        entries = artefacts_of(test.candidate, test.precision, self.runtimes)
+        return self.graphs.build_seconds(entries, self.batch)
+
     def _loss(self, one: Candidate) -> float:
         return judged(one.seen, self.demand)["loss"]
 
@@ -165,10 +175,17 @@ class Judge:
     ) -> Evidence | None:
         """What an artefact does to a part of the pictures; None, and a note, where it does not
         run."""
-        runtime = judging_runtime(precision, self.runtimes)
-        kind = "dense" if candidate is None else "adaptive"
-        entry = Entry(kind, candidate, runtime, precision)
-        settings = {"step": "judged", "part": part, "what": entry.fields()}
+        made = []
+        for entry in artefacts_of(candidate, precision, self.runtimes):
+            found = self._answered(entry, part, notes)
+            if found is not None:
+                made.append(found)
+        return together(made) if made else None
+
+    def _answered(self, entry: Entry, part: str, notes: list[str]) -> Evidence | None:
+        """Likewise, of one file or engine."""
+        settings = {"step": "judged", "part": part, "what": entry.fields(),
+                    **self.graphs.depends(entry, self.batch)}  # fmt: skip
         if (known := self.store.found(settings)) is not None:
             return Evidence.of_fields(known)
         which = getattr(self.pictures, part)
@@ -177,7 +194,9 @@ class Judge:
             output = self._outputs(entry, part)
             found = evidence(self.config, twin, output, self.pictures.labels_of(which))
         except (UserError, Crashed) as error:
-            line = f"no {precision} of {entry.name}: {error}"
+            if entry.mode:  # what was not judged is not timed either
+                self.graphs.refuse(entry, self.batch, str(error))
+            line = f"no {entry.precision} of {entry.name}: {error}"
             if line not in notes:
                 notes.append(line)
             return None
@@ -186,7 +205,8 @@ class Judge:
 
     def _outputs(self, entry: Entry, part: str) -> NDArray[np.float32]:
         which = [int(i) for i in getattr(self.pictures, part)]
-        made = self.workshop.outputs(self.graphs.runnable(entry), which, self.tick)
+        batch = self.batch if entry.mode else 1
+        made = self.workshop.outputs(self.graphs.runnable(entry, batch), which, self.tick)
         if part == "judging":
             self.seconds = made.said["seconds"]
         return made.arrays["output"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,6 +85,22 @@ class Evidence:
                  "worse": np.bool_, "better": np.bool_}  # fmt: skip
         return Evidence(**{name: np.array(value, kinds[name]) if isinstance(value, list) else value
                            for name, value in fields.items()})  # fmt: skip
+
+
+def together(found: Sequence[Evidence]) -> Evidence:
+    """Of several artefacts of one network as of one: each picture counts as the worst of them, so
+    that what is shown holds for every one."""
+
+    def over(name: str, worst: Callable[..., NDArray]) -> Any:
+        own = [getattr(one, name) for one in found]
+        return None if own[0] is None else worst(own, axis=0)
+
+    neighbour = over("neighbour", np.min)
+    return Evidence(
+        over("apart", np.max), over("changed", np.any), over("worse", np.any),
+        over("better", np.all), over("cosine", np.min),
+        None if neighbour is None else float(neighbour),
+    )  # fmt: skip
 
 
 def evidence(

@@ -15,9 +15,10 @@ from asvit_deploy.evaluation.timing import Interval, interval_of, share_of_macs_
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.macs import dense_macs
 from asvit_deploy.precision import FLOAT32
-from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO_BF16, TORCH
+from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO_BF16, TENSORRT, TORCH
 from asvit_deploy.tuning.certify import Certificates, Trial
 from asvit_deploy.tuning.clock import Clock
+from asvit_deploy.tuning.engines import EXACT, graphs_of, is_engine, modes_of
 from asvit_deploy.tuning.graphs import BF16, INT8, Entry, Graphs, rivals
 from asvit_deploy.tuning.running import Crashed, Runnable, Workshop
 from asvit_deploy.tuning.store import Store
@@ -98,10 +99,11 @@ def entries_of(
 ) -> list[Entry]:  # fmt: skip
     """All variants of one batch: in each runtime and precision dense, adaptive, static.
 
-    Of several pictures dense and adaptive ones are packed too, but in PyTorch, and in ONNX Runtime
-    one picture after the other; in int8 that alone.
+    Where the op's library is built, ONNX Runtime runs it too, which computes what the function in
+    the file does. Of several pictures dense and adaptive ones are packed too, but in PyTorch, and
+    in ONNX Runtime one picture after the other; in int8 that alone.
     """
-    found: list[Entry] = []
+    found = _engines(tests, precisions, batch, graphs)
     pairs = [(runtime, FLOAT32.name) for runtime in runtimes]
     if INT8 in precisions:
         pairs.append((ONNXRUNTIME, INT8))
@@ -111,23 +113,49 @@ def entries_of(
         own = [Entry("dense", None, runtime, precision)]
         fit = [test for test in tests if test.precision == precision]
         # Every runtime counts alike, so that the first shows the whole row of candidates.
-        for test in fit if runtime == runtimes[0] else fit[:_ELSEWHERE]:
+        for test in fit if runtime in runtimes[:1] else fit[:_ELSEWHERE]:
             one = Entry("adaptive", test.candidate, runtime, precision)
             own.append(one)
-            static = None if precision == INT8 or runtime == TORCH else rivals(one, graphs.dense)
+            if graphs.library is not None and runtime == ONNXRUNTIME and _takes_op(one):
+                own.append(replace(one, library=True))
+            static = None if runtime == TORCH else rivals(one, graphs.dense)
             own += [static] if static else []
         if batch == 1:
             found += own
             continue
-        plain = [one for one in own if one.kind != "static"]
-        singly = [replace(one, singly=True) for one in plain]
         if precision == INT8:  # ranges of one picture would round the others
-            found += singly
+            found += [replace(one, singly=True) for one in own]
             continue
         found += own
+        plain = [one for one in own if one.kind != "static"]
+        singly = [replace(one, singly=True) for one in plain]
         if runtime != TORCH:  # which runs an artefact as it was trained
             found += [replace(one, packed=True) for one in plain]
         found += singly if runtime == ONNXRUNTIME else []
+    return found
+
+
+def _takes_op(entry: Entry) -> bool:
+    return entry.leaves is not None and bool(entry.leaves.boundaries())
+
+
+def _engines(
+    tests: Sequence[Trial], precisions: Sequence[str], batch: int, graphs: Graphs
+) -> list[Entry]:
+    """In each mode, with and without CUDA graphs; dense ones in float32 always."""
+    measured = [precision for precision in precisions if is_engine(precision)]
+    found: list[Entry] = []
+    for precision in dict.fromkeys([EXACT, *measured] if measured else ()):
+        own = [Entry("dense", None, TENSORRT, precision)]
+        for test in [test for test in tests if test.precision == precision][:_ELSEWHERE]:
+            one = Entry("adaptive", test.candidate, TENSORRT, precision)
+            static = rivals(one, graphs.dense)
+            own += [one, static] if static else [one]
+        # Buckets take one picture at a time.
+        found += [
+            replace(one, mode=mode, graph=graph, singly=mode == "bucketed" and batch > 1)
+            for one in own for mode in modes_of(one.leaves) for graph in graphs_of(mode)
+        ]  # fmt: skip
     return found
 
 
@@ -151,7 +179,7 @@ class Stopwatch:
     def batch(self, entries: Sequence[Entry], batch: int, retries: int = AGAIN) -> Timing:
         """Time one batch; on a busy machine again, as often as that."""
         settings = {"step": "timed", "batch": batch, "which": self.which, "rounds": ROUNDS,
-                    "what": [one.fields() for one in entries],
+                    "what": [one.fields() | self.graphs.depends(one, batch) for one in entries],
                     "threads": self.workshop.threads}  # fmt: skip
         if (known := self.store.found(settings)) is not None:
             return self._timing(batch, entries, known)

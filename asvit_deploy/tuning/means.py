@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.precision import FLOAT32, OPTIONS
-from asvit_deploy.runners import onnx_runtime, openvino
+from asvit_deploy.runners import onnx_runtime, openvino, trt_plan
 from asvit_deploy.runtimes import ONNXRUNTIME, OPENVINO, OPENVINO_BF16, TENSORRT, TORCH, chosen
+from asvit_deploy.tuning.engines import EXACT, as_engine, is_engine
 from asvit_deploy.tuning.graphs import BF16, INT8
 
 MOST_BATCH = 256
+FP16 = "fp16"
+# The least useful last.
+_ORDER = (FLOAT32.name, EXACT, as_engine(FP16), as_engine(BF16), INT8, BF16)
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,9 @@ class Means:
     """What is measured.
 
     Attributes:
-        runtimes: in float32.
-        precisions: of adaptive networks; dense float32 is always there to compare with.
+        runtimes: in float32, but for engines.
+        precisions: of adaptive networks, those of engines by `engines.as_engine`; dense float32 is
+            always there to compare with.
         batches: each once; the verdict is of the first.
         left_out: what there is not, and why.
     """
@@ -30,6 +34,10 @@ class Means:
     precisions: tuple[str, ...]
     batches: tuple[int, ...]
     left_out: tuple[str, ...] = ()
+
+    @property
+    def engines(self) -> bool:
+        return any(map(is_engine, self.precisions))
 
     def cheaper(self) -> Means | None:
         """With the least useful left out: later batches, then runtimes, then precisions."""
@@ -51,32 +59,26 @@ def means(
     Raises:
         UserError: something that was named is missing here, or is none.
     """
-    named = chosen(runtime)
-    if TENSORRT in named:
-        raise UserError(
-            f"tune measures what runs ONNX files, and {TENSORRT} runs engines; leave it out, and "
-            "bench an engine that `asvit-deploy build-engine` makes of the winner"
-        )
-    wanted = _precisions(precision)
-    lacking = {ONNXRUNTIME: onnx_runtime.why_not, OPENVINO: openvino.why_not}
-    left_out = []
-    runtimes = [name for name in named if name != OPENVINO_BF16]
-    for name in runtimes:
+    named, wanted = chosen(runtime), _precisions(precision)
+    lacking = {ONNXRUNTIME: onnx_runtime.why_not, OPENVINO: openvino.why_not,
+               TENSORRT: trt_plan.why_not}  # fmt: skip
+    for name in named:
         if name in lacking and (line := lacking[name]()):
             raise UserError(line)
+    left_out = []
+    runtimes = [name for name in named if name != OPENVINO_BF16]
+    for name in lacking if not named else ():
+        if line := lacking[name]():
+            left_out.append(f"{name}: {line}")
+        else:
+            runtimes.append(name)
     if not named:
-        for name in (ONNXRUNTIME, OPENVINO):
-            if line := lacking[name]():
-                left_out.append(f"{name}: {line}")
-            else:
-                runtimes.append(name)
         runtimes.append(TORCH)
     elif not runtimes:
         runtimes = [OPENVINO]
     found = _found(wanted, named, runtimes, left_out)
-    if not named and importlib.util.find_spec("tensorrt") is not None:
-        left_out.append(f"{TENSORRT}: engines are no ONNX files; `asvit-deploy bench` times them")
-    return Means(tuple(runtimes), found, _batches(batch), tuple(left_out))
+    own = tuple(name for name in runtimes if name != TENSORRT)
+    return Means(own, found, _batches(batch), tuple(left_out))
 
 
 def _precisions(given: str | Sequence[str] | None) -> list[str]:
@@ -85,34 +87,47 @@ def _precisions(given: str | Sequence[str] | None) -> list[str]:
     for name in names:
         if name not in OPTIONS:
             raise UserError(f"precision has {name!r}; give some of {', '.join(OPTIONS)}")
-        if name == "fp16":
-            raise UserError(
-                "precision fp16 is for engines on a GPU: `asvit-deploy build-engine --fp16` makes "
-                "one of the winner; give float32, int8 or bf16 here"
-            )
     return names
 
 
 def _found(
     wanted: Sequence[str], named: Sequence[str], runtimes: Sequence[str], left_out: list[str]
 ) -> tuple[str, ...]:
-    """The precisions, those named or those at hand."""
-    able = {FLOAT32.name: None, INT8: None, BF16: openvino.why_not("bf16")}
-    if ONNXRUNTIME not in runtimes:
-        able[INT8] = f"int8 is run by {ONNXRUNTIME}, which --runtime leaves out; name it too"
-    if named and OPENVINO not in named and OPENVINO_BF16 not in named:
-        able[BF16] = f"bf16 is run by {OPENVINO_BF16}, which --runtime leaves out; name it too"
+    """The precisions, those named or those at hand; an engine's are its own."""
+    lacks = _lacking(named, runtimes)
+    run = {name for name, line in lacks.items() if line is None and name != FP16}
+    if tuple(runtimes) == (TENSORRT,):
+        run.remove(FLOAT32.name)
+    forms = {name: [name] * (name in run) for name in OPTIONS}
+    for name in (FLOAT32.name, FP16, BF16) if TENSORRT in runtimes else ():
+        forms[name].append(as_engine(name))
     for name in wanted:
-        if line := able[name]:
-            raise UserError(line)
-    if OPENVINO_BF16 in named and (line := able[BF16]):
+        if not forms[name]:
+            raise UserError(str(lacks[name]))
+    if OPENVINO_BF16 in named and (line := lacks[BF16]):
         raise UserError(line)
-    if wanted:
-        # A runtime that only one precision runs in brings that precision along.
-        return tuple(dict.fromkeys([*wanted, *([BF16] if OPENVINO_BF16 in named else [])]))
-    usual = [name for name, line in able.items() if line is None]
-    left_out += [f"{name}: {line}" for name, line in able.items() if line and not named]
-    return tuple(usual)
+    labels = {label for name in wanted or OPTIONS for label in forms[name]}
+    if not wanted:
+        labels.discard(as_engine(BF16))  # float16 is as fast and rounds less: for who asks for it
+        left_out += [f"{name}: {lacks[name]}" for name in (INT8, BF16)
+                     if lacks[name] and not named]  # fmt: skip
+    # A runtime that only one precision runs in brings that precision along.
+    labels |= {BF16} if OPENVINO_BF16 in named else set()
+    return tuple(label for label in _ORDER if label in labels)
+
+
+def _lacking(named: Sequence[str], runtimes: Sequence[str]) -> dict[str, str | None]:
+    """Why a precision is not run here, engines aside but for fp16; None where it is."""
+    lacks = {FLOAT32.name: None, FP16: None, INT8: None, BF16: openvino.why_not("bf16")}
+    if line := trt_plan.why_not():
+        lacks[FP16] = f"fp16 is run by {TENSORRT} alone: {line}"
+    if named and TENSORRT not in named:
+        lacks[FP16] = f"fp16 is run by {TENSORRT}, which --runtime leaves out; name it too"
+    if ONNXRUNTIME not in runtimes:
+        lacks[INT8] = f"int8 is run by {ONNXRUNTIME}, which --runtime leaves out; name it too"
+    if named and OPENVINO not in named and OPENVINO_BF16 not in named:
+        lacks[BF16] = f"bf16 is run by {OPENVINO_BF16}, which --runtime leaves out; name it too"
+    return lacks
 
 
 def _batches(given: int | str | Sequence[int]) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from asvit_deploy import sidecar
+from asvit_deploy.artefacts import bundle
 from asvit_deploy.artefacts.runtime_choice import choice_path
 from asvit_deploy.claims import claimed
 from asvit_deploy.errors import UserError
@@ -30,11 +31,14 @@ class Place:
         self.checkpoint = folder / f"{name}.tuned.safetensors"
         self.model = folder / f"{name}.tuned.onnx"
         self.choice = choice_path(self.model)
+        # Of a winner that is an engine, or several in a folder.
+        self.engine = folder / f"{name}.tuned.engine"
+        self.bundle = folder / f"{name}.tuned.bucketed"
 
     @property
     def exported(self) -> list[Path]:
-        """What there is of a winner alone."""
-        own = [self.model, self.checkpoint]
+        """What there is of a winner alone, as files."""
+        own = [self.model, self.checkpoint, self.engine]
         return [*own, *map(sidecar.sidecar_path, own), self.choice]
 
     def check(self, force: bool, sources: tuple[Path, ...]) -> None:
@@ -51,7 +55,8 @@ class Place:
             return
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; name a folder with --output")
-        ours = {path.name for path in (self.report, self.page, self.measured, *self.exported)}
+        ours = {path.name for path in (self.report, self.page, self.measured, self.bundle,
+                                       *self.exported)}  # fmt: skip
         others = sorted(path.name for path in self.folder.iterdir()
                         if path.name not in ours and not path.name.startswith("."))  # fmt: skip
         if others and not force:
@@ -61,6 +66,7 @@ class Place:
             )
         for path in (self.report, self.page, *self.exported):
             check_writable(path, True, *sources)
+        bundle.check_target(self.bundle, "bucketed", True)
 
     @contextlib.contextmanager
     def claimed(self, force: bool, sources: tuple[Path, ...]) -> Iterator[None]:
@@ -84,3 +90,12 @@ class Place:
         """Remove what an earlier run exported here."""
         for path in self.exported:
             path.unlink(missing_ok=True)
+        bundle.remove(self.bundle)
+
+    def clear_engines(self, keep: Path | None = None) -> None:
+        """Remove what an earlier run's winner had for engines, but for the one named."""
+        if keep != self.engine:
+            for path in (self.engine, sidecar.sidecar_path(self.engine)):
+                path.unlink(missing_ok=True)
+        if keep != self.bundle:
+            bundle.remove(self.bundle)

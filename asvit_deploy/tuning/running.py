@@ -43,10 +43,12 @@ class Runnable:
     """What a worker runs.
 
     Attributes:
-        model: a file in the workshop's folder.
+        model: a file, or a bundle of engines, in the workshop's folder.
         reduction: as `contenders.state_of`, for PyTorch, whose file is the dense checkpoint.
         kind: "dense", "adaptive" or "static".
         singly: a batch, one picture after the other.
+        graph: an engine replays a CUDA graph.
+        library: the op's, which ONNX Runtime loads in place of the file's function.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Runnable:
     model: str
     reduction: dict[str, Any] | None = None
     singly: bool = False
+    graph: bool = False
+    library: str | None = None
 
 
 class Crashed(Exception):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy import __version__, sidecar
+from asvit_deploy.artefacts.onnx_file import find_op_library
 from asvit_deploy.checkpoints.facts import fields_of
 from asvit_deploy.checkpoints.load import Checkpoint, build_model
 from asvit_deploy.checkpoints.places import fingerprint
@@ -18,12 +19,14 @@ from asvit_deploy.files import scratch
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.runners.pytorch import torch_threads
+from asvit_deploy.runtimes import ONNXRUNTIME, TENSORRT
 from asvit_deploy.status import Say
 from asvit_deploy.tuning import winner
 from asvit_deploy.tuning.certify import Certificates, Judge, Trial
 from asvit_deploy.tuning.clock import Clock, OutOfTime, Steps
 from asvit_deploy.tuning.contenders import Bench, usual_ways
 from asvit_deploy.tuning.demand import Demand
+from asvit_deploy.tuning.engines import Engines, is_engine
 from asvit_deploy.tuning.graphs import INT8, Graphs
 from asvit_deploy.tuning.latency import (
     AGAIN,
@@ -113,8 +116,9 @@ class Session:
             self.say(note)
         workshop = Workshop(folder, pictures.images, self.wanted.threads)
         names = [pictures.names[i] for i in pictures.calibrating]
+        builder = Engines(self.say) if self.means.engines else None
         graphs = Graphs(folder, self.checkpoint, self.dense, pictures.part(pictures.calibrating),
-                        names, self.say)  # fmt: skip
+                        names, self.say, builder, self._library())  # fmt: skip
         verdict = None
         try:
             with contextlib.closing(workshop):
@@ -143,6 +147,11 @@ class Session:
                 f"{self.store.added} are new"
             )
         return self._report(verdict, promised)
+
+    def _library(self) -> Path | None:
+        """The op's, where ONNX Runtime is measured and `build-plugins` made it."""
+        measured = ONNXRUNTIME in self.means.runtimes or INT8 in self.means.precisions
+        return find_op_library(None, self.say) if measured else None
 
     def _take_away(self, verdict: Verdict) -> None:
         """What an earlier run exported, once this one shows that it does not pay; where nothing
@@ -204,7 +213,8 @@ class Session:
         runs = len(self.pictures.judging) * (_CANDIDATES + 1)
         with steps.step("judging", 0.3, runs) as tick:
             judge = Judge(self.pictures, graphs, workshop, self.store, self.means.runtimes,
-                          self.wanted.demand, self.clock, tick)  # fmt: skip
+                          self.wanted.demand, self.clock, tick,
+                          self.means.batches[0])  # fmt: skip
             self.certificates = judge.certify(self.found.candidates, own)
         for note in self.certificates.notes:
             self.say(note)
@@ -245,8 +255,10 @@ class Session:
         """The runtimes and precisions that there is time for; None: not even one of them."""
         means = replace(self.means, batches=(batch,))
         while True:
-            rows = len(entries_of(tests, means.runtimes, means.precisions, batch, graphs))
-            cost = timing_cost(rows, self.estimate * batch, self.clock.left)
+            entries = entries_of(tests, means.runtimes, means.precisions, batch, graphs)
+            building = graphs.build_seconds(entries, batch)
+            left = self.clock.left - building
+            cost = building + timing_cost(len(entries), self.estimate * batch, left)
             if cost <= self.clock.left:
                 return means
             if (less := means.cheaper()) is None:
@@ -268,7 +280,8 @@ class Session:
             "image_size": config.image_size, "output": config.output,
             "demand": self.wanted.demand.fields(), "pictures": self.pictures.fields(),
             "seed": self.wanted.seed, "threads": self.wanted.threads,
-            "runtimes": list(self.means.runtimes), "precisions": list(self.means.precisions),
+            "runtimes": [*self.means.runtimes, *[TENSORRT] * self.means.engines],
+            "precisions": list(self.means.precisions),
             "batches": list(self.wanted.means.batches),
             "verdict": verdict.fields(), "promise": promised,
             "exported": self.place.model.name if promised else None,
@@ -300,7 +313,7 @@ def timing_cost(rows: int, seconds: float, left: float) -> float:
 
 def frontier(timings: Sequence[Timing], found: Certificates) -> list[dict[str, Any]]:
     """Every adaptive row beside what the judging pictures show of its output: what to choose
-    from."""
+    from. Engines for another batch than the first are others than those that were judged."""
     tests = {(test.candidate.name, test.precision): test for test in found.tests}
     made = []
     for timing in timings:
@@ -309,7 +322,8 @@ def frontier(timings: Sequence[Timing], found: Certificates) -> list[dict[str, A
             if row["kind"] != "adaptive" or test is None:
                 continue
             shown = {key: value for key, value in test.fields().items() if key != "name"}
-            made.append({**row, **shown, "certified": test.passed})
+            other = is_engine(test.precision) and timing is not timings[0]
+            made.append({**row, **shown, "certified": test.passed and not other})
     return sorted(made, key=lambda row: (row["batch"], row["p50_ms"]))
 
 

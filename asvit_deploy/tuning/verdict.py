@@ -10,6 +10,7 @@ from asvit_deploy.evaluation.timing import Interval, interval_of
 from asvit_deploy.precision import FLOAT32
 from asvit_deploy.tuning.certify import Certificates, Trial
 from asvit_deploy.tuning.demand import Demand, judged
+from asvit_deploy.tuning.engines import EXACT
 from asvit_deploy.tuning.graphs import INT8, Entry
 from asvit_deploy.tuning.latency import Timing, peer, rows
 
@@ -78,7 +79,7 @@ class Verdict:
 def fastest_dense(timing: Timing, found: Certificates) -> int | None:
     """The dense row that one would run instead: in float32, or in a precision that meets the
     demand as well."""
-    allowed = {FLOAT32.name, *(p for p, shown in found.dense.items() if shown["passed"])}
+    allowed = {FLOAT32.name, EXACT, *(p for p, shown in found.dense.items() if shown["passed"])}
     own = [n for n, one in enumerate(timing.entries)
            if one.kind == "dense" and one.precision in allowed]  # fmt: skip
     return min(own, key=timing.p50, default=None)
@@ -151,7 +152,7 @@ def _won(
 def _unproven(timing: Timing, found: Certificates, p50: float) -> str | None:
     """A dense row that is faster, in a precision that has not met the demand."""
     for n, one in enumerate(timing.entries):
-        other = one.kind == "dense" and one.precision != FLOAT32.name
+        other = one.kind == "dense" and one.precision not in (FLOAT32.name, EXACT)
         if other and not found.dense.get(one.precision, {}).get("passed") and timing.p50(n) < p50:
             return one.name
     return None

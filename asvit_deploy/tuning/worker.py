@@ -18,21 +18,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from asvit_deploy.artefacts.engine_file import EngineArtefact
 from asvit_deploy.artefacts.onnx_file import RUNTIMES
+from asvit_deploy.artefacts.opening import open_artefact
 from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.sweep import OneAtATime, batches_of
 from asvit_deploy.evaluation.timing import Variant, interleave
 from asvit_deploy.files import FULL
 from asvit_deploy.processor import usable_cores
 from asvit_deploy.runners.base import Runner, RunnerBase
+from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner, torch_threads
-from asvit_deploy.runtimes import TORCH
+from asvit_deploy.runtimes import TENSORRT, TORCH
+
+if TYPE_CHECKING:
+    from asvit_deploy.runners.tensorrt import TensorRTRunner
 
 JOB, MARK, RESULT, PICTURES = "job.json", "mark", "result.npz", "pictures.npy"
 SAID = "said.json"
@@ -65,6 +71,22 @@ class Marked(RunnerBase):
 
     def __call__(self, images: NDArray[np.float32]) -> Any:
         self.mark()
+        return self.runner(images)
+
+    def describe(self) -> dict[str, str]:
+        return self.runner.describe()
+
+
+class OnHost(RunnerBase):
+    """An engine whose output is fetched, for that of every other runtime lies on the host too."""
+
+    def __init__(self, runner: TensorRTRunner) -> None:
+        self.runner = runner
+
+    def infer(self, images: NDArray[np.float32]) -> Any:
+        return self.runner.infer(images)[self.runner.output].cpu()
+
+    def __call__(self, images: NDArray[np.float32]) -> Any:
         return self.runner(images)
 
     def describe(self) -> dict[str, str]:
@@ -113,6 +135,11 @@ def _opened(
         os.pwrite(mark, f"{number:<{_MARK}}".encode(), 0)
         if one["runtime"] == TORCH:
             runner: Runner = TorchRunner(_network(folder, one, loaded))
+        elif one["runtime"] == TENSORRT:
+            runner = _engine(folder / one["model"], one["graph"])
+        elif one["library"]:
+            runner = OrtRunner(folder / one["model"], Path(one["library"]), threads=job["threads"],
+                               record=False)  # fmt: skip
         else:
             model = onnx.load(folder / one["model"])
             runner = RUNTIMES[one["runtime"]].model(model, job["threads"])
@@ -135,6 +162,15 @@ def _network(folder: Path, one: dict[str, Any], loaded: dict[str, Any]) -> Any:
     if state is None:
         return dense
     return dense.with_reduction(reduction_of(state, dense.config.prefix))
+
+
+def _engine(path: Path, graph: bool) -> Runner:
+    from asvit_deploy.runners.tensorrt import TensorRTRunner
+
+    artefact = open_artefact(path)
+    assert isinstance(artefact, EngineArtefact)
+    runner = artefact.runner(graph)
+    return OnHost(runner) if isinstance(runner, TensorRTRunner) else runner
 
 
 def _tick() -> None:

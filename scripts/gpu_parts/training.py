@@ -15,7 +15,7 @@ from gpu_parts import machine
 from gpu_parts.kit import FailPart, Kit, Report, SkipPart, torch_for
 from gpu_parts.timing import on_wall, spin
 
-NEEDED = ("click", "tqdm", "PIL", "safetensors", "accelerate", "kornia", "mlxtend", "scipy")
+NEEDED = ("click", "tqdm", "PIL", "safetensors", "accelerate", "mlxtend", "scipy")
 KINDS = ("dense", "adaptive", "adaptive_with_teacher")
 # Of 500 pictures, between two devices or after some steps of fine-tuning; of few, for a rehearsal.
 TOP1, TOP1_REHEARSED = 0.02, 0.2

@@ -144,6 +144,10 @@ def odd_files():
     def signed(**changed):
         return lambda path, fields: path.write_text(sidecar.signed({**fields, **changed}))
 
+    def of_engine(**changed):
+        said = {"file": "m.engine", "digest": "0" * 64, "gpu": "a GPU", **changed}
+        return signed(runtime="tensorrt", way="engine", engine=said)
+
     return {
         "empty": (lambda path, fields: path.write_bytes(b""), "is not a choice file of this tool"),
         "cut": (text(lambda t: t[:-40]), "is not a choice file of this tool"),
@@ -160,7 +164,11 @@ def odd_files():
         "sidecar": (signed(kind="onnx"), "is no choice file but of kind 'onnx'"),
         "kind of a list": (signed(kind=["choice"]), "is no choice file but of kind"),
         "no runtime": (signed(runtime="cuda"), "says runtime 'cuda'"),
-        "tensorrt": (signed(runtime="tensorrt"), "says runtime 'tensorrt'"),
+        "tensorrt": (signed(runtime="tensorrt"), "says engine None"),
+        "half an engine": (of_engine(digest=3), "says engine {"),
+        "an engine elsewhere": (of_engine(file="../m.engine"), "says engine {"),
+        "no engine": (of_engine(file="m.onnx"), "says engine {"),
+        "engine gone": (of_engine(), "m.engine does not exist; name an artefact"),
         "number": (signed(runtime=3), "says runtime 3"),
         "no way": (signed(way="nowhere"), "has no such way"),
         "negative": (signed(threads=-1), "says threads -1"),

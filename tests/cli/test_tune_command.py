@@ -14,15 +14,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import raises_one_line, refused
 from embedding_files import written
 from PIL import Image
 
 import asvit_deploy
 from asvit_deploy import sidecar
-from asvit_deploy.artefacts.onnx_file import OnnxArtefact
+from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
 from asvit_deploy.artefacts.runtime_choice import choice_path, read_choice
-from asvit_deploy.tuning import latency
+from asvit_deploy.runners import trt_plan
+from asvit_deploy.tuning import engines, latency
 
 FEW = {"images": "digits", "methods": "topk", "runtime": "onnxruntime", "precision": "float32",
        "limit": 48}  # fmt: skip
@@ -67,7 +69,7 @@ def test_a_go_names_its_winner_and_what_it_promises(gone):
 @pytest.mark.slow
 def test_the_winner_is_a_whole_artefact_that_runs_as_chosen(gone):
     found, _ = gone
-    artefact = OnnxArtefact(found.model)
+    artefact = OnnxArtefact(found.model, find_op_library(None))
     assert artefact.adaptive
     assert artefact.fields["tuned"] == found.promise
     assert artefact.reference.adaptive
@@ -173,8 +175,7 @@ BAD = [
     (["--batch", "1,x"], "batch has 'x'"),
     (["--batch", "9"], "batch has 9, and 8 pictures judge"),
     (["--precision", "fp8"], "precision has 'fp8'"),
-    (["--precision", "fp16"], "build-engine --fp16"),
-    (["--runtime", "tensorrt"], "tensorrt runs engines"),
+    (["--precision", "fp16", "--runtime", "onnxruntime"], "fp16 is run by tensorrt"),
     (["--runtime", "cuda"], "runtime has 'cuda'"),
     (["--runtime", "torch", "--precision", "int8"], "int8 is run by onnxruntime"),
     (["--methods", "magic"], "methods='magic'"),
@@ -188,6 +189,17 @@ BAD = [
 def test_bad_input_is_one_line_and_leaves_nothing(cli, few_pictures, more, words):
     result = cli("tune", "--ckpt", "default", "--images", few_pictures, *more)
     refused(result, words)
+    assert not Path(f"{NAME}.tune").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--runtime", "tensorrt"], ["--precision", "fp16"], ["--runtime", "onnxruntime,tensorrt"]],
+)
+def test_engines_that_are_named_where_there_is_no_gpu(cli, few_pictures, monkeypatch, more):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = cli("tune", "--ckpt", "default", "--images", few_pictures, *more)
+    refused(result, "tensorrt", "NVIDIA GPU", "or leave it out")
     assert not Path(f"{NAME}.tune").exists()
 
 
@@ -294,6 +306,36 @@ def test_a_runtime_that_crashes_ends_its_rows_and_the_run_goes_on(quick, tmp_pat
     assert {row["runtime"] for row in timing["rows"]} == {"onnxruntime"}
     assert any("openvino" in note and "SIGSEGV" in note for note in timing["notes"])
     assert found.go
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, where engines run")
+def test_engines_that_do_not_run_end_their_rows_and_the_run_goes_on(
+    quick, rtx, tmp_path, monkeypatch
+):  # fmt: skip
+    """As on a machine whose GPU cannot run what was built for it."""
+    monkeypatch.setattr(trt_plan, "why_not", lambda: None)
+    monkeypatch.setattr(engines, "_targets", lambda flavour: ("86",))
+    said: list[str] = []
+    more = {**FEW, "runtime": "onnxruntime,tensorrt", "precision": "float32,fp16"}
+    found = asvit_deploy.tune("default", output=tmp_path / "out", max_drop=40, say=said.append,
+                              **more)  # fmt: skip
+    report = found.report
+    assert report["runtimes"] == ["onnxruntime", "tensorrt"]
+    assert report["precisions"] == ["float32", "float32 engine", "fp16 engine"]
+    built = [line for line in said if line.startswith("built tensorrt, dense")]
+    assert len(built) == 2, "each once, and none of what cannot be judged"
+    for precision in ("float32 engine", "fp16 engine"):
+        words = f"no {precision} of tensorrt, dense"
+        assert any(words in note and "NVIDIA GPU" in note for note in report["notes"])
+        assert precision not in report["dense_precisions"]
+    (timing,) = report["latency"]
+    assert {row["runtime"] for row in timing["rows"]} == {"onnxruntime"}
+    assert any("no rows of tensorrt, dense" in note for note in timing["notes"])
+    assert found.go
+    assert read_choice(OnnxArtefact(found.model, find_op_library(None))).fields["runtime"] == (
+        "onnxruntime"
+    )
 
 
 @pytest.mark.slow

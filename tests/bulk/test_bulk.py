@@ -1,0 +1,315 @@
+"""`predict --data`: pictures in bulk, by one process or several, stopped and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import refused
+from embedding_files import written
+from shard_files import picture_folder, png, write_tar
+
+import asvit_deploy
+from asvit_deploy.checkpoints.load import load_checkpoint
+from asvit_deploy.data.images import open_images
+from asvit_deploy.exporting.export import export
+
+COMMAND = [sys.executable, "-m", "asvit_deploy", "predict"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def packed(mini_checkpoint, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "packed.onnx"
+    checkpoint = load_checkpoint(mini_checkpoint)
+    export(checkpoint, path, open_images(None, checkpoint.config, limit=4), "packed")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tower")
+    checkpoint = load_checkpoint(written(folder, "clip"))
+    export(checkpoint, folder / "clip.onnx", open_images(None, checkpoint.config, limit=4))
+    return folder / "clip.onnx"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Five shards of four pictures without labels, one of the pictures broken."""
+    folder = tmp_path_factory.mktemp("shards")
+    for s in range(5):
+        pictures = [(f"s{s}/{i}.png", png(10 * s + i, (60, 50))) for i in range(4)]
+        if s == 2:
+            pictures[1] = (pictures[1][0], b"no picture")
+        write_tar(folder / f"{s:03}.tar", [*pictures, ("s/notes.json", b"{}")])
+    return folder
+
+
+def run(cli, *args):
+    result = cli("predict", *args)
+    assert result.code == 0, result.err
+    return result
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(one: dict, other: dict) -> None:
+    """Two answers, but for the picture's name and the last digits."""
+    assert one["kept"] == other["kept"]
+    assert [g["index"] for g in one["top"]] == [g["index"] for g in other["top"]]
+    assert [g["probability"] for g in one["top"]] == pytest.approx(
+        [g["probability"] for g in other["top"]], abs=1e-5
+    )
+
+
+def test_a_folder_as_predict_says_it_picture_by_picture(cli, mini_artifacts, tmp_path):
+    model, folder = mini_artifacts["1", "auto"], picture_folder(tmp_path / "photos", count=3)
+    (folder / "cat" / "notes.txt").touch()
+    done = run(cli, model, "--data", folder, "-o", "out.jsonl")
+    assert done.out == "out.jsonl: 6 pictures\n"
+    assert "passed over" in done.err
+    found = lines(Path("out.jsonl"))
+    assert [one["image"] for one in found] == [f"{c}/00{i}.png" for c in ("cat", "dog")
+                                               for i in range(3)]  # fmt: skip
+    alone = asvit_deploy.predict(model, [folder / one["image"] for one in found])
+    for one, other in zip(found, alone):
+        assert one == {**other.as_dict(), "image": one["image"]}
+    assert not list(Path().glob("*.parts")) + list(Path().glob(".*"))
+    refused(cli("predict", model, "--data", folder, "-o", "out.jsonl"), "exists already")
+    again = run(cli, model, "--data", folder, "-o", "out.jsonl", "--force", "--json")
+    assert json.loads(again.out) == {
+        "output": "out.jsonl", "pictures": 6, "skipped": 0, "skipped_by_reason": {},
+        "passed_over": {".txt": 1}, "parts": 1, "taken_up": 0,
+    }  # fmt: skip
+
+
+def test_packed_batches_say_the_same(cli, packed, mini_artifacts, shards):
+    options = ("--data", shards, "--skip-limit", 1)
+    run(cli, packed, *options, "-o", "packed.jsonl")
+    run(cli, packed, *options, "-o", "three.jsonl", "--batch", 3)
+    run(cli, mini_artifacts["1", "auto"], *options, "-o", "single.jsonl")
+    single = lines(Path("single.jsonl"))
+    assert len(single) == 20
+    for name in ("packed.jsonl", "three.jsonl"):
+        for one, other in zip(lines(Path(name)), single):
+            assert one["image"] == other["image"]
+            if "skipped" in one:
+                assert one == other
+            else:
+                same(one, other)
+
+
+def test_skipped_pictures_are_counted_and_limited(cli, mini_artifacts, shards):
+    model = mini_artifacts["1", "auto"]
+    refused(cli("predict", model, "--data", shards, "-o", "x.jsonl"), "002.tar:s2/1.png")
+    assert len(list(Path("x.jsonl.parts").glob("*.part"))) == 2, "what was done is kept"
+    done = run(cli, model, "--data", shards, "-o", "x.jsonl", "--skip-limit", 1)
+    assert done.out.startswith("x.jsonl: 20 pictures, 1 skipped (")
+    assert "2 of 5 parts were done before" in done.err
+    broken = [one for one in lines(Path("x.jsonl")) if "skipped" in one]
+    assert [one["image"] for one in broken] == ["002.tar:s2/1.png"]
+    one = run(cli, model, "--data", shards / "000.tar", "-o", "one.jsonl")
+    assert one.out == "one.jsonl: 4 pictures\n"
+    assert lines(Path("one.jsonl")) == lines(Path("x.jsonl"))[:4]
+
+
+def test_processes_that_share_a_run_write_the_bytes_of_one(cli, tower, shards, monkeypatch):
+    """One after the other, in this process; below as torchrun starts them."""
+    options = ("--data", shards, "--skip-limit", 1, "-o")
+    run(cli, tower, *options, "alone.jsonl")
+    run(cli, tower, *options, "alone.npz")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for ending in ("jsonl", "npz"):
+        for rank in (2, 0, 1):
+            monkeypatch.setenv("RANK", str(rank))
+            assert not Path(f"shared.{ending}").exists()
+            run(cli, tower, *options, f"shared.{ending}")
+        assert Path(f"shared.{ending}").read_bytes() == Path(f"alone.{ending}").read_bytes()
+        assert not Path(f"shared.{ending}.parts").exists()
+    with np.load("shared.npz") as found:
+        records = [one for one in lines(Path("alone.jsonl")) if "skipped" not in one]
+        assert found["embeddings"].dtype == np.float32
+        np.testing.assert_array_equal(
+            found["embeddings"], np.array([one["embedding"] for one in records], np.float32)
+        )
+        assert found["images"].tolist() == [one["image"] for one in records]
+        assert found["skipped"].tolist() == ["002.tar:s2/1.png"]
+        assert str(found["model"]) == asvit_deploy.sidecar.read(tower)["sha256"]
+    monkeypatch.setenv("RANK", "3")
+    refused(cli("predict", tower, *options, "more.npz"), "RANK 3")
+    monkeypatch.delenv("RANK")
+    refused(cli("predict", tower, *options, "more.npz"), "RANK not set")
+
+
+def test_a_limit_on_skipped_pictures_holds_for_all_processes(
+    cli, mini_artifacts, tmp_path, monkeypatch
+):
+    for s in range(2):
+        write_tar(tmp_path / "shards" / f"{s}.tar", [("a.png", png(s)), ("b.png", b"broken")])
+    args = (mini_artifacts["1", "auto"], "--data", tmp_path / "shards", "--skip-limit", 1,
+            "-o", "x.jsonl")  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    run(cli, *args)
+    monkeypatch.setenv("RANK", "1")
+    refused(cli("predict", *args), "which makes 2 where --skip-limit allows 1")
+    assert not Path("x.jsonl").exists()
+
+
+def test_a_run_of_something_else_is_not_taken_up(cli, mini_artifacts, packed, shards, tmp_path):
+    model = mini_artifacts["1", "auto"]
+    refused(cli("predict", model, "--data", shards, "-o", "x.jsonl"), "002.tar")
+    rest = ("--skip-limit", 1, "-o", "x.jsonl")
+    line = "holds what a run of {} has done; finish that one, name another output, or pass --force"
+    refused(cli("predict", packed, "--data", shards, *rest), line.format("another model"))
+    refused(cli("predict", model, "--data", shards / "000.tar", *rest),
+            line.format("other pictures"))  # fmt: skip
+    refused(cli("predict", model, "--data", shards, *rest, "--runtime", "torch"),
+            line.format("another runtime"))  # fmt: skip
+    assert len(list(Path("x.jsonl.parts").glob("*.part"))) == 2
+    run(cli, packed, "--data", shards, *rest, "--force")
+    (tmp_path / "y.jsonl.parts").mkdir()
+    (tmp_path / "y.jsonl.parts" / "mine.txt").write_text("mine")
+    for more in ((), ("--force",)):
+        refused(cli("predict", model, "--data", shards / "000.tar", "-o", "y.jsonl", *more),
+                "holds files that no bulk run wrote")  # fmt: skip
+    assert (tmp_path / "y.jsonl.parts" / "mine.txt").read_text() == "mine"
+
+
+def test_a_damaged_part_is_done_again(cli, mini_artifacts, shards):
+    model = mini_artifacts["1", "auto"]
+    run(cli, model, "--data", shards, "-o", "whole.jsonl", "--skip-limit", 1)
+    refused(cli("predict", model, "--data", shards, "-o", "x.jsonl"), "002.tar")
+    part = Path("x.jsonl.parts/000001.part")
+    data = bytearray(part.read_bytes())
+    data[40] ^= 1
+    part.write_bytes(data)
+    done = run(cli, model, "--data", shards, "-o", "x.jsonl", "--skip-limit", 1)
+    assert "1 of 5 parts were done before" in done.err
+    assert Path("x.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_a_stop_between_the_output_and_the_end_is_no_loss(cli, mini_artifacts, shards, tmp_path):
+    """The parts are all there, and so is the output: the same run ends well, another does not."""
+    from asvit_deploy.bulk.store import Store
+
+    kept = tmp_path / "kept"
+    removing = Store.remove
+    Store.remove = lambda self: self.folder.rename(kept)
+    try:
+        args = (mini_artifacts["1", "auto"], "--data", shards / "000.tar", "-o", "x.jsonl")
+        run(cli, *args)
+    finally:
+        Store.remove = removing
+    whole = Path("x.jsonl").read_bytes()
+    kept.rename("x.jsonl.parts")
+    Path("x.jsonl").write_text("another's\n")
+    refused(cli("predict", *args), "x.jsonl exists already")
+    Path("x.jsonl").write_bytes(whole)
+    run(cli, *args)
+    assert Path("x.jsonl").read_bytes() == whole
+    assert not Path("x.jsonl.parts").exists()
+
+
+def cut(shards: Path, folder: Path, keep: int) -> Path:
+    folder.mkdir()
+    for shard in sorted(shards.glob("*.tar"))[:2]:
+        (folder / shard.name).write_bytes(shard.read_bytes())
+    last = folder / "001.tar"
+    last.write_bytes(last.read_bytes()[:keep])
+    return folder
+
+
+@pytest.mark.parametrize("keep", [700, 512 * 12, 300])
+def test_a_shard_that_ends_early_is_refused_first(cli, mini_artifacts, shards, tmp_path, keep):
+    short = cut(shards, tmp_path / "short", keep)
+    result = cli("predict", mini_artifacts["1", "auto"], "--data", short, "-o", "x.jsonl")
+    refused(result, "the shard", "001.tar is damaged or no tar file", "make or copy it again")
+    assert not list(Path().glob("x.jsonl*"))
+
+
+BAD = {
+    "no place": (("--data", "gone", "-o", "x.jsonl"), "gone does not exist"),
+    "one picture": (("--data", "p.png", "-o", "x.jsonl"), "is neither a folder nor a shard"),
+    "empty": (("--data", "empty", "-o", "x.jsonl"), "empty holds no picture"),
+    "shards below": (("--data", "below", "-o", "x.jsonl"), "lie in folders in it"),
+    "no output": (("--data", "photos"), "--data takes an output"),
+    "its folder": (("--data", "photos", "-o", "gone/x.jsonl"), "folder gone does not exist"),
+    "ending": (("--data", "photos", "-o", "x.csv"), "ends in neither .jsonl nor .npz"),
+    "classes": (("--data", "photos", "-o", "x.npz"), "gives classes"),
+    "both": (("p.png", "--data", "photos", "-o", "x.jsonl"), "name either"),
+    "neither": ((), "no picture is named; name one or more, or a folder or shards with --data"),
+    "output alone": (("p.png", "-o", "x.jsonl"), "--output and --batch go with --data"),
+    "drawn": (("--data", "photos", "-o", "x.jsonl", "--save", "d"), "--save draws"),
+    "batch": (("--data", "photos", "-o", "x.jsonl", "--batch", "4"), "--batch packed"),
+    "a file": (("--data", "photos", "-o", "f.jsonl"), "f.jsonl.parts is no folder"),
+    "none readable": (("--data", "broken", "-o", "x.jsonl", "--skip-limit", "9"), "none of the 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(cli, mini_artifacts, tmp_path, case):
+    picture_folder(tmp_path / "photos", count=1)
+    (tmp_path / "p.png").write_bytes(png(0))
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "below" / "train" / "0.tar", [("a.png", png(0))])
+    (tmp_path / "f.jsonl.parts").touch()
+    (tmp_path / "broken").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "broken" / name).write_bytes(b"no picture")
+    options, word = BAD[case]
+    refused(cli("predict", mini_artifacts["1", "auto"], *options), word)
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_torchrun_and_a_kill(cli, mini_artifacts, shards, tmp_path):
+    """Two processes give the bytes of one; so does a run that was killed, started again."""
+    model = mini_artifacts["1", "auto"]
+    many = tmp_path / "many"
+    for s in range(12):
+        write_tar(many / f"{s:02}.tar", [(f"{i}.png", png(100 * s + i)) for i in range(12)])
+    options = ["--data", str(many), "-o"]
+    run(cli, model, *options, "alone.jsonl")
+    alone = (tmp_path / "alone.jsonl").read_bytes()
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", "-m", "asvit_deploy", "predict"]  # fmt: skip
+    done = subprocess.run([*torchrun, model, *options, "two.jsonl"], cwd=tmp_path,
+                          env=environment(), capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "two.jsonl: 144 pictures\n"
+    assert (tmp_path / "two.jsonl").read_bytes() == alone
+
+    killed = subprocess.Popen([*COMMAND, model, *options, "killed.jsonl"], cwd=tmp_path,
+                              env=environment(), stderr=subprocess.DEVNULL)  # fmt: skip
+    parts, until = tmp_path / "killed.jsonl.parts", time.monotonic() + 120
+    while not list(parts.glob("*.part")) and time.monotonic() < until:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    found = len(list(parts.glob("*.part")))
+    assert 0 < found < 12
+    assert not (tmp_path / "killed.jsonl").exists()
+    again = run(cli, model, *options, "killed.jsonl")
+    assert f"{found} of 12 parts were done before" in again.err
+    assert (tmp_path / "killed.jsonl").read_bytes() == alone
+    assert not parts.exists()
