@@ -55,6 +55,20 @@ def test_a_dense_run_has_no_budget_and_no_average():
             recipe_for(SMALL, True, True, 100, {name: value}, {})
 
 
+def test_what_is_trained_decides_what_a_preset_is():
+    alone = recipe_for(SMALL, False, False, 1, {"train": "thresholds"}, {})
+    assert (alone.ema, alone.smoothing, alone.distill_weight) == (0.0, 0.1, 0.5)
+    assert alone.flops_weight == pytest.approx(0.5 / 4.5736, abs=1e-3)  # per GMAC
+    base = recipe_for(arch("as_deit_base"), False, False, 1, {}, {"train": "thresholds"})
+    assert base.flops_weight == pytest.approx(0.5 / 17.471, abs=1e-3)
+    unlabelled = recipe_for(SMALL, False, False, 1, {"labels": "none", "method": "tome"}, {})
+    assert (unlabelled.smoothing, unlabelled.distill_weight, unlabelled.ema) == (0.0, 1.0, 0.99996)
+    assert (unlabelled.flops_weight, unlabelled.temperature) == (2.0, 200.0)
+    given = {"train": "thresholds", "flops_weight": 2.0, "temperature": 10.0}
+    chosen = recipe_for(SMALL, False, False, 1, given, {})
+    assert (chosen.flops_weight, chosen.temperature) == (2.0, 10.0)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
