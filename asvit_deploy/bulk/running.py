@@ -34,8 +34,8 @@ from asvit_deploy.status import Say, first_process, hide_bar, silent
 _PACKED = 16  # pictures at a time: what groups of like length gain is there by then
 _READERS = 8  # threads that decode, at most
 _WAIT = 600  # seconds for another process that joins the parts
-# What torchrun tells all that it starts at once, and nobody else.
-_LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+# What torchrun tells all that it starts at once, and nobody else. (It counts restarts by node.)
+_LAUNCH = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)

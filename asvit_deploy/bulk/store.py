@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -232,8 +233,9 @@ class Store:
         try:
             for path in map(self.folder.joinpath, self._names()):
                 if path.suffix == ".tmp":  # holds the one file that was to take its place
-                    (path / path.name[1:-19]).unlink(missing_ok=True)
-                    path.rmdir()
+                    with contextlib.suppress(FileNotFoundError):  # its process may be at it, too
+                        (path / path.name[1:-19]).unlink(missing_ok=True)
+                        path.rmdir()
                 else:
                     path.unlink(missing_ok=True)
             self.folder.rmdir()

@@ -296,11 +296,13 @@ def test_a_late_process_finds_the_parts_and_not_a_folder_of_its_own(
     monkeypatch.setenv("WORLD_SIZE", "2")
     if launch:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "1")
     run(cli, *args)
     if launch == "one":  # the same token, as of plain torchrun: its own mark says that all end anew
         monkeypatch.setenv("RANK", "0")
-        Path("x.jsonl.parts/0of2.here").write_text("one   ")
+        Path("x.jsonl.parts/0of2.here").write_text("one  ")
     if launch:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
         monkeypatch.setenv("RANK", "0")
