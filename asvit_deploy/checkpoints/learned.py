@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from asvit_deploy.bounded import parse_json
-from asvit_deploy.checkpoints.reading import listed, quoted
+from asvit_deploy.checkpoints.reading import listed, metadata_at, quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
@@ -137,8 +138,10 @@ def record_of(path: Path, backbone: Path) -> str:
     """What a file says of its network's.
 
     Raises:
-        UserError: it lies in another folder.
+        UserError: it lies in another folder, or would be replaced.
     """
+    if os.path.exists(path) and path.samefile(backbone):
+        raise UserError(f"{path} is not written: it is the network that this is of; name another")
     if backbone.absolute().parent.resolve() != path.absolute().parent.resolve():
         raise UserError(f"{path} is not written: it must lie beside its network, {backbone}")
     return json.dumps({"name": backbone.name, "sha256": sha256(backbone)})
@@ -186,10 +189,7 @@ def backbone_of(path: Path, metadata: Mapping[str, str]) -> Path:
         Refused: it does not, or is another one.
     """
     try:
-        record = parse_json(metadata[BACKBONE])
-        name, digest = record["name"], record["sha256"]
-        if not isinstance(name, str) or not isinstance(digest, str) or Path(name).name != name:
-            raise ValueError(BACKBONE)
+        name, digest = _recorded(metadata)
     except (ValueError, KeyError, TypeError) as error:
         raise Refused(
             f"says {BACKBONE} {quoted(metadata[BACKBONE])}, which names no file beside it; write "
@@ -207,6 +207,24 @@ def backbone_of(path: Path, metadata: Mapping[str, str]) -> Path:
             f"{digest[:12]}... is meant); put its own there"
         )
     return there
+
+
+def backbone_named(path: Path) -> Path | None:
+    """The file beside it that a file of ours names as its network, if it is there."""
+    try:
+        there = path.parent / _recorded(metadata_at(path))[0]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return there if os.path.isfile(there) else None
+
+
+def _recorded(metadata: Mapping[str, str]) -> tuple[str, str]:
+    """Name and sha256 of a network's file."""
+    record = parse_json(metadata[BACKBONE])
+    name, digest = record["name"], record["sha256"]
+    if not isinstance(name, str) or not isinstance(digest, str) or Path(name).name != name:
+        raise ValueError(BACKBONE)
+    return name, digest
 
 
 def joined(
