@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.dynamicvit import KEEP_RATE, DynamicViT, published_counts
 from asvit_deploy.reduction.ltmp import LTMP, NEVER
 
@@ -147,41 +146,6 @@ def record_of(path: Path, backbone: Path) -> str:
     return json.dumps({"name": backbone.name, "sha256": sha256(backbone)})
 
 
-class Origin(Protocol):
-    """What is asked of a checkpoint; see `load.Checkpoint`."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def adaptive(self) -> bool: ...
-
-    @property
-    def metadata(self) -> dict[str, str]: ...
-
-
-def backbone_beside(target: Path, reduction: Reduction | None, checkpoint: Origin) -> Path | None:
-    """The network beside which the output need hold what ltmp learned alone; None where the output
-    is to hold all: of other methods, or in another folder.
-
-    Args:
-        checkpoint: what the output was made from, its weights unchanged.
-    """
-    if not isinstance(reduction, LTMP) or not checkpoint.path.is_file():
-        return None
-    place = checkpoint.path
-    if checkpoint.adaptive:
-        if BACKBONE not in checkpoint.metadata:
-            return None
-        place = backbone_of(place, checkpoint.metadata)
-    return place if place.absolute().parent == target.absolute().parent else None
-
-
-def beside_line(target: Path, backbone: Path) -> str:
-    """What to say of such an output."""
-    return f"{target}: thresholds alone; it stays beside its network, {backbone.name}"
-
-
 def backbone_of(path: Path, metadata: Mapping[str, str]) -> Path:
     """The network that a file's numbers are of, which lies beside it.
 
@@ -207,6 +171,20 @@ def backbone_of(path: Path, metadata: Mapping[str, str]) -> Path:
             f"{digest[:12]}... is meant); put its own there"
         )
     return there
+
+
+def check_same(network: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+    """Refuse a network that is not read as it was when a file was made on it.
+
+    Args:
+        network: what it says of itself today, as `ours.stated`.
+    """
+    for key in sorted(network.keys() - {"schema"}):
+        if (said := metadata.get(key)) != network[key]:
+            raise Refused(
+                f"was made on a network with {key} {quoted(said)}, and what lies beside it has "
+                f"{quoted(network[key])}; put back what lay beside that, or make the file again"
+            )
 
 
 def backbone_named(path: Path) -> Path | None:
@@ -239,11 +217,6 @@ def joined(
     """
     if backbone.adaptive:
         raise Refused(f"is of {backbone.path}, whose tokens leave already; put a dense one there")
-    said = {"arch": backbone.config.name, "num_classes": str(backbone.config.num_classes)}
-    for key, value in said.items():
-        if metadata[key] != value:
-            raise Refused(f"says {key} {quoted(metadata[key])} where its network has {value}; "
-                          "write it again with this tool")  # fmt: skip
     fields, whole = check({**backbone.state, **state}, backbone.config)
     note = f"its network is {backbone.path.name} beside it"
     return replace(
