@@ -14,7 +14,7 @@ what of it learns and how (`learning`); and what it adds to the loss (`own_loss`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -98,6 +98,7 @@ class Decision:
         weight: float32 [B, M-P], of each image row in what leaving rows become part of.
         onward, onward_margin: like `into` and its margin, where the row that takes it goes in its
             turn if that one leaves too; of BAT the margin alone, by which it is attentive or not.
+        evidence: what no threshold changes, of a method whose scores depend on thresholds.
     """
 
     score: Tensor
@@ -108,6 +109,7 @@ class Decision:
     weight: Tensor | None = None
     onward: Tensor | None = None
     onward_margin: Tensor | None = None
+    evidence: Any = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,10 @@ class Reduction(nn.Module):
     def decide(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         """Rank the rows at cut number `stage`; traced by torch.export."""
         raise NotImplementedError
+
+    def decided_again(self, stage: int, decision: Decision) -> Decision:
+        """What `decide` would say of the same rows by the thresholds as they are now."""
+        return replace(decision, boundary=self.boundaries()[stage])
 
     def mask(self, stage: int, decision: Decision, alive: Tensor, temperature: float) -> Tensor:
         """Training form: which image rows stay, float32 [B, M-P], 0 or 1.
