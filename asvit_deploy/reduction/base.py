@@ -13,7 +13,7 @@ what of it learns and how (`learning`); and what it adds to the loss (`own_loss`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -144,6 +144,7 @@ class Passed:
             of a method that compacts.
         tokens: T [B, M, D], all rows behind the last norm.
         target: likewise, of the dense teacher [B, P+N, D]; None where nothing is distilled.
+        mean: a number's mean over all processes, which must all ask.
     """
 
     budget: float
@@ -151,6 +152,7 @@ class Passed:
     masks: list[Tensor]
     tokens: Tensor
     target: Tensor | None
+    mean: Callable[[Tensor], Tensor] = lambda own: own
 
 
 class Reduction(nn.Module):
@@ -263,6 +265,16 @@ class Reduction(nn.Module):
     def steers(self) -> bool:
         """Whether `own_loss` pulls towards the budget, in place of Eq. 10."""
         return False
+
+    def before_pass(self, seed: int, first: int) -> None:
+        """Training form: hear which pictures come, by their number in the run, before they do.
+
+        What is drawn for a picture may follow from these numbers alone: it is then the same in a
+        run that goes on from a state, and however processes share a batch.
+
+        Args:
+            first: number of the first; each of the others has the next.
+        """
 
     def learning(self) -> list[Learning]:
         """What of it learns; nothing by default."""

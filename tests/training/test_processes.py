@@ -106,7 +106,8 @@ def test_two_processes_have_the_losses_of_one(dense, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [["--method", "bat"], ["--method", "size-passing", "--per-picture", "--train",
-                                   "thresholds", "--labels", "none"]], ids=["counts", "thresholds"]
+                                   "thresholds", "--labels", "none"], ["--method", "dynamicvit"]],
+    ids=["counts", "thresholds", "drawn"],
 )  # fmt: skip
 def test_two_processes_train_a_method_as_one_does(dense, tmp_path, more):
     options = ["--data", "digits", "--batch-size", 8, "--lr", "1e-3", "--steps", 3, "--log-every",
@@ -118,7 +119,8 @@ def test_two_processes_train_a_method_as_one_does(dense, tmp_path, more):
     one, two = ([e for e in events(output) if "loss" in e] for output in outputs)
     assert [e["step"] for e in two] == [1, 2, 3]
     for a, b in zip(one, two):
-        for name in {"loss", "ce", "flops", "distill", "macs"} & a.keys():
+        assert a.keys() == b.keys()
+        for name in {"loss", "ce", "flops", "distill", "macs", "ratio", "tokens"} & a.keys():
             assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
     figures = [next(e for e in events(output) if e.get("event") == "validation")
                for output in outputs]  # fmt: skip
