@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asvit_deploy.budget import TOLERANCE, carried_out, fixed_counts
+from asvit_deploy.budget import TOLERANCE, carried_out, fixed_counts, taught_at
 from asvit_deploy.calibration import StageCost, mid_gap_threshold
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
@@ -45,8 +45,8 @@ def fit(
         progress: called once for each image.
 
     Raises:
-        UserError: a budget or a bound out of reach, a method that has no thresholds, or a budget
-            that these images cannot meet within 1 %.
+        UserError: a budget or a bound out of reach, a method that has no thresholds, cuts that it
+            was not trained at, or a budget that these images cannot meet within 1 %.
     """
     config = model.config
     if not method.adapts:
@@ -57,7 +57,7 @@ def fit(
         )
         raise UserError(f"{method.name} {what}; drop --per-picture")
     assert issubclass(method, Ranked)
-    plan = fixed_counts(config, method, budget, blocks)
+    plan = fixed_counts(config, method, budget, taught_at(model, method, blocks))
     most = None if max_kept is None else bounds(config, plan, max_kept)
     if most and plan.kept and most[-1] <= plan.kept[-1]:
         raise UserError(
