@@ -114,10 +114,15 @@ def _ltmp(state: dict[str, Tensor], config: ArchConfig) -> Learned:
                 f"{config.depth} blocks; pass a complete checkpoint"
             )
     notes: tuple[str, ...] = ()
+    if config.prefix % 2:
+        notes = (
+            "its release pairs rows from the class token on, and this tool image tokens: of each "
+            "two neighbours the other one merges, so outputs differ from its own code's",
+        )
     if config.saving().last_block == "prefix":
         last = blocks.pop()
         del state[f"method.merge.{last}"], state[f"method.prune.{last}"]
-        notes = ("left out, not needed for its output: LTMP's thresholds of the last block",)
+        notes += ("left out, not needed for its output: LTMP's thresholds of the last block",)
     for block in blocks:
         # There pairs merge above a cosine; here below 1 - cosine. 1 and 0 are its "never".
         for kind in ("merge", "prune"):

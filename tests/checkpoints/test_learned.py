@@ -103,6 +103,7 @@ def test_an_ltmp_loads_as_published(file):
     assert [one.item() for one in method.merge] == pytest.approx([0.1] * 3)
     assert [one.item() for one in method.prune] == pytest.approx([0.01] * 3)
     assert any("the last block" in line for line in found.lines)
+    assert any("of each two neighbours the other one merges" in line for line in found.lines)
     torch.save({**STATE, **maskers(merge=1.0, prune=0.0)}, file)
     method = build_model(load_checkpoint(file)).reduction
     assert [one.item() for one in method.parameters()] == pytest.approx([NEVER] * 6)
