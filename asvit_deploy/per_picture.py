@@ -22,8 +22,20 @@ from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.removal import remove
 from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.schedule import Schedule
+from asvit_deploy.reduction.threshold import Threshold
 
 _AIM = 0.001  # of the budget; within it, the widest gap between two scores is taken
+
+
+def check(method: type[Reduction]) -> None:
+    """Raise UserError where `--per-picture` says nothing of a method."""
+    if not method.adapts:
+        what = (
+            "keeps its own number of every picture anyway"
+            if method in (LTMP, Threshold)
+            else "keeps as many tokens of every picture: it has no thresholds to fit"
+        )
+        raise UserError(f"{method.name} {what}; drop --per-picture")
 
 
 def fit(
@@ -49,13 +61,7 @@ def fit(
             was not trained at, or a budget that these images cannot meet within 1 %.
     """
     config = model.config
-    if not method.adapts:
-        what = (
-            "keeps its own number of every picture anyway"
-            if method is LTMP
-            else "keeps as many tokens of every picture: it has no thresholds to fit"
-        )
-        raise UserError(f"{method.name} {what}; drop --per-picture")
+    check(method)
     assert issubclass(method, Ranked)
     plan = fixed_counts(config, method, budget, taught_at(model, method, blocks))
     most = None if max_kept is None else bounds(config, plan, max_kept)

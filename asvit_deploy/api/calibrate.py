@@ -163,6 +163,11 @@ class _Wanted:
                 "--max-kept bounds what each picture keeps by --per-picture; pass that too, and "
                 f"another method than {THRESHOLD}"
             )
+        if self.per_picture and self.method != AUTO:
+            from asvit_deploy.per_picture import check
+            from asvit_deploy.reduction.methods import METHODS
+
+            check(METHODS[self.method])
 
 
 def _calibrated(

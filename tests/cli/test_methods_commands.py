@@ -77,6 +77,14 @@ def test_a_network_is_not_replaced_by_what_lies_beside_it(cli, dense, name):
     assert dense.read_bytes() == before
 
 
+@pytest.mark.parametrize("method", ["ltmp", "threshold"])
+def test_what_is_per_picture_anyway_is_not_asked_to_be(cli, dense, method):
+    words = f"{method} keeps its own number of every picture anyway; drop --per-picture"
+    options = "--method", method, "--per-picture"
+    refused(cli(*CALIBRATE, *options), words)
+    refused(cli("finetune", "--data", "data", "--pretrained", dense, *options), words)
+
+
 ROUTES = [
     (("--method", "size-passing"), "size-passing", "static"),
     (("--method", "size-passing", "--per-picture", "--max-kept", "150", "--cuts", "1,3,4",

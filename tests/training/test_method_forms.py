@@ -101,7 +101,8 @@ def test_rows_are_known_by_their_place(dense, name):
 
 @pytest.mark.parametrize("name", ["threshold", *ADAPTING])
 def test_thresholds_of_each_picture_learn_through_masks(saved, name):
-    recipe = Recipe(steps=9, budget=0.6, method=name, per_picture=True, train="thresholds",
+    own = name != "threshold"  # which has no other form
+    recipe = Recipe(steps=9, budget=0.6, method=name, per_picture=own, train="thresholds",
                     lr=1e-3, temperature=METHODS[name].temperature)  # fmt: skip
     trainer = trainer_of(saved, recipe)
     thresholds_at(trainer)
@@ -349,7 +350,9 @@ def test_a_schedule_keeps_the_counts_it_was_searched_for(saved, dense, tmp_path)
         ({"method": "random"}, "--method random has no training form: it is what methods must"),
         ({"method": "min-k"}, "--method min-k has no training form"),
         ({"method": "nonsense"}, "--method nonsense is not known; pass one of threshold, "),
-        ({"method": "bat", "per_picture": True}, "no thresholds to learn; drop --per-picture"),
+        ({"method": "bat", "per_picture": True}, "no thresholds to fit; drop --per-picture"),
+        ({"method": "ltmp", "per_picture": True}, "its own number of every picture anyway; drop"),
+        ({"per_picture": True}, "threshold keeps its own number of every picture anyway; drop"),
         ({"train": "thresholds", "ema": 0.9}, "--ema-decay averages weights, and --train thr"),
         ({"labels": "none", "smoothing": 0.1}, "--smoothing is of a loss on labels, and"),
         ({"labels": "none", "distill_weight": 0.0}, "--distill-weight 0 leaves nothing of it"),
