@@ -41,7 +41,7 @@ def check(method: type[Reduction]) -> None:
 def fit(
     model: ViT, method: type[Reduction], images: Sequence[np.ndarray], budget: float,
     blocks: Sequence[int] | None = None, max_kept: int | None = None,
-    progress: Callable[[], object] = lambda: None,
+    progress: Callable[[], object] = lambda: None, most: Sequence[int] | None = None,
 ) -> Ranked:  # fmt: skip
     """Thresholds with which the mean MACs of these images meet a budget.
 
@@ -55,6 +55,7 @@ def fit(
         max_kept: rows, prefix included, that any picture keeps behind the last cut at most; the
             cuts before are bounded by one ratio.
         progress: called once for each image.
+        most: image rows that any picture keeps at each cut at most, in place of `max_kept`.
 
     Raises:
         UserError: a budget or a bound out of reach, a method that has no thresholds, cuts that it
@@ -64,7 +65,10 @@ def fit(
     check(method)
     assert issubclass(method, Ranked)
     plan = fixed_counts(config, method, budget, taught_at(model, method, blocks))
-    most = None if max_kept is None else bounds(config, plan, max_kept)
+    if most is not None:
+        max_kept = most[-1] + config.prefix + method.appends
+    elif max_kept is not None:
+        most = bounds(config, plan, max_kept)
     if most and plan.kept and most[-1] <= plan.kept[-1]:
         raise UserError(
             f"--max-kept {max_kept} is no more than the {plan.kept[-1] + config.prefix} rows that "

@@ -157,7 +157,8 @@ def _fitted(
         made = per_picture.fit_pairs(model, images, budget, reduction.blocks, progress)
     elif isinstance(reduction, Ranked):
         method, blocks = type(reduction), reduction.blocks
-        made = per_picture.fit(model, method, images, budget, blocks, progress=progress)
+        made = per_picture.fit(model, method, images, budget, blocks, progress=progress,
+                               most=reduction.most)  # fmt: skip
     else:
         equal = (1 / len(reduction.cuts),) * len(reduction.cuts)
         found = calibration.on_budget(model, images, budget, equal)

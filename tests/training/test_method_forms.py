@@ -25,6 +25,7 @@ from asvit_deploy.training.losses import Outputs, Weights, output_distance, tota
 from asvit_deploy.training.recipe import FIT, Recipe
 from asvit_deploy.training.start import adaptive_start, load_teacher, settled
 from asvit_deploy.training.trainer import Trainer
+from asvit_deploy.training.validation import _fitted
 
 CONFIG = replace(
     arch("as_deit_mini").at(28, 10), stem="patch", dim=48, heads=3, depth=5, stages=(1, 2, 3)
@@ -189,6 +190,21 @@ def test_a_checkpoint_of_the_method_starts_from_its_own(saved, dense, tmp_path):
         assert settled(CONFIG, given, other).thresholds == FIT
     fixed, _ = adaptive_start(CONFIG, own, replace(recipe, per_picture=False))
     assert fixed.reduction.kept is not None
+
+
+def test_a_start_on_the_budget_counts_with_the_checkpoints_bounds(dense):
+    """Bounds so near to the mean that without them fewer MACs than the budget would be left."""
+    images = torch.randn(24, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    plan = fixed_counts(CONFIG, RANKED["topk"], 0.7)
+    bounds = [kept + 1 for kept in plan.kept]
+    model = dense.with_reduction(RANKED["topk"](plan.blocks, None, 1, bounds))
+    found = _fitted(model, model.reduction, [one.numpy() for one in images], 0.7, lambda: None)
+    model.reduction.load_state_dict(found)
+    lengths = model(images)[1].length
+    assert all((n - 1 <= most).all() for n, most in zip(lengths, bounds))
+    assert (lengths[-1] < lengths[-1].max()).any()
+    macs = model_macs(CONFIG, [n.double() for n in lengths], model.reduction)
+    assert macs.mean().item() / teacher_macs(CONFIG) == pytest.approx(0.7, rel=0.01)
 
 
 def test_frozen_weights_start_on_the_budget(saved):
