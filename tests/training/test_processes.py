@@ -263,6 +263,32 @@ DigitsSource.train_batch = train_batch
     assert torch.load(state_path(output), weights_only=True)["step"] == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["validation", "fitting", "fit"])
+def test_where_one_process_refuses_beside_the_steps_all_end(dense, tmp_path, name):
+    """Held-out pictures, pictures to fit starting thresholds on, and the fit itself."""
+    refusing = f"""
+from asvit_deploy import per_picture
+from asvit_deploy.errors import UserError
+from asvit_deploy.data.sources import DigitsSource
+owner = per_picture if {name!r} == "fit" else DigitsSource
+whole = getattr(owner, {name!r})
+def refusing(*given, **more):
+    if os.environ["RANK"] == "1":
+        raise UserError("shard 7 was changed meanwhile")
+    return whole(*given, **more)
+setattr(owner, {name!r}, refusing)
+"""
+    options = ["--data", "digits", "--batch-size", 4, "--steps", 1, "--pretrained", dense, "-o",
+               tmp_path / "a.safetensors", "--method", "topk", "--per-picture",
+               "--validation-limit", 9]  # fmt: skip
+    code, said = run(2, *options, program=program(tmp_path, refusing))
+    assert code != 0
+    assert said.count("Error: shard 7 was changed meanwhile") == 1, said
+    assert said.count("Error: another process of this run ended; its own line says why") == 1, said
+    assert our_tracebacks(said) == [], said
+
+
 def test_processes_without_a_launcher_are_told_so(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
