@@ -54,6 +54,16 @@ def test_a_schedule_is_on_budget_and_closer_than_one_ratio(dense):
     assert len(passes) <= scheduling.MOST_TRIED * len(IMAGES)
 
 
+def test_dense_outputs_without_a_direction_are_refused(dense):
+    """Not passed over as a schedule's are, where the first that was tried would win."""
+    config = replace(CONFIG, head="none")
+    torch.manual_seed(0)
+    model = build(config, adaptive=False).eval()
+    torch.nn.init.zeros_(model.norm.weight)
+    words = "as_deit_mini, dense,", "embeddings that are zero or not finite"
+    raises_one_line(lambda: settling.on_budget(model, Schedule, IMAGES, 0.7), *words)
+
+
 @pytest.mark.parametrize("budget", [0.8, 0.55])
 def test_pairs_of_thresholds_meet_a_budget(dense, budget):
     made = per_picture.fit_pairs(dense, IMAGES, budget)

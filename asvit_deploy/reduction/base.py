@@ -118,16 +118,15 @@ class Learning:
 
     Attributes:
         parameters: the method's own.
-        rate: of AdamW at the top of the run's schedule; None: that of the network's weights.
-        relative: they are above 0 and learn as logarithms, so that `rate` is a share of themselves
-            a step, whatever their unit.
+        relative: they are above 0 and learn as logarithms, at this rate at the top of the run's
+            schedule: a share of themselves a step, whatever their unit. None: they learn as the
+            network's weights do.
         least: what they never fall below.
         decayed: whether weight decay is for them, of matrices alone.
     """
 
     parameters: tuple[nn.Parameter, ...]
-    rate: float | None = None
-    relative: bool = False
+    relative: float | None = None
     least: float | None = None
     decayed: bool = False
 

@@ -25,7 +25,8 @@ Amp = Literal["no", "bf16", "fp16"]
 Learns = Literal["all", "thresholds"]
 Labels = Literal["data", "none"]
 
-# Thresholds that start on the budget, by one factor on where they would start otherwise.
+# Thresholds that start on the budget (`validation.start_on_budget`): cut by cut, or by one factor
+# on where they would start otherwise.
 FIT: Literal["fit"] = "fit"
 
 _WHOLE = 2**53  # above it, floats skip whole numbers

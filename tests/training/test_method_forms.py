@@ -236,7 +236,7 @@ class Judged(Threshold):
         return super().mask(stage, decision, alive, temperature)
 
     def learning(self) -> list[Learning]:
-        return [Learning(tuple(self), rate=5e-4, least=0.1),
+        return [Learning(tuple(self), least=0.1),
                 Learning(tuple(self.judge.parameters()), decayed=True)]  # fmt: skip
 
     def own_loss(self, passed: Passed) -> dict[str, Tensor]:
@@ -263,7 +263,7 @@ def test_a_method_says_what_learns_and_adds_to_the_loss(dense):
     assert figures["loss"] == pytest.approx(total, abs=1e-5)
     assert method.sampled == 3
     moved = [abs(t.item() - b) for t, b in zip(method, before)]
-    assert moved[:2] == pytest.approx([5e-4, 5e-4], rel=0.02)
+    assert moved[:2] == pytest.approx([1e-3, 1e-3], rel=0.02)
     assert method[2].item() >= 0.1
     assert 5e-4 < (method.judge.weight - judge).abs().max().item() < 2e-3  # and its decay
     decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
