@@ -40,7 +40,6 @@ def _print(findings: list[Finding]) -> None:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         status = click.style(f"{finding.status:<7}", fg=_COLOURS[finding.status])
-        click.echo(f"{finding.name:<{width}}  {status}  ", nl=False)  # with its colour
-        options.echo(finding.detail)
+        options.echo(finding.detail, f"{finding.name:<{width}}  {status}  ")
         if finding.remedy:
             options.echo(f"{'':<{width}}  {'':<7}  -> {finding.remedy}")

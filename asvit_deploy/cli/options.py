@@ -219,12 +219,16 @@ def status(message: str) -> None:
     click.echo(one_line(message, 4 * MOST_LINE), err=True)
 
 
-def echo(text: object) -> None:
+def echo(text: object, lead: str = "") -> None:
     """To stdout, in the terminal's own characters, and none that steers it but line ends: names
-    come from anywhere."""
+    come from anywhere.
+
+    Args:
+        lead: words of ours that stand in front, perhaps in a colour, which stays.
+    """
     plain = printable(str(text), keep="\n")
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    click.echo(plain.encode(encoding, "backslashreplace").decode(encoding))
+    click.echo(lead + plain.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def echo_json(text: str) -> None:
