@@ -46,13 +46,18 @@ def test_what_is_not_fit_is_said(tmp_path):
     (tree / "asvit_deploy" / "left.so").write_bytes(b"built")
     project = (tree / "pyproject.toml").read_text()
     (tree / "pyproject.toml").write_text(project.replace('version = "0.1.0"', 'version = "9.9.9"'))
-    subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "-Af"], ["commit", "-qm", "a tree"]):
+        subprocess.run([*git, *words], cwd=tree, check=True)
+    (tree / "asvit_deploy" / "mine.so").write_bytes(b"not committed")
     done = script("release_check", root=tree)
     assert done.returncode == 1
     for word in ("has no CHANGELOG.md", "asvit_deploy/left.so must not be released",
                  "says version 9.9.9, asvit_deploy/__init__.py another"):  # fmt: skip
         assert word in done.stderr
     assert "differ" not in done.stderr
+    assert "not committed, and so left out: 1 file(s)" in done.stderr
+    assert "mine.so" not in done.stderr
 
 
 @pytest.fixture(scope="module")

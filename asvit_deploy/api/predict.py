@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, overload
 
 from asvit_deploy.answers import Near, Prediction, embedded, predicted
 from asvit_deploy.api.inputs import PathLike, optional_path, path_of, require_at_least
-from asvit_deploy.api.runner import runner_of
+from asvit_deploy.api.runner import runner_of, running_as
 from asvit_deploy.errors import UserError
 from asvit_deploy.runtimes import chosen_one, require_auto, require_library_used
 from asvit_deploy.status import Say, first_process, silent
@@ -99,7 +99,8 @@ def predict(
         from asvit_deploy.bulk.running import Bulk
 
         bulk = Bulk(artefact, *written, found.names if found else None, batch, skip_limit)
-        return bulk.run(lambda: runner_of(artefact, chosen, chosen_by, say), chosen, force, say)
+        running = running_as(artefact, chosen, chosen_by)
+        return bulk.run(lambda: runner_of(artefact, chosen, chosen_by, say), running, force, say)
     drawings = optional_path(save)
     if drawings is not None:
         from asvit_deploy.drawing.album import check_target, require_cuts

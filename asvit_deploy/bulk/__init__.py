@@ -3,6 +3,7 @@
 The pictures are cut into parts: a shard each, or so many pictures of a folder. A part that is done
 stands as a file in `OUTPUT.parts`, and what a run is of stands beside it in `run.json`. So a run
 that was stopped goes on behind its last whole part, and processes that share one need not talk:
-each does every so many parts, and the one that finds them all done joins them. Batches never reach
-over the end of a part: what is written depends on neither the number of processes nor on stops.
+each does every so many parts and leaves a mark that it has come, and the one that finds all marks
+and all parts joins these. Batches never reach over the end of a part: what is written depends on
+neither the number of processes nor on stops.
 """

@@ -24,7 +24,7 @@ class Part:
     Attributes:
         number: among the parts, from 0.
         pictures: their numbers.
-        identity: what makes them these pictures.
+        identity: what makes them these pictures: where they lie, of which size and time.
     """
 
     number: int
@@ -51,15 +51,14 @@ class CutPictures:
         self._pictures: Pictures
         if shards:
             self._pictures = ShardPictures(self._root, shards, labelled=False)
-            counts, names = self._pictures.counts, self._pictures.names
-            self.parts = _cut(counts, names)
+            self.parts = _cut(self._pictures.counts, self._pictures.identities)
         else:
             _require_folder(place)
             self._pictures = UnlabelledPictures(place)
             names = list(self._pictures.names)
             starts = range(0, len(names), _OF_A_FOLDER)
             own = [names[start : start + _OF_A_FOLDER] for start in starts]
-            self.parts = _cut(tuple(map(len, own)), list(map(_digest, own)))
+            self.parts = _cut(tuple(map(len, own)), [_digest(place.resolve(), o) for o in own])
         self.notes, self.passed_over = self._pictures.notes, dict(self._pictures.passed_over)
         self.load = self._pictures.load
 
@@ -88,5 +87,14 @@ def _cut(counts: tuple[int, ...], identities: list[str]) -> list[Part]:
     return [Part(i, range(*end), what) for i, (end, what) in enumerate(zip(ends, identities))]
 
 
-def _digest(names: list[str]) -> str:
-    return hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
+def _digest(folder: Path, names: list[str]) -> str:
+    files = [f"{folder}", *(f"{name}:{_state(folder / name)}" for name in names)]
+    return hashlib.sha256("\0".join(files).encode(errors="surrogateescape")).hexdigest()
+
+
+def _state(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError as error:  # whoever reads it says more
+        return str(error.strerror)
+    return f"{status.st_size}:{status.st_mtime_ns}"

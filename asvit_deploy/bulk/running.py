@@ -6,7 +6,7 @@ import filecmp
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from asvit_deploy.answers import Prediction, embedded, predicted
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact
 from asvit_deploy.bulk.joining import EMBEDDINGS, LINES, join_embeddings, join_lines
 from asvit_deploy.bulk.pictures import CutPictures, Part
-from asvit_deploy.bulk.store import Store
+from asvit_deploy.bulk.store import Share, Store
 from asvit_deploy.claims import claimed
 from asvit_deploy.data.decode import PictureError
 from asvit_deploy.data.images import preprocess
@@ -29,12 +29,13 @@ from asvit_deploy.errors import Interrupted, UserError
 from asvit_deploy.files import atomic, check_writable
 from asvit_deploy.processor import usable_cores
 from asvit_deploy.runners.base import Runner
-from asvit_deploy.runtimes import ONNXRUNTIME
 from asvit_deploy.status import Say, first_process, hide_bar, silent
 
 _PACKED = 16  # pictures at a time: what groups of like length gain is there by then
 _READERS = 8  # threads that decode, at most
 _WAIT = 600  # seconds for another process that joins the parts
+# What torchrun tells all that it starts at once, and nobody else.
+_LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Written:
         return {**vars(self), "output": str(self.output)}
 
 
-def share() -> tuple[int, int]:
-    """This process's number and how many there are, as `torchrun` says it.
+def share() -> Share:
+    """This process among those of the run, as `torchrun` says it.
 
     Raises:
         UserError: it says that there are several, and not which this one is.
@@ -75,7 +76,8 @@ def share() -> tuple[int, int]:
             f"WORLD_SIZE is {world} and RANK {os.environ.get('RANK', 'not set')}, which tells no "
             "process from the others; start them with torchrun, or unset both"
         )
-    return int(rank), int(world)
+    launch = " ".join(os.environ.get(name, "") for name in _LAUNCH)
+    return Share(int(rank), int(world), launch if _LAUNCH[0] in os.environ else "")
 
 
 class Bulk:
@@ -117,40 +119,43 @@ class Bulk:
         self._batch = (_PACKED if packed else 1) if batch is None else batch
 
     def run(
-        self, opener: Callable[[], Runner], runtime: str | None, force: bool, say: Say
+        self, opener: Callable[[], Runner], running: Mapping[str, Any], force: bool, say: Say
     ) -> Written | None:
         """Do the parts of this process that are not done, and join all where none is missing.
 
         Args:
             opener: makes the runner, where any part is left to do.
-            runtime: what it runs in, as the caller named it.
+            running: what it runs in, by the names of `bulk.store`.
+            force: begin anew, and replace the output.
 
         Returns:
-            None where another process is still at its parts, which joins them then.
+            None where another process has not come yet or is at its parts, which joins them then.
 
         Raises:
             UserError: see `Store`; more pictures than may be skipped cannot be read, or none can;
                 the output exists and `force` is off.
             Interrupted: it was stopped; what is done is kept.
         """
-        rank, world = share()
+        which = share()
         say = say if first_process() else silent
         pictures = CutPictures(self._data)
-        own = pictures.parts[rank::world]
+        own = pictures.parts[which.rank :: which.world]
         if not own:
             return None
         for line in pictures.notes:
             say(line)
         self._require_output(force, pictures)
-        store = Store(self._output, self._identity(pictures.parts, runtime), force)
-        before = [store.account(part) for part in own]
-        left = [part for part, account in zip(own, before) if account is None]
+        about = {**self._identity(pictures.parts), **running}
+        store = Store(self._output, about, which, own, force)
+        left = [part for part, account in zip(own, store.accounts) if account is None]
         if taken_up := len(own) - len(left):
             say(f"{taken_up} of {len(own)} parts were done before, in {store.folder}")
         skips = Skips(self._limit, say)
-        skips.merge({n: why for a in before if a is not None for n, why in a.skipped.items()})
+        skips.merge({n: why for a in store.accounts if a for n, why in a.skipped.items()})
         try:
             self._work(store, left, pictures, skips, opener, say)
+            if not store.come(min(which.world, len(pictures.parts))):
+                return None
             return self._join(store, pictures, taken_up, force)
         except KeyboardInterrupt:
             raise Interrupted(
@@ -163,13 +168,12 @@ class Bulk:
         there = folder.is_dir() and len(list(folder.glob("*.part"))) == len(pictures.parts)
         check_writable(self._output, force or there, self._artefact.path)
 
-    def _identity(self, parts: Sequence[Part], runtime: str | None) -> dict[str, Any]:
+    def _identity(self, parts: Sequence[Part]) -> dict[str, Any]:
         cut = "\0".join(part.identity for part in parts)
         names = "\0".join(self._labels or ())
         return {
             "model": self._artefact.fields["sha256"],
             "classes": hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(),
-            "runtime": runtime or ONNXRUNTIME,
             "batch": self._batch,
             "parts": hashlib.sha256(cut.encode(errors="surrogateescape")).hexdigest(),
         }
@@ -218,11 +222,12 @@ class Bulk:
             row = 0
             for number, image in zip(batch, found):
                 name = pictures.name(number)
+                own = f"{name}, picture {number}"  # members of a shard may share a name
                 if isinstance(image, PictureError):
-                    skips.add(name, image)
-                    yield name, image.reason, {"image": name, "skipped": image.reason}
+                    skips.add(own, image)
+                    yield own, image.reason, {"image": name, "skipped": image.reason}
                     continue
-                yield name, None, self._record(said, name, row)
+                yield own, None, self._record(said, name, row)
                 row += 1
             bar.update(len(batch))
 

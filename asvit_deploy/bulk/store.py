@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,40 @@ _OTHER = {
     "model": "another model",
     "classes": "other names of the classes",
     "runtime": "another runtime",
+    "way": "another way of its runtime",
+    "precision": "another precision",
+    "library": "another library of the op",
+    "engine": "another engine",
+    "threads": "another number of threads",
     "batch": "batches of another size",
     "parts": "other pictures",
 }
 
 
+_FILE = r"(?:\d{6,}\.part|\d+of\d+\.here|run\.json)"
+# And what stopped runs leave of them: locks and folders of temporary files.
+_OURS = re.compile(rf"{_FILE}|\.{_FILE}\.(?:lock|[0-9a-f]{{14}}\.tmp)")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the processes of a run this one is.
+
+    Attributes:
+        rank, world: its number, and how many there are.
+        launch: what those that were started together have in common; empty where only their
+            numbers are known, and any of them may have been started again by itself.
+    """
+
+    rank: int = 0
+    world: int = 1
+    launch: str = ""
+
+
 @dataclass(frozen=True)
 class Account:
-    """Of a part that is done: how many pictures it has, and which were skipped and why."""
+    """Of a part that is done: how many pictures it has, and which were skipped and why, by name
+    and number."""
 
     pictures: int
     skipped: Mapping[str, str]
@@ -44,57 +71,106 @@ class Store:
     Args:
         output: the file that the parts become.
         run: what the run is of, by the names of this module.
-        force: what a run of something else has done may go.
+        own: the parts of this process.
+        force: what was done before goes: of another run all of it, of this one the parts of this
+            process.
+
+    Attributes:
+        accounts: of its own parts, None where one is not done.
 
     Raises:
         UserError: the folder is of another run, holds what is not ours, or cannot be written.
     """
 
-    def __init__(self, output: Path, run: Mapping[str, Any], force: bool) -> None:
+    def __init__(
+        self, output: Path, run: Mapping[str, Any], share: Share, own: Sequence[Part], force: bool
+    ) -> None:
         self.folder = output.with_name(f"{output.name}.parts")
-        self._about = self.folder / "run.json"
+        self._about, self._share = self.folder / "run.json", share
         with claimed(self.folder, wait=_WAIT):
             try:
                 self._begin(dict(run), force)
+                self._leave(own if force else ())
             except OSError as error:
                 raise unwritten(self.folder, error) from error
+        self.accounts = [self.account(part) for part in own]
+        # Only now: once all have come, whoever finds no part missing takes the folder away.
+        write_text(self._mark(share.rank), share.launch)
 
     def _begin(self, run: dict[str, Any], force: bool) -> None:
+        if self.folder.is_symlink():
+            raise UserError(f"{self.folder} is a link; remove it, or name another output")
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise UserError(f"{self.folder} is no folder; remove it, or name another output")
         if self.folder.is_dir():
-            if not self._ours():
-                raise UserError(
-                    f"{self.folder} holds files that no bulk run wrote; move them away, or name "
-                    "another output"
-                )
+            names = self._names()
             if (said := self._said()) == run:
                 return
-            other = next(
-                (_OTHER[key] for key in _OTHER if said.get(key) != run[key]), "another run"
-            )
-            if said and not force:
+            if not force and said is not None:
+                other = next(
+                    (_OTHER[key] for key in _OTHER if said.get(key) != run[key]), "another run"
+                )
                 raise UserError(
                     f"{self.folder} holds what a run of {other} has done; finish that one, name "
                     "another output, or pass --force to start anew"
+                )
+            if not force and any(name.endswith(".part") for name in names):
+                raise UserError(
+                    f"{self.folder} has parts and no run.json that can be read, which says what "
+                    "they are of; remove it, name another output, or pass --force to start anew"
                 )
             self.remove()
         self.folder.mkdir()
         write_text(self._about, json.dumps(run))
 
-    def _ours(self) -> bool:
-        """Whether all in the folder looks as if we had written it."""
-        names = [name for name in os.listdir(self.folder) if not name.startswith(".")]
-        return all(name == self._about.name or name.endswith(".part") for name in names)
+    def _names(self) -> list[str]:
+        """Of all in the folder, `run.json` last.
 
-    def _said(self) -> dict[str, Any]:
-        """What is there is of; empty where that is gone, and then nothing there counts."""
+        Raises:
+            UserError: one looks as if we had not written it.
+        """
+        names = sorted(os.listdir(self.folder))
+        if odd := [name for name in names if not _OURS.fullmatch(name)]:
+            raise UserError(
+                f"{self.folder} holds files that no bulk run wrote ({shortened(odd[0], 60)}); move "
+                "them away, or name another output"
+            )
+        return names
+
+    def _said(self) -> dict[str, Any] | None:
+        """What is there is of; None where that is gone or cannot be read."""
         try:
             with open_regular(self._about) as file:
                 found = parse_json(file.read())
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        except (OSError, ValueError, UserError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _mark(self, rank: int) -> Path:
+        """What says that a process has come."""
+        return self.folder / f"{rank}of{self._share.world}.here"
+
+    def _leave(self, parts: Sequence[Part]) -> None:
+        """Begin as one who has not come yet, with none of these parts done.
+
+        Where all are started together and this one was here before, so were all others.
+        """
+        mark = self._mark(self._share.rank)
+        again = self._has_come(self._share.rank) and (self._share.launch or parts)
+        for path in self.folder.glob("*.here") if again else (mark,):
+            path.unlink(missing_ok=True)
+        for part in parts:
+            self.path(part).unlink(missing_ok=True)
+
+    def come(self, count: int) -> bool:
+        """Whether the first `count` processes have all come."""
+        return all(map(self._has_come, range(count)))
+
+    def _has_come(self, rank: int) -> bool:
+        try:
+            return self._mark(rank).read_text() == self._share.launch
+        except FileNotFoundError:
+            return False
 
     def path(self, part: Part) -> Path:
         """Where a part stands once it is done."""
@@ -103,7 +179,7 @@ class Store:
     def account(self, part: Part) -> Account | None:
         """Of a part that is done; None where it is not, or was damaged since."""
         try:
-            *_, last = self._lines(part)
+            (last,) = deque(self._lines(part), maxlen=1)
             said = json.loads(last)
             return Account(int(said["pictures"]), dict(said["skipped"]))
         except (OSError, ValueError, KeyError, TypeError):
@@ -130,7 +206,8 @@ class Store:
         """Put a part in its place.
 
         Args:
-            records: of each picture its name, why it was skipped or None, and its line.
+            records: of each picture what no other is called, why it was skipped or None, and its
+                line.
 
         Raises:
             UserError: another run is making that part, or it cannot be written.
@@ -147,9 +224,19 @@ class Store:
             seal(temporary)
 
     def remove(self) -> None:
-        """Take the folder away, with what stopped runs left in it; no process needs it."""
+        """Take the folder away, with what stopped runs left in it; no process needs it.
+
+        Raises:
+            UserError: it holds what is not ours, or cannot be removed.
+        """
         try:
-            shutil.rmtree(self.folder)
+            for path in map(self.folder.joinpath, self._names()):
+                if path.suffix == ".tmp":  # holds the one file that was to take its place
+                    (path / path.name[1:-19]).unlink(missing_ok=True)
+                    path.rmdir()
+                else:
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()
         except OSError as error:
             raise UserError(
                 f"{shortened(self.folder)} cannot be removed ({error.strerror}); remove it"

@@ -16,8 +16,9 @@ from asvit_deploy.cli import options
 @click.option("--backend", type=click.Choice(["onnxruntime", "tensorrt", "python"]),
               help="What runs it [default: by the kind of file].")  # fmt: skip
 @click.option("--name", help="What clients call it [default: the file's name].")
-@click.option("--max-batch", type=click.IntRange(1), default=8, show_default=True, metavar="N",
-              help="Pictures in a batch that the server makes.")  # fmt: skip
+@click.option("--max-batch", type=click.IntRange(1), metavar="N",
+              help="Pictures in a batch of the server's [default: 8; an engine's most]."
+              )  # fmt: skip
 @click.option("--library", type=options.PATH,
               help="The op's library, to go along [default: the file's function].")  # fmt: skip
 @click.option("--plugin", type=options.PATH,

@@ -14,7 +14,7 @@ reader stands, and what its shuffle buffer holds, is state; its indexed reader (
 webdataset 1.0 any more. Hugging Face `datasets` either streams likewise or copies everything into
 Arrow files first. But a tar file is its own store: this module notes once where each picture lies
 (18 bytes a picture, in the user's cache), and from then on one `pread` fetches it. Behind those
-records stands, as JSON, what else the shard holds.
+records stand, as JSON, what else the shard holds and the names that are not in their headers.
 
 Shards may be of any size, and lie on any mounted file system; none is ever held in memory or
 unpacked. Only headers, pictures and labels are read; nothing in a shard is run or unpickled.
@@ -62,7 +62,7 @@ from asvit_deploy.text import one_line
 
 # Where a sample has one of these, other pictures of it (a mask, a depth map) are not meant.
 _USUAL = frozenset((".jpeg", ".jpg", ".png", ".webp"))
-_FORMAT = 4  # of the index; part of its name
+_FORMAT = 5  # of the index; part of its name
 _ENTRY = np.dtype([("offset", "<i8"), ("size", "<i8"), ("label", "<u2")])
 _MAX_LABEL = 2**16 - 1  # ImageNet-21k has 21,841 classes
 GIVEN = "the list of class names"  # in place of `classes.txt`
@@ -106,17 +106,21 @@ class Shard:
         Raises:
             UserError: as `entries`.
         """
-        entries = self.entries()
-        with open_regular(self.index, "shard's index") as file:
-            file.seek(entries.offset + entries.nbytes)  # type: ignore[attr-defined]
-            text = file.read()[:-SEAL]
+        endings, kinds, _ = _noted(self.index, self.size)
+        return Passed(Counter(endings), Counter(kinds))
+
+    def member(self, offset: int, header: bytes) -> str:
+        """The whole name of the member whose data lies there, behind that header.
+
+        Raises:
+            UserError: as `entries`.
+        """
+        if (name := _noted(self.index, self.size)[2].get(str(offset))) is not None:
+            return name
         try:
-            found = parse_json(text)
-        except ValueError:
-            found = None
-        if not isinstance(found, list) or len(found) != 2 or not all(map(_is_count, found)):
-            raise _damaged(self.index)
-        return Passed(Counter(found[0]), Counter(found[1]))
+            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        except (tarfile.TarError, ValueError):  # what its index says stands there does not
+            return "a member without a header"
 
     def bytes_at(self, offset: int, count: int) -> bytes:
         """Part of the tar file.
@@ -141,6 +145,22 @@ def _is_count(found: object) -> bool:
     return isinstance(found, dict) and all(
         type(count) is int and 0 <= count < 2**53 for count in found.values()
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _noted(index: Path, size: int) -> tuple[dict[str, int], dict[str, int], dict[str, str]]:
+    """What else a shard of so many bytes holds, by ending and by kind; names by place of data."""
+    entries = _mapped(index, size)
+    try:
+        with open_regular(index, "shard's index") as file:
+            file.seek(entries.offset + entries.nbytes)  # type: ignore[attr-defined]
+            endings, kinds, names = parse_json(file.read()[:-SEAL])
+    except (ValueError, TypeError, OSError):
+        raise _damaged(index) from None
+    texts = isinstance(names, dict) and all(type(name) is str for name in names.values())
+    if not (texts and _is_count(endings) and _is_count(kinds)):
+        raise _damaged(index)
+    return endings, kinds, names
 
 
 def _within(entries: NDArray, size: int) -> bool:
@@ -224,11 +244,11 @@ def indexed(paths: Sequence[Path], labelled: bool = True) -> list[Shard]:
                leave=False)  # fmt: skip
     for shard in bar:
         if not shard.index.exists():
-            passed = Passed()
-            entries = np.array(list(_scan(shard.path, passed, labelled)), _ENTRY)
+            passed, names = Passed(), dict[int, str]()
+            entries = np.array(list(_scan(shard.path, passed, labelled, names)), _ENTRY)
             with atomic(shard.index) as temporary, open(temporary, "wb") as file:
                 np.save(file, entries, allow_pickle=False)
-                file.write(json.dumps([passed.endings, passed.kinds]).encode())
+                file.write(json.dumps([passed.endings, passed.kinds, names]).encode())
                 file.flush()
                 seal(temporary)
                 temporary.chmod(0o644)  # whatever the umask: what others may write is not read
@@ -246,12 +266,15 @@ class _Sample:
     label: int | None = None
 
 
-def _scan(path: Path, passed: Passed, labelled: bool) -> Iterator[tuple[int, int, int]]:
+def _scan(
+    path: Path, passed: Passed, labelled: bool, names: dict[int, str]
+) -> Iterator[tuple[int, int, int]]:
     """Offset, size and label of each picture of a tar file, from its headers and labels alone.
 
     Args:
         passed: gets the members that are neither.
         labelled: as `indexed`; the label is 0 where it is not looked at.
+        names: gets those of pictures that are not in their headers, by the place of their data.
     """
     sample = _Sample("")
     try:
@@ -271,6 +294,8 @@ def _scan(path: Path, passed: Passed, labelled: bool) -> Iterator[tuple[int, int
                     yield from _finished(path, sample, labelled)
                     sample = _Sample(key, members.archive)
                 _note(path, file, member, suffix, sample, passed, labelled)
+                if member.apart and sample.picture == (member.offset, member.size):
+                    names[member.offset] = member.name
             yield from _finished(path, sample, labelled)
             if members.rest:
                 passed.add_kind(BEHIND, path.name)
@@ -386,6 +411,8 @@ class ShardPictures:
             rest
         )
         self.names = [f"{s.path.name}:{s.size}:{n}" for s, n in zip(self._shards, counts)]
+        # Where they lie, too, and when they were written.
+        self.identities = [f"{s.path.resolve()}:{s.size}:{s.changed}" for s in self._shards]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -410,20 +437,16 @@ class ShardPictures:
         # With the header that stands before it, for its name.
         size = min(int(entry["size"]), MAX_FILE + 1)  # of which `decode_picture` says what is wrong
         data = shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK + size)
-        name = _member_name(shard, data)
+        name = shortened(self._name(shard, entry, data))
         file = io.BytesIO(memoryview(data)[_BLOCK:])
         del data  # before the pixels come
         return decode_picture(file, name, ending_of(name), reduction)
 
     def name(self, number: int) -> str:
-        """Shard and member, for messages; a long name may be shortened as in its header."""
+        """Shard and member, whose name is whole."""
         shard, entry = self._find(number)
-        return _member_name(shard, shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK))
+        return self._name(shard, entry, shard.bytes_at(int(entry["offset"]) - _BLOCK, _BLOCK))
 
-
-def _member_name(shard: Shard, header: bytes) -> str:
-    try:
-        name = tarfile.TarInfo.frombuf(header[:_BLOCK], "utf-8", "surrogateescape").name
-    except (tarfile.TarError, ValueError):  # what its index says stands there does not
-        name = "a member without a header"
-    return f"{shard.path}:{shortened(name)}"
+    @staticmethod
+    def _name(shard: Shard, entry: np.void, header: bytes) -> str:
+        return f"{shard.path}:{shard.member(int(entry['offset']), header[:_BLOCK])}"

@@ -35,6 +35,7 @@ class Member:
         plain: a regular file whose data stands here whole.
         folder: a folder.
         offset, size: of the data, in bytes.
+        apart: its header holds a part of the name at most; the whole stands before it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Member:
     folder: bool
     offset: int
     size: int
+    apart: bool = False
 
 
 class Members:
@@ -166,7 +168,7 @@ class Members:
         text = info.name if name is None else name.decode("utf-8", "surrogateescape")
         holds = info.isreg() or info.type not in tarfile.SUPPORTED_TYPES
         plain = info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not sparse
-        member = Member(text.rstrip("/"), plain, info.isdir(), start, size)
+        member = Member(text.rstrip("/"), plain, info.isdir(), start, size, name is not None)
         return member, start + (_blocks(size) if holds else 0)
 
     def _behind_map(self, start: int) -> int:

@@ -316,6 +316,7 @@ def describe(
         "hardware_compatible": options.hardware_compatible,
         "layers": outcome.layers,
         "plugin_layers": outcome.plugin_layers,
+        "outputs": outcome.outputs,
         "build_seconds": round(seconds, 2),
         "checked": checked and checked.fields(),
         "source": sidecar.source_of(source.path, checkpoint=source.fields.get("source")),

@@ -27,11 +27,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Outcome:
-    """What the builder said: its version, the layers it counted, its warnings in order."""
+    """What the builder said: its version, the layers it counted, of each output TensorRT's name of
+    its type and its shape (-1 where it varies), its warnings in order."""
 
     version: str = ""
     layers: int = 0
     plugin_layers: int = 0
+    outputs: dict[str, list[str | int]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -79,6 +81,7 @@ def run(job: Job, flavour: Flavour, folder: Path, name: str, progress: Progress)
     if last["event"] == "done":
         outcome.version = last["version"]
         outcome.layers, outcome.plugin_layers = last["layers"], last["plugin_layers"]
+        outcome.outputs = last["outputs"]
         return outcome
     if last["event"] == "error":
         if is_full(folder):

@@ -184,8 +184,10 @@ def build(job: Job, send: Send) -> None:
         Path(job.plan).write_bytes(plan)
         if job.layers:
             _inspect(trt, plan, job)
+        given = [parsed[1].get_output(i) for i in range(parsed[1].num_outputs)]
+        outputs = {one.name: [one.dtype.name, *one.shape] for one in given}
         send("done", version=trt.__version__, layers=len(kinds),
-             plugin_layers=kinds.count("PLUGIN_V3"))  # fmt: skip
+             plugin_layers=kinds.count("PLUGIN_V3"), outputs=outputs)  # fmt: skip
     except (Refused, PolygraphyException) as error:
         send("error", message=str(error), log=errors)
 

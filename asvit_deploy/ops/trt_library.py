@@ -203,6 +203,29 @@ def find_trt_plugin(say: Say = complain) -> Path | None:
     return next((path for path in newest_first if usable(path, MEND, say)), None)
 
 
+def self_registering(library: Path) -> Path:
+    """The library that registers itself: this one, or what was made beside it.
+
+    Raises:
+        UserError: neither is one, or it holds no CUDA code.
+    """
+    here, own = LIBRARIES[-1][0], LIBRARIES[0][0]
+    beside = library.with_name(re.sub(rf"^{here}(?!_autoreg)", own, library.name))
+    for path in (library, beside):
+        # The other kind is asked for what it holds, and asks for nothing.
+        if path.is_file() and b"getPluginRegistry" in path.read_bytes():
+            if runs_on_gpus(path):
+                return path
+            raise UserError(
+                f"{path} holds no CUDA code (a host twin, for building only); `asvit-deploy "
+                f"build-plugins trt` makes {own}.so that has it"
+            )
+    raise UserError(
+        f"{library} does not register itself with TensorRT; name the {own}.so that `asvit-deploy "
+        f"build-plugins trt` makes beside {here}.so"
+    )
+
+
 def runs_on_gpus(library: Path) -> bool:
     """Whether a library holds CUDA code; the host twin, under any name, does not."""
     return b".nv_fatbin" in library.read_bytes()

@@ -27,6 +27,11 @@ inline void printEmbedding(std::vector<float> const& embedding)
 // The best five classes and their probabilities; the score itself where there is one output.
 inline void printBest(std::vector<float> const& logits)
 {
+    if (logits.empty())
+    {
+        std::printf("no class\n");
+        return;
+    }
     if (logits.size() == 1)
     {
         std::printf("score %.6g\n", double{logits[0]});

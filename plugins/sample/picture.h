@@ -1,6 +1,6 @@
 // A picture as a network's input, as `asvit_deploy.data.images.preprocess` makes it: resized, cropped, normalised. The
 // pixels are Pillow's to the bit: the same weights in fixed point (22 bits), rounded to bytes after each direction,
-// rows first (Pillow 13 begins with the columns of tall pictures, which turns some bytes).
+// rows first (Pillow 13 begins with the columns of some tall pictures, which turns some bytes).
 //
 // Binary PPM (P6, 8 bits) is what is read: it needs no library, and whatever decodes a JPEG can write it.
 #pragma once
@@ -107,7 +107,9 @@ inline void readChannels(std::string const& json, std::string const& key, float 
         {
             fail("the model's " + key + " is not three numbers; export it again");
         }
-        at = end + std::string(end).find_first_not_of(", \n");
+        for (at = end; *at == ',' || isSpace(*at); ++at)
+        {
+        }
     }
 }
 

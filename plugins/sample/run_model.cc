@@ -27,6 +27,35 @@ std::string field(Ort::Session const& session, char const* key)
     return value == nullptr ? "" : value.get();
 }
 
+// Of the one input, a float32 tensor; of any other nothing.
+std::vector<int64_t> inputShape(Ort::Session const& session)
+{
+    if (session.GetInputCount() != 1 || session.GetInputTypeInfo(0).GetONNXType() != ONNX_TYPE_TENSOR)
+    {
+        return {};
+    }
+    auto const type = session.GetInputTypeInfo(0);
+    auto const tensor = type.GetTensorTypeAndShapeInfo();
+    bool const fits = tensor.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    return fits ? tensor.GetShape() : std::vector<int64_t>{};
+}
+
+// What one picture gives: [1, C] of a rank of two, [1] of one.
+void requireTensor(Ort::Value const& value, std::string const& name, ONNXTensorElementDataType type, size_t rank)
+{
+    bool fits = value.IsTensor();
+    if (fits)
+    {
+        auto const tensor = value.GetTensorTypeAndShapeInfo();
+        auto const shape = tensor.GetShape();
+        fits = tensor.GetElementType() == type && shape.size() == rank && shape[0] == 1 && shape.back() >= 1;
+    }
+    if (!fits)
+    {
+        sample::fail(name + " is not what one picture gives; name a file of `asvit-deploy export`");
+    }
+}
+
 void run(char const* model, char const* picture, char const* library)
 {
     Ort::Env const environment(ORT_LOGGING_LEVEL_FATAL, "asvit");
@@ -38,8 +67,8 @@ void run(char const* model, char const* picture, char const* library)
     }
     Ort::Session session(environment, model, options);
 
-    auto shape = session.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
-    if (session.GetInputCount() != 1 || shape.size() != 4 || shape[1] != 3 || shape[2] < 1 || shape[2] != shape[3])
+    auto shape = inputShape(session);
+    if (shape.size() != 4 || shape[0] > 1 || shape[1] != 3 || shape[2] < 1 || shape[2] != shape[3])
     {
         sample::fail(std::string(model) + " takes no square pictures; name a file of `asvit-deploy export`");
     }
@@ -67,9 +96,14 @@ void run(char const* model, char const* picture, char const* library)
     auto const memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
     auto const images =
         Ort::Value::CreateTensor<float>(memory, input.data(), input.size(), shape.data(), shape.size());
+    if (names.empty())
+    {
+        sample::fail(std::string(model) + " gives nothing; name a file of `asvit-deploy export`");
+    }
     auto const outputs =
         session.Run(Ort::RunOptions{}, inputNames, &images, 1, outputNames.data(), outputNames.size());
 
+    requireTensor(outputs[0], names[0], ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, 2);
     auto const count = outputs[0].GetTensorTypeAndShapeInfo().GetElementCount();
     auto const* const values = outputs[0].GetTensorData<float>();
     std::vector<float> const answer(values, values + count);
@@ -77,6 +111,7 @@ void run(char const* model, char const* picture, char const* library)
     std::vector<int64_t> lengths;
     for (size_t i = 1; i < outputs.size(); ++i)
     {
+        requireTensor(outputs[i], names[i], ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, 1);
         lengths.push_back(*outputs[i].GetTensorData<int64_t>());
     }
     std::string const prefix = field(session, "asvit_prefix");

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -17,9 +18,15 @@ from embedding_files import written
 from shard_files import picture_folder, png, write_tar
 
 import asvit_deploy
+from asvit_deploy.artefacts.onnx_file import OnnxArtefact
+from asvit_deploy.artefacts.runtime_choice import RuntimeChoice
+from asvit_deploy.bulk.pictures import CutPictures
+from asvit_deploy.bulk.running import Bulk
+from asvit_deploy.bulk.store import Share, Store
 from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.data.images import open_images
 from asvit_deploy.exporting.export import export
+from asvit_deploy.files import sha256
 
 COMMAND = [sys.executable, "-m", "asvit_deploy", "predict"]
 
@@ -190,6 +197,141 @@ def test_a_run_of_something_else_is_not_taken_up(cli, mini_artifacts, packed, sh
     assert (tmp_path / "y.jsonl.parts" / "mine.txt").read_text() == "mine"
 
 
+def test_pictures_that_were_replaced_or_lie_elsewhere_are_others(cli, mini_artifacts, tmp_path):
+    model, folder = mini_artifacts["1", "auto"], picture_folder(tmp_path / "photos", count=1)
+    (folder / "dog" / "z.png").write_bytes(b"broken")
+    args = (model, "--data", "photos", "-o", "x.jsonl")
+    refused(cli("predict", *args), "z.png")
+    kept(model, folder, "x.jsonl")
+    args = (*args, "--skip-limit", 1)
+    os.utime(folder / "cat" / "000.png", ns=(1, 1))
+    refused(cli("predict", *args), "other pictures")
+    run(cli, *args, "--force")
+    kept(model, folder, "y.jsonl")
+    folder.rename(tmp_path / "moved")
+    refused(cli("predict", model, "--data", "moved", "-o", "y.jsonl"), "other pictures")
+
+    shard = write_tar(tmp_path / "s" / "0.tar", [("a.png", png(0)), ("b.png", b"broken")])
+    kept(model, tmp_path / "s", "z.jsonl")
+    os.utime(shard, ns=(1, 1))
+    refused(cli("predict", model, "--data", "s", "-o", "z.jsonl"), "other pictures")
+
+
+def kept(model: Path, data: Path, output: str) -> Store:
+    """What a run that was stopped with no part done leaves."""
+    from asvit_deploy.api.runner import running_as
+    from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
+
+    artefact = OnnxArtefact(model, find_op_library(None))
+    found = Bulk(artefact, data, Path(output), None, None, 0)
+    parts = CutPictures(data).parts
+    about = {**found._identity(parts), **running_as(artefact, None, None)}
+    return Store(Path(output), about, Share(), parts, force=True)
+
+
+def test_force_starts_over_and_keeps_nothing_of_before(cli, mini_artifacts, shards):
+    args = (mini_artifacts["1", "auto"], "--data", shards, "-o", "x.jsonl")
+    refused(cli("predict", *args), "002.tar")
+    done = run(cli, *args, "--skip-limit", 1, "--force")
+    assert "were done before" not in done.err
+    assert not Path("x.jsonl.parts").exists()
+
+
+def test_what_no_run_wrote_stays(cli, mini_artifacts, shards, tmp_path):
+    args = (mini_artifacts["1", "auto"], "--data", shards, "--skip-limit", 1, "-o", "x.jsonl")
+    parts = tmp_path / "x.jsonl.parts"
+    parts.mkdir()
+    for name in ("holiday.part", ".hidden", ".000000.part.mine.tmp"):
+        (parts / name).write_text("mine")
+        for more in ((), ("--force",)):
+            refused(cli("predict", *args, *more), f"holds files that no bulk run wrote ({name})")
+        assert (parts / name).read_text() == "mine"
+        (parts / name).unlink()
+    (parts / "000000.part").write_text("?")
+    for said in (None, "[", "[]"):
+        if said is not None:
+            (parts / "run.json").write_text(said)
+        refused(cli("predict", *args), "has parts and no run.json that can be read")
+    assert (parts / "000000.part").read_text() == "?"
+    left = parts / ".000001.part.0123456789abcd.tmp"
+    left.mkdir()
+    (left / "000001.part").write_text("half")
+    (parts / ".000001.part.lock").touch()
+    parts.rename(tmp_path / "elsewhere")
+    parts.symlink_to(tmp_path / "elsewhere")
+    for more in ((), ("--force",)):
+        refused(cli("predict", *args, *more), "x.jsonl.parts is a link; remove it")
+    parts.unlink()
+    (tmp_path / "elsewhere").rename(parts)
+    run(cli, *args, "--force")
+    assert not parts.exists()
+
+
+def test_long_names_are_whole_and_equal_ones_count_each(cli, mini_artifacts, tower, tmp_path):
+    long = "d" * 120 + "/" + "k" * 320
+    names = [f"{long}{i}.png" for i in range(3)]
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        one = write_tar(tmp_path / "a.tar", [(name, png(0)) for name in names], form)
+        twice = write_tar(tmp_path / "b.tar", [("x.png", png(1)), ("y.png", b"broken")], form)
+        (tmp_path / "c.tar").write_bytes(one.read_bytes() + 2 * twice.read_bytes())
+        args = (tower, "--data", tmp_path / "c.tar", "--skip-limit", 2)
+        done = run(cli, *args, "-o", f"{form}.jsonl")
+        assert "7 pictures, 2 skipped" in done.out
+        wanted = [f"c.tar:{name}" for name in (*names, *("x.png", "y.png") * 2)]
+        assert [one["image"] for one in lines(Path(f"{form}.jsonl"))] == wanted
+        run(cli, *args, "-o", f"{form}.npz")
+        with np.load(f"{form}.npz") as found:
+            assert found["embeddings"].shape == (5, found["embeddings"].shape[1])
+            assert found["images"].tolist() == [*wanted[:4], "c.tar:x.png"]
+            assert found["skipped"].tolist() == ["c.tar:y.png"] * 2
+    refused(cli("predict", *args[:3], "--skip-limit", 1, "-o", "z.jsonl"), "makes 2 where")
+
+
+@pytest.mark.parametrize("launch", ["", "one", "two"])
+def test_a_late_process_finds_the_parts_and_not_a_folder_of_its_own(
+    cli, mini_artifacts, shards, monkeypatch, launch
+):
+    """All is done but the last part, which rank 0 does; rank 1 comes once rank 0 has ended."""
+    args = (mini_artifacts["1", "auto"], "--data", shards, "--skip-limit", 1, "-o", "x.jsonl")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if launch:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    monkeypatch.setenv("RANK", "1")
+    run(cli, *args)
+    if launch == "one":  # the same token, as of plain torchrun: its own mark says that all end anew
+        monkeypatch.setenv("RANK", "0")
+        Path("x.jsonl.parts/0of2.here").write_text("one   ")
+    if launch:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        monkeypatch.setenv("RANK", "0")
+        run(cli, *args)
+        assert not Path("x.jsonl").exists(), "rank 1 has not come yet"
+        monkeypatch.setenv("RANK", "1")
+    else:
+        monkeypatch.setenv("RANK", "0")
+    run(cli, *args)
+    assert len(lines(Path("x.jsonl"))) == 20
+    assert not Path("x.jsonl.parts").exists()
+
+
+def test_auto_is_what_it_stands_for(cli, mini_artifacts, op_library, shards, monkeypatch):
+    """A stopped run goes on with the same way and library alone, however these were named."""
+    from asvit_deploy.api import runner
+    from asvit_deploy.artefacts import runtime_choice
+
+    model = mini_artifacts["1", "auto"]
+    fields = {"runtime": "onnxruntime", "way": "function", "threads": 1, "precision": "float32"}
+    artefact = OnnxArtefact(model, op_library)
+    monkeypatch.setattr(runtime_choice, "read_choice", lambda *_: RuntimeChoice(model, fields))
+    auto = runner.running_as(artefact, "auto", None)
+    assert auto == runner.running_as(OnnxArtefact(model), None, None) | {"precision": "float32"}
+    own = runner.running_as(artefact, None, None)
+    assert (own["way"], own["library"]) == ("library", sha256(op_library))
+    refused(cli("predict", model, "--data", shards, "-o", "x.jsonl"), "002.tar")
+    refused(cli("predict", model, "--data", shards, "-o", "x.jsonl", "--library", op_library),
+            "another way of its runtime")  # fmt: skip
+
+
 def test_a_damaged_part_is_done_again(cli, mini_artifacts, shards):
     model = mini_artifacts["1", "auto"]
     run(cli, model, "--data", shards, "-o", "whole.jsonl", "--skip-limit", 1)
@@ -205,8 +347,6 @@ def test_a_damaged_part_is_done_again(cli, mini_artifacts, shards):
 
 def test_a_stop_between_the_output_and_the_end_is_no_loss(cli, mini_artifacts, shards, tmp_path):
     """The parts are all there, and so is the output: the same run ends well, another does not."""
-    from asvit_deploy.bulk.store import Store
-
     kept = tmp_path / "kept"
     removing = Store.remove
     Store.remove = lambda self: self.folder.rename(kept)

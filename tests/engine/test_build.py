@@ -50,6 +50,9 @@ def test_builds_for_every_gpu(request, rtx, mini_artifacts, tmp_path, mode, batc
     fields = built(mini_artifacts[batch, "auto"], tmp_path / "x.engine", rtx, options)
     assert fields["plugin_layers"] == (3 if mode == "dynamic" else 0)
     assert fields["mode"] == mode
+    kind, *shape = fields["outputs"]["logits"]
+    assert (kind, shape) == ("FLOAT", [1 if batch == "1" else -1, 10])
+    assert fields["outputs"]["length_2"] == ["INT64", shape[0]]
     assert (
         fields["precision"] == {None: "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     )

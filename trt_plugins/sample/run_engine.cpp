@@ -120,10 +120,11 @@ std::unique_ptr<DeviceBuffer> bindPicture(ICudaEngine const& engine, IExecutionC
                                           std::string const& sidecar, cudaStream_t stream)
 {
     Dims shape = engine.getTensorShape("images");
-    require(shape.nbDims == 4, "the engine has no input images [B, 3, H, W]");
+    bool const takes = shape.nbDims == 4 && engine.getTensorDataType("images") == DataType::kFLOAT;
+    require(takes, "the engine has no input images [B, 3, H, W] in float32");
+    require(shape.d[1] == 3 && shape.d[2] >= 1 && shape.d[2] == shape.d[3], "the engine takes no square pictures");
     shape.d[0] = 1;
     require(context.setInputShape("images", shape), "the engine takes no batch of one");
-    require(shape.d[1] == 3 && shape.d[2] == shape.d[3], "the engine takes no square pictures");
     auto const picture = sample::preprocess(sample::readPpm(path), sample::readRules(sidecar), shape.d[2]);
     size_t const bytes = picture.size() * sizeof(float);
     auto buffer = std::make_unique<DeviceBuffer>(bytes);
@@ -153,11 +154,28 @@ Outputs bindOutputs(ICudaEngine const& engine, IExecutionContext& context)
     return outputs;
 }
 
-template <typename T> T at(std::vector<char> const& bytes, size_t i)
+// The numbers of an output for one picture: [1, C] of a rank of two, [1] of one.
+template <typename T>
+std::vector<T> valuesOf(IExecutionContext const& context, std::string const& name, DeviceBuffer const& buffer,
+                        int32_t rank, cudaStream_t stream)
 {
-    T value{};
-    std::memcpy(&value, bytes.data() + i * sizeof(T), sizeof(T));
-    return value;
+    Dims const shape = context.getTensorShape(name.c_str());
+    bool const fits = shape.nbDims == rank && shape.d[0] == 1 && shape.d[rank - 1] >= 1;
+    require(fits, name + " has not the shape that one picture gives");
+    std::vector<T> values(static_cast<size_t>(shape.d[rank - 1]));
+    std::vector<char> const content = buffer.read(stream);
+    require(content.size() >= values.size() * sizeof(T), name + " has fewer bytes than its shape says");
+    std::memcpy(values.data(), content.data(), values.size() * sizeof(T));
+    return values;
+}
+
+int64_t countOf(ICudaEngine const& engine, IExecutionContext const& context, std::string const& name,
+                DeviceBuffer const& buffer, cudaStream_t stream)
+{
+    DataType const type = engine.getTensorDataType(name.c_str());
+    require(type == DataType::kINT64 || type == DataType::kINT32, name + " is neither int64 nor int32");
+    return type == DataType::kINT64 ? valuesOf<int64_t>(context, name, buffer, 1, stream)[0]
+                                    : valuesOf<int32_t>(context, name, buffer, 1, stream)[0];
 }
 
 void run(char const* plan, char const* picture, char const* plugin)
@@ -174,20 +192,15 @@ void run(char const* plan, char const* picture, char const* plugin)
     require(context->enqueueV3(stream), "the engine cannot be enqueued");
 
     bool const classes = outputs.count("logits") == 1;
-    char const* const output = classes ? "logits" : "embedding";
-    Dims const shape = engine->getTensorShape(output);
-    require(engine->getTensorDataType(output) == DataType::kFLOAT, std::string(output) + " is not float32");
-    std::vector<char> const content = outputs.at(output)->read(stream);
-    std::vector<float> values(static_cast<size_t>(shape.d[shape.nbDims - 1]));
-    std::memcpy(values.data(), content.data(), values.size() * sizeof(float));
+    std::string const output = classes ? "logits" : "embedding";
+    require(engine->getTensorDataType(output.c_str()) == DataType::kFLOAT, output + " is not float32");
+    auto const values = valuesOf<float>(*context, output, *outputs.at(output), 2, stream);
     classes ? sample::printBest(values) : sample::printEmbedding(values);
     std::vector<int64_t> lengths;
     for (size_t stage = 0; outputs.count("length_" + std::to_string(stage)) == 1; ++stage)
     {
         std::string const name = "length_" + std::to_string(stage);
-        auto const bytes = outputs.at(name)->read(stream);
-        bool const wide = engine->getTensorDataType(name.c_str()) == DataType::kINT64;
-        lengths.push_back(wide ? at<int64_t>(bytes, 0) : at<int32_t>(bytes, 0));
+        lengths.push_back(countOf(*engine, *context, name, *outputs.at(name), stream));
     }
     bool const said = sidecar.find("\"prefix\":") != std::string::npos; // else it is the class token
     sample::printKept(lengths, said ? std::strtoll(sample::valueOf(sidecar, "prefix").c_str(), nullptr, 10) : 1);
