@@ -142,6 +142,26 @@ def macs_of(
     return np.asarray(model_macs(config, rows, reduction), np.float64)
 
 
+def taught_at(
+    model: ViT, method: type[Reduction], blocks: Sequence[int] | None
+) -> Sequence[int] | None:
+    """Where a method cuts that takes over what the network's own learned for each cut.
+
+    Raises:
+        UserError: other blocks are asked for than it was trained at.
+    """
+    own = model.reduction
+    if own is None or type(own) is not method or method.settled != "training":
+        return blocks
+    if blocks is not None and tuple(blocks) != own.blocks:
+        asked, known = (",".join(map(str, some)) for some in (blocks, own.blocks))
+        raise UserError(
+            f"cuts {asked} are others than the {known} that this {method.name} was trained at; "
+            f"drop them, or train it there (finetune --method {method.name} --cuts {asked})"
+        )
+    return own.blocks
+
+
 def fitting(
     config: ArchConfig, method: type[Reduction], blocks: Sequence[int] | None
 ) -> tuple[int, ...]:

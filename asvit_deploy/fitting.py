@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ BATCH = 64
 _HALVINGS = 24  # of the factor's interval, in logarithms
 MOST_PASSES = _HALVINGS + 2  # over the pictures: before and after too
 _RANGE = (1e-4, 1e3)
-_KEPT_BYTES = 1 << 30  # of rows in front of the first cut
+_KEPT_BYTES = 1 << 30  # of rows in front of the first cut, and how they rank
 
 Progress = Callable[[int], object]
 
@@ -70,8 +71,15 @@ class Shares:
         return [range(start, min(start + BATCH, self.pictures)) for start in starts]
 
 
-# What thresholds do not change: rows in front of the first cut, and how they rank.
+# What thresholds do not change: rows in front of the first cut, and what they are ranked by.
 _Start = tuple[Rows, Decision]
+
+
+def _bytes(value: Any) -> int:
+    """Of all tensors of a dataclass."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(_bytes(getattr(value, f.name)) for f in fields(value)) if is_dataclass(value) else 0
 
 
 class _Passes:
@@ -91,9 +99,12 @@ class _Passes:
         self._kept: list[Tensor | _Start] = []
         room = _KEPT_BYTES
         for batch in images:
-            rows, decision = start = self._start(batch)
-            room -= rows.tokens.nbytes + decision.score.nbytes
-            self._kept.append(start if room >= 0 else batch)
+            kept: Tensor | _Start = batch
+            if room > 0:
+                start = self._start(batch)
+                room -= sum(map(_bytes, start))
+                kept = start if room >= 0 else batch
+            self._kept.append(kept)
 
     def _start(self, images: Tensor) -> _Start:
         rows = Rows(self._model.embed(images.to(self._model.pos_embed.device)))
@@ -104,7 +115,7 @@ class _Passes:
         model, trace = self._model, Trace()
         assert model.reduction is not None
         rows, decision = self._start(kept) if isinstance(kept, Tensor) else kept
-        decision = replace(decision, boundary=model.reduction.boundaries()[0])
+        decision = model.reduction.decided_again(0, decision)
         for stage in range(len(model.cuts)):
             if stage:
                 rows, decision = model.scored(stage, rows)
@@ -162,7 +173,8 @@ def fit_thresholds(
         progress: called with how many more of them have passed, of at most `MOST_PASSES` times all.
     """
     assert model.reduction is not None
-    was_training, thresholds = model.training, model.reduction.boundaries()
+    modes = [(module, module.training) for module in model.modules()]
+    thresholds = model.reduction.boundaries()
     model.eval()
     start = model.threshold_values()
     passes = _Passes(model, images, shares, progress)
@@ -183,5 +195,6 @@ def fit_thresholds(
     for threshold, (under, over) in zip(thresholds, passes.neighbours(traces)):
         threshold.data.fill_((under + over) / 2)
     after, _ = passes.run()
-    model.train(was_training)
+    for module, mode in modes:
+        module.training = mode
     return Fit(budget, shares.pictures, factor, before, after)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asvit_deploy.budget import TOLERANCE, carried_out, fixed_counts
+from asvit_deploy.budget import TOLERANCE, carried_out, fixed_counts, taught_at
 from asvit_deploy.calibration import StageCost, mid_gap_threshold
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
@@ -22,14 +22,26 @@ from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.removal import remove
 from asvit_deploy.reduction.rows import Rows
 from asvit_deploy.reduction.schedule import Schedule
+from asvit_deploy.reduction.threshold import Threshold
 
 _AIM = 0.001  # of the budget; within it, the widest gap between two scores is taken
+
+
+def check(method: type[Reduction]) -> None:
+    """Raise UserError where `--per-picture` says nothing of a method."""
+    if not method.adapts:
+        what = (
+            "keeps its own number of every picture anyway"
+            if method in (LTMP, Threshold)
+            else "keeps as many tokens of every picture: it has no thresholds to fit"
+        )
+        raise UserError(f"{method.name} {what}; drop --per-picture")
 
 
 def fit(
     model: ViT, method: type[Reduction], images: Sequence[np.ndarray], budget: float,
     blocks: Sequence[int] | None = None, max_kept: int | None = None,
-    progress: Callable[[], object] = lambda: None,
+    progress: Callable[[], object] = lambda: None, most: Sequence[int] | None = None,
 ) -> Ranked:  # fmt: skip
     """Thresholds with which the mean MACs of these images meet a budget.
 
@@ -43,22 +55,20 @@ def fit(
         max_kept: rows, prefix included, that any picture keeps behind the last cut at most; the
             cuts before are bounded by one ratio.
         progress: called once for each image.
+        most: image rows that any picture keeps at each cut at most, in place of `max_kept`.
 
     Raises:
-        UserError: a budget or a bound out of reach, a method that has no thresholds, or a budget
-            that these images cannot meet within 1 %.
+        UserError: a budget or a bound out of reach, a method that has no thresholds, cuts that it
+            was not trained at, or a budget that these images cannot meet within 1 %.
     """
     config = model.config
-    if not method.adapts:
-        what = (
-            "keeps its own number of every picture anyway"
-            if method is LTMP
-            else "keeps as many tokens of every picture: it has no thresholds to fit"
-        )
-        raise UserError(f"{method.name} {what}; drop --per-picture")
+    check(method)
     assert issubclass(method, Ranked)
-    plan = fixed_counts(config, method, budget, blocks)
-    most = None if max_kept is None else bounds(config, plan, max_kept)
+    plan = fixed_counts(config, method, budget, taught_at(model, method, blocks))
+    if most is not None:
+        max_kept = most[-1] + config.prefix + method.appends
+    elif max_kept is not None:
+        most = bounds(config, plan, max_kept)
     if most and plan.kept and most[-1] <= plan.kept[-1]:
         raise UserError(
             f"--max-kept {max_kept} is no more than the {plan.kept[-1] + config.prefix} rows that "

@@ -54,7 +54,7 @@ def search(
         tick: called once for each pass of a picture, of at most `MOST_TRIED` each.
 
     Raises:
-        UserError: as `budget.fixed_counts`.
+        UserError: as `budget.fixed_counts`; a dense output that nothing can be compared with.
     """
     config = model.config
     fixed_counts(config, Schedule, budget, blocks)  # refuses what no schedule can meet
@@ -75,6 +75,7 @@ class _Search:
         self.tried: dict[tuple, float] = {}
 
     def run(self) -> Schedule:
+        self.apart(self.dense, self.dense)  # refuses what no schedule can be compared with
         cuts = len(self.blocks)
         even = (1.0,) * cuts
         best = min((_Shares(even, (part,) * cuts) for part in _PARTS), key=self._distance)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from asvit_deploy import per_picture, scheduling
-from asvit_deploy.budget import fixed_counts
+from asvit_deploy.budget import fixed_counts, taught_at
 from asvit_deploy.distance import distance
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.vit import ViT
@@ -31,7 +31,7 @@ def on_budget(
 
     Raises:
         UserError: a budget or cuts that the method cannot meet, or it must be trained and the
-            network has it not.
+            network has it not, or not at these cuts.
     """
     if issubclass(method, Schedule):
         config = model.config
@@ -43,6 +43,7 @@ def on_budget(
         return per_picture.fit_pairs(model, images, budget, blocks, tick)
     assert issubclass(method, Ranked)
     require_taught(model, method)
+    blocks = taught_at(model, method, blocks)
     return fixed_counts(model.config, method, budget, blocks).taught_by(model.reduction)
 
 

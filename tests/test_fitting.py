@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from asvit_deploy import fitting
-from asvit_deploy.budget import trace_macs
+from asvit_deploy.budget import network_macs, trace_macs
 from asvit_deploy.fitting import MOST_PASSES, Fit, Shares, fit_thresholds
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.vit import ViT
+from asvit_deploy.reduction.ltmp import LTMP, NEVER
+from asvit_deploy.reduction.topk import TopKNearest
 
 BUDGET, BATCH = 0.65, 8
 PICTURES = 20  # two whole batches and a part of one
@@ -61,6 +63,22 @@ def test_they_meet_the_budget_and_lie_between_scores(images):
         under, over = scores[scores <= threshold].max(), scores[scores > threshold].min()
         under = under if under.isfinite() else torch.zeros(())
         assert threshold.item() == pytest.approx((under + over).item() / 2, rel=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge", [NEVER, 0.003, 0.01])
+def test_of_ltmp_too_they_are_what_the_network_has(images, merge):
+    """Its scores depend on both thresholds, of which one is fitted."""
+    model = network().with_reduction(LTMP((0, 1, 2, 3)))
+    for one, other in zip(model.reduction.merge, model.reduction.prune):
+        one.fill_(merge)
+        other.fill_(0.1)
+    fit = fitted(model, images)
+    assert fit.after == pytest.approx(BUDGET, rel=1e-2)
+    assert fit.after != fit.before
+    macs = [network_macs(model, model(batch)[1]) for batch in images.split(BATCH)]
+    assert fit.after == torch.cat(macs).mean().item()
+    assert [one.item() for one in model.reduction.merge] == pytest.approx([merge] * 4)
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -118,10 +136,34 @@ def test_the_first_blocks_run_once_as_far_as_memory_goes(images, monkeypatch):
     assert 3 < found[1][2][0] < found[2][2][0]
 
 
+def test_all_that_is_kept_is_counted(images, monkeypatch):
+    """Rows, and of a method that looks at pairs what it found of them."""
+    model = network().with_reduction(TopKNearest((1, 2, 3)))
+    start = fitting._Passes(model, images.split(BATCH), Shares(PICTURES), len)._kept[0]
+    rows, decision = start
+    assert decision.nearness is not None
+    whole = fitting._bytes(rows) + fitting._bytes(decision)
+    assert whole > rows.tokens.nbytes + decision.score.nbytes + decision.nearness.nbytes
+    calls = [0]
+    model.blocks[0].attn.register_forward_pre_hook(partial(count, calls, 0))
+    for room, kept, worked_out in ((whole - 1, 0, 1), (whole, 1, 1), (whole + 1, 1, 2)):
+        monkeypatch.setattr(fitting, "_KEPT_BYTES", room)
+        calls[0] = 0
+        passes = fitting._Passes(model, images.split(BATCH), Shares(PICTURES), len)
+        assert sum(isinstance(one, tuple) for one in passes._kept) == kept
+        assert calls[0] == worked_out
+
+
 def test_it_leaves_the_mode_and_the_graph_alone(images):
     model = network().train()
+    model.reduction.eval()
     fitted(model, images[:BATCH])
     assert model.training
+    assert not model.reduction.training
+    model.eval().reduction.train()
+    fitted(model, images[:BATCH])
+    assert not model.training
+    assert model.reduction.training
     assert all(threshold.requires_grad for threshold in model.thresholds)
     logits, _, masks = model.forward_masked(images[:2])
     (logits.sum() + sum(mask.sum() for mask in masks)).backward()

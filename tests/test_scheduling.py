@@ -19,6 +19,7 @@ from asvit_deploy.models.macs import teacher_macs
 from asvit_deploy.reduction.dynamicvit import DynamicViT
 from asvit_deploy.reduction.ltmp import LTMP
 from asvit_deploy.reduction.schedule import Schedule
+from asvit_deploy.reduction.topk import TopK
 
 CONFIG = replace(arch("as_deit_mini"), depth=4, stages=(1, 2, 3), image_size=28).saving()
 IMAGES = list(np.random.default_rng(0).normal(size=(12, 3, 28, 28)).astype(np.float32))
@@ -53,6 +54,16 @@ def test_a_schedule_is_on_budget_and_closer_than_one_ratio(dense):
     assert len(passes) <= scheduling.MOST_TRIED * len(IMAGES)
 
 
+def test_dense_outputs_without_a_direction_are_refused(dense):
+    """Not passed over as a schedule's are, where the first that was tried would win."""
+    config = replace(CONFIG, head="none")
+    torch.manual_seed(0)
+    model = build(config, adaptive=False).eval()
+    torch.nn.init.zeros_(model.norm.weight)
+    words = "as_deit_mini, dense,", "embeddings that are zero or not finite"
+    raises_one_line(lambda: settling.on_budget(model, Schedule, IMAGES, 0.7), *words)
+
+
 @pytest.mark.parametrize("budget", [0.8, 0.55])
 def test_pairs_of_thresholds_meet_a_budget(dense, budget):
     made = per_picture.fit_pairs(dense, IMAGES, budget)
@@ -82,6 +93,19 @@ def test_predictors_go_along_to_another_budget(dense):
     found = choose(taught, IMAGES, Wanted(DynamicViT, 0.7, per_picture=True)).reduction
     assert found.kept is None
     assert torch.equal(found.predictors[0].out_conv[4].weight, wanted)
+
+
+def test_predictors_stay_where_they_were_trained(dense):
+    taught = dense.with_reduction(DynamicViT.planned(CONFIG.dim, 1, (1, 3), (30, 10)))
+    for fit in (settling.on_budget, per_picture.fit):
+        assert fit(taught, DynamicViT, IMAGES, 0.8).blocks == (1, 3)
+        assert fit(taught, DynamicViT, IMAGES, 0.8, (1, 3)).blocks == (1, 3)
+        raises_one_line(lambda f=fit: f(taught, DynamicViT, IMAGES, 0.8, (1, 2)),
+                        "cuts 1,2 are others than the 1,3 that this dynamicvit was trained at",
+                        "finetune --method dynamicvit --cuts 1,2")  # fmt: skip
+        # What no cut learned anything of its own goes anywhere.
+        other = taught.with_reduction(TopK((1, 3), (30, 10)))
+        assert fit(other, TopK, IMAGES, 0.8, (1, 2)).blocks == (1, 2)
 
 
 def test_the_report_has_what_the_search_brought(dense):

@@ -163,6 +163,11 @@ class _Wanted:
                 "--max-kept bounds what each picture keeps by --per-picture; pass that too, and "
                 f"another method than {THRESHOLD}"
             )
+        if self.per_picture and self.method != AUTO:
+            from asvit_deploy.per_picture import check
+            from asvit_deploy.reduction.methods import METHODS
+
+            check(METHODS[self.method])
 
 
 def _calibrated(
@@ -204,7 +209,7 @@ def _save(
     found: dict[str, Any], say: Say,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the checkpoint and return the report, which is kept in it too."""
-    from asvit_deploy.checkpoints.learned import backbone_beside, beside_line
+    from asvit_deploy.checkpoints.beside import backbone_beside, beside_line
     from asvit_deploy.checkpoints.load import save_checkpoint
     from asvit_deploy.checkpoints.places import fingerprint
     from asvit_deploy.sidecar import provenance
@@ -222,7 +227,7 @@ def _save(
         "source_sha256": report["source_sha256"],
         "provenance": json.dumps(provenance(["torch"])),
     }
-    backbone = backbone_beside(target, model.reduction, checkpoint)
+    backbone = backbone_beside(target, model, checkpoint)
     if backbone is not None:
         say(beside_line(target, backbone))
     save_checkpoint(target, model, metadata, backbone)

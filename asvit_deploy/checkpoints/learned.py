@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from asvit_deploy.bounded import parse_json
-from asvit_deploy.checkpoints.reading import listed, quoted
+from asvit_deploy.checkpoints.reading import listed, metadata_at, quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import sha256
 from asvit_deploy.models.config import ArchConfig
-from asvit_deploy.reduction.base import Reduction
 from asvit_deploy.reduction.dynamicvit import KEEP_RATE, DynamicViT, published_counts
 from asvit_deploy.reduction.ltmp import LTMP, NEVER
 
@@ -114,10 +114,15 @@ def _ltmp(state: dict[str, Tensor], config: ArchConfig) -> Learned:
                 f"{config.depth} blocks; pass a complete checkpoint"
             )
     notes: tuple[str, ...] = ()
+    if config.prefix % 2:
+        notes = (
+            "its release pairs rows from the class token on, and this tool image tokens: of each "
+            "two neighbours the other one merges, so outputs differ from its own code's",
+        )
     if config.saving().last_block == "prefix":
         last = blocks.pop()
         del state[f"method.merge.{last}"], state[f"method.prune.{last}"]
-        notes = ("left out, not needed for its output: LTMP's thresholds of the last block",)
+        notes += ("left out, not needed for its output: LTMP's thresholds of the last block",)
     for block in blocks:
         # There pairs merge above a cosine; here below 1 - cosine. 1 and 0 are its "never".
         for kind in ("merge", "prune"):
@@ -137,46 +142,13 @@ def record_of(path: Path, backbone: Path) -> str:
     """What a file says of its network's.
 
     Raises:
-        UserError: it lies in another folder.
+        UserError: it lies in another folder, or would be replaced.
     """
+    if os.path.exists(path) and path.samefile(backbone):
+        raise UserError(f"{path} is not written: it is the network that this is of; name another")
     if backbone.absolute().parent.resolve() != path.absolute().parent.resolve():
         raise UserError(f"{path} is not written: it must lie beside its network, {backbone}")
     return json.dumps({"name": backbone.name, "sha256": sha256(backbone)})
-
-
-class Origin(Protocol):
-    """What is asked of a checkpoint; see `load.Checkpoint`."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def adaptive(self) -> bool: ...
-
-    @property
-    def metadata(self) -> dict[str, str]: ...
-
-
-def backbone_beside(target: Path, reduction: Reduction | None, checkpoint: Origin) -> Path | None:
-    """The network beside which the output need hold what ltmp learned alone; None where the output
-    is to hold all: of other methods, or in another folder.
-
-    Args:
-        checkpoint: what the output was made from, its weights unchanged.
-    """
-    if not isinstance(reduction, LTMP) or not checkpoint.path.is_file():
-        return None
-    place = checkpoint.path
-    if checkpoint.adaptive:
-        if BACKBONE not in checkpoint.metadata:
-            return None
-        place = backbone_of(place, checkpoint.metadata)
-    return place if place.absolute().parent == target.absolute().parent else None
-
-
-def beside_line(target: Path, backbone: Path) -> str:
-    """What to say of such an output."""
-    return f"{target}: thresholds alone; it stays beside its network, {backbone.name}"
 
 
 def backbone_of(path: Path, metadata: Mapping[str, str]) -> Path:
@@ -186,10 +158,7 @@ def backbone_of(path: Path, metadata: Mapping[str, str]) -> Path:
         Refused: it does not, or is another one.
     """
     try:
-        record = parse_json(metadata[BACKBONE])
-        name, digest = record["name"], record["sha256"]
-        if not isinstance(name, str) or not isinstance(digest, str) or Path(name).name != name:
-            raise ValueError(BACKBONE)
+        name, digest = _recorded(metadata)
     except (ValueError, KeyError, TypeError) as error:
         raise Refused(
             f"says {BACKBONE} {quoted(metadata[BACKBONE])}, which names no file beside it; write "
@@ -209,6 +178,38 @@ def backbone_of(path: Path, metadata: Mapping[str, str]) -> Path:
     return there
 
 
+def check_same(network: Mapping[str, str], metadata: Mapping[str, str]) -> None:
+    """Refuse a network that is not read as it was when a file was made on it.
+
+    Args:
+        network: what it says of itself today, as `ours.stated`.
+    """
+    for key in sorted(network.keys() - {"schema"}):
+        if (said := metadata.get(key)) != network[key]:
+            raise Refused(
+                f"was made on a network with {key} {quoted(said)}, and what lies beside it has "
+                f"{quoted(network[key])}; put back what lay beside that, or make the file again"
+            )
+
+
+def backbone_named(path: Path) -> Path | None:
+    """The file beside it that a file of ours names as its network, if it is there."""
+    try:
+        there = path.parent / _recorded(metadata_at(path))[0]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return there if os.path.isfile(there) else None
+
+
+def _recorded(metadata: Mapping[str, str]) -> tuple[str, str]:
+    """Name and sha256 of a network's file."""
+    record = parse_json(metadata[BACKBONE])
+    name, digest = record["name"], record["sha256"]
+    if not isinstance(name, str) or not isinstance(digest, str) or Path(name).name != name:
+        raise ValueError(BACKBONE)
+    return name, digest
+
+
 def joined(
     state: Mapping[str, Tensor], metadata: dict[str, str], backbone: Any,
     check: Callable[[dict[str, Tensor], ArchConfig], tuple[dict[str, Any], dict[str, Tensor]]],
@@ -221,11 +222,6 @@ def joined(
     """
     if backbone.adaptive:
         raise Refused(f"is of {backbone.path}, whose tokens leave already; put a dense one there")
-    said = {"arch": backbone.config.name, "num_classes": str(backbone.config.num_classes)}
-    for key, value in said.items():
-        if metadata[key] != value:
-            raise Refused(f"says {key} {quoted(metadata[key])} where its network has {value}; "
-                          "write it again with this tool")  # fmt: skip
     fields, whole = check({**backbone.state, **state}, backbone.config)
     note = f"its network is {backbone.path.name} beside it"
     return replace(

@@ -43,16 +43,15 @@ from asvit_deploy.checkpoints.network import (
 )
 from asvit_deploy.checkpoints.ours import (
     BESIDE,
-    FACTS,
     FORMAT,
     METHOD,
-    TRAITS,
     check_metadata,
     check_schema,
     check_sealed,
     method_of,
     parsed,
     staged,
+    stated,
     stated_config,
 )
 from asvit_deploy.checkpoints.places import content_at, weights_at
@@ -60,7 +59,7 @@ from asvit_deploy.checkpoints.reading import listed, quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError, shortened
 from asvit_deploy.models import build
-from asvit_deploy.models.archs import ARCHS, described, description
+from asvit_deploy.models.archs import ARCHS
 from asvit_deploy.models.config import ArchConfig, HeadName
 from asvit_deploy.models.vit import ViT
 from asvit_deploy.reduction.methods import restored
@@ -255,9 +254,11 @@ def _on_backbone(
 ) -> Checkpoint:  # fmt: skip
     """What a method learned, on the network that lies beside it."""
     place = learned.backbone_of(path, metadata)
-    backbone = load_checkpoint(
-        place, asked.image_size, asked.arch, asked.ema, asked.given, asked.recorded
-    )
+    backbone = load_checkpoint(place)
+    learned.check_same(stated(backbone.config), metadata)
+    options = asked.image_size, asked.arch, asked.ema, asked.given, asked.recorded
+    if asked != _Asked(None, None, False, NOTHING_GIVEN, None):
+        backbone = load_checkpoint(place, *options)
 
     def check(
         state: dict[str, Tensor], config: ArchConfig
@@ -407,24 +408,10 @@ def save_checkpoint(
     path, config = Path(path), model.config
     if path.suffix != ".safetensors":
         raise UserError(f"{path} cannot be written: give the checkpoint a name in .safetensors")
-    own = {
-        "format": FORMAT,
-        "schema": "1",
-        "arch": config.name,
-        "image_size": str(config.image_size),
-        "num_classes": str(config.num_classes),
-    }
-    own_traits = description(config)
-    row, known = described(config.name, own_traits), facts.fields_of(config)
-    if config.stages != row.stages:
-        own |= {"schema": "2", "stages": json.dumps(config.stages)}
-    if known != facts.fields_of(row):
-        own["schema"] = str(FACTS)
+    own = stated(config)
     if model.reduction is not None and not isinstance(model.reduction, Threshold):
-        own |= {"schema": str(METHOD), "reduction": json.dumps(model.reduction.fields())}
-    if own_traits is not None:
-        own |= {"schema": str(TRAITS), "architecture": json.dumps(own_traits)}
-    own |= {name: json.dumps(value) for name, value in known.items()}
+        schema = max(METHOD, int(own["schema"]))
+        own |= {"schema": str(schema), "reduction": json.dumps(model.reduction.fields())}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     metadata = {key: value for key, value in metadata.items() if key != learned.BACKBONE}
     if backbone is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 
 from asvit_deploy.bounded import parse_json
+from asvit_deploy.checkpoints import facts
 from asvit_deploy.checkpoints.damage import check_seal, is_sealed
 from asvit_deploy.checkpoints.reading import quoted
 from asvit_deploy.checkpoints.refused import Refused
 from asvit_deploy.errors import UserError
-from asvit_deploy.models.archs import described
+from asvit_deploy.models.archs import described, description
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.reduction.methods import restored, within
 
@@ -31,6 +33,26 @@ def parsed(value: str) -> Any:
         return parse_json(value)
     except ValueError:
         return value
+
+
+def stated(config: ArchConfig) -> dict[str, str]:
+    """What a file of ours says of its network; the schema is one that has all of it."""
+    own = {
+        "format": FORMAT,
+        "schema": "1",
+        "arch": config.name,
+        "image_size": str(config.image_size),
+        "num_classes": str(config.num_classes),
+    }
+    traits = description(config)
+    row, known = described(config.name, traits), facts.fields_of(config)
+    if config.stages != row.stages:
+        own |= {"schema": "2", "stages": json.dumps(config.stages)}
+    if known != facts.fields_of(row):
+        own["schema"] = str(FACTS)
+    if traits is not None:
+        own |= {"schema": str(TRAITS), "architecture": json.dumps(traits)}
+    return own | {name: json.dumps(value) for name, value in known.items()}
 
 
 def check_schema(metadata: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from asvit_deploy import sidecar
-from asvit_deploy.checkpoints import formats, unwrapping
+from asvit_deploy.checkpoints import formats, learned, unwrapping
 from asvit_deploy.checkpoints.openclip_config import OPENCLIP_WEIGHTS
 from asvit_deploy.checkpoints.reading import (
     ENDINGS,
@@ -63,11 +63,19 @@ def weights_at(path: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """The files that a checkpoint is read from: its weights, or an index and its shards.
+    """The files that a checkpoint is read from: its weights, or an index and its shards; and the
+    network that what a method learned lies beside.
 
     Raises:
         UserError: as `weights_at`, but that several files are not compared.
     """
+    own = _own_files(path)
+    beside = learned.backbone_named(own[0])
+    return own if beside is None else (*own, *_own_files(beside))
+
+
+def _own_files(path: Path) -> tuple[Path, ...]:
+    """As `files_of`, without a network beside it, whose sha256 the file itself holds."""
     try:
         weights = _in_folder(path)[0][0] if os.path.isdir(path) else path
         return (weights, *(shards_of(weights) if is_index(weights) else ()))
@@ -81,7 +89,7 @@ def fingerprint(path: Path) -> str:
     Raises:
         UserError: as `files_of` and `files.sha256`.
     """
-    first, *shards = files_of(path)
+    first, *shards = _own_files(path)
     if not shards:
         return sha256(first)
     digests = [f"{sha256(file)} {file.name}\n" for file in (first, *shards)]
@@ -91,7 +99,7 @@ def fingerprint(path: Path) -> str:
 def source_of(path: Path, **more: Any) -> dict[str, Any]:
     """As `sidecar.source_of`, of a checkpoint's file: with the sha256 of each shard of an index, by
     its name, and for what lies in the hub's cache with the repository and the commit."""
-    if shards := {file.name: sha256(file) for file in files_of(path)[1:]}:
+    if shards := {file.name: sha256(file) for file in _own_files(path)[1:]}:
         more["shards"] = shards
     if hub := repository_of(path):
         more["hub"] = hub

@@ -156,6 +156,22 @@ def is_pointer(path: Path) -> bool:
         return False
 
 
+def metadata_at(path: Path) -> dict[str, str]:
+    """What the header of a `.safetensors` says; nothing where that cannot be read, as reading all
+    of it will say."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with open_regular(path) as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > bounds.MOST_HEADER:
+            return {}
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError, UserError, ValueError, MemoryError):
+        return {}
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:

@@ -96,7 +96,7 @@ def _numbers(kind: type, context: click.Context, parameter: click.Parameter, tex
 @click.option("--temperature", type=float, help="T of Eq. 9 [default: 10000].")
 @click.option(
     "--thresholds", callback=partial(_numbers, float),
-    help="Where they start: 1e-3,2e-3,3e-3; `fit` scales them onto the budget first.",
+    help="Where they start: 1e-3,2e-3,3e-3; `fit` puts them onto the budget first.",
 )  # fmt: skip
 @click.option("--masking", help="`attention` (the method), or `activation`.")
 @click.option(

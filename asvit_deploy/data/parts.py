@@ -142,10 +142,13 @@ class _ShardFolder:
     Args:
         names: what their labels mean, in place of `classes.txt`.
         own_first: a `classes.txt` that is there counts more than `names`.
+        labelled: see `ShardPictures`.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str] | None, own_first: bool) -> None:
-        self.names, self.own_first = names, own_first
+    def __init__(
+        self, folder: Path, names: Sequence[str] | None, own_first: bool, labelled: bool = True
+    ) -> None:
+        self.names, self.own_first, self.labelled = names, own_first, labelled
         self.splits = Splits(folder)
         self.folder = folder
         self.found: dict[str, tuple[Path, list[Path]]] = {}
@@ -202,24 +205,31 @@ class _ShardFolder:
             return None
         place, paths = self.found[split]
         own = self.own_first and names_file(place) is not None
-        return ShardPictures(place, paths, None if own else self.names)
+        return ShardPictures(place, paths, None if own else self.names, self.labelled)
 
 
-def shards_to_train(folder: Path, names: Sequence[str] | None = None) -> Parts:
-    """`names` stand in place of `classes.txt`.
+def shards_to_train(
+    folder: Path, names: Sequence[str] | None = None, labelled: bool = True
+) -> Parts:
+    """`names` stand in place of `classes.txt`; without `labelled`, a line says where labels are.
 
     Raises:
         UserError: there is nothing to train on; see `ShardPictures`.
     """
-    found = _ShardFolder(folder, names, own_first=False)
+    found = _ShardFolder(folder, names, own_first=False, labelled=labelled)
     if found.single in ("val", "test"):
         note = f"the shards of {folder} are trained on, and their names say {found.single}"
-        return Parts(found.pictures(found.single), None, [note, *found.notes, NO_VALIDATION])
-    if "train" not in found.found:
+        parts = Parts(found.pictures(found.single), None, [note, *found.notes, NO_VALIDATION])
+    elif "train" not in found.found:
         raise UserError(f"{folder} holds no shards to train on; put some into train/")
-    parts = Parts(found.pictures("train"), found.pictures("val"), found.notes)
-    if parts.val is None:
-        parts.notes.append(f"{NO_VALIDATION}: {folder} has no shards in val/, and none named so")
+    else:
+        parts = Parts(found.pictures("train"), found.pictures("val"), found.notes)
+        if parts.val is None:
+            parts.notes.append(
+                f"{NO_VALIDATION}: {folder} has no shards in val/, and none named so"
+            )
+    if not labelled and parts.train is not None and parts.train.passed_over[".cls"]:
+        parts.notes.append(unused_labels(str(folder)))
     return parts
 
 

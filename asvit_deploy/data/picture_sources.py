@@ -146,17 +146,18 @@ class PictureSource:
 
 
 class FolderSource(PictureSource):
-    """Pictures in one subfolder per class, in `train/` and perhaps `val/`, or in DIR itself.
+    """Pictures in one subfolder per class, or without labels in any, in `train/` and perhaps
+    `val/`, or in DIR itself.
 
     Raises:
-        UserError: see `parts.folders_to_train` and `PictureSource`.
+        UserError: see `parts.folders_to_train`, `parts.pictures_to_train` and `PictureSource`.
     """
 
     def __init__(
         self, folder: Path, config: ArchConfig, seed: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
+        augmentation: Augmentation = NO_AUGMENTATION, labelled: bool = True,
     ) -> None:  # fmt: skip
-        parts = folders_to_train(folder)
+        parts = folders_to_train(folder) if labelled else pictures_to_train(folder)
         assert parts.train is not None
         super().__init__(
             str(folder), parts.train, parts.val, _Shuffled(len(parts.train), seed), config, seed,
@@ -169,6 +170,7 @@ class ShardSource(PictureSource):
 
     Args:
         names: of the labels, in place of `classes.txt`.
+        labelled: whether labels are asked for; without, there may be none.
 
     Raises:
         UserError: see `parts.shards_to_train` and `PictureSource`.
@@ -177,33 +179,14 @@ class ShardSource(PictureSource):
     def __init__(
         self, folder: Path, config: ArchConfig, seed: int,
         augmentation: Augmentation = NO_AUGMENTATION, names: Sequence[str] | None = None,
+        labelled: bool = True,
     ) -> None:  # fmt: skip
-        parts = shards_to_train(folder, names)
+        parts = shards_to_train(folder, names, labelled)
         assert isinstance(parts.train, ShardPictures)
         order = ShardOrder(parts.train.counts, seed)
         super().__init__(
             str(folder), parts.train, parts.val, order, config, seed, augmentation, parts.notes
         )
-
-
-class UnlabelledSource(PictureSource):
-    """Pictures of a folder with its subfolders, whatever these are called: in `train/` and perhaps
-    `val/`, or in DIR itself.
-
-    Raises:
-        UserError: see `parts.pictures_to_train` and `PictureSource`.
-    """
-
-    def __init__(
-        self, folder: Path, config: ArchConfig, seed: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
-    ) -> None:  # fmt: skip
-        parts = pictures_to_train(folder)
-        assert parts.train is not None
-        super().__init__(
-            str(folder), parts.train, parts.val, _Shuffled(len(parts.train), seed), config, seed,
-            augmentation, parts.notes,
-        )  # fmt: skip
 
 
 def fingerprint(names: Iterable[str]) -> str:

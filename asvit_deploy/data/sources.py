@@ -28,12 +28,7 @@ from asvit_deploy.data.parts import (
     shards_to_evaluate,
     unused_labels,
 )
-from asvit_deploy.data.picture_sources import (
-    FolderSource,
-    ShardSource,
-    UnlabelledSource,
-    fingerprint,
-)
+from asvit_deploy.data.picture_sources import FolderSource, ShardSource, fingerprint
 from asvit_deploy.data.skips import Skips
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
@@ -149,25 +144,22 @@ def open_source(
 
     Args:
         names: what the labels of shards mean, in place of their `classes.txt`.
-        labelled: whether the pictures' labels are asked for; else any folder of pictures will do,
-            and where there are labels a note says that they are not used.
+        labelled: whether the pictures' labels are asked for; else any pictures will do, and where
+            there are labels a note says that they are not used.
 
     Raises:
-        UserError: see `DigitsSource`, `FolderSource`, `ShardSource` and `UnlabelledSource`.
+        UserError: see `DigitsSource`, `FolderSource` and `ShardSource`.
     """
     if not data:
         raise UserError("--data is empty; pass a folder, or `digits`")
     folder = Path(data)
-    source: DigitsSource | ShardSource | None = None
     if _is_digits(data):
-        source = DigitsSource(config, seed, augmentation)
-    elif is_sharded(folder):
-        source = ShardSource(folder, config, seed, augmentation, names)
-    if source is not None:
-        source.notes += [] if labelled else [unused_labels(data)]
-        return source
-    kind = FolderSource if labelled else UnlabelledSource
-    return kind(folder, config, seed, augmentation)
+        digits = DigitsSource(config, seed, augmentation)
+        digits.notes += [] if labelled else [unused_labels(data)]
+        return digits
+    if is_sharded(folder):
+        return ShardSource(folder, config, seed, augmentation, names, labelled)
+    return FolderSource(folder, config, seed, augmentation, labelled)
 
 
 def open_labelled(

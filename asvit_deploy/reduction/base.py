@@ -13,8 +13,8 @@ what of it learns and how (`learning`); and what it adds to the loss (`own_loss`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -98,6 +98,7 @@ class Decision:
         weight: float32 [B, M-P], of each image row in what leaving rows become part of.
         onward, onward_margin: like `into` and its margin, where the row that takes it goes in its
             turn if that one leaves too; of BAT the margin alone, by which it is attentive or not.
+        evidence: what no threshold changes, of a method whose scores depend on thresholds.
     """
 
     score: Tensor
@@ -108,6 +109,7 @@ class Decision:
     weight: Tensor | None = None
     onward: Tensor | None = None
     onward_margin: Tensor | None = None
+    evidence: Any = None
 
 
 @dataclass(frozen=True)
@@ -116,16 +118,15 @@ class Learning:
 
     Attributes:
         parameters: the method's own.
-        rate: of AdamW at the top of the run's schedule; None: that of the network's weights.
-        relative: they are above 0 and learn as logarithms, so that `rate` is a share of themselves
-            a step, whatever their unit.
+        relative: they are above 0 and learn as logarithms, at this rate at the top of the run's
+            schedule: a share of themselves a step, whatever their unit. None: they learn as the
+            network's weights do.
         least: what they never fall below.
         decayed: whether weight decay is for them, of matrices alone.
     """
 
     parameters: tuple[nn.Parameter, ...]
-    rate: float | None = None
-    relative: bool = False
+    relative: float | None = None
     least: float | None = None
     decayed: bool = False
 
@@ -142,6 +143,7 @@ class Passed:
             of a method that compacts.
         tokens: T [B, M, D], all rows behind the last norm.
         target: likewise, of the dense teacher [B, P+N, D]; None where nothing is distilled.
+        mean: a number's mean over all processes, which must all ask.
     """
 
     budget: float
@@ -149,6 +151,7 @@ class Passed:
     masks: list[Tensor]
     tokens: Tensor
     target: Tensor | None
+    mean: Callable[[Tensor], Tensor] = lambda own: own
 
 
 class Reduction(nn.Module):
@@ -197,6 +200,10 @@ class Reduction(nn.Module):
     def decide(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         """Rank the rows at cut number `stage`; traced by torch.export."""
         raise NotImplementedError
+
+    def decided_again(self, stage: int, decision: Decision) -> Decision:
+        """What `decide` would say of the same rows by the thresholds as they are now."""
+        return replace(decision, boundary=self.boundaries()[stage])
 
     def mask(self, stage: int, decision: Decision, alive: Tensor, temperature: float) -> Tensor:
         """Training form: which image rows stay, float32 [B, M-P], 0 or 1.
@@ -257,6 +264,16 @@ class Reduction(nn.Module):
     def steers(self) -> bool:
         """Whether `own_loss` pulls towards the budget, in place of Eq. 10."""
         return False
+
+    def before_pass(self, seed: int, first: int) -> None:
+        """Training form: hear which pictures come, by their number in the run, before they do.
+
+        What is drawn for a picture may follow from these numbers alone: it is then the same in a
+        run that goes on from a state, and however processes share a batch.
+
+        Args:
+            first: number of the first; each of the others has the next.
+        """
 
     def learning(self) -> list[Learning]:
         """What of it learns; nothing by default."""

@@ -12,7 +12,7 @@ a threshold every picture keeps its own number.
 
 Training with counts draws (Gumbel) which tokens stay, with p_keep, and adds
 
-    (4) 2 mean over cuts of (kept share - r^s)^2
+    (4) 2 mean over pictures and cuts of (kept share of the picture - r^s)^2
     (5) 0.5 mean over kept tokens of (token - the dense network's)^2, number by number, behind the
         last norm
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +88,7 @@ class DynamicViT(Ranked):
             raise ValueError(f"{dim!r} is no width of a predictor")
         self.dim = dim
         self.predictors = nn.ModuleList(Predictor(dim) for _ in self.blocks)
+        self._seed, self._first = 0, 0
 
     @classmethod
     def planned(
@@ -115,13 +117,23 @@ class DynamicViT(Ranked):
         `temperature` is not used: the relaxation is the predictor's own.
         """
         if self.training and decision.boundary is None:
-            return _drawn(decision.score, alive)
+            return _drawn(decision.score, alive, self._chances(stage, decision.score))
         hard = super().mask(stage, decision, alive, temperature).detach()
         bound = 1.0 if decision.boundary is None else decision.boundary
         # Of tokens that may not stay for a bound on their number the score is -inf.
         score = decision.score.masked_fill(decision.score == -torch.inf, 0)
         soft = score / (score + bound)
         return alive * (hard - soft.detach() + soft)
+
+    def before_pass(self, seed: int, first: int) -> None:
+        self._seed, self._first = seed, first
+
+    def _chances(self, stage: int, like: Tensor) -> Tensor:
+        """Numbers from 0 to 1 for each token, float32 [B, N]: they follow from the run's seed, the
+        cut and the picture's number in the run."""
+        made = [np.random.default_rng((self._seed, self._first + i, stage)).random(like.shape[1])
+                for i in range(like.shape[0])]  # fmt: skip
+        return torch.from_numpy(np.stack(made)).to(like.device, torch.float32)
 
     @property
     def compacts(self) -> bool:
@@ -140,13 +152,14 @@ class DynamicViT(Ranked):
         terms = {}
         if self.kept is not None:
             tokens = passed.masks[0].shape[1]
-            off = [mask.sum(1).mean() / tokens - kept / tokens
-                   for mask, kept in zip(passed.masks, self.kept)]  # fmt: skip
-            terms["ratio"] = 2 * torch.stack(off).square().mean()
+            off = [mask.sum(1) - kept for mask, kept in zip(passed.masks, self.kept)]
+            terms["ratio"] = 2 * (torch.stack(off) / tokens).square().mean()
         if passed.target is not None:
             stays = passed.masks[-1].detach() > 0.5
             mine, other = (x[:, self.prefix :][stays] for x in (passed.tokens, passed.target))
-            terms["tokens"] = 0.5 * (mine.float() - other.float()).square().mean()
+            # Every token weighs the same, in whatever process it is.
+            share = stays.sum() / passed.mean(stays.sum().float())
+            terms["tokens"] = 0.5 * (mine.float() - other.float()).square().mean() * share
         return terms
 
     def macs(self, stage: int, rows: Any) -> Any:
@@ -164,10 +177,14 @@ class DynamicViT(Ranked):
         return cls(fields["blocks"], fields["kept"], prefix, fields.get("most"), dim=fields["dim"])
 
 
-def _drawn(odds: Tensor, alive: Tensor) -> Tensor:
+def _drawn(odds: Tensor, alive: Tensor, chances: Tensor) -> Tensor:
     """Of two outcomes with these odds, float32 [B, N], one by the Gumbel trick: 0 or 1 forward, the
-    relaxation's gradient backward; the likeliest stays in any case."""
-    draw = torch.rand_like(odds).clamp(1e-6, 1 - 1e-6)
+    relaxation's gradient backward; the likeliest stays in any case.
+
+    Args:
+        chances: drawn evenly from 0 to 1.
+    """
+    draw = chances.clamp(1e-6, 1 - 1e-6)
     logit = odds.log() + (draw / (1 - draw)).log()  # the difference of two Gumbel variables
     there = logit.detach().masked_fill(alive.detach() < 0.5, -torch.inf)
     hard, soft = keep_mask(there, 0.0).float(), torch.sigmoid(logit)

@@ -119,11 +119,14 @@ class LTMP(Reduction):
         edge = torch.where(found.paired, (gap - merge).abs(), torch.inf)
         return Decision(
             prune * ratio, prune, into=torch.cat([own[:, :prefix], into], 1),
-            into_margin=torch.minimum(found.margin, edge),
+            into_margin=torch.minimum(found.margin, edge), evidence=evidence,
         )  # fmt: skip
 
     def decide(self, stage: int, rows: Rows, seen: Seen) -> Decision:
         return self.judged(self.evidence(rows, seen), self.merge[stage], self.prune[stage])
+
+    def decided_again(self, stage: int, decision: Decision) -> Decision:
+        return self.judged(decision.evidence, self.merge[stage], self.prune[stage])
 
     def mask(self, stage: int, decision: Decision, alive: Tensor, temperature: float) -> Tensor:
         """0 or 1 forward; backward sigmoid(10 log(score / boundary)), through which both thresholds

@@ -72,7 +72,7 @@ def learnt_as_logarithms(thresholds: Sequence[nn.Parameter]) -> list[Learning]:
     """How thresholds above 0 learn, whatever the scores' unit."""
     if not thresholds:
         return []
-    return [Learning(tuple(thresholds), PACE, relative=True, least=MIN_THRESHOLD)]
+    return [Learning(tuple(thresholds), relative=PACE, least=MIN_THRESHOLD)]
 
 
 def soft_keep_mask(scores: Tensor, threshold: Tensor, alive: Tensor, temperature: float) -> Tensor:

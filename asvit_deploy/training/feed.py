@@ -54,6 +54,7 @@ def batches(
         loader: DataLoader[Batch | UserError] = DataLoader(
             numbered, batch_size=None, sampler=steps, num_workers=workers,
             pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_signals_to_the_run,
+            generator=torch.Generator(),  # else its seeds are numbers that a run's draws lack
         )  # fmt: skip
         yield from zip(steps, _handed_over(loader))
         return

@@ -25,7 +25,7 @@ class Learners:
         own: what the method has that learns.
 
     Attributes:
-        weights: what is clipped together: the network's own, and what learns at their rate.
+        weights: what is clipped together: the network's own, and what learns as they do.
         optimizer: one group has one `pace`, its rate over the run's.
     """
 
@@ -45,7 +45,6 @@ class Learners:
         self.weights = list(network.values())
         self._relative: list[tuple[nn.Parameter, nn.Parameter]] = []  # itself, and its logarithm
         self._bounded: list[tuple[nn.Parameter, float]] = []
-        self._apart: list[nn.Parameter] = []  # of a rate and a unit of their own
         for learning in own:
             groups += self._groups_of(learning)
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr)
@@ -58,18 +57,17 @@ class Learners:
 
     def _groups_of(self, learning: Learning) -> Iterator[dict[str, Any]]:
         own = list(learning.parameters)
-        pace = 1.0 if learning.rate is None else learning.rate / self._recipe.lr
         if learning.least is not None:
             self._bounded += [(parameter, learning.least) for parameter in own]
-        if learning.relative:
+        if learning.relative is not None:
             logarithms = [nn.Parameter(parameter.detach().log()) for parameter in own]
             self._relative += zip(own, logarithms)
-            yield self._group(logarithms, pace)
+            yield self._group(logarithms, learning.relative / self._recipe.lr)
             return
-        (self.weights if learning.rate is None else self._apart).extend(own)
+        self.weights += own
         decayed = [p for p in own if learning.decayed and p.ndim > 1]
-        yield self._group(decayed, pace, decays=True)
-        yield self._group([p for p in own if not (learning.decayed and p.ndim > 1)], pace)
+        yield self._group(decayed, 1.0, decays=True)
+        yield self._group([p for p in own if not (learning.decayed and p.ndim > 1)], 1.0)
 
     def set_rate(self, step: int) -> None:
         """That of the step, each group at its pace."""
@@ -86,8 +84,8 @@ class Learners:
 
     def slopes(self) -> list[Tensor]:
         """How steep the loss is in what is not clipped with the weights, a number of each."""
-        apart = [logarithm for _, logarithm in self._relative] + self._apart
-        return [p.grad.abs().sum() for p in apart if p.grad is not None]
+        logarithms = [logarithm for _, logarithm in self._relative]
+        return [p.grad.abs().sum() for p in logarithms if p.grad is not None]
 
     def clip(self) -> Tensor:
         """Bound the norm of the weights' gradient; returns what it was."""

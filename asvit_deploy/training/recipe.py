@@ -14,8 +14,8 @@ from asvit_deploy.data.augment import Augmentation
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.config import ArchConfig
 from asvit_deploy.models.vit import Masking
+from asvit_deploy.per_picture import check as check_per_picture
 from asvit_deploy.reduction.methods import METHODS
-from asvit_deploy.reduction.ranked import Ranked
 from asvit_deploy.reduction.threshold import TEMPERATURE, Threshold
 
 # What products are computed in; weights, scores and thresholds stay float32.
@@ -25,7 +25,8 @@ Amp = Literal["no", "bf16", "fp16"]
 Learns = Literal["all", "thresholds"]
 Labels = Literal["data", "none"]
 
-# Thresholds that start on the budget, by one factor on where they would start otherwise.
+# Thresholds that start on the budget (`validation.start_on_budget`): cut by cut, or by one factor
+# on where they would start otherwise.
 FIT: Literal["fit"] = "fit"
 
 _WHOLE = 2**53  # above it, floats skip whole numbers
@@ -94,11 +95,8 @@ def check_method(name: str, per_picture: bool) -> None:
             f"--method {name} has no training form: it is what methods must beat; pass one of "
             f"{', '.join(able)}"
         )
-    if per_picture and issubclass(method, Ranked) and not method.adapts:
-        raise UserError(
-            f"{name} keeps as many tokens of every picture: it has no thresholds to learn; drop "
-            "--per-picture"
-        )
+    if per_picture:
+        check_per_picture(method)
 
 
 def _check_unlabelled(recipe: Recipe) -> None:

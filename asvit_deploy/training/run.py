@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from asvit_deploy.checkpoints.learned import backbone_beside
+from asvit_deploy.checkpoints.beside import backbone_beside
 from asvit_deploy.checkpoints.load import Checkpoint, save_checkpoint, with_head
 from asvit_deploy.data.batches import Batch
 from asvit_deploy.data.sources import Source
@@ -300,7 +300,7 @@ def finetune(
             facts |= {key: value for key, value in known.items() if value is not None}
         beside = None
         if pretrained and recipe.train == "thresholds":
-            beside = backbone_beside(output, model.reduction, pretrained)
+            beside = backbone_beside(output, model, pretrained)
         end = _End(trainer, source, log, skipped, running, identity, facts,
                    fit=selector is None, backbone=beside)  # fmt: skip
         averaged = None

@@ -73,7 +73,7 @@ def adaptive_start(config: ArchConfig, pretrained: Checkpoint, recipe: Recipe) -
             meet the budget, has nothing to learn where it alone is to, or is told what it has not;
             or there are not as many thresholds as cuts.
     """
-    torch.manual_seed(recipe.seed)  # of what a method draws, at its start and later
+    torch.manual_seed(recipe.seed)  # of what a method draws at its start
     teacher = load_teacher(config, pretrained)
     reduction = _reduction(config, pretrained, recipe)
     _check(reduction, config, recipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from asvit_deploy.checkpoints.learned import beside_line
+from asvit_deploy.checkpoints.beside import beside_line
 from asvit_deploy.training.run import Trained
 
 _NAMED = 10  # skipped pictures

@@ -142,6 +142,9 @@ class Trainer:
             with torch.no_grad():
                 dense, tokens = self.teacher(images)
             teacher, target = Outputs(dense.logits, tokens), dense.tokens
+        if self._reduction is not None:
+            part = number * self.accelerator.num_processes + self.accelerator.process_index
+            self._reduction.before_pass(self.recipe.seed, part * len(images))
         walk, tokens = self._form(images)
         student = self._outputs(walk, tokens, target)
         loss, parts = total_loss(
@@ -168,7 +171,7 @@ class Trainer:
             macs = mean_macs(macs, self.mean)
         if self._reduction is not None and self.recipe.budget is not None:
             assert macs is not None
-            passed = Passed(self.recipe.budget, macs, walk.masks, walk.tokens, target)
+            passed = Passed(self.recipe.budget, macs, walk.masks, walk.tokens, target, self.mean)
             terms = self._reduction.own_loss(passed)
         alive = None if walk.alive is None else walk.alive[:, prefix:]
         place = None if walk.place is None else walk.place[:, prefix:] - prefix

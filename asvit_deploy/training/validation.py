@@ -3,9 +3,11 @@ thresholds that meet the budget."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -46,6 +48,11 @@ def _bar(what: str, accelerator: Accelerator | None, shown: bool, total: int | N
                 mininterval=1.0, disable=not shown)  # fmt: skip
 
 
+def _all(accelerator: Accelerator | None) -> AbstractContextManager[None]:
+    """As `together`, of this process alone too."""
+    return contextlib.nullcontext() if accelerator is None else together(accelerator)
+
+
 def _taken(batches: list[Tensor]) -> Iterator[Tensor]:
     """One after the other, each let go by the list."""
     while batches:
@@ -73,13 +80,16 @@ def validate(
         `images`; `top1`, or in place of labels `cosine`, `kl` (nats) or `score_error`, means over
         the pictures, and with classes `top1_as_dense`; for an adaptive network, mean `macs` /
         teacher and image tokens `kept` after each cut.
+
+    Raises:
+        UserError: data cannot be read, in this process or in another.
     """
     rank = accelerator.process_index if accelerator else 0
     world = accelerator.num_processes if accelerator else 1
     model, device = copy.deepcopy(model).eval(), model.pos_embed.device
     cuts = len(model.cuts)
     sums = torch.zeros(4 + cuts, dtype=torch.float64)  # images, right, apart, MACs, kept per cut
-    with _bar("validation", accelerator, bars) as bar:
+    with _all(accelerator), _bar("validation", accelerator, bars) as bar:
         for images, labels, unreadable in source.validation(_VALIDATION_BATCH, limit, rank, world):
             if skipped is not None:
                 skipped.update(unreadable)
@@ -139,7 +149,8 @@ def start_on_budget(
         return
     size = min(_fit_size(trainer), _START_PICTURES)
     images = [image.numpy() for image in _fitting(trainer, source, size, 0, skipped)]
-    with _bar(what, trainer.accelerator, running.bars, len(images)) as bar:
+    accelerator = trainer.accelerator
+    with together(accelerator), _bar(what, accelerator, running.bars, len(images)) as bar:
         found = _fitted(model, reduction, images, budget, bar.update)
     for name, value in reduction.named_parameters():
         value.data = broadcast(found[name].to(value.device, copy=True))
@@ -157,7 +168,8 @@ def _fitted(
         made = per_picture.fit_pairs(model, images, budget, reduction.blocks, progress)
     elif isinstance(reduction, Ranked):
         method, blocks = type(reduction), reduction.blocks
-        made = per_picture.fit(model, method, images, budget, blocks, progress=progress)
+        made = per_picture.fit(model, method, images, budget, blocks, progress=progress,
+                               most=reduction.most)  # fmt: skip
     else:
         equal = (1 / len(reduction.cuts),) * len(reduction.cuts)
         found = calibration.on_budget(model, images, budget, equal)
@@ -182,7 +194,8 @@ def _fitting(
     Raises:
         UserError: too many pictures cannot be read.
     """
-    pictures = source.fitting(size, after=step * trainer.recipe.batch_size)
+    with together(trainer.accelerator):
+        pictures = source.fitting(size, after=step * trainer.recipe.batch_size)
     skipped.names.update(pictures.skipped)
     skipped.check()
     return pictures.images

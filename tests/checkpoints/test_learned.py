@@ -12,6 +12,8 @@ import torch
 from checkpoint_files import THIN, dense_state
 from conftest import raises_one_line
 
+from asvit_deploy.checkpoints.beside import backbone_beside
+from asvit_deploy.checkpoints.facts import Given
 from asvit_deploy.checkpoints.load import (
     build_model,
     load_checkpoint,
@@ -101,6 +103,7 @@ def test_an_ltmp_loads_as_published(file):
     assert [one.item() for one in method.merge] == pytest.approx([0.1] * 3)
     assert [one.item() for one in method.prune] == pytest.approx([0.01] * 3)
     assert any("the last block" in line for line in found.lines)
+    assert any("of each two neighbours the other one merges" in line for line in found.lines)
     torch.save({**STATE, **maskers(merge=1.0, prune=0.0)}, file)
     method = build_model(load_checkpoint(file)).reduction
     assert [one.item() for one in method.parameters()] == pytest.approx([NEVER] * 6)
@@ -172,6 +175,42 @@ def test_without_its_network_it_is_refused(tmp_path):
         "must lie beside its network",
     )
     assert list(deeper.iterdir()) == []
+
+
+def test_a_network_that_is_read_otherwise_is_refused(tmp_path):
+    _, file, _ = beside(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "vit", "num_attention_heads": 3, "layer_norm_eps": 1e-3}))  # fmt: skip
+    refused = "was made on a network with ", "put back what lay beside that"
+    raises_one_line(lambda: load_checkpoint(file), str(file), *refused)
+    (tmp_path / "config.json").unlink()
+    # What is asked for on top of it is the caller's.
+    assert load_checkpoint(file, image_size=32).config.image_size == 32
+    assert load_checkpoint(file, given=Given(heads=3)).config.heads == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [({}, False), ({"given": Given(heads=3)}, True), ({"image_size": 32}, True),
+     ({"given": Given(mean=(0.1, 0.2, 0.3))}, True), ({"ema": True}, True),
+     ({"given": Given(heads=6)}, False)],
+)  # fmt: skip
+def test_options_that_changed_the_network_make_the_file_whole(tmp_path, options, whole):
+    network, file = tmp_path / "dense.pth", tmp_path / "ltmp.safetensors"
+    averaged = {**STATE, "head.bias": STATE["head.bias"] + 1}
+    torch.save({"model": STATE, "model_ema": averaged}, network)
+    checkpoint = load_checkpoint(network, **options)
+    model = build_model(checkpoint).with_reduction(LTMP((0, 1, 2)))
+    place = backbone_beside(file, model, checkpoint)
+    assert place == (None if whole else network)
+    assert backbone_beside(network, model, checkpoint) is None
+    save_checkpoint(file, model, {}, place)
+    again = load_checkpoint(file)
+    assert again.config == checkpoint.config
+    for key, value in checkpoint.state.items():
+        assert torch.equal(again.state[key], value), key
+    # So it is of what is made of that file in its turn.
+    assert backbone_beside(tmp_path / "next.safetensors", model, again) == place
 
 
 @pytest.mark.parametrize(

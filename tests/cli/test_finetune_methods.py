@@ -11,6 +11,7 @@ import torch
 from conftest import refused
 from embedding_files import CONFIGS, written
 from PIL import Image
+from shard_files import write_tar
 
 from asvit_deploy import sidecar as artifact
 from asvit_deploy.checkpoints.load import load_checkpoint, save_checkpoint
@@ -249,6 +250,23 @@ def test_a_classifier_keeps_its_classes_and_says_whose_labels_are_idle(cli, data
     fields = artifact.read(OUTPUT)
     assert (fields["classes"], fields["classes_from"]) == (["ham", "spam"], "--classes names.txt")
     assert "top1" not in fields["provenance"]
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_shards_need_no_labels_either(cli, tmp_path, plain, dense, labels):
+    for part in ("train", "val"):
+        pictures = sorted((plain / part).rglob("*.png"))
+        members = [(f"{number}.png", path.read_bytes()) for number, path in enumerate(pictures)]
+        if labels:
+            members += [(f"{number}.cls", b"7") for number in range(len(pictures))]
+        write_tar(tmp_path / "shards" / part / "0.tar", sorted(members))
+    options = ["--pretrained", dense, *SHORT, "--budget", 0.8]
+    result = cli("finetune", "--data", "shards", *options, "--labels", "none")
+    assert result.code == 0, result.err
+    assert "shards without labels (12 training pictures, 4 for validation" in result.err
+    assert ("shards has labels, which are not used" in result.err) == labels
+    assert events("validation")[0]["images"] == 4
+    refused(cli("finetune", "--data", "shards", *options, "--force"), "no classes.txt")
 
 
 @pytest.mark.slow

@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 
 from asvit_deploy.checkpoints.load import build_model, load_checkpoint, save_checkpoint
 from asvit_deploy.data.images import open_images
+from asvit_deploy.errors import UserError
 from asvit_deploy.models import build
 from asvit_deploy.models.archs import arch
 from asvit_deploy.models.macs import model_macs, teacher_macs
 from asvit_deploy.ops import onnx_op
+from asvit_deploy.reduction.ltmp import LTMP
 from asvit_deploy.sidecar import read
 
 MINI = replace(arch("as_deit_mini"), num_classes=2)
@@ -58,6 +61,28 @@ def share(path: Path) -> float:
     lengths = np.array([[float(n) for n in trace.length] for trace in traces])
     macs = model_macs(model.config, list(lengths.T), model.cuts)
     return float(np.mean(macs)) / teacher_macs(model.config)
+
+
+@pytest.mark.parametrize("name", ["dense.safetensors", "folder/../dense.safetensors"])
+def test_a_network_is_not_replaced_by_what_lies_beside_it(cli, dense, name):
+    Path("folder").mkdir()
+    model = build_model(load_checkpoint(dense)).with_reduction(LTMP((0, 1, 2)))
+    save_checkpoint(Path("ltmp.safetensors"), model, {}, dense)
+    before = dense.read_bytes()
+    for line in (("calibrate", "--ckpt", "ltmp.safetensors", "--images", "pictures"),
+                 ("finetune", "--data", "data", "--pretrained", "ltmp.safetensors")):  # fmt: skip
+        refused(cli(*line, "--method", "ltmp", "-o", name, "--force"), "is the input itself")
+    with pytest.raises(UserError, match="is the network that this is of"):
+        save_checkpoint(dense, model, {}, dense)
+    assert dense.read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["ltmp", "threshold"])
+def test_what_is_per_picture_anyway_is_not_asked_to_be(cli, dense, method):
+    words = f"{method} keeps its own number of every picture anyway; drop --per-picture"
+    options = "--method", method, "--per-picture"
+    refused(cli(*CALIBRATE, *options), words)
+    refused(cli("finetune", "--data", "data", "--pretrained", dense, *options), words)
 
 
 ROUTES = [

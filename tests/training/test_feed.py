@@ -60,3 +60,12 @@ def test_a_killed_worker_is_one_line_in_place_of_a_batch(at, workers):
     assert "a process of --workers was killed, perhaps because memory ran out" in str(batch)
     found.close()  # type: ignore[attr-defined]
     assert signal.getsignal(signal.SIGCHLD) == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_making_batches_draws_no_number_of_the_run(workers):
+    source, recipe = Dying(-1, os.getpid()), Recipe(steps=2, batch_size=2)
+    before = torch.get_rng_state()
+    found = list(batches(source, 0, recipe, range(2), workers))  # type: ignore[arg-type]
+    assert [step for step, _ in found] == [0, 1]
+    assert torch.equal(torch.get_rng_state(), before)

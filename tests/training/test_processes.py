@@ -106,7 +106,8 @@ def test_two_processes_have_the_losses_of_one(dense, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more", [["--method", "bat"], ["--method", "size-passing", "--per-picture", "--train",
-                                   "thresholds", "--labels", "none"]], ids=["counts", "thresholds"]
+                                   "thresholds", "--labels", "none"], ["--method", "dynamicvit"]],
+    ids=["counts", "thresholds", "drawn"],
 )  # fmt: skip
 def test_two_processes_train_a_method_as_one_does(dense, tmp_path, more):
     options = ["--data", "digits", "--batch-size", 8, "--lr", "1e-3", "--steps", 3, "--log-every",
@@ -118,7 +119,8 @@ def test_two_processes_train_a_method_as_one_does(dense, tmp_path, more):
     one, two = ([e for e in events(output) if "loss" in e] for output in outputs)
     assert [e["step"] for e in two] == [1, 2, 3]
     for a, b in zip(one, two):
-        for name in {"loss", "ce", "flops", "distill", "macs"} & a.keys():
+        assert a.keys() == b.keys()
+        for name in {"loss", "ce", "flops", "distill", "macs", "ratio", "tokens"} & a.keys():
             assert b[name] == pytest.approx(a[name], abs=1e-5), (a["step"], name)
     figures = [next(e for e in events(output) if e.get("event") == "validation")
                for output in outputs]  # fmt: skip
@@ -259,6 +261,32 @@ DigitsSource.train_batch = train_batch
     assert said.count("Error: another process of this run ended; its own line says why") == 1, said
     assert our_tracebacks(said) == [], said
     assert torch.load(state_path(output), weights_only=True)["step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["validation", "fitting", "fit"])
+def test_where_one_process_refuses_beside_the_steps_all_end(dense, tmp_path, name):
+    """Held-out pictures, pictures to fit starting thresholds on, and the fit itself."""
+    refusing = f"""
+from asvit_deploy import per_picture
+from asvit_deploy.errors import UserError
+from asvit_deploy.data.sources import DigitsSource
+owner = per_picture if {name!r} == "fit" else DigitsSource
+whole = getattr(owner, {name!r})
+def refusing(*given, **more):
+    if os.environ["RANK"] == "1":
+        raise UserError("shard 7 was changed meanwhile")
+    return whole(*given, **more)
+setattr(owner, {name!r}, refusing)
+"""
+    options = ["--data", "digits", "--batch-size", 4, "--steps", 1, "--pretrained", dense, "-o",
+               tmp_path / "a.safetensors", "--method", "topk", "--per-picture",
+               "--validation-limit", 9]  # fmt: skip
+    code, said = run(2, *options, program=program(tmp_path, refusing))
+    assert code != 0
+    assert said.count("Error: shard 7 was changed meanwhile") == 1, said
+    assert said.count("Error: another process of this run ended; its own line says why") == 1, said
+    assert our_tracebacks(said) == [], said
 
 
 def test_processes_without_a_launcher_are_told_so(monkeypatch):
