@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,11 +70,15 @@ def folders_to_train(folder: Path) -> Parts:
                 "of the training pictures into train/"
             )
         return Parts(FolderPictures(folder), None, [f"{NO_VALIDATION}: {folder} has no val/"])
-    parts = Parts(FolderPictures(splits.train))
+    return _with_val(Parts(FolderPictures(splits.train)), splits, FolderPictures)
+
+
+def _with_val(parts: Parts, splits: Splits, opened: Callable[[Path], Pictures]) -> Parts:
+    """The parts with the pictures of val/ beside the training ones, or a note without any."""
     if splits.val is None:
         parts.notes.append(f"{NO_VALIDATION}: there is no val/ beside {splits.train}")
     else:
-        parts.val = FolderPictures(splits.val)
+        parts.val = opened(splits.val)
     parts.notes += splits.unused() + splits.same()
     return parts
 
@@ -111,12 +115,7 @@ def pictures_to_train(folder: Path) -> Parts:
     if splits.train is None:
         parts.notes.append(f"{NO_VALIDATION}: {folder} has no train/ and val/")
         return parts
-    if splits.val is None:
-        parts.notes.append(f"{NO_VALIDATION}: there is no val/ beside {splits.train}")
-    else:
-        parts.val = UnlabelledPictures(splits.val)
-    parts.notes += splits.unused() + splits.same()
-    return parts
+    return _with_val(parts, splits, UnlabelledPictures)
 
 
 def unlabelled(data: str) -> bool:

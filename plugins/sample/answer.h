@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <exception>
 #include <numeric>
 #include <vector>
 
@@ -60,6 +61,28 @@ inline void printKept(std::vector<int64_t> const& lengths, int64_t prefix)
                     static_cast<long long>(lengths[stage] - prefix));
     }
     std::printf("%s", lengths.empty() ? "" : "\n");
+}
+
+//! What both programs do with their arguments: a file, a picture and perhaps a library (else null).
+//! Returns the exit code; what fails is one line on stderr.
+template <typename Work>
+int runMain(int count, char** arguments, char const* usage, Work work)
+{
+    if (count != 3 && count != 4)
+    {
+        std::fprintf(stderr, "%s\n", usage);
+        return 2;
+    }
+    try
+    {
+        work(arguments[1], arguments[2], count == 4 ? arguments[3] : nullptr);
+        return 0;
+    }
+    catch (std::exception const& error)
+    {
+        std::fprintf(stderr, "Error: %s\n", error.what());
+        return 1;
+    }
 }
 
 } // namespace sample

@@ -210,19 +210,5 @@ void run(char const* plan, char const* picture, char const* plugin)
 
 int main(int count, char** arguments)
 {
-    if (count != 3 && count != 4)
-    {
-        std::fprintf(stderr, "usage: run_engine PLAN PICTURE.ppm [PLUGIN.so]\n");
-        return 2;
-    }
-    try
-    {
-        run(arguments[1], arguments[2], count == 4 ? arguments[3] : nullptr);
-        return 0;
-    }
-    catch (std::exception const& error)
-    {
-        std::fprintf(stderr, "Error: %s\n", error.what());
-        return 1;
-    }
+    return sample::runMain(count, arguments, "usage: run_engine PLAN PICTURE.ppm [PLUGIN.so]", run);
 }
