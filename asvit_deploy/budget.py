@@ -66,13 +66,15 @@ def network_macs(model: ViT, trace: Trace) -> Tensor:
 
 
 def fixed_counts(
-    config: ArchConfig, method: type[Ranked], budget: float, blocks: Sequence[int] | None = None
-) -> Ranked:
+    config: ArchConfig, method: type[Ranked], budget: float, blocks: Sequence[int] | None = None,
+    asked: str | None = None,
+) -> Ranked:  # fmt: skip
     """The method with counts of one ratio at every cut that meet a budget.
 
     Args:
         budget: f, MACs carried out as a fraction of the dense ones as the release counts them.
         blocks: where it cuts; by default at its usual ones.
+        asked: the method that messages name, where this one only counts for it.
 
     Raises:
         UserError: blocks that do not fit, a network of one token, or no ratio comes within one per
@@ -99,7 +101,7 @@ def fixed_counts(
         if least < budget < most:  # so few tokens that one of them is over 1 %
             reached += f", and nearest to it {macs:.3f}"
         raise UserError(
-            f"budget {budget:g} is out of reach of {method.name} with "
+            f"budget {budget:g} is out of reach of {asked or method.name} with "
             f"{len(blocks)} cut{'s' * (len(blocks) != 1)} on {config.name} at "
             f"{config.image_size} px: it reaches {reached}; choose another budget or other cuts"
         )

@@ -167,7 +167,7 @@ class _Trial:
                 no_thresholds = str(error)
         reduction = adaptive if self.wanted.per_picture and adaptive else self.tried[name]
         report = {
-            "method": name, "per_picture": self.wanted.per_picture, "why": why,
+            "method": name, "per_picture": bool(reduction.boundaries()), "why": why,
             "budget": self.wanted.budget, "images": len(self.images),
             "choosing_images": len(self.choosing), "judging_images": len(self.judging),
             "measure": measure(self.config), "blocks": list(reduction.blocks),

@@ -53,6 +53,9 @@ def sha256(path: Path, most: int = MOST_BYTES) -> str:
 
 
 def _no_folder(path: Path) -> UserError:
+    there = next(place for place in path.parents if os.path.lexists(place) or place == place.parent)
+    if not there.is_dir():
+        return UserError(f"cannot write {path}: {there} is no folder; name another place")
     return UserError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
 
 

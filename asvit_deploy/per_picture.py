@@ -119,7 +119,7 @@ def fit_pairs(
         UserError: as `fit`.
     """
     config = model.config
-    plan = fixed_counts(config, Schedule, budget, blocks)  # cuts as LTMP does
+    plan = fixed_counts(config, Schedule, budget, blocks, LTMP.name)  # which cuts as LTMP does
     place = model.pos_embed.device
     made = LTMP(plan.blocks, config.prefix).to(place)
     network = model.with_reduction(made)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from asvit_deploy.errors import UserError
+from asvit_deploy.text import shortened
 
 
 def cpu_name() -> str:
@@ -25,6 +26,21 @@ def usable_cores() -> int:
     """Cores that this process may run on."""
     usable = getattr(os, "sched_getaffinity", None)
     return len(usable(0)) if usable else os.cpu_count() or 1
+
+
+def processes_here() -> int:
+    """How many processes a launcher says that it started on this machine, this one among them.
+
+    Raises:
+        UserError: LOCAL_WORLD_SIZE is no such number.
+    """
+    said = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not (said.isascii() and said.isdecimal() and int(said[:9]) > 0):
+        raise UserError(
+            f"LOCAL_WORLD_SIZE is {shortened(repr(said), 60)}, and not how many processes run on "
+            "this machine; start them with torchrun, or unset it"
+        )
+    return int(said[:9])
 
 
 def require_threads(threads: int) -> int:

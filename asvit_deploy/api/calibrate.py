@@ -158,15 +158,20 @@ class _Wanted:
 
     def check(self) -> None:
         """Raises UserError for options that do not go together."""
+        from asvit_deploy.per_picture import check
+        from asvit_deploy.reduction.ltmp import LTMP
+        from asvit_deploy.reduction.methods import METHODS
+
+        if self.max_kept is not None and self.method == LTMP.name:
+            raise UserError(
+                f"--max-kept has no use with {LTMP.name}, which nothing bounds; drop it"
+            )
         if self.max_kept is not None and (self.method == THRESHOLD or not self.per_picture):
             raise UserError(
                 "--max-kept bounds what each picture keeps by --per-picture; pass that too, and "
                 f"another method than {THRESHOLD}"
             )
         if self.per_picture and self.method != AUTO:
-            from asvit_deploy.per_picture import check
-            from asvit_deploy.reduction.methods import METHODS
-
             check(METHODS[self.method])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,8 @@ from asvit_deploy.api.inputs import (
 )
 from asvit_deploy.errors import UserError
 from asvit_deploy.status import Say, silent
+
+LARGEST_BATCH = 2**31 - 1  # an int32 in Triton's configuration
 
 
 def package(
@@ -50,6 +53,8 @@ def package(
     """
     if max_batch is not None:
         require_at_least(1, max_batch=max_batch)
+        if max_batch > LARGEST_BATCH:
+            raise UserError(f"max_batch is {max_batch:,}; Triton takes {LARGEST_BATCH:,} at most")
     path, repository = path_of(model), path_of(triton)
     if backend is not None:
         require_one_of("backend", backend, ("onnxruntime", "tensorrt", "python"))
@@ -70,7 +75,7 @@ def package(
         named = self_registering(found)
     called = repositories.default_name(path) if name is None else name
     chosen = backend or repositories.usual_backend(artefact)
-    if not repository.is_dir() and (repository.exists() or not repository.parent.is_dir()):
+    if not repository.is_dir() and (os.path.lexists(repository) or not repository.parent.is_dir()):
         raise UserError(f"{repository} cannot be made a folder; name one in a folder that exists")
     taken = given.resolve() if given is not None else None
     models = repositories.models_of(artefact, called, chosen, max_batch, repository, taken, named)

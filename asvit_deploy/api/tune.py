@@ -106,7 +106,7 @@ def tune(
     if seed > LARGEST_SEED:
         raise UserError(f"seed={seed} cannot be used; pass a number up to {LARGEST_SEED}")
     if minutes is not None and not 0 < minutes < math.inf:
-        raise UserError(f"minutes is {minutes:g}; give more than 0")
+        raise UserError(f"minutes is {minutes:g}; give a number above 0 and not infinite")
     known = given_facts(mean, std, crop_pct, interpolation, heads, activation)
     names, data = optional_path(classes), optional_path(images)
     from asvit_deploy.checkpoints.load import load_checkpoint

@@ -25,9 +25,9 @@ from asvit_deploy.claims import claimed
 from asvit_deploy.data.decode import PictureError
 from asvit_deploy.data.images import preprocess
 from asvit_deploy.data.skips import Skips
-from asvit_deploy.errors import Interrupted, UserError
+from asvit_deploy.errors import Interrupted, UserError, shortened
 from asvit_deploy.files import atomic, check_writable
-from asvit_deploy.processor import usable_cores
+from asvit_deploy.processor import processes_here, usable_cores
 from asvit_deploy.runners.base import Runner
 from asvit_deploy.status import Say, first_process, hide_bar, silent
 
@@ -67,7 +67,7 @@ def share() -> Share:
     """This process among those of the run, as `torchrun` says it.
 
     Raises:
-        UserError: it says that there are several, and not which this one is.
+        UserError: it says that there are several, and not which this one is, or how many are here.
     """
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     known = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
@@ -76,6 +76,7 @@ def share() -> Share:
             f"WORLD_SIZE is {world} and RANK {os.environ.get('RANK', 'not set')}, which tells no "
             "process from the others; start them with torchrun, or unset both"
         )
+    processes_here()
     launch = " ".join(os.environ.get(name, "") for name in _LAUNCH)
     return Share(int(rank), int(world), launch if _LAUNCH[0] in os.environ else "")
 
@@ -165,7 +166,12 @@ class Bulk:
     def _require_output(self, force: bool, pictures: CutPictures) -> None:
         """Before the work; where all parts are done already, `_join` looks closer."""
         folder = self._output.with_name(f"{self._output.name}.parts")
-        there = folder.is_dir() and len(list(folder.glob("*.part"))) == len(pictures.parts)
+        try:
+            there = folder.is_dir() and len(list(folder.glob("*.part"))) == len(pictures.parts)
+        except OSError as error:  # a name too long
+            raise UserError(
+                f"cannot write {shortened(folder)}: {error.strerror}; name another output"
+            ) from None
         check_writable(self._output, force or there, self._artefact.path)
 
     def _identity(self, parts: Sequence[Part]) -> dict[str, Any]:
@@ -185,10 +191,9 @@ class Bulk:
         if not parts:
             return
         runner = opener()
-        here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         total = sum(len(part.pictures) for part in parts)
         bar = tqdm(total=total, desc="predict", unit="picture", disable=hide_bar(say), leave=False)
-        threads = ThreadPoolExecutor(max(1, min(usable_cores() // here, _READERS)))
+        threads = ThreadPoolExecutor(max(1, min(usable_cores() // processes_here(), _READERS)))
         try:
             for part in parts:
                 store.write(part, self._records(part, pictures, skips, runner, threads, bar))

@@ -168,9 +168,11 @@ class Store:
         return all(map(self._has_come, range(count)))
 
     def _has_come(self, rank: int) -> bool:
+        launch = self._share.launch.encode(errors="surrogateescape")
         try:
-            return self._mark(rank).read_text() == self._share.launch
-        except FileNotFoundError:
+            with open_regular(self._mark(rank)) as file:
+                return file.read(len(launch) + 1) == launch
+        except (OSError, UserError):  # not there, or not one that a process of ours wrote
             return False
 
     def path(self, part: Part) -> Path:

@@ -104,8 +104,7 @@ def _parsed(path: Path, text: str) -> Any:
     try:
         return parse_json(text, object_pairs_hook=_Pairs)
     except ValueError as error:
-        detail = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{path} is no whole JSON file{detail}; copy or write it again") from None
+        raise UserError(f"{path} is no whole JSON file: {error}; copy or write it again") from None
 
 
 def _listed_json(path: Path, text: str) -> list[Any]:

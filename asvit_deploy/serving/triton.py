@@ -11,6 +11,7 @@ this package, which the server's Python must have.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -283,14 +284,20 @@ def write(repository: Path, called: str, models: Sequence[Model]) -> None:
     Raises:
         UserError: one cannot be written, or removed.
     """
+    made = not repository.exists()
     repository.mkdir(exist_ok=True)
-    for model in models:
-        with atomic_folder(repository / model.config.name) as folder:
-            (folder / "1").mkdir()  # an ensemble has an empty one
-            for name, source in model.copies.items():
-                shutil.copyfile(source, folder / name)
-            for name, text in {"config.pbtxt": model.config.text(), **model.texts}.items():
-                put(folder / name, text)
+    try:
+        for model in models:
+            with atomic_folder(repository / model.config.name) as folder:
+                (folder / "1").mkdir()  # an ensemble has an empty one
+                for name, source in model.copies.items():
+                    shutil.copyfile(source, folder / name)
+                for name, text in {"config.pbtxt": model.config.text(), **model.texts}.items():
+                    put(folder / name, text)
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it holds something
+                repository.rmdir()
     written = {model.config.name for model in models}
     for name in (f"{called}{part}" for part in _PARTS):
         left = repository / name

@@ -71,8 +71,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
             raise UserError(f"--recipe needs tomli; run: {pip_install('tomli')}") from error
     try:
         in_file = tomllib.loads(read_bounded(path, _MOST_RECIPE, "TOML file").decode())
-    except (ValueError, RecursionError) as error:  # a number too long, brackets too deep
-        raise UserError(f"{path} is no TOML: {str(error)[:200]}; correct it") from error
+    except RecursionError:
+        raise UserError(f"{path} is no TOML: brackets too deep; correct it") from None
+    except ValueError as error:
+        said = "a number too long" if "int_max_str_digits" in str(error) else str(error)[:200]
+        raise UserError(f"{path} is no TOML: {said}; correct it") from error
     given = {name.replace("-", "_"): value for name, value in in_file.items()}
     given = {{"ema_decay": "ema"}.get(name, name): value for name, value in given.items()}
     if len(given) < len(in_file):

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.models.stem import exact_convolutions
+from asvit_deploy.processor import processes_here
 
 
 def accelerator_for(amp: str = "no") -> Accelerator:
@@ -29,7 +30,7 @@ def accelerator_for(amp: str = "no") -> Accelerator:
             "them with torchrun or `accelerate launch`, or unset WORLD_SIZE"
         )
     on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = processes_here()
     if not on_cpu and here > torch.cuda.device_count():
         raise UserError(
             f"{here} processes on a machine with {torch.cuda.device_count()} GPUs; start one for "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,8 @@ def _read(path: Path) -> dict[str, Any]:
         UserError: there is none, it cannot be read, or it is damaged.
     """
     if not path.is_file():
-        raise UserError(f"nothing to resume: {path} does not exist; run without --resume")
+        what = "is no file" if os.path.lexists(path) else "does not exist"
+        raise UserError(f"nothing to resume: {path} {what}; run without --resume")
     damaged = f"{path} is damaged; delete it and start over"
     try:
         bounds.check(path)

@@ -100,6 +100,10 @@ class Candidate:
         }  # fmt: skip
 
 
+class Refusal(UserError):
+    """A way that cannot be taken, which is an outcome as any other: the search goes on."""
+
+
 class Bench:
     """The calibrating pictures and the dense network, and what is tried on them.
 
@@ -134,19 +138,21 @@ class Bench:
         """A way on a budget, tried.
 
         Raises:
-            UserError: it cannot meet the budget, or these pictures do not let it.
+            Refusal: it cannot meet the budget, or these pictures do not let it.
+            UserError: what was found cannot be kept.
         """
         settings = {"step": "fitted", **way.fields(), "budget": budget}
         found = self.store.measured(settings, lambda: self._try(lambda: self._fit(way, budget)))
         if "refused" in found:
-            raise UserError(found["refused"])
+            raise Refusal(found["refused"])
         return self._candidate(way, budget, found)
 
     def own(self, reduction: Reduction) -> Candidate:
         """The checkpoint's own reduction, tried.
 
         Raises:
-            UserError: its outputs cannot be compared.
+            Refusal: its outputs cannot be compared.
+            UserError: what was found cannot be kept.
         """
         fixed = not reduction.boundaries()
         way = Way(reduction.name, tuple(reduction.blocks), not fixed)
@@ -154,7 +160,7 @@ class Bench:
             {"step": "own", "reduction": state_of(reduction)}, lambda: self._try(lambda: reduction)
         )
         if "refused" in found:
-            raise UserError(found["refused"])
+            raise Refusal(found["refused"])
         return self._candidate(way, None, found)
 
     def _try(self, make: Callable[[], Reduction]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from asvit_deploy import sidecar
 from asvit_deploy.artefacts import bundle
 from asvit_deploy.artefacts.runtime_choice import choice_path
 from asvit_deploy.claims import claimed
+from asvit_deploy.disk import unwritten
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import check_parent, check_writable
 
@@ -50,9 +52,12 @@ class Place:
         Raises:
             UserError: it holds others' files and `force` is off, is a file, or cannot be written.
         """
-        if not self.folder.exists():
+        if not os.path.lexists(self.folder):
             check_parent(self.folder)
             return
+        if not self.folder.exists():
+            raise UserError(f"{self.folder} is a link to nothing; remove it, or name a folder with "
+                            "--output")  # fmt: skip
         if not self.folder.is_dir():
             raise UserError(f"{self.folder} is a file; name a folder with --output")
         ours = {path.name for path in (self.report, self.page, self.measured, self.bundle,
@@ -64,25 +69,29 @@ class Place:
                 f"{self.folder} holds {others[0]}, which is of no tune of this model; name another "
                 "folder with --output, or pass --force to write beside it"
             )
+        if os.path.lexists(self.measured) and not self.measured.is_dir():
+            raise UserError(f"{self.measured} is no folder; remove it, or name another folder with "
+                            "--output")  # fmt: skip
         for path in (self.report, self.page, *self.exported):
             check_writable(path, True, *sources)
         bundle.check_target(self.bundle, "bucketed", True)
 
     @contextlib.contextmanager
     def claimed(self, force: bool, sources: tuple[Path, ...]) -> Iterator[None]:
-        """The folder, made where it is missing; no other run fills it meanwhile. One that nothing
-        was put into is gone again afterwards."""
+        """The folder, made where it is missing; no other run fills it meanwhile. What was made and
+        nothing put into is gone again afterwards."""
         self.check(force, sources)
+        ours = [self.measured] if self.folder.exists() else [self.measured, self.folder]
         try:
             self.folder.mkdir(exist_ok=True)
             self.measured.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make {self.measured}: {error.strerror}") from error
+            raise unwritten(self.measured, error) from error
         try:
             with claimed(self.report):
                 yield
         finally:
-            for path in (self.measured, self.folder):
+            for path in ours:
                 with contextlib.suppress(OSError):
                     path.rmdir()
 

@@ -27,6 +27,7 @@ from asvit_deploy.tuning.clock import Clock
 from asvit_deploy.tuning.contenders import (
     Bench,
     Candidate,
+    Refusal,
     Way,
     closer,
     closest,
@@ -76,11 +77,11 @@ class Search:
         self.found = Found()
 
     def run(self) -> Found:
-        """Raises UserError where no budget can be met at all, OutOfTime."""
+        """Raises UserError where no budget can be met at all or nothing kept, OutOfTime."""
         if self.own is not None:
             try:
                 self.found.candidates.append(self.bench.own(self.own))
-            except UserError as error:
+            except Refusal as error:
                 self.found.notes.append(f"not tried: the checkpoint's own {self.own.name}: {error}")
         made: dict[float, Candidate] = {}
         for budget in COARSE:
@@ -113,7 +114,7 @@ class Search:
         for way in self.ways:
             try:
                 found.append(self.bench.fitted(way, budget))
-            except UserError as error:
+            except Refusal as error:
                 self._refused(way, budget, str(error))
         if not found:
             return None
@@ -150,7 +151,7 @@ class Search:
         for way in ways:
             try:
                 one = self.bench.fitted(way, at)
-            except UserError as error:
+            except Refusal as error:
                 self._refused(way, at, str(error))
                 continue
             won = closer(one, best)
@@ -165,7 +166,7 @@ class Search:
                 continue
             try:
                 one = self.bench.fitted(best.way, budget)
-            except UserError as error:
+            except Refusal as error:
                 self._refused(best.way, budget, str(error))
                 continue
             won = closest([made[budget], one]) is one

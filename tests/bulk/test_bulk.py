@@ -347,6 +347,31 @@ def test_a_damaged_part_is_done_again(cli, mini_artifacts, shards):
     assert Path("x.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("odd", ["pipe", "bytes"])
+def test_what_is_no_mark_of_a_process_says_nothing_of_it(cli, mini_artifacts, shards, odd):
+    args = ("predict", mini_artifacts["1", "auto"], "--data", shards, "-o", "x.jsonl")
+    refused(cli(*args), "002.tar")
+    mark = Path("x.jsonl.parts/0of1.here")
+    mark.unlink()
+    if odd == "pipe":
+        os.mkfifo(mark)
+    else:
+        mark.write_bytes(b"\xff\xfe")
+    assert "2 of 5 parts were done before" in run(cli, *args[1:], "--skip-limit", 1).err
+    assert not mark.parent.exists()
+
+
+def test_places_that_no_launcher_gives(cli, mini_artifacts, tmp_path, monkeypatch):
+    picture_folder(tmp_path / "photos", count=1)
+    args = ("predict", mini_artifacts["1", "auto"], "--data", "photos", "-o")
+    for said in ("two", "0", "-1", ""):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        refused(cli(*args, "x.jsonl"), f"LOCAL_WORLD_SIZE is {said!r}", "start them with torchrun")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    refused(cli(*args, f"{'a' * 245}.jsonl"), "File name too long; name another output")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
 def test_a_stop_between_the_output_and_the_end_is_no_loss(cli, mini_artifacts, shards, tmp_path):
     """The parts are all there, and so is the output: the same run ends well, another does not."""
     kept = tmp_path / "kept"

@@ -114,7 +114,7 @@ def test_a_json_file_is_never_read_as_text(tmp_path):
         path = written(tmp_path, content, "names.json")
         raises_one_line(lambda path=path: read_names(path), str(path))
     deep = written(tmp_path, b"[" * 100_000, "deep.json")
-    raises_one_line(lambda: read_names(deep), "no whole JSON")
+    raises_one_line(lambda: read_names(deep), "no whole JSON file: brackets too deep")
 
 
 def test_what_is_no_file_of_names_is_not_opened(tmp_path):

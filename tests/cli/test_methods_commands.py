@@ -85,6 +85,16 @@ def test_what_is_per_picture_anyway_is_not_asked_to_be(cli, dense, method):
     refused(cli("finetune", "--data", "data", "--pretrained", dense, *options), words)
 
 
+def test_ltmp_is_refused_by_its_own_name(cli, dense):
+    options = "--method", "ltmp"
+    out = "budget 0.02 is out of reach of ltmp with 5 cuts"
+    refused(cli(*CALIBRATE, *options, "--budget", "0.02"), out)
+    for more in ((), ("--per-picture",)):
+        refused(cli(*CALIBRATE, *options, "--max-kept", "50", *more), "no use with ltmp")
+    found = ok(cli(*CALIBRATE, *options, "--budget", "0.75"))
+    assert "as_deit_mini: ltmp, a threshold at each cut; asked for" in found.out
+
+
 ROUTES = [
     (("--method", "size-passing"), "size-passing", "static"),
     (("--method", "size-passing", "--per-picture", "--max-kept", "150", "--cuts", "1,3,4",

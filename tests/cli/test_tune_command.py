@@ -25,6 +25,7 @@ from asvit_deploy.artefacts.onnx_file import OnnxArtefact, find_op_library
 from asvit_deploy.artefacts.runtime_choice import choice_path, read_choice
 from asvit_deploy.runners import trt_plan
 from asvit_deploy.tuning import engines, latency
+from asvit_deploy.tuning.place import Place
 
 FEW = {"images": "digits", "methods": "topk", "runtime": "onnxruntime", "precision": "float32",
        "limit": 48}  # fmt: skip
@@ -222,7 +223,26 @@ def test_a_folder_of_others_files_is_refused(cli, few_pictures, tmp_path):
     (tmp_path / "file").write_text("")
     refused(run(cli, "--images", few_pictures, "-o", tmp_path / "file"), "is a file")
     refused(run(cli, "--images", few_pictures, "-o", tmp_path / "no" / "where"), "does not exist")
+    below = tmp_path / "file" / "a" / "b"
+    refused(run(cli, "--images", few_pictures, "-o", below), f"{tmp_path / 'file'} is no folder")
+    (tmp_path / "link").symlink_to("nowhere")
+    refused(run(cli, "--images", few_pictures, "-o", tmp_path / "link"), "is a link to nothing")
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    (out / "thesis.txt").rename(out / "measured")
+    refused(run(cli, "--images", few_pictures, "-o", out), "measured is no folder")
+
+
+def test_a_folder_that_was_there_stays_though_nothing_comes_into_it(tmp_path):
+    for there in (True, False):
+        folder = tmp_path / "out"
+        if there:
+            folder.mkdir()
+        with Place(folder, "m").claimed(False, ()):
+            assert (folder / "measured").is_dir()
+        assert folder.exists() == there
+        assert not list(folder.glob("*"))
+        if there:
+            folder.rmdir()
 
 
 @pytest.mark.slow

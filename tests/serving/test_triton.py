@@ -31,6 +31,7 @@ from asvit_deploy import sidecar
 from asvit_deploy.artefacts.onnx_file import OnnxArtefact
 from asvit_deploy.data.images import open_images
 from asvit_deploy.errors import UserError
+from asvit_deploy.serving import triton
 from asvit_deploy.serving.in_triton import Input, Whole
 from asvit_deploy.serving.pbtxt import Config, Tensor
 
@@ -238,6 +239,7 @@ def test_bad_input(cli, mini_artifacts, tmp_path):
     single, several = mini_artifacts["1", "auto"], mini_artifacts["dynamic", "auto"]
     rtx = engine(tmp_path / "x.engine", several, flavour="tensorrt-rtx")
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
     for args, word in (
         ((single,), "takes one picture at a time"),
         ((several, "--backend", "tensorrt"), "is none"),
@@ -247,10 +249,25 @@ def test_bad_input(cli, mini_artifacts, tmp_path):
         ((several, "--plugin", "p.so"), "--plugin has no use"),
         ((several, "--triton", "file"), "cannot be made a folder"),
         ((several, "--triton", "gone/models"), "cannot be made a folder"),
+        ((several, "--triton", "link"), "cannot be made a folder"),
+        ((several, "--max-batch", 3_000_000_000), "Triton takes 2,147,483,647 at most"),
         (("gone.onnx",), "gone.onnx does not exist"),
     ):
         refused(cli("package", "--triton", "models", *args), word)
     assert not Path("models").exists()
+
+
+def test_a_repository_that_got_nothing_is_gone(cli, mini_artifacts, monkeypatch):
+    def full(*_):
+        raise UserError("cannot write it: No space left on device")
+
+    monkeypatch.setattr(triton, "put", full)
+    args = ("package", mini_artifacts["dynamic", "auto"], "--triton", "models")
+    refused(cli(*args), "No space left on device")
+    assert not Path("models").exists()
+    Path("models").mkdir()
+    refused(cli(*args), "No space left on device")
+    assert not list(Path("models").iterdir())
 
 
 # --- what answers -------------------------------------------------------------------------------

@@ -296,6 +296,12 @@ def test_processes_without_a_launcher_are_told_so(monkeypatch):
         accelerator_for()
 
 
+def test_a_launcher_that_counts_in_words_is_told_so(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE is 'two', and not how many"):
+        accelerator_for()
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)

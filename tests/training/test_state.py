@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 
@@ -33,8 +34,12 @@ def a_batch(size: int = 20) -> Batch:
 
 def test_damaged_or_missing_state_is_refused(tmp_path):
     trainer, path = small_trainer(Recipe(steps=10, budget=0.65)), tmp_path / "x.unfinished.pt"
-    with pytest.raises(UserError, match="nothing to resume"):
+    with pytest.raises(UserError, match=r"nothing to resume: .* does not exist"):
         load_state(path, trainer, {})
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=r"nothing to resume: .* is no file"):
+        load_state(path, trainer, {})
+    path.unlink()
     save_state(path, 7, trainer, {"seed": 1, "lr": 0.1})
     assert load_state(path, trainer, {"seed": 1, "lr": 0.1}) == 7
     with pytest.raises(UserError, match=r"with seed 1, not 2, lr 0.1, not 0.2; use the same"):

@@ -22,8 +22,9 @@ from asvit_deploy.tuning.contenders import (
     usual_ways,
     with_values,
 )
-from asvit_deploy.tuning.demand import Evidence
+from asvit_deploy.tuning.demand import Demand, Evidence
 from asvit_deploy.tuning.means import means
+from asvit_deploy.tuning.search import Search
 from asvit_deploy.tuning.store import Store
 
 MINI, SMALL = arch("as_deit_mini"), arch("as_deit_small")
@@ -68,6 +69,20 @@ def test_what_cannot_meet_a_budget_is_remembered_too(bench):
     for _ in range(2):
         with pytest.raises(UserError, match="out of reach"):
             bench.fitted(Way("size-passing"), 0.05)
+
+
+def test_what_cannot_be_kept_ends_the_search(mini, photos, tmp_path):
+    """A full disk in the middle leaves no method out: the run ends, with that line."""
+    store = Store(tmp_path, {}, print)
+    bench = Bench(mini.with_reduction(None), list(photos[:2]), None, store)
+    way = Way("topk")
+    settings = {"step": "fitted", **way.fields(), "budget": 0.9}
+    store._path(settings).mkdir()
+    search = Search(bench, ["topk"], Demand("classes", 5.0, 0.95), Clock(None, print), None,
+                    lambda: 0.0, print)  # fmt: skip
+    with pytest.raises(UserError, match="it is a folder"):
+        search.run()
+    assert search.found.notes == []
 
 
 def test_a_reduction_comes_back_with_its_thresholds():
