@@ -35,6 +35,7 @@ from asvit_deploy.evaluation.sweep import Rounds, run_sweep
 from asvit_deploy.evaluation.sweep_points import Asked, Given, asked, plans, require_sweepable
 from asvit_deploy.ops.headers import silent
 from asvit_deploy.page import writing as page
+from asvit_deploy.processor import usable_cores
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
 from asvit_deploy.runtimes import OF_KIND, chosen, of_kind, require_library_used, require_used
@@ -131,7 +132,7 @@ def bench(
     allowed = Allowed(named_plugin(path_of(plugin)), allow_engine_code)
     named, target, saved = paths_of(models), path_of(output), path_of(save_choice)
     shown = path_of(html)
-    wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _THREADS[threads],
+    wanted = _Wanted(path_of(images), limit, skip_limit, runs, warmup, _counts(threads),
                      _methods(methods), chosen(runtime), memory, say,
                      asked(sweep_batch, sweep_budget, sweep_size))  # fmt: skip
     if wanted.sweeps:
@@ -162,6 +163,12 @@ def bench(
             for line in choice.lines:
                 say(f"{saved}: {line}")
     return reports
+
+
+def _counts(threads: str) -> list[int]:
+    """Numbers of threads, 0 for every core: of one core both are the same."""
+    found = _THREADS[threads]
+    return found[:1] if usable_cores() == 1 else found
 
 
 def _outputs(given: dict[str, Path | None]) -> list[Path]:

@@ -10,6 +10,7 @@ from conftest import raises_one_line
 
 from asvit_deploy.evaluation.bench import as_json, bench
 from asvit_deploy.evaluation.model_bench import ModelBench
+from asvit_deploy.processor import usable_cores
 
 QUICK = {"runs": 10, "warmup": 0, "limit": 2, "threads": "1"}
 
@@ -45,6 +46,14 @@ def test_a_report_and_its_file(cli, model, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_core_is_benched_once(model, monkeypatch):
+    monkeypatch.setattr("asvit_deploy.evaluation.bench.usable_cores", lambda: 1)
+    reports = bench([model], **{**QUICK, "threads": "both"})
+    assert [report.threads for report in reports] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(usable_cores() == 1, reason="with one core there is one count of threads")
 def test_both_counts_of_threads_and_torch_gets_its_own_back(model, capfd):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
