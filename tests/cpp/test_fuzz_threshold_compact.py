@@ -1,4 +1,5 @@
-"""The C++ kernel under sanitizers: 100,000 random cases against the numpy oracle."""
+"""The C++ kernel under sanitizers: 100,000 random cases against the numpy oracle, or as many as
+`--op-calls` says where that is more."""
 
 from __future__ import annotations
 
@@ -65,9 +66,10 @@ def bits(array: np.ndarray) -> tuple[tuple[int, ...], bytes]:
 
 
 @pytest.mark.slow
-def test_kernel_equals_the_oracle_bit_for_bit(fuzz: Path):
+def test_kernel_equals_the_oracle_bit_for_bit(fuzz: Path, pytestconfig: pytest.Config):
     """Nothing is rounded in this op, so equal means equal bits, NaN payloads included."""
-    command = [fuzz, str(CASES), str(SEED), "write"]
+    cases = max(CASES, pytestconfig.getoption("op_calls"))
+    command = [fuzz, str(cases), str(SEED), "write"]
     kinds = "NaN", "inf", "K = 1", "K = N", "tail", "P = 1", "P = 2", "P = 5", "P > 8"
     seen = dict.fromkeys(kinds, 0) | dict.fromkeys(TYPES, 0)
     widest = count = 0
@@ -93,6 +95,6 @@ def test_kernel_equals_the_oracle_bit_for_bit(fuzz: Path):
             seen["tail"] += bool((result.index < 0).any())
         errors = process.stderr.read().decode()
     assert process.returncode == 0, errors
-    assert count == CASES
+    assert count == cases
     assert widest == 8 * 577 * 768, "the largest size was not drawn"
-    assert min(seen.values()) > CASES // 50, f"a kind of case is hardly drawn: {seen}"
+    assert min(seen.values()) > cases // 50, f"a kind of case is hardly drawn: {seen}"
