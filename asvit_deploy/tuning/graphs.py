@@ -191,7 +191,7 @@ class Graphs:
         key = json.dumps([own, batch])  # what else a method learned stands in its graph
         if leaves is not None and key in self._traces:
             proto = onnx.load(str(self.folder / self._traces[key]))
-            if give_thresholds(proto, [float(one) for one in leaves.boundaries()]):
+            if give_thresholds(proto, [one.item() for one in leaves.boundaries()]):
                 return proto
         proto = to_onnx(network, batch)
         if leaves is not None and leaves.boundaries():
