@@ -17,6 +17,7 @@ from asvit_deploy.checkpoints.load import load_checkpoint
 from asvit_deploy.data.images import open_images
 from asvit_deploy.exporting.export import export
 from asvit_deploy.parity import LIMITS
+from asvit_deploy.processor import usable_cores
 from asvit_deploy.runners.onnx_runtime import OrtRunner
 from asvit_deploy.runners.pytorch import TorchRunner
 
@@ -107,9 +108,10 @@ def test_runners_get_their_threads_and_record_what_they_are_asked_for(mini_artif
     artefact = open_artefact(mini_artifacts["1", "auto"])
     image = photos[0][None]
     assert artefact.ways()["function"](image).kept is not None
-    bare = artefact.ways(threads=2, record=False)["function"]
+    cores = usable_cores()
+    bare = artefact.ways(threads=cores, record=False)["function"]
     assert bare(image).kept is None
-    assert bare.session.get_session_options().intra_op_num_threads == 2
+    assert bare.session.get_session_options().intra_op_num_threads == cores
 
 
 def test_the_original_judges_what_was_made_from_it(mini_artifacts, tmp_path):

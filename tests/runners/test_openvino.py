@@ -202,7 +202,7 @@ def test_an_int8_file_runs(exported, photos, tmp_path):
 def test_refusals(mini, exported, tmp_path):
     cores = usable_cores()
     raises_one_line(lambda: OpenVinoRunner(exported, threads=cores + 1),
-                    f"threads is {cores + 1}; this machine has {cores} cores")  # fmt: skip
+                    f"threads is {cores + 1}; this machine has {cores} core")  # fmt: skip
     raises_one_line(lambda: OpenVinoRunner(exported, threads=-1), "threads is -1")
     raises_one_line(lambda: OpenVinoRunner(to_onnx(mini, ops="custom")), "--ops auto or standard")
     raises_one_line(lambda: OpenVinoRunner(tmp_path / "gone.onnx"), "gone.onnx does not exist")
