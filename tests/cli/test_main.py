@@ -202,3 +202,19 @@ cli.main(["ending"])
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "Interrupted" in err
+
+
+def test_ctrl_c_while_the_command_is_imported_is_exit_130() -> None:
+    code = """
+import sys
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from asvit_deploy.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "Interrupted; nothing was changed.\n"
