@@ -25,6 +25,7 @@ from asvit_deploy.evaluation.memory_use import memory_use
 from asvit_deploy.evaluation.report import Report
 from asvit_deploy.evaluation.sweep_types import Sweep
 from asvit_deploy.evaluation.timing import (
+    Core,
     Macs,
     Row,
     Variant,
@@ -69,7 +70,7 @@ class ModelBench(Report):
         methods: of each other method that was timed, its `macs_share` and its `agreement`.
         profile: per way what scoring and compaction took; one thread and adaptive only.
         notes: which rows there are not, and why.
-        busy: that equal work took unequal time, where it did.
+        busy: that others had the core too, or equal work took unequal time, where it was so.
         verdict: one sentence on which is the faster.
         machine: what it ran on.
         sweeps: over batch, budget and image size, those that were asked for.
@@ -132,7 +133,7 @@ def bench_model(
             variants.append(_with_method(artefact, name, network, threads, runtime))
         warmup = _warmup(variants, len(loaded), warmup, notes)
         label, first = f"{count} thread{'s' * (count > 1)}", dict[str, NDArray[np.float64]]()
-        with bar(say, total=warmup + runs, desc=f"bench, {label}") as progress:
+        with bar(say, total=warmup + runs, desc=f"bench, {label}") as progress, Core() as core:
             seconds = interleave(
                 variants, loaded, warmup, runs, progress=lambda: progress.update() and None,
                 first=first,
@@ -152,7 +153,7 @@ def bench_model(
     return ModelBench(
         str(artefact.path), artefact.fields["arch"], count, warmup, runs, pictures.source,
         len(loaded), pictures.account, macs_summary(config, lengths, runs, cuts), rows, agreed,
-        shown, profiles, notes, busy(variants, seconds),
+        shown, profiles, notes, busy(variants, seconds, core),
         verdict(rows[: len(rows) - len(beside)]), machine(),
         histogram_kept=histogram_kept(lengths - config.prefix, config) if artefact.adaptive else [],
         sha256=artefact.fields.get("sha256"),

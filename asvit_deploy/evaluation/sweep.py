@@ -27,6 +27,7 @@ from asvit_deploy.evaluation.sweep_points import Plan, Point, at_size
 from asvit_deploy.evaluation.sweep_types import Kind, Sweep, SweepPoint, SweepRow
 from asvit_deploy.evaluation.sweep_verdict import verdicts
 from asvit_deploy.evaluation.timing import (
+    Core,
     Variant,
     busy,
     interleave,
@@ -196,7 +197,10 @@ def _timed(
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             notes.append(f"no rows of {runtime}: {reason}")
     warmup, runs = rounds.of(point.batch)
-    with bar(say, total=warmup + runs, desc=f"sweep, {over} {point.at:g}") as progress:
+    with (
+        bar(say, total=warmup + runs, desc=f"sweep, {over} {point.at:g}") as progress,
+        Core() as core,
+    ):
         seconds = interleave(
             [entry.variant for entry in entries], batches, warmup, runs,
             progress=lambda: progress.update() and None,
@@ -211,7 +215,7 @@ def _timed(
             "image_tokens": point.config.image_tokens, "share": point.share, "asked": point.asked,
         },
         "rows": _rows(entries, seconds, dense, point.batch), "notes": notes,
-        "busy": busy([entry.variant for entry in entries], seconds),
+        "busy": busy([entry.variant for entry in entries], seconds, core),
     }  # fmt: skip
 
 

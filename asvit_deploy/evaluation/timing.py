@@ -275,23 +275,57 @@ def line_over_kept(
 
 # p90 over median of rounds that all do the same work: 1.01 to 1.08 on quiet machines.
 _BUSY = 1.15
+# Of a core's time: one thread that computes without a pause has 0.99 on a quiet machine.
+_SHARED = 0.9
+
+
+class Core:
+    """How much of a core's time this process has while the context lasts.
+
+    A steady neighbour slows every round alike, which no spread shows. Of a process that computes in
+    several threads only less than a single core's time can be told.
+
+    Attributes:
+        share: processor seconds of all threads over seconds that passed.
+    """
+
+    share = 1.0
+
+    def __enter__(self) -> Core:
+        self._began = time.process_time(), time.perf_counter()
+        return self
+
+    def __exit__(self, *ignored: object) -> None:
+        used, passed = time.process_time() - self._began[0], time.perf_counter() - self._began[1]
+        self.share = used / passed if passed > 0 else 1.0
 
 
 def busy(
-    variants: Sequence[Variant], seconds: dict[str, NDArray[np.float64]]
+    variants: Sequence[Variant], seconds: dict[str, NDArray[np.float64]], core: Core
 ) -> str | None:  # fmt: skip
-    """One line where rounds of equal work, those of dense rows, took unequal time; else None."""
-    return too_busy([seconds[v.name] for v in variants if not v.adaptive])
+    """One line where others had the core too, or rounds of equal work, those of dense rows, took
+    unequal time; else None."""
+    return too_busy([seconds[v.name] for v in variants if not v.adaptive], core.share)
 
 
-def too_busy(rounds: Sequence[NDArray[np.float64]]) -> str | None:
-    """As `busy`, of the rounds of each variant that always does the same work."""
+def too_busy(rounds: Sequence[NDArray[np.float64]], share: float = 1.0) -> str | None:
+    """As `busy`, of the rounds of each variant that always does the same work.
+
+    Args:
+        share: as `Core` has it. Ratios do not suffer, so that nobody need measure again.
+    """
+    advice = "trust ratios and their intervals, not milliseconds, or run it again"
+    if share < _SHARED:
+        return (
+            f"the machine was busy: this process had {share:.2f} of a core's time while its rounds "
+            f"ran; {advice}"
+        )
     spreads = [float(np.percentile(one, 90) / np.median(one)) for one in rounds]
     if not spreads or (calmest := min(spreads)) < _BUSY:
         return None
     return (
         f"the machine was busy: one round in ten of the dense network took {calmest:.2f} times the "
-        "median or more; trust ratios and their intervals, not milliseconds, or run it again"
+        f"median or more; {advice}"
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -193,12 +196,35 @@ def test_kept_tokens_are_those_that_the_blocks_see(mini_config):
 
 
 def test_rounds_of_equal_work_that_take_unequal_time_are_said():
-    rows, rng = variants(), np.random.default_rng(0)
+    rows, rng, core = variants(), np.random.default_rng(0), timing.Core()
     calm = rng.normal(1, 0.02, 200)
-    assert timing.busy(rows, {"dense": calm, "adaptive": calm * rng.uniform(0.5, 2, 200)}) is None
-    said = timing.busy(rows, {"dense": calm * rng.uniform(1, 2, 200), "adaptive": calm})
+    uneven = {"dense": calm, "adaptive": calm * rng.uniform(0.5, 2, 200)}
+    assert timing.busy(rows, uneven, core) is None
+    said = timing.busy(rows, {"dense": calm * rng.uniform(1, 2, 200), "adaptive": calm}, core)
     assert said.startswith("the machine was busy: one round in ten of the dense network took 1.")
-    assert timing.busy(rows[1:], {"adaptive": calm}) is None, "nothing does equal work"
+    assert timing.busy(rows[1:], {"adaptive": calm}, core) is None, "nothing does equal work"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be pinned here")
+def test_a_steady_neighbour_on_the_same_core_is_said():
+    """Every round is slowed alike, so that their spread shows nothing."""
+    code = """
+import os, subprocess, sys, time
+from asvit_deploy.evaluation.timing import Core, too_busy
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+spins = [sys.executable, "-c", "print(flush=True)\\nwhile True: pass"]
+neighbour = subprocess.Popen(spins, stdout=subprocess.PIPE)
+neighbour.stdout.readline()
+with Core() as core:
+    until = time.perf_counter() + 1
+    while time.perf_counter() < until:
+        pass
+neighbour.kill()
+print(too_busy([[1.0] * 10], core.share))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("the machine was busy: this process had 0."), done.stdout
+    assert timing.Core().share == 1, "and before anything was timed nothing is said"
 
 
 def test_rows_stand_beside_dense_ones_of_other_runtimes_and_precisions_too():
