@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 Say = Callable[[str], None]
@@ -18,5 +19,6 @@ def first_process() -> bool:
 
 
 def hide_bar(say: Say) -> bool | None:
-    """tqdm's `disable`: True where nobody listens, else None, which shows a bar on a terminal."""
-    return True if say is silent else None
+    """tqdm's `disable`: True where nobody listens or stderr is closed, else None, which shows a bar
+    on a terminal."""
+    return True if say is silent or sys.stderr is None else None

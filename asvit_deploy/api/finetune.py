@@ -170,6 +170,8 @@ def _finetune(inputs: Inputs, running: Running, say: Say) -> Trained:
 
     check_options(inputs.dense, inputs.given)
     in_file = read_recipe(inputs.recipe) if inputs.recipe else {}
+    if inputs.stages is not None:  # the command line wins, and these say the same thing
+        in_file.pop("cuts", None)
     if not inputs.dense:
         inputs = replace(inputs, given=with_file(inputs.given, in_file))
     check_combination(inputs)
@@ -189,20 +191,29 @@ def _finetune(inputs: Inputs, running: Running, say: Say) -> Trained:
     say(_said(config, source, recipe))
     for note in source.notes:
         say(note)
+    before = _stamp(state)
     try:
         result = run(
             config, source, start, recipe, target, _identity(inputs, config), inputs.resume,
             running, inputs.force, mentor,
         )  # fmt: skip
     except KeyboardInterrupt:  # a second one, which does not wait for the step's end
-        if not state.exists():
-            raise
+        if not state.exists() or (_stamp(state) == before and not inputs.resume):
+            raise  # nothing was saved yet: a state there is that of another run
         raise Interrupted(
             f"interrupted; {state} holds the last state that was saved, go on with --resume"
         ) from None
     for line in summary(result):
         say(line)
     return result
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew; None where there is none."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def _check_outputs(inputs: Inputs, target: Path) -> Path:

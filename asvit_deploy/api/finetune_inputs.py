@@ -55,7 +55,7 @@ class Inputs:
 
 
 # Options of a recipe that are looked at before there is one.
-_EARLY = ("method", "per_picture", "cuts", "train", "labels")
+_EARLY = ("method", "per_picture", "cuts", "train", "labels", "distill_weight")
 
 
 def with_file(given: dict[str, Any], in_file: dict[str, Any]) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def indexed(paths: Sequence[Path], labelled: bool = True) -> list[Shard]:
     missing = [shard for shard in shards if not shard.index.exists()]
     # Processes that start together each begin elsewhere, and so share the work.
     random.Random(os.getpid()).shuffle(missing)
-    bar = tqdm(missing, desc="index shards", unit="shard", file=sys.stderr, disable=None,
+    bar = tqdm(missing, desc="index shards", unit="shard", disable=sys.stderr is None or None,
                leave=False)  # fmt: skip
     for shard in bar:
         if not shard.index.exists():

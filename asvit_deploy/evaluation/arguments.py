@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asvit_deploy.errors import UserError
-from asvit_deploy.ops.headers import silent
+from asvit_deploy.status import hide_bar
 
 
 def path_of(value: str | Path | None) -> Path | None:
@@ -26,4 +26,4 @@ def bar(say: Callable[[str], None], **options: Any) -> Any:
     """A progress bar on a terminal's stderr, for whoever does not want silence."""
     from tqdm import tqdm
 
-    return tqdm(disable=True if say is silent else None, leave=False, **options)
+    return tqdm(disable=hide_bar(say), leave=False, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -32,16 +33,24 @@ from asvit_deploy.evaluation.engine_bench import EngineBench, bench_engine
 from asvit_deploy.evaluation.model_bench import ModelBench, bench_model
 from asvit_deploy.evaluation.saved_choice import candidates, choose
 from asvit_deploy.evaluation.sweep import Rounds, run_sweep
-from asvit_deploy.evaluation.sweep_points import Asked, Given, asked, plans, require_sweepable
-from asvit_deploy.ops.headers import silent
+from asvit_deploy.evaluation.sweep_points import (
+    Asked,
+    Given,
+    Plan,
+    asked,
+    plans,
+    require_sweepable,
+)
 from asvit_deploy.page import writing as page
 from asvit_deploy.processor import usable_cores
 from asvit_deploy.reduction.methods import RANKED
 from asvit_deploy.runners.trt_plan import Allowed, named_plugin
 from asvit_deploy.runtimes import OF_KIND, chosen, of_kind, require_library_used, require_used
+from asvit_deploy.status import silent
 
 _THREADS = {"1": [1], "all": [0], "both": [1, 0]}  # 0: every core
 Benches = list[ModelBench | EngineBench]
+_Plans = dict[Path, tuple[ImageSet, list[Plan]]]  # of a file: its pictures and its sweeps
 
 
 @dataclass(frozen=True)
@@ -147,12 +156,13 @@ def bench(
             stack.enter_context(_output(file, force, paths))
         files_of_one = {} if saved is None else candidates(paths, wanted.runtimes)
         found = find_op_library(path_of(library), say)
+        opened: Callable[[Path], Artefact]
         opened = partial(open_artefact, library=found, allowed=allowed)
-        for path in named if wanted.sweeps else ():
-            artefact = opened(path)
-            assert isinstance(artefact, OnnxArtefact)
-            require_sweepable(artefact, wanted.sweeps)
-        reports = _all(paths, bool(named), opened, wanted)
+        planned: _Plans = {}
+        if wanted.sweeps and named:
+            opened = functools.cache(opened)
+            planned = _plans(named, opened, wanted)
+        reports = _all(paths, bool(named), opened, wanted, planned)
         if target is not None:
             files.write_text(target, as_json(reports) + "\n")
         if shown is not None:
@@ -211,15 +221,31 @@ def _output(
     return claimed(target, force, lambda: files.check_writable(target, force, *inputs))
 
 
+def _plans(
+    named: Sequence[Path], opened: Callable[[Path], Artefact], wanted: _Wanted
+) -> _Plans:  # fmt: skip
+    """The sweeps of every file, before the first is timed: one that cannot be made is refused."""
+    artefacts = [artefact for path in named if isinstance(artefact := opened(path), OnnxArtefact)]
+    for artefact in artefacts:
+        require_sweepable(artefact, wanted.sweeps)
+    planned: _Plans = {}
+    for artefact in artefacts:
+        pictures = _pictures(artefact, wanted)
+        made = plans(artefact, pictures, wanted.sweeps, wanted.say)
+        planned[artefact.path] = pictures, made
+    return planned
+
+
 def _all(
-    paths: list[Path], named: bool, opened: Callable[[Path], Artefact], wanted: _Wanted
-) -> Benches:
+    paths: list[Path], named: bool, opened: Callable[[Path], Artefact], wanted: _Wanted,
+    planned: _Plans,
+) -> Benches:  # fmt: skip
     """The reports; of artefacts that nobody named, one that cannot run costs a line."""
     reports: Benches = []
     failures: list[UserError] = []
     for path in paths:
         try:
-            reports += _bench(opened(path), wanted)
+            reports += _bench(opened(path), wanted, planned)
         except UserError as error:
             if named:
                 raise
@@ -230,7 +256,7 @@ def _all(
     return reports
 
 
-def _bench(artefact: Artefact, wanted: _Wanted) -> Benches:
+def _bench(artefact: Artefact, wanted: _Wanted, planned: _Plans) -> Benches:
     """The report on each way of benching this kind of artefact."""
     runs, warmup, say = wanted.runs, wanted.warmup, wanted.say
     if isinstance(artefact, EngineArtefact):
@@ -244,15 +270,18 @@ def _bench(artefact: Artefact, wanted: _Wanted) -> Benches:
         return [bench_engine(artefact, _pictures(artefact, wanted), warmup, runs, say)]
     assert isinstance(artefact, OnnxArtefact)
     runtimes = of_kind(artefact.path, "onnx", wanted.runtimes)
-    pictures = _pictures(artefact, wanted)
-    planned = plans(artefact, pictures, wanted.sweeps, say)
+    if artefact.path in planned:
+        pictures, sweeping = planned[artefact.path]
+    else:
+        pictures = _pictures(artefact, wanted)
+        sweeping = plans(artefact, pictures, wanted.sweeps, say)
     reports: Benches = []
     for count in wanted.threads:
         report = bench_model(
             artefact, pictures, count, warmup, runs, wanted.methods, say, runtimes, wanted.memory
         )
         sweeps = [run_sweep(artefact, pictures, plan, count, Rounds(warmup, runs), runtimes, say)
-                  for plan in planned]  # fmt: skip
+                  for plan in sweeping]  # fmt: skip
         reports.append(replace(report, sweeps=sweeps))
     return reports
 

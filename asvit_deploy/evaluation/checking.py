@@ -21,7 +21,6 @@ from asvit_deploy.errors import UserError
 from asvit_deploy.evaluation.arguments import bar, path_of, require_least
 from asvit_deploy.evaluation.claimed_method import Claim
 from asvit_deploy.evaluation.machine import machine
-from asvit_deploy.ops.headers import silent
 from asvit_deploy.page import writing as page
 from asvit_deploy.parity import CHOICE, Parity, compare
 from asvit_deploy.runners.base import Reference
@@ -35,6 +34,7 @@ from asvit_deploy.runtimes import (
     require_library_used,
     require_used,
 )
+from asvit_deploy.status import silent
 
 _BATCH = 8  # what a dynamic-batch model is also run with
 

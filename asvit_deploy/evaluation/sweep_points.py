@@ -183,7 +183,7 @@ def require_sweepable(artefact: OnnxArtefact, wanted: Asked) -> None:
             "an adaptive file"
         )
     for size in wanted.size:
-        config = _of(f"sweep_size {size}", partial(artefact.config.at, size))
+        config = _of(f"{artefact.path}: sweep_size {size}", partial(artefact.config.at, size))
         _require_memory(config, 1, f"sweep_size {size}")
     for batch in wanted.batch:
         if batch > 1 and artefact.fields["precision"] != FLOAT32.name:
@@ -270,7 +270,8 @@ class _Planned:
         self, at: float, dense: ViT, images: Sequence[NDArray[np.float32]], share: float, over: Over
     ) -> Point:
         self.say(f"{self.artefact.path}: fitting {share:.3f} of the MACs for {over} {at:g}")
-        made = _of(f"sweep_{over} {at:g}", partial(self._fitted, dense, images, share))
+        name = f"{self.artefact.path}: sweep_{over} {at:g}"
+        made = _of(name, partial(self._fitted, dense, images, share))
         lengths = lengths_of(dense.with_reduction(made), images)
         return self._point(at, 1, dense.config, made, lengths, share)
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from asvit_deploy.disk import require_room, unfitting
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cached, make_cache_dir, scratch
 from asvit_deploy.ops.prebuilt import usable_tree
+from asvit_deploy.status import Say, silent
 
 MINIMUM_API = 17  # the first with shape inference for custom ops
 HEADER = "onnxruntime_c_api.h"
@@ -38,8 +39,6 @@ WITHOUT = (
     "pass the include folder of an ONNX Runtime release with --headers or ORT_INCLUDE_DIR"
 )
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Headers:
@@ -55,10 +54,6 @@ class Headers:
 
 class _Unavailable(Exception):
     """Why one way to the headers is closed."""
-
-
-def silent(_: str) -> None:
-    """Say nothing."""
 
 
 def runtime_api() -> int | None:

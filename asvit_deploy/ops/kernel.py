@@ -18,11 +18,11 @@ from pathlib import Path
 
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, make_cache_dir
-from asvit_deploy.ops.headers import Say, silent
 from asvit_deploy.ops.library import find_compiler, run_compiler
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
 from asvit_deploy.ops.prebuilt import building, usable
 from asvit_deploy.ops.trt_library import KERNEL, TWIN, sources_dir
+from asvit_deploy.status import Say, silent
 
 FLAGS = ("-std=c++17", "-O3", "-shared")
 GIVEN = "ASVIT_KERNEL"

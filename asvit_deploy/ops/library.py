@@ -17,16 +17,10 @@ from asvit_deploy import child, trusted
 from asvit_deploy.disk import FULL, unwritten
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, make_cache_dir, scratch
-from asvit_deploy.ops.headers import (
-    WITHOUT,
-    Headers,
-    Say,
-    find_headers,
-    runtime_api,
-    silent,
-)
+from asvit_deploy.ops.headers import WITHOUT, Headers, find_headers, runtime_api
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
 from asvit_deploy.ops.prebuilt import building, complain, differs, usable
+from asvit_deploy.status import Say, silent
 
 SOURCES = ("ort_ops.cc", "ort_kernel.h", "threshold_compact.h")
 # What the CUDA kernels add; they share the TensorRT plugin's.

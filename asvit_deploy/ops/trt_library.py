@@ -24,10 +24,10 @@ from asvit_deploy import child, trusted
 from asvit_deploy.disk import require_room
 from asvit_deploy.errors import UserError
 from asvit_deploy.files import cache_dir, cached, make_cache_dir, scratch
-from asvit_deploy.ops.headers import Say, silent
 from asvit_deploy.ops.library import find_compiler, run_compiler
 from asvit_deploy.ops.nvcc import find_nvcc, gencode, targets_of
 from asvit_deploy.ops.prebuilt import building, complain, differs, usable, usable_tree
+from asvit_deploy.status import Say, silent
 
 PLUGIN = "threshold_compact_plugin.cpp"
 KERNEL, TWIN = "kernels/threshold_compact.cu", "kernels/threshold_compact_host.cpp"

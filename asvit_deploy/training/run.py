@@ -151,7 +151,7 @@ class _Loop:
         self._skipped, self._running, self._changed = skipped, running, changed
         self._means, self._started = _Means(), time.monotonic()
         size = trainer.recipe.batch_size
-        shown = running.bars and trainer.accelerator.is_main_process
+        shown = running.bars and trainer.accelerator.is_main_process and sys.stderr is not None
         self.bar = tqdm(
             total=trainer.recipe.steps * size, initial=progress.first * size, unit="img",
             file=sys.stderr, mininterval=1.0, disable=not shown,

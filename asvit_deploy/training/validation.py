@@ -44,6 +44,7 @@ _VALIDATION_BATCH = 64
 def _bar(what: str, accelerator: Accelerator | None, shown: bool, total: int | None = None) -> tqdm:
     """What happens between steps, where it lasts; the first process alone shows it."""
     shown = shown and accelerator is not None and accelerator.is_main_process
+    shown = shown and sys.stderr is not None
     return tqdm(total=total, desc=what, unit="img", file=sys.stderr, leave=False, delay=1.0,
                 mininterval=1.0, disable=not shown)  # fmt: skip
 

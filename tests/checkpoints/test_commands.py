@@ -315,6 +315,8 @@ def test_headless_weights_start_an_adaptive_run(cli, tmp_path, data):
     assert recipe["distill_weight"] == 0
     asked = run(cli, data, "--pretrained", path, "--budget", 0.8, "--distill-weight", 0.5)
     refused(asked, "pass --teacher")
+    Path("r.toml").write_text("distill-weight = 0.5\n")
+    refused(run(cli, data, "--pretrained", path, "--recipe", "r.toml"), "pass --teacher")
     taught = run(cli, data, "--pretrained", path, "--budget", 0.8, "--teacher", mini(tmp_path))
     assert taught.code == 0, taught.err
     assert "nothing is distilled" not in taught.err

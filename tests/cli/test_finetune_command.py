@@ -547,3 +547,41 @@ def test_weights_keep_the_order_of_their_outputs(cli, tmp_path):
     assert artifact.read(OUTPUT)["classes"] == sorted(numbers)
     assert cli("finetune", "--data", "data", *SCRATCH, *SHORT, "--force").code == 0
     assert artifact.read(OUTPUT)["classes"] == numbers
+
+
+# --- stopped, and streams that are closed -------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_state_that_this_run_never_saved_is_not_said_to_be_its_own(
+    cli, data, dense, monkeypatch, saved
+):
+    """A second Ctrl-C does not wait for a step's end; here it comes before or after a save."""
+    mine = state_path(OUTPUT)
+    mine.write_text("of another run")
+
+    def interrupted(*arguments: object) -> None:
+        if saved:
+            mine.with_suffix(".new").write_text("of this run")
+            mine.with_suffix(".new").replace(mine)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_run, "finetune", interrupted)
+    result = cli("finetune", "--data", data, "--pretrained", dense, *SHORT, "--force")
+    assert result.code == 130
+    told = result.err.splitlines()[-1]
+    if saved:
+        assert told.endswith(f"{mine} holds the last state that was saved, go on with --resume")
+    else:
+        assert told == "Interrupted; nothing was changed."
+
+
+@pytest.mark.slow
+def test_a_run_whose_stderr_is_closed_goes_on_without_bars(data, dense, tmp_path):
+    words = ["finetune", "--data", data, "--pretrained", dense, *SHORT]
+    command = [sys.executable, "-m", "asvit_deploy", *map(str, words)]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *command], cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0
+    assert load_checkpoint(tmp_path / OUTPUT).adaptive

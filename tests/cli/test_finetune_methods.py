@@ -118,6 +118,14 @@ def test_a_method_by_the_recipe_file(cli, data, dense):
                     "r.toml", "--force"), words)  # fmt: skip
 
 
+def test_stages_of_the_command_line_win_over_the_cuts_of_a_file(cli, data, dense):
+    Path("r.toml").write_text("cuts = [1, 2, 4]\n")
+    result = cli("finetune", "--data", data, "--pretrained", dense, *SHORT, "--recipe", "r.toml",
+                 "--stages", "1,3,4")  # fmt: skip
+    assert result.code == 0, result.err
+    assert load_checkpoint(OUTPUT).config.stages == (1, 3, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

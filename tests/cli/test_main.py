@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -218,3 +219,19 @@ main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "Interrupted; nothing was changed.\n"
+
+
+def test_files_never_take_the_numbers_of_streams_that_are_closed() -> None:
+    code = """
+import os, sys
+from asvit_deploy.__main__ import open_all_streams
+open_all_streams()
+print("seen by nobody", file=sys.stderr)
+os._exit(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT))
+"""
+    for closed in ("2>&-", "<&-", "<&- >&- 2>&-"):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code, os.devnull],
+            check=False,
+        )
+        assert done.returncode > 2, closed

@@ -281,6 +281,15 @@ def with_method(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_every_file_is_looked_at_before_the_first_is_timed(with_method, model, shapes):
+    other = with_method("tome", lambda network, images: fixed_counts(network.config, ToMe, 0.75))
+    seen = set(shapes[OrtRunner])
+    raises_one_line(lambda: bench([other, model], **{**QUICK, "sweep_budget": 0.45}),
+                    f"{model}: sweep_budget 0.45: budget 0.45 is out of reach")  # fmt: skip
+    assert shapes[OrtRunner] == seen
+
+
+@pytest.mark.slow
 def test_fixed_counts_are_their_own_static_form(with_method):
     path = with_method("evit", lambda network, images: fixed_counts(network.config, EViT, 0.75))
     (report,) = bench(path, **TORCH, sweep_budget=0.8, sweep_size=64)
