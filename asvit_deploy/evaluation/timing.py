@@ -312,7 +312,7 @@ def too_busy(rounds: Sequence[NDArray[np.float64]], share: float = 1.0) -> str |
     """As `busy`, of the rounds of each variant that always does the same work.
 
     Args:
-        share: as `Core` has it. Ratios do not suffer, so that nobody need measure again.
+        share: as `Core` has it.
     """
     advice = "trust ratios and their intervals, not milliseconds, or run it again"
     if share < _SHARED:
